@@ -1,0 +1,103 @@
+"""The one torch Library of gaugekit, and the loader of its binaries.
+
+An operator's schema is written once, in ``ops/<stem>.py``, by ``define``; the composition of torch operators given there
+answers on every device. A binary (``_cpu.abi3.so``, ``_cuda.abi3.so``) registers faster implementations under the same
+names; each may be missing without anything breaking. ``GAUGEKIT_REQUIRE=cpu,cuda,triton`` turns a missing one into an
+error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "gaugekit"
+FOLDER = Path(__file__).resolve().parent
+library = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass
+class Backend:
+    """One way to run our operators on this machine: whether it is there, else why not and what mends it."""
+
+    name: str
+    loaded: bool
+    why: str = ""
+    remedy: str = ""
+
+
+_backends: dict[str, Backend] = {}
+
+
+def define(schema: str, composition: Callable, fake: Callable) -> None:
+    """Defines ``gaugekit::<name>`` from ``schema`` with its composition (any device) and its fake (shapes only)."""
+    name = library.define(schema)
+    library.impl(name, composition, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+
+def implementation(name: str, key: str = "CPU") -> bool:
+    """Whether a binary registered a kernel for ``gaugekit::<name>`` under dispatch key ``key``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def backends() -> dict[str, Backend]:
+    """What stands behind the operators here: ``cpu`` and ``cuda`` binaries, and ``triton`` (looked up, not imported)."""
+    found = dict(_backends)
+    try:
+        triton = importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        triton = False
+    found["triton"] = Backend("triton", triton, "" if triton else "triton is not installed", "pip install gaugekit[triton]")
+    return found
+
+
+def load() -> None:
+    """Loads the binaries beside this file; called once, when the package is imported."""
+    built = _build_record()
+    for name in ("cpu", "cuda"):
+        _backends[name] = _load_one(name, built.get(name, {}))
+    cpu = _backends["cpu"]
+    required = [name for name in os.environ.get("GAUGEKIT_REQUIRE", "").replace(" ", "").split(",") if name]
+    for name in required:
+        backend = backends().get(name)
+        if backend is None:
+            raise ImportError(f"GAUGEKIT_REQUIRE: expected names among cpu, cuda, triton; got {name!r}")
+        if not backend.loaded:
+            raise ImportError(f"GAUGEKIT_REQUIRE asks for {name}: {backend.why}. To mend it: {backend.remedy}")
+    if not cpu.loaded:
+        warnings.warn(
+            f"gaugekit runs without its C++ binary (slower, same results): {cpu.why}. To mend it: {cpu.remedy}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _build_record() -> dict:
+    try:
+        return json.loads((FOLDER / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load_one(name: str, built: dict) -> Backend:
+    path = FOLDER / f"_{name}.abi3.so"
+    rebuild = "pip install --no-build-isolation --force-reinstall --no-deps . (in gaugekit's source folder)"
+    if name == "cuda" and torch.version.cuda is None:
+        return Backend(name, False, "this torch has no CUDA", "install a CUDA build of torch")
+    if not path.exists():
+        why = built.get("why") or "it was not built when gaugekit was installed"
+        return Backend(name, False, why, built.get("remedy") or rebuild)
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        return Backend(name, False, f"{path.name} does not load beside torch {torch.__version__}: {reason}", rebuild)
+    return Backend(name, True)

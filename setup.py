@@ -1,0 +1,180 @@
+"""Builds gaugekit's binaries where it can, and says in ``_build.json`` why where it cannot.
+
+Both binaries use PyTorch's stable ABI: one file serves every torch from 2.11 on. A machine without a C++ compiler, or
+an install in an isolated build environment (where torch is not visible), gets the pure Python package: every operator
+then answers through its composition of torch operators, slower and equally right. Nothing is downloaded, no GPU is
+probed.
+
+Environment: GAUGEKIT_CUDA_ARCHS (default "80;90a") names the architectures of the CUDA binary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+
+ROOT = Path(__file__).resolve().parent
+STABLE_ABI_TORCH_2_11 = "0x020b000000000000"
+DEFINES = [("TORCH_TARGET_VERSION", STABLE_ABI_TORCH_2_11)]
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", "-ffp-contract=off"]
+LINK_FLAGS = ["-Wl,-s"] if sys.platform.startswith("linux") else []
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+
+    TORCH_MISSING = ""
+except ImportError as error:
+    from setuptools.command.build_ext import build_ext as BuildExtension
+
+    CppExtension = None
+    TORCH_MISSING = (
+        f"torch cannot be imported while building ({error}); "
+        "install torch first, then: pip install --no-build-isolation ."
+    )
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, else of PATH, else of /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
+    candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+
+
+def cuda_library_directory(nvcc: str) -> str:
+    """The folder of libcudart_static, as nvcc itself names it: nvcc may be a link from outside the toolkit."""
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    roots = [Path(os.environ[name]) for name in ("CUDA_HOME",) if name in os.environ]
+    roots += [
+        Path(line.split("TOP=", 1)[1].strip().strip('"')).resolve()
+        for line in dry.stderr.splitlines()
+        if "TOP=" in line
+    ]
+    roots.append(Path("/usr/local/cuda"))
+    for root in roots:
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
+            if (root / folder / "libcudart_static.a").exists():
+                return str(root / folder)
+    raise FileNotFoundError("libcudart_static.a stands in none of " + ", ".join(map(str, roots)))
+
+
+def plan_extensions() -> tuple[list, dict]:
+    """The extensions to build, and for each binary that will not be built the reason and its remedy."""
+    status = {
+        "cpu": {"built": False, "why": "", "remedy": ""},
+        "cuda": {"built": False, "why": "", "remedy": ""},
+    }
+    rebuild = "pip install --no-build-isolation --force-reinstall --no-deps ."
+    compiler = next(
+        (c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])), None
+    )
+    if TORCH_MISSING:
+        for entry in status.values():
+            entry.update(why=TORCH_MISSING, remedy=f"pip install torch, then {rebuild}")
+        return [], status
+    if compiler is None:
+        for entry in status.values():
+            entry.update(
+                why="no C++ compiler (c++, g++ or clang++) was on PATH when gaugekit was installed",
+                remedy=f"install g++ (Debian, Ubuntu: apt install g++), then {rebuild}",
+            )
+        return [], status
+
+    extensions = [
+        CppExtension(
+            "gaugekit._cpu",
+            sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
+            include_dirs=[str(ROOT / "csrc")],
+            define_macros=DEFINES,
+            extra_compile_args=FLAGS,
+            extra_link_args=LINK_FLAGS,
+            py_limited_api=True,
+        )
+    ]
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    nvcc = find_nvcc()
+    if not kernels:
+        status["cuda"].update(why="this version has no CUDA source files", remedy="nothing to do")
+    elif nvcc is None:
+        status["cuda"].update(
+            why="no nvcc was found in CUDA_HOME, on PATH or in /usr/local/cuda",
+            remedy=f"install the CUDA toolkit, then {rebuild}",
+        )
+    else:
+        cuda = CppExtension(
+            "gaugekit._cuda",
+            [],
+            libraries=["cudart_static", "rt", "dl", "pthread"],
+            library_dirs=[cuda_library_directory(nvcc)],
+            extra_link_args=LINK_FLAGS,
+            py_limited_api=True,
+        )
+        cuda.kernels, cuda.nvcc = kernels, nvcc
+        extensions.append(cuda)
+    return extensions, status
+
+
+class BuildBinaries(BuildExtension):
+    """Builds each binary alone (one that fails is reported and left out) and writes ``_build.json`` in every case."""
+
+    def build_extension(self, extension):
+        entry = STATUS[extension.name.rsplit("_", 1)[1]]
+        extension.optional = True
+        try:
+            if hasattr(extension, "kernels"):
+                extension.extra_objects = [self.compile_cuda(k, extension.nvcc) for k in extension.kernels]
+            super().build_extension(extension)
+            entry["built"] = True
+        except Exception as error:
+            entry.update(
+                why=f"the build failed: {(str(error).strip().splitlines() or [repr(error)])[-1]}",
+                remedy="read the compiler's message with: pip install --no-build-isolation -v .",
+            )
+
+    def compile_cuda(self, source: Path, nvcc: str) -> str:
+        target = Path(self.build_temp) / f"{source.stem}.cu.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+        for arch in os.environ.get("GAUGEKIT_CUDA_ARCHS", "80;90a").split(";"):
+            command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        command += [f"-D{name}={value}" for name, value in DEFINES]
+        command += [f"-I{path}" for path in [str(ROOT / "csrc"), *include_paths()]]
+        subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    def run(self):
+        super().run()
+        package = ROOT / "python" / "gaugekit" if self.inplace else Path(self.build_lib) / "gaugekit"
+        package.mkdir(parents=True, exist_ok=True)
+        built_for = "" if TORCH_MISSING else torch.__version__
+        (package / "_build.json").write_text(
+            json.dumps({"torch": built_for, "python": sys.version.split()[0], **STATUS}, indent=1) + "\n"
+        )
+        for name, entry in STATUS.items():
+            if not entry["built"] and entry["remedy"] != "nothing to do":
+                self.announce(f"gaugekit: {name} binary not built: {entry['why']}. {entry['remedy']}", level=4)
+
+
+EXTENSIONS, STATUS = plan_extensions()
+
+
+class BinaryDistribution(Distribution):
+    """Runs build_ext even when there is nothing to compile, so that the reason is written down."""
+
+    def has_ext_modules(self):
+        return True
+
+
+setup(
+    distclass=BinaryDistribution,
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildBinaries},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+)
