@@ -50,7 +50,9 @@ def find_nvcc() -> str | None:
 
 def cuda_library_directory(nvcc: str) -> str:
     """The folder of libcudart_static, as nvcc itself names it: nvcc may be a link from outside the toolkit."""
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    )
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME",) if name in os.environ]
     roots += [
         Path(line.split("TOP=", 1)[1].strip().strip('"')).resolve()
@@ -73,7 +75,8 @@ def plan_extensions() -> tuple[list, dict]:
     }
     rebuild = "pip install --no-build-isolation --force-reinstall --no-deps ."
     compiler = next(
-        (c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])), None
+        (c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])),
+        None,
     )
     if TORCH_MISSING:
         for entry in status.values():
@@ -159,7 +162,9 @@ class BuildBinaries(BuildExtension):
         )
         for name, entry in STATUS.items():
             if not entry["built"] and entry["remedy"] != "nothing to do":
-                self.announce(f"gaugekit: {name} binary not built: {entry['why']}. {entry['remedy']}", level=4)
+                self.announce(
+                    f"gaugekit: {name} binary not built: {entry['why']}. {entry['remedy']}", level=4
+                )
 
 
 EXTENSIONS, STATUS = plan_extensions()

@@ -6,9 +6,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import minilm
 
 from gaugekit import samples
+from helpers import minilm
 
 
 def test_split_follows_each_part_of_the_rule():

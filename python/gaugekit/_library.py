@@ -1,9 +1,9 @@
 """The one torch Library of gaugekit, and the loader of its binaries.
 
-An operator's schema is written once, in ``ops/<stem>.py``, by ``define``; the composition of torch operators given there
-answers on every device. A binary (``_cpu.abi3.so``, ``_cuda.abi3.so``) registers faster implementations under the same
-names; each may be missing without anything breaking. ``GAUGEKIT_REQUIRE=cpu,cuda,triton`` turns a missing one into an
-error.
+An operator's schema is written once, in ``ops/<stem>.py``, by ``define``; the composition of torch operators
+given there answers on every device. A binary (``_cpu.abi3.so``, ``_cuda.abi3.so``) registers faster
+implementations under the same names; each may be missing without anything breaking.
+``GAUGEKIT_REQUIRE=cpu,cuda,triton`` turns a missing one into an error.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ def implementation(name: str, key: str = "CPU") -> bool:
 
 
 def backends() -> dict[str, Backend]:
-    """What stands behind the operators here: ``cpu`` and ``cuda`` binaries, and ``triton`` (looked up, not imported)."""
+    """What stands behind the operators here: the two binaries, and ``triton`` (looked up, not imported)."""
     found = dict(_backends)
     try:
         triton = importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):
         triton = False
-    found["triton"] = Backend("triton", triton, "" if triton else "triton is not installed", "pip install gaugekit[triton]")
+    found["triton"] = Backend(
+        "triton", triton, "" if triton else "triton is not installed", "pip install gaugekit[triton]"
+    )
     return found
 
 
@@ -71,7 +73,9 @@ def load() -> None:
         if backend is None:
             raise ImportError(f"GAUGEKIT_REQUIRE: expected names among cpu, cuda, triton; got {name!r}")
         if not backend.loaded:
-            raise ImportError(f"GAUGEKIT_REQUIRE asks for {name}: {backend.why}. To mend it: {backend.remedy}")
+            raise ImportError(
+                f"GAUGEKIT_REQUIRE asks for {name}: {backend.why}. To mend it: {backend.remedy}"
+            )
     if not cpu.loaded:
         warnings.warn(
             f"gaugekit runs without its C++ binary (slower, same results): {cpu.why}. To mend it: {cpu.remedy}",
@@ -99,5 +103,7 @@ def _load_one(name: str, built: dict) -> Backend:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        return Backend(name, False, f"{path.name} does not load beside torch {torch.__version__}: {reason}", rebuild)
+        return Backend(
+            name, False, f"{path.name} does not load beside torch {torch.__version__}: {reason}", rebuild
+        )
     return Backend(name, True)
