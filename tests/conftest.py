@@ -23,5 +23,5 @@ def pytest_collection_modifyitems(items):
         return
     absent = pytest.mark.skip(reason="needs a CUDA GPU (make gpu runs it)")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(absent)

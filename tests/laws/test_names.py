@@ -1,0 +1,80 @@
+"""Law 1: every stem stands in each folder it should, or in the table of reasons; no file without a stem."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+OPERATORS = ["shaped_combine", "shaped_attention"]
+CODES = ["rans"]
+
+FOLDERS = {
+    "reference": "python/gaugekit/reference/{stem}.py",
+    "ops": "python/gaugekit/ops/{stem}.py",
+    "cpu": "csrc/cpu/{stem}.cpp",
+    "cuda": "csrc/cuda/{stem}.cu",
+    "triton": "triton_kernels/{stem}.py",
+    "tests": "tests/ops/test_{stem}.py",
+    "bench": "bench/ops/bench_{stem}.py",
+}
+
+ABSENT = {
+    (
+        "shaped_combine",
+        "cuda",
+    ): "memory-bound sweep: Triton reaches the bandwidth, so no CUDA twin is planned",
+    (
+        "shaped_combine",
+        "triton",
+    ): "comes with the GPU attention kernels; the composition answers on GPUs until then",
+    ("shaped_attention", "cpu"): "its softmax core is torch's SDPA and the rest is shaped_combine",
+    ("shaped_attention", "cuda"): "planned in Triton only",
+    (
+        "shaped_attention",
+        "triton",
+    ): "comes with the GPU attention kernels; SDPA and shaped_combine answer until then",
+    ("rans", "cuda"): "GPU decoding comes with the fast codec; files are decoded on the CPU until then",
+    ("rans", "triton"): "a state machine on integers, planned in CUDA only",
+}
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("stem", OPERATORS + CODES)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_stem_stands_in_its_folder_or_has_a_reason(stem, folder):
+    path = ROOT / FOLDERS[folder].format(stem=stem)
+    if (stem, folder) in ABSENT:
+        assert not path.exists(), f"{path.name} exists: take ({stem}, {folder}) out of ABSENT"
+    else:
+        assert path.exists(), f"{path.relative_to(ROOT)} is missing and ABSENT gives no reason"
+
+
+@pytest.mark.parametrize("folder", ["reference", "ops", "cpu", "cuda", "triton"])
+def test_no_file_without_a_stem(folder):
+    pattern = FOLDERS[folder]
+    parent = (ROOT / pattern).parent
+    suffix = Path(pattern).suffix
+    for path in parent.glob(f"*{suffix}"):
+        assert path.stem == "__init__" or any(path.stem.startswith(stem) for stem in OPERATORS + CODES), (
+            f"{path.relative_to(ROOT)} belongs to no stem"
+        )
+
+
+def test_no_top_level_module_but_ours():
+    """The wheel's only top level is gaugekit: a top-level triton_kernels would hijack servers that probe for one."""
+    text = (ROOT / "pyproject.toml").read_text()
+    packages = ast.literal_eval(text[text.index("packages = ") + 11 : text.index("package-dir")])
+    assert {name.split(".")[0] for name in packages} == {"gaugekit"}
+
+
+def test_source_folder_triton_kernels_refuses_the_top_level_name():
+    source = (ROOT / "triton_kernels" / "__init__.py").read_text()
+    with pytest.raises(ImportError, match="gaugekit.triton_kernels"):
+        exec(source, {"__name__": "triton_kernels"})
+    exec(source, {"__name__": "gaugekit.triton_kernels"})
+
+
+@pytest.mark.parametrize("banned", ["utils", "helpers", "common", "misc"])
+def test_no_drawer_for_two_ideas(banned):
+    assert not list((ROOT / "python").rglob(f"{banned}.py"))
