@@ -30,7 +30,7 @@ def run(path, code, **environment):
     )
 
 
-USE = "import torch, gaugekit as gk; q = torch.randn(1, 2, 5, 8); print(gk.shaped_attention(q, q, q, causal=True).shape)"
+USE = "import torch, gaugekit as gk; q = torch.randn(1, 2, 5, 8); print(gk.shaped_attention(q, q, q).shape)"
 
 
 def test_without_binary_everything_answers_with_one_warning(copy):
