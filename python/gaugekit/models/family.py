@@ -1,0 +1,112 @@
+"""What an adapter has to say about its family; nothing else in the house knows a family's names."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .view import AttentionView, Compact, Stored
+
+Read = Callable[[str], Tensor]
+
+
+class Family(ABC):
+    """One architecture: where the parts of its attention are, and how they are laid out.
+
+    Names are those of the base model, without the prefix ("bert.", "transformer.", ...) a model with a head puts before
+    them; ``prefix`` finds it. ``config`` is the content of ``config.json``.
+    """
+
+    name: str
+    anchor: str  # a tensor every checkpoint of the family has, at layer 0
+
+    @abstractmethod
+    def check(self, config: dict) -> None:
+        """Raises ValueError, with the reason, for a config the mathematics of this house does not cover."""
+
+    @abstractmethod
+    def layers(self, config: dict) -> int:
+        """L, the number of layers."""
+
+    @abstractmethod
+    def shapes(self, config: dict, layer: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of one layer's attention, by name, with their shapes."""
+
+    @abstractmethod
+    def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
+        """One layer's attention in float64 from ``read(name)``; meta tensors where ``read`` gives meta tensors."""
+
+    @abstractmethod
+    def store(
+        self, config: dict, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None
+    ) -> Stored:
+        """The inverse of ``attention``: float64 tensors under the family's names.
+
+        Parts named in ``compact`` ("q", "k", "v", "o") are stored by their form instead. An absent bias is stored as
+        zeros where the family always has one.
+        """
+
+    @abstractmethod
+    def projections(self, config: dict, layer: int) -> dict[str, str]:
+        """{"q", "k", "v", "o": path of the module that computes it}; fused parts share a path."""
+
+    @abstractmethod
+    def block(self, layer: int) -> str:
+        """The path of the module of layer ``layer``."""
+
+    def recomputed(self, name: str) -> bool:
+        """Whether a stored tensor is no parameter: old files hold masks that the model makes anew."""
+        return False
+
+    def prefix(self, names: Iterable[str]) -> str:
+        """What stands before the base model's names in ``names``; ValueError unless the model is found once."""
+        found = sorted({name[: -len(self.anchor)] for name in names if _ends(name, self.anchor)})
+        if len(found) != 1:
+            what = f"several models, at {found}" if found else "none"
+            raise ValueError(f"expected one {self.name} model (a tensor named {self.anchor!r}), got {what}")
+        return found[0]
+
+    def outline(self, config: dict, layer: int) -> AttentionView:
+        """The view of a layer with shapes but no numbers (meta device), from the config alone."""
+        shapes = self.shapes(config, layer)
+        return self.attention(config, layer, lambda name: torch.empty(shapes[name], device="meta"))
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The L blocks of a live model, in order."""
+        config = model.config.to_dict()
+        prefix = self.prefix(name for name, _ in model.named_parameters())
+        return [model.get_submodule(prefix + self.block(layer)) for layer in range(self.layers(config))]
+
+    def take(self, config: dict, layer: int, read: Read) -> dict[str, Tensor]:
+        """The tensors of ``shapes`` in float64; ValueError where one has another shape than the config says."""
+        found = {}
+        for name, shape in self.shapes(config, layer).items():
+            tensor = read(name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape} by the config, got {tuple(tensor.shape)}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+            found[name] = tensor.detach().to(torch.float64)
+        return found
+
+
+def _ends(name: str, anchor: str) -> bool:
+    return name == anchor or name.endswith("." + anchor)
+
+
+def split(weight: Tensor, heads: int) -> Tensor:
+    """[D, heads·width] -> [heads, D, width]."""
+    return weight.unflatten(1, (heads, -1)).movedim(1, 0)
+
+
+def join(weight: Tensor) -> Tensor:
+    """[heads, D, width] -> [D, heads·width], the inverse of ``split``."""
+    return weight.movedim(0, 1).flatten(1)
+
+
+def bias_or_zeros(part_bias: Tensor | None, size: int) -> Tensor:
+    """A bias as one row, zeros where there is none."""
+    return torch.zeros(size, dtype=torch.float64) if part_bias is None else part_bias.flatten()

@@ -1,0 +1,5 @@
+"""The engine that streams a checkpoint through rewrites."""
+
+from .checkpoint import Checkpoint
+
+__all__ = ["Checkpoint"]

@@ -1,0 +1,157 @@
+"""Adapters: a view says what the model computes, and writing it back gives the same tensors."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from gaugekit import models  # noqa: E402
+
+
+def bert(**changes):
+    config = transformers.BertConfig(
+        vocab_size=60,
+        hidden_size=24,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        attn_implementation="eager",
+        **changes,
+    )
+    return randomise(transformers.BertModel(config))
+
+
+def gpt2(cls=None, **changes):
+    config = transformers.GPT2Config(
+        vocab_size=60, n_embd=24, n_head=3, n_layer=2, n_positions=16, attn_implementation="eager", **changes
+    )
+    return randomise((cls or transformers.GPT2LMHeadModel)(config))
+
+
+def randomise(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model.double().eval()
+
+
+def attention_module(model, layer):
+    block = models.Live(model).family.blocks(model)[layer]
+    return block.attn if hasattr(block, "attn") else block.attention
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_view_computes_what_the_module_computes(make):
+    model = make()
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    for layer in range(2):
+        view = models.Live(model).attention(layer)
+        module = attention_module(model, layer)
+        if make is gpt2:
+            mask = torch.full((7, 7), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+            out = module(x, attention_mask=mask)[0]
+        else:
+            out = module.output.dense(module.self(x)[0])
+        torch.testing.assert_close(view.attend(x), out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_store_inverts_attention(make):
+    live = models.Live(make())
+    for layer in range(2):
+        stored = live.family.store(live.config, layer, live.attention(layer))
+        assert stored.modules == {}
+        assert {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()} == live.family.shapes(
+            live.config, layer
+        )
+        for name, tensor in stored.tensors.items():
+            assert torch.equal(tensor, live.read(name)), name
+
+
+def test_absent_biases_are_stored_as_zeros():
+    live = models.Live(gpt2())
+    view = live.attention(0)
+    without = models.AttentionView(
+        view.q, models.Projection(view.k.weight), view.v, models.Projection(view.o.weight), scale=view.scale
+    )
+    stored = live.family.store(live.config, 0, without).tensors
+    bias = stored["h.0.attn.c_attn.bias"]
+    assert torch.equal(bias[:24], view.q.bias.flatten())
+    assert bias[24:48].count_nonzero() == 0
+    assert stored["h.0.attn.c_proj.bias"].count_nonzero() == 0
+
+
+def test_prefix():
+    family = models.FAMILIES["bert"]
+    for prefix in ("", "bert.", "0.auto_model."):
+        assert family.prefix([prefix + family.anchor, "pooler.dense.weight"]) == prefix
+    with pytest.raises(ValueError, match="got none"):
+        family.prefix(["xencoder.layer.0.attention.output.dense.weight"])
+    with pytest.raises(ValueError, match="several"):
+        family.prefix(["a." + family.anchor, "b." + family.anchor])
+    assert models.Live(gpt2()).prefix == "transformer."
+    assert models.Live(gpt2(transformers.GPT2Model)).prefix == ""
+
+
+def test_outline_has_the_shapes_without_numbers():
+    live = models.Live(bert())
+    outline, view = live.family.outline(live.config, 0), live.attention(0)
+    assert outline.q.weight.is_meta
+    assert outline.q.weight.shape == view.q.weight.shape == (3, 24, 8)
+    assert outline.o.weight.shape == view.o.weight.shape == (3, 8, 24)
+    assert models.parameters(outline) == 4 * (24 * 24 + 24)
+
+
+def test_gpt2_scale():
+    view = models.Live(gpt2(scale_attn_by_inverse_layer_idx=True)).attention(1)
+    assert view.scale == pytest.approx(8**-0.5 / 2)
+    assert models.Live(gpt2(scale_attn_weights=False)).attention(1).scale == 1.0
+
+
+def test_masks_of_old_files_are_no_parameters():
+    family = models.FAMILIES["gpt2"]
+    assert family.recomputed("transformer.h.3.attn.bias") and family.recomputed("h.0.attn.masked_bias")
+    assert not family.recomputed("h.0.attn.c_attn.bias") and not family.recomputed("h.0.mlp.c_fc.bias")
+
+
+BERT = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama"}, "bert, gpt2; got 'llama'"),
+        ({}, "bert, gpt2; got None"),
+        ({"model_type": "bert"}, "hidden_size"),
+        ({**BERT, "position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({**BERT, "add_cross_attention": True}, "add_cross_attention"),
+        ({**BERT, "pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({**BERT, "hidden_size": 25}, "hidden_size"),
+        (
+            {"model_type": "gpt2", "n_embd": 24, "n_head": 3, "add_cross_attention": True},
+            "add_cross_attention",
+        ),
+        ({"model_type": "gpt2", "n_embd": 25, "n_head": 3}, "n_embd"),
+    ],
+)
+def test_what_is_not_covered_is_refused_with_the_reason(config, message):
+    with pytest.raises(ValueError, match=message):
+        models.family(config)
+
+
+def test_a_tensor_of_the_wrong_shape_or_kind_is_named():
+    live = models.Live(bert())
+    with pytest.raises(ValueError, match=r"query.weight: expected shape \(24, 24\).*got \(24, 23\)"):
+        live.family.attention(live.config, 0, lambda name: torch.zeros(24, 23))
+    with pytest.raises(ValueError, match="floating-point"):
+        live.family.attention(
+            live.config,
+            0,
+            lambda name: torch.zeros(live.family.shapes(live.config, 0)[name], dtype=torch.int8),
+        )
+
+
+def test_a_module_without_config_is_refused():
+    with pytest.raises(ValueError, match="transformers model"):
+        models.Live(torch.nn.Linear(2, 2))

@@ -1,0 +1,83 @@
+"""Reading: one file or shards, and every way a directory can be wrong."""
+
+import json
+
+import pytest
+import torch
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from gaugekit.rewrite import Checkpoint  # noqa: E402
+
+CONFIG = {"model_type": "bert", "hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+def write(path, shards=False):
+    path.mkdir()
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int64)}
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    if shards:
+        where = {}
+        for number, (name, tensor) in enumerate(tensors.items()):
+            where[name] = f"model-0000{number + 1}-of-00002.safetensors"
+            safetensors_torch.save_file({name: tensor}, path / where[name])
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    else:
+        safetensors_torch.save_file(tensors, path / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_reads(tmp_path, shards):
+    tensors = write(tmp_path / "m", shards)
+    checkpoint = Checkpoint(tmp_path / "m")
+    assert checkpoint.config == CONFIG
+    assert checkpoint.names() == ["a", "b"]
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name), tensor)
+        assert checkpoint.shape(name) == tuple(tensor.shape)
+        assert checkpoint.dtype(name) == tensor.dtype
+        assert checkpoint.bytes(name) == tensor.nbytes
+    assert checkpoint.family.name == "bert"
+    assert len(checkpoint.sha256()) == (3 if shards else 2)
+
+
+def test_damage_and_absence_are_named(tmp_path):
+    with pytest.raises(ValueError, match="expected a directory"):
+        Checkpoint(tmp_path / "nowhere")
+    model = tmp_path / "m"
+    write(model)
+    with pytest.raises(ValueError, match="tensor named 'zebra'"):
+        Checkpoint(model).read("zebra")
+    (model / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}")
+    with pytest.raises(ValueError, match="no intact safetensors"):
+        Checkpoint(model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="got neither"):
+        Checkpoint(model)
+    (model / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="pytorch_model.bin is not read"):
+        Checkpoint(model)
+    for broken in ("{", "[]"):
+        (model / "config.json").write_text(broken)
+        with pytest.raises(ValueError, match="config.json|JSON object"):
+            Checkpoint(model)
+    (model / "config.json").unlink()
+    with pytest.raises(ValueError, match="expected the file config.json"):
+        Checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({}, "weight_map"),
+        ({"a": "../a.safetensors"}, "of the directory"),
+        ({"a": "missing.safetensors"}, "expected the file missing.safetensors"),
+        ({"zebra": "model-00001-of-00002.safetensors"}, "promises 'zebra'"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path, where, message):
+    write(tmp_path / "m", shards=True)
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(tmp_path / "m")
