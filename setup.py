@@ -111,15 +111,8 @@ def plan_extensions() -> tuple[list, dict]:
             remedy=f"install the CUDA toolkit, then {rebuild}",
         )
     else:
-        cuda = CppExtension(
-            "gaugekit._cuda",
-            [],
-            libraries=["cudart_static", "rt", "dl", "pthread"],
-            library_dirs=[cuda_library_directory(nvcc)],
-            extra_link_args=LINK_FLAGS,
-            py_limited_api=True,
-        )
-        cuda.kernels, cuda.nvcc = kernels, nvcc
+        cuda = CppExtension("gaugekit._cuda", [], py_limited_api=True)
+        cuda.kernels, cuda.nvcc, cuda.cxx = kernels, nvcc, compiler
         extensions.append(cuda)
     return extensions, status
 
@@ -127,19 +120,31 @@ def plan_extensions() -> tuple[list, dict]:
 class BuildBinaries(BuildExtension):
     """Builds each binary alone (one that fails is reported and left out) and writes ``_build.json`` in every case."""
 
+    def build_extensions(self):
+        try:
+            super().build_extensions()
+        except Exception as error:  # torch's own check of the compiler, before any extension
+            for extension in self.extensions:
+                extension.optional = True
+                self.failed(extension, error)
+
     def build_extension(self, extension):
-        entry = STATUS[extension.name.rsplit("_", 1)[1]]
         extension.optional = True
         try:
             if hasattr(extension, "kernels"):
-                extension.extra_objects = [self.compile_cuda(k, extension.nvcc) for k in extension.kernels]
-            super().build_extension(extension)
-            entry["built"] = True
+                self.link_cuda(extension, [self.compile_cuda(k, extension.nvcc) for k in extension.kernels])
+            else:
+                super().build_extension(extension)
+            STATUS[extension.name.rsplit("_", 1)[1]]["built"] = True
         except Exception as error:
-            entry.update(
-                why=f"the build failed: {(str(error).strip().splitlines() or [repr(error)])[-1]}",
-                remedy="read the compiler's message with: pip install --no-build-isolation -v .",
-            )
+            self.failed(extension, error)
+
+    def failed(self, extension, error: Exception) -> None:
+        """Writes down why this binary is missing, keeping the first reason."""
+        entry = STATUS[extension.name.rsplit("_", 1)[1]]
+        if not entry["built"] and not entry["why"]:
+            entry["why"] = f"the build failed: {(str(error).strip().splitlines() or [repr(error)])[-1]}"
+            entry["remedy"] = "read the compiler's message with: pip install --no-build-isolation -v ."
 
     def compile_cuda(self, source: Path, nvcc: str) -> str:
         target = Path(self.build_temp) / f"{source.stem}.cu.o"
@@ -152,6 +157,20 @@ class BuildBinaries(BuildExtension):
         subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
+    def link_cuda(self, extension, objects: list[str]) -> None:
+        """A shared library of nvcc's objects alone; torch's symbols are found in the torch that loads it."""
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [*extension.cxx.split(), "-shared", "-o", str(target), *objects, *LINK_FLAGS]
+        command += [
+            f"-L{cuda_library_directory(extension.nvcc)}",
+            "-lcudart_static",
+            "-lrt",
+            "-ldl",
+            "-lpthread",
+        ]
+        subprocess.run(command, check=True)
+
     def run(self):
         super().run()
         package = ROOT / "python" / "gaugekit" if self.inplace else Path(self.build_lib) / "gaugekit"
@@ -162,8 +181,8 @@ class BuildBinaries(BuildExtension):
         )
         for name, entry in STATUS.items():
             if not entry["built"] and entry["remedy"] != "nothing to do":
-                self.announce(
-                    f"gaugekit: {name} binary not built: {entry['why']}. {entry['remedy']}", level=4
+                print(
+                    f"gaugekit: {name} binary not built: {entry['why']}. {entry['remedy']}", file=sys.stderr
                 )
 
 

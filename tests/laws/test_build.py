@@ -1,0 +1,68 @@
+"""The build never fails for want of a compiler, says why it left something out, and leans on no unstable symbol."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = ROOT / "python" / "gaugekit" / "_cpu.abi3.so"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The build files and one small source."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "triton_kernels", tmp_path / "triton_kernels")
+    package = tmp_path / "python" / "gaugekit"
+    for init in (ROOT / "python" / "gaugekit").rglob("__init__.py"):
+        target = package / init.relative_to(ROOT / "python" / "gaugekit")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "probe.cpp").write_text("int gaugekit_probe() { return 1; }\n")
+    return tmp_path
+
+
+def build(checkout, **environment):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(
+        command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((checkout / "python" / "gaugekit" / "_build.json").read_text()), done.stderr
+
+
+def test_no_compiler_is_written_down(checkout, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    record, message = build(checkout, PATH=str(empty), CXX="")
+    assert not record["cpu"]["built"]
+    assert "no C++ compiler" in record["cpu"]["why"] and "g++" in record["cpu"]["remedy"]
+    assert message.count("cpu binary not built") == 1
+
+
+def test_failing_compiler_is_written_down(checkout, tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IEXEC)
+    record, _ = build(checkout, CXX=str(broken), CC=str(broken))
+    assert not record["cpu"]["built"]
+    assert "build failed" in record["cpu"]["why"]
+
+
+@pytest.mark.skipif(not CPU.exists() or shutil.which("nm") is None, reason="needs the C++ binary and nm")
+def test_binary_uses_the_stable_abi_only():
+    """Symbols of c10:: or at:: would tie the binary to one torch release."""
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(CPU)], capture_output=True, text=True, check=True
+    )
+    names = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    assert not [name for name in names if name.startswith(("_ZN3c10", "_ZN2at", "_ZNK3c10", "_ZNK2at"))]
+    assert any(name.startswith("aoti_torch_") for name in names)
