@@ -1,0 +1,40 @@
+"""Laws 3 and 4: every operator is checked against its oracle by the full set of means, with derived tolerances."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+OPERATORS = ["shaped_combine", "shaped_attention"]
+MEANS = {
+    "gradcheck": "float64 gradients by finite differences",
+    "opcheck": "schema, fake, autograd and compile registration",
+    "fullgraph": "torch.compile without a graph break",
+    "assert_accurate": "the derived tolerance",
+    "pytest.raises": "bad input",
+    "reference": "the oracle",
+}
+
+
+def sources(stem: str) -> str:
+    return "\n".join(path.read_text() for path in sorted((TESTS / "ops").glob(f"test_{stem}*.py")))
+
+
+@pytest.mark.parametrize("stem", OPERATORS)
+@pytest.mark.parametrize("means", MEANS)
+def test_operator_is_checked_by(stem, means):
+    assert means in sources(stem), f"tests of {stem} lack {means}: {MEANS[means]}"
+
+
+@pytest.mark.parametrize("path", sorted((TESTS / "ops").glob("test_*.py")), ids=lambda p: p.stem)
+def test_no_hand_picked_tolerance(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name == "gradcheck":  # its tolerances are those of finite differences
+                continue
+            for keyword in node.keywords:
+                if keyword.arg in {"atol", "rtol"} and isinstance(keyword.value, ast.Constant):
+                    value = keyword.value.value
+                    assert not value, f"line {node.lineno}: {name}(…, {keyword.arg}={value})"

@@ -1,0 +1,80 @@
+"""Law 8: a figure names what it was measured on and against what; a wrong result has no figure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+FIELDS = {
+    "op",
+    "shape",
+    "dtype",
+    "device",
+    "machine",
+    "commit",
+    "baseline",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "ratio",
+    "share_of_peak",
+    "peak_bytes",
+    "without_us",
+}
+
+
+def run(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, str(folder / "run.py"), "--quick", "--json", *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """The runner with benchmarks of its own: one right, one wrong, and a rival that is not installed."""
+    for name in ("registry.py", "run.py"):
+        (tmp_path / name).write_text((BENCH / name).read_text())
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "bench_probe.py").write_text(
+        "import torch\n"
+        "from registry import Case, benchmark\n"
+        "def wrong(): raise AssertionError('off by one')\n"
+        "@benchmark('probe')\n"
+        "def cases(device, quick):\n"
+        "    a = torch.ones(64, 64)\n"
+        "    rivals = {'twice': lambda: (a @ a, a @ a), 'missing': None}\n"
+        "    common = dict(op='probe', dtype='float32', device=device, ours=lambda: a @ a, rivals=rivals,\n"
+        "                  without_us='twice', flops=2 * 64**3)\n"
+        "    yield Case(shape='right', check=lambda: None, **common)\n"
+        "    yield Case(shape='wrong', check=wrong, **common)\n"
+    )
+    return tmp_path
+
+
+def test_rows_are_complete_and_wrong_results_have_none(bench):
+    done = run(bench)
+    rows = json.loads(done.stdout)
+    assert done.returncode == 1 and "off by one" in done.stderr
+    assert {row["shape"] for row in rows} == {"right"}
+    assert all(row.keys() >= FIELDS for row in rows)
+    present, absent = rows
+    assert present["ratio"] > 1 and present["without_us"] == present["ratio"]
+    assert absent["absent"] and absent["ratio"] is None
+
+
+def test_unknown_operator_is_one_line(bench):
+    done = run(bench, "--op", "nothing")
+    assert done.returncode == 2 and "op must be one of probe; got nothing" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_committed_results_name_machine_commit_and_date(path):
+    record = json.loads(path.read_text())
+    assert {"machine", "commit", "date", "rows"} <= record.keys()
+    if record["piece"] != "tests":
+        assert all(row.keys() >= FIELDS for row in record["rows"])
