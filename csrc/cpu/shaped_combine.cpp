@@ -1,0 +1,270 @@
+// gaugekit::shaped_combine, its in-place form and its backward on the CPU.
+#include "cpu/shaped_combine.h"
+
+#include <tuple>
+
+#include "common/check.h"
+
+namespace gaugekit {
+namespace {
+
+using torch::stable::parallel_for;
+using Optional = std::optional<Tensor>;
+
+// Rows of a task are worth a thread from this many elements on.
+constexpr int64_t GRAIN = 1 << 15;
+constexpr int64_t FAR = int64_t(1) << 40;  // keeps sums of positions and windows from overflowing
+
+template <class S, class T>
+Rows<S> rows(const T& x) {
+  return {static_cast<S*>(const_cast<void*>(x.const_data_ptr())), {x.stride(0), x.stride(1), x.stride(2)}};
+}
+
+template <class A>
+std::vector<A> gain(const char* name, const Optional& given, int64_t heads, A absent, bool& has) {
+  has = given.has_value();
+  if (!has) return std::vector<A>(heads, absent);
+  check_shape(name, *given, {heads});
+  const Tensor x = torch::stable::contiguous(*given);
+  std::vector<A> values(heads);
+  for (int64_t h = 0; h < heads; ++h) {
+    switch (x.scalar_type()) {
+      case ScalarType::Float:
+        values[h] = static_cast<A>(x.const_data_ptr<float>()[h]);
+        break;
+      case ScalarType::Double:
+        values[h] = static_cast<A>(x.const_data_ptr<double>()[h]);
+        break;
+      case ScalarType::BFloat16:
+        values[h] = load<1>(static_cast<const BFloat16*>(x.const_data_ptr()) + h, 1)[0];
+        break;
+      case ScalarType::Half:
+        values[h] = load<1>(static_cast<const Float16*>(x.const_data_ptr()) + h, 1)[0];
+        break;
+      default:
+        STD_TORCH_CHECK(false, name, ": expected a floating dtype");
+    }
+  }
+  return values;
+}
+
+void write_gain(const Tensor& to, const std::vector<double>& values) {
+  for (int64_t h = 0; h < to.size(0); ++h) {
+    switch (to.scalar_type()) {
+      case ScalarType::Float:
+        to.mutable_data_ptr<float>()[h] = static_cast<float>(values[h]);
+        break;
+      case ScalarType::Double:
+        to.mutable_data_ptr<double>()[h] = values[h];
+        break;
+      case ScalarType::BFloat16:
+        store<1>(static_cast<BFloat16*>(to.mutable_data_ptr()) + h,
+                 Vector<float, 1>{static_cast<float>(values[h])}, 1);
+        break;
+      default:
+        store<1>(static_cast<Float16*>(to.mutable_data_ptr()) + h,
+                 Vector<float, 1>{static_cast<float>(values[h])}, 1);
+    }
+  }
+}
+
+std::vector<Sequence> sequences(int64_t batch, int64_t queries, int64_t keys, bool causal, const Optional& query_start,
+                                const Optional& key_lengths, const Optional& cu_seqlens) {
+  std::vector<Sequence> found;
+  if (cu_seqlens) {
+    check_dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
+    STD_TORCH_CHECK(batch == 1 && queries == keys && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
+                    "cu_seqlens: expected B = 1, T = S and at least one entry");
+    const Tensor held = torch::stable::contiguous(*cu_seqlens);
+    const int32_t* bounds = held.const_data_ptr<int32_t>();
+    const int64_t count = held.size(0) - 1;
+    STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == queries, "cu_seqlens: expected to run from 0 to T");
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t length = int64_t(bounds[i + 1]) - bounds[i];
+      STD_TORCH_CHECK(length >= 0, "cu_seqlens: expected values that never fall");
+      found.push_back({0, bounds[i], length, bounds[i], length, 0});
+    }
+    return found;
+  }
+  const auto entries = [&](const char* name, const Optional& given, int64_t absent) {
+    std::vector<int64_t> values(batch, absent);
+    if (given) {
+      check_dtype(name, *given, ScalarType::Long);
+      check_shape(name, *given, {batch});
+      for (int64_t b = 0; b < batch; ++b) values[b] = given->const_data_ptr<int64_t>()[b * given->stride(0)];
+    }
+    return values;
+  };
+  const std::vector<int64_t> start = entries("query_start", query_start, causal ? keys - queries : 0);
+  const std::vector<int64_t> length = entries("key_lengths", key_lengths, keys);
+  for (int64_t b = 0; b < batch; ++b)
+    found.push_back({b, 0, queries, 0, std::min(std::max<int64_t>(length[b], 0), keys),
+                     std::min(std::max(start[b], -FAR), FAR)});
+  return found;
+}
+
+struct Arguments {
+  const Tensor &a, &v;
+  const Optional &alpha, &beta, &gamma, &v0, &lam;
+  bool causal;
+  const std::optional<int64_t>& window;
+  const Optional &query_start, &key_lengths, &cu_seqlens;
+
+  Shape shape() const {
+    STD_TORCH_CHECK(a.dim() == 4 && v.dim() == 4, "a, v: expected [B, H, T, V] and [B, G, S, V]");
+    STD_TORCH_CHECK(v.size(0) == a.size(0) && v.size(3) == a.size(3) && v.size(1) > 0 &&
+                        a.size(1) % v.size(1) == 0,
+                    "v: expected [B, G, S, V] with a's B and V and G dividing H");
+    STD_TORCH_CHECK(v.scalar_type() == a.scalar_type(), "v: expected the dtype of a");
+    STD_TORCH_CHECK(v0.has_value() == lam.has_value(), "v0, lam: expected both or neither");
+    if (v0) {
+      check_dtype("v0", *v0, a.scalar_type());
+      check_shape("v0", *v0, {a.size(0), v.size(1), a.size(2), a.size(3)});
+    }
+    STD_TORCH_CHECK(!window || *window > 0, "window: expected a positive number");
+    STD_TORCH_CHECK(causal || (!alpha && !lam) || a.size(2) == v.size(2),
+                    "alpha, lam: without causal they need T = S");
+    return {a.size(1), v.size(1), a.size(3), causal, window ? std::min(*window, FAR) : 0};
+  }
+  std::vector<Sequence> sequences() const {
+    return gaugekit::sequences(a.size(0), a.size(2), v.size(2), causal, query_start, key_lengths, cu_seqlens);
+  }
+  template <class A>
+  Gains<A> gains() const {
+    const int64_t heads = a.size(1);
+    Gains<A> g;
+    g.alpha = gain<A>("alpha", alpha, heads, 0, g.has_alpha);
+    g.beta = gain<A>("beta", beta, heads, 1, g.has_beta);
+    g.gamma = gain<A>("gamma", gamma, heads, 0, g.has_gamma);
+    g.lambda = gain<A>("lam", lam, heads, 0, g.has_lambda);
+    return g;
+  }
+};
+
+// Runs task(sequence, index, first, last) over every sequence and `units` heads or groups of it, side by side where
+// they are neighbours in memory: rows of several heads are then read as one stream.
+template <class Task>
+void over_sequences(const std::vector<Sequence>& all, int64_t units, int64_t elements_a_unit, const Task& task) {
+  const int64_t count = static_cast<int64_t>(all.size()) * units;
+  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_a_unit));
+  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t index = begin / units, first = begin % units, last = std::min(units, first + end - begin);
+      task(all[index], index, first, last);
+      begin += last - first;
+    }
+  });
+}
+
+template <class Run>
+void dispatch(ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Double:
+      return run(double{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{});
+    case ScalarType::Half:
+      return run(Float16{});
+    default:
+      STD_TORCH_CHECK(false, "a: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+void combine_into(const Tensor& out, const Arguments& arguments) {
+  const Shape shape = arguments.shape();
+  const Tensor a = with_contiguous_rows(arguments.a), v = with_contiguous_rows(arguments.v);
+  const Optional v0 = arguments.v0 ? Optional(with_contiguous_rows(*arguments.v0)) : std::nullopt;
+  const std::vector<Sequence> all = arguments.sequences();
+  if (out.numel() == 0) return;
+  dispatch(a.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    Forward<S> f{shape, arguments.gains<accumulator<S>>(), rows<const S>(a), rows<const S>(v), {}, rows<S>(out)};
+    if (v0) f.v0 = rows<const S>(*v0);
+    over_sequences(all, shape.heads, a.size(2) * shape.width,
+                   [&](const Sequence& s, int64_t, int64_t first, int64_t last) { shaped_combine(f, s, first, last); });
+  });
+}
+
+// A new tensor laid out as x is, or densely where that would leave the last axis with a stride. The operators' fakes
+// (ops/shaped_combine.py) say the same.
+Tensor rows_like(const Tensor& x) {
+  Tensor made = torch::stable::empty_like(x);
+  return made.size(3) <= 1 || made.stride(3) == 1 ? made : torch::stable::new_empty(x, x.sizes());
+}
+
+Tensor combine(Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma, Optional v0, Optional lam, bool causal,
+               std::optional<int64_t> window, Optional query_start, Optional key_lengths, Optional cu_seqlens) {
+  const Tensor out = rows_like(a);
+  combine_into(out,
+               {a, v, alpha, beta, gamma, v0, lam, causal, window, query_start, key_lengths, cu_seqlens});
+  return out;
+}
+
+void combine_in_place(Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma, Optional v0, Optional lam,
+                      bool causal, std::optional<int64_t> window, Optional query_start, Optional key_lengths,
+                      Optional cu_seqlens) {
+  const Arguments arguments{a, v, alpha, beta, gamma, v0, lam, causal, window, query_start, key_lengths, cu_seqlens};
+  if (a.size(3) > 1 && a.stride(3) != 1) {
+    Tensor dense = torch::stable::new_empty(a, a.sizes());
+    combine_into(dense, arguments);
+    torch::stable::copy_(a, dense);
+  } else {
+    combine_into(a, arguments);
+  }
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients combine_backward(Tensor grad, Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma, Optional v0,
+                           Optional lam, bool causal, std::optional<int64_t> window, Optional query_start,
+                           Optional key_lengths, Optional cu_seqlens) {
+  const Arguments arguments{a, v, alpha, beta, gamma, v0, lam, causal, window, query_start, key_lengths, cu_seqlens};
+  const Shape shape = arguments.shape();
+  check_shape("grad", grad, {a.size(0), a.size(1), a.size(2), a.size(3)});
+  check_dtype("grad", grad, a.scalar_type());
+  const std::vector<Sequence> all = arguments.sequences();
+  const Tensor g = with_contiguous_rows(grad), a_ = with_contiguous_rows(a), v_ = with_contiguous_rows(v);
+  const Optional v0_ = v0 ? Optional(with_contiguous_rows(*v0)) : std::nullopt;
+  const auto like = [&](const Optional& x) {
+    return x ? torch::stable::new_empty(*x, x->sizes()) : torch::stable::new_empty(a, {0});
+  };
+  Tensor da = rows_like(a), dv = rows_like(v), dv0 = v0 ? rows_like(*v0) : like(v0);
+  if (key_lengths) torch::stable::zero_(dv);  // padding keys are not visited
+  std::vector<double> partial(all.size() * shape.heads * GAIN_COUNT, 0.0);
+  if (a.numel() == 0) {
+    torch::stable::zero_(dv);
+    torch::stable::zero_(dv0);
+  } else {
+    dispatch(a.scalar_type(), [&](auto tag) {
+      using S = decltype(tag);
+      Backward<S> f{shape, arguments.gains<accumulator<S>>(), rows<const S>(g), rows<const S>(a_),
+                    rows<const S>(v_), {}, rows<S>(da), rows<S>(dv), {}, partial.data()};
+      if (v0) f.v0 = rows<const S>(*v0_), f.dv0 = rows<S>(dv0);
+      const int64_t work = (a.size(2) + v.size(2)) * shape.width * shape.heads_of_group();
+      over_sequences(all, shape.groups, work, [&](const Sequence& s, int64_t index, int64_t first, int64_t last) {
+        shaped_combine_backward(f, s, index, first, last);
+      });
+    });
+  }
+  const auto total = [&](const Optional& x, Gain gain, double sign) {
+    Tensor result = like(x);
+    if (!x) return result;
+    std::vector<double> sums(shape.heads, 0.0);
+    for (size_t i = 0; i < all.size(); ++i)
+      for (int64_t h = 0; h < shape.heads; ++h) sums[h] += sign * partial[(i * shape.heads + h) * GAIN_COUNT + gain];
+    write_gain(result, sums);
+    return result;
+  };
+  return {da, dv, total(alpha, ALPHA, 1), total(beta, BETA, 1), total(gamma, GAMMA, 1), dv0, total(lam, LAMBDA, 1)};
+}
+
+}  // namespace
+}  // namespace gaugekit
+
+STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) {
+  m.impl("shaped_combine", TORCH_BOX(&gaugekit::combine));
+  m.impl("shaped_combine_", TORCH_BOX(&gaugekit::combine_in_place));
+  m.impl("shaped_combine_backward", TORCH_BOX(&gaugekit::combine_backward));
+}
