@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .bert import Bert
 from .family import Family
 from .gpt2 import Gpt2
-from .view import AttentionView, Compact, Projection, Stored, parameters
+from .view import AttentionView, Compact, Projection, Stored, free_rows, parameters
 
 FAMILIES: dict[str, Family] = {adapter.name: adapter for adapter in (Bert(), Gpt2())}
 
@@ -62,6 +62,11 @@ class Live:
             )
         return tensor.detach().cpu()
 
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Copies ``tensors`` into the parameters of those names (without prefix), rounded to their dtype."""
+        for name, tensor in tensors.items():
+            self.model.get_parameter(self.prefix + name).data.copy_(tensor)
+
     def attention(self, layer: int) -> AttentionView:
         """The float64 view of one layer's attention."""
         return self.family.attention(self.config, layer, self.read)
@@ -76,5 +81,6 @@ __all__ = [
     "Projection",
     "Stored",
     "family",
+    "free_rows",
     "parameters",
 ]

@@ -89,7 +89,7 @@ class Family(ABC):
                 raise ValueError(f"{name}: expected shape {shape} by the config, got {tuple(tensor.shape)}")
             if not tensor.is_floating_point():
                 raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-            found[name] = tensor.detach().to(torch.float64)
+            found[name] = tensor.detach().to(torch.float64, copy=True)
         return found
 
 

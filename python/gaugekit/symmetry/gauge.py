@@ -1,0 +1,103 @@
+"""Fixing the gauge: every number that no output depends on becomes exactly 0 or 1, and need not be stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..models import AttentionView, Compact, Live, Projection, family, free_rows
+from ..report import Report
+from ..rewrite import Rewrite, invariance_error
+from .groups import SYMMETRIES
+
+ORDER = ("key_bias", "value_bias", "value_output", "query_key")  # biases first: then the other two carry none
+ROWS = ("max_volume", "shared_partition")
+
+
+def count(view: AttentionView) -> dict[str, int]:
+    """The numbers nobody can observe in one layer, by group: {value_output, query_key, key_bias, value_bias}."""
+    return {name: symmetry.dimension(view) for name, symmetry in SYMMETRIES.items()}
+
+
+class GaugeFix(Rewrite):
+    """The first rewrite: fixes all four groups of every layer, exactly.
+
+    Keys lose their bias and W_K[P] = I, values theirs and W_V[P] = I; queries, output and output bias take it up.
+    Counts are exact: (V² + K² + K + V) numbers a key/value head (without rotary positions, with biases).
+    ``rows`` chooses P: "max_volume" (per head, entries ≤ 1.02) or "shared_partition" (one partition of the inputs a
+    layer; needs heads·width = D). Source: arXiv 2412.14543; rows: see ``symmetry.rows``.
+    """
+
+    name = "gauge"
+    claim = "exact"
+
+    def __init__(self, rows: str = "max_volume"):
+        if rows not in ROWS:
+            raise ValueError(f"rows: expected one of {', '.join(ROWS)}; got {rows!r}")
+        self.rows = rows
+
+    @property
+    def arguments(self) -> dict:
+        return {"rows": self.rows}
+
+    def plan(self, config: dict) -> dict[str, int]:
+        adapter = family(config)
+        removed = dict.fromkeys(SYMMETRIES, 0)
+        for layer in range(adapter.layers(config)):
+            for name, size in count(adapter.outline(config, layer)).items():
+                removed[name] += size
+        return {**removed, "total": sum(removed.values())}
+
+    def layer(self, view: AttentionView, statistics: object = None) -> AttentionView:
+        for name in ORDER:
+            view = SYMMETRIES[name].fix(view, rows=self.rows)
+        return view
+
+    def form(self, view: AttentionView) -> dict[str, Compact]:
+        parts = {"k": view.k, "v": view.v}
+        return {name: compact(part) for name, part in parts.items() if part.rows is not None}
+
+
+def compact(part: Projection) -> Compact:
+    """A fixed projection as the form "gauge_projection": ``free`` [heads, D − K, K], ``rows`` [heads, K]."""
+    heads, inputs, width = part.weight.shape
+    index = free_rows(part.rows, inputs)
+    tensors = {
+        "free": part.weight.gather(1, index[..., None].expand(-1, -1, width)),
+        "rows": part.rows.to(torch.int32),
+    }
+    if part.bias is not None:
+        tensors["bias"] = part.bias.flatten()
+    arguments = {"heads": heads, "inputs": inputs, "width": width, "bias": part.bias is not None}
+    return Compact("gauge_projection", arguments, tensors)
+
+
+@torch.no_grad()
+def fix(model: nn.Module, *, rows: str = "max_volume") -> Report:
+    """Fixes the gauge of a live model in place: the same classes, dense weights, the same function.
+
+    The float64 result is rounded once to each parameter's dtype; the removed entries are exactly 0 or 1 afterwards.
+    ``rows`` is "max_volume" or "shared_partition" (see ``GaugeFix``). Do it before training or saving, not under an
+    optimizer that already holds moments of these parameters: those belong to the old weights.
+
+    Returns a Report: ``parameters``; ``removed`` {group: count, total}; ``layers`` [{layer, value_rows, key_rows:
+    [head][width] input indices, invariance_error (float64, before rounding)}]. Raises ValueError for a model that is
+    none of transformers' or of an unknown family; layers fixed before an error stay fixed, the function unchanged.
+    """
+    live = Live(model)
+    gauge = GaugeFix(rows)
+    removed = gauge.plan(live.config)
+    layers = []
+    for layer in range(live.layers):
+        before = live.attention(layer)
+        after = gauge.layer(before)
+        found = {
+            "layer": layer,
+            "value_rows": None if after.v.rows is None else after.v.rows.tolist(),
+            "key_rows": None if after.k.rows is None else after.k.rows.tolist(),
+            "invariance_error": invariance_error(before, after, seed=layer),
+        }
+        live.write(live.family.store(live.config, layer, after).tensors)
+        layers.append(found)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Report("fix", {"parameters": parameters, "removed": removed, "layers": layers})

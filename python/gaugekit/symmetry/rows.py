@@ -1,0 +1,134 @@
+"""Which inputs carry the identity: the choice of rows that decides whether a fixed gauge survives bf16.
+
+A projection W [D, K] of full rank is W = C M with M = W[P] for any K rows P that span it, and C[P] = I. Rounding C
+costs accuracy in proportion to its entries, so P is chosen to keep them small. The first K rows do not: they break bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BOUND = 1.02  # entries of C that a swap may leave; 1 would be a local maximum of the volume |det M|
+
+
+def choose(weight: Tensor, how: str) -> Tensor:
+    """Rows [heads, K] int64 for ``weight`` [heads, D, K] float64, by "max_volume" or "shared_partition"."""
+    if how == "max_volume":
+        return max_volume(weight)
+    if how == "shared_partition":
+        return shared_partition(weight)
+    raise ValueError(f"rows: expected 'max_volume' or 'shared_partition', got {how!r}")
+
+
+def max_volume(weight: Tensor) -> Tensor:
+    """Per head, rows of locally maximal volume |det W[P]|: every entry of C is then at most 1.02 in size.
+
+    Column-pivoted QR of Wᵀ, then swaps of one row for another while some |C[i, j]| > 1.02: each multiplies the volume
+    by that entry (Goreinov et al., "How to find a good submatrix", 2010). ``weight`` [heads, D, K] float64; returns
+    [heads, K] int64. Raises ValueError where D < K.
+    """
+    heads, inputs, width = weight.shape
+    if inputs < width:
+        raise ValueError(
+            f"weight: expected at least as many inputs as the head is wide, got {inputs} < {width}"
+        )
+    rows = _pivots(weight)
+    for head in range(heads):
+        if not _full_rank(weight[head, rows[head]]):
+            continue  # a rank-deficient head has no volume to raise; its pivots span it already
+        current = coordinates(weight[head : head + 1], rows[head : head + 1])[0]
+        while True:
+            best = int(current.abs().argmax())
+            row, column = divmod(best, width)
+            if current[row, column].abs() <= BOUND:
+                break
+            rows[head, column] = row
+            _swap(current, row, column)
+    return rows
+
+
+def shared_partition(weight: Tensor) -> Tensor:
+    """One partition of the D inputs for all heads (heads·K = D): a kernel then gathers x once for the layer.
+
+    Starts with heads taking pivots in turn; then inputs of two heads change places while that raises
+    Σ_h log|det W_h[P_h]|, the best pair first. ``weight`` [heads, D, K] -> rows [heads, K] int64, a permutation of D.
+    Raises ValueError where heads·K ≠ D, or a head has not full rank.
+    """
+    heads, inputs, width = weight.shape
+    if heads * width != inputs:
+        raise ValueError(
+            f"rows: 'shared_partition' expects heads·width = inputs, got {heads}·{width} and {inputs}"
+        )
+    rows = _pivots(weight, in_turn=True)
+    if not all(_full_rank(weight[head, rows[head]]) for head in range(heads)):
+        raise ValueError("rows: 'shared_partition' expects heads of full rank; choose 'max_volume'")
+    current = coordinates(weight, rows)
+    while True:
+        # volume[s, t]: by what the volume of slot s's head changes when its row gives way to the row of slot t
+        volume = current[:, rows.flatten()].movedim(1, 2).reshape(inputs, inputs).abs()
+        best = int((volume * volume.mT).argmax())
+        first, second = divmod(best, inputs)
+        if volume[first, second] * volume[second, first] <= BOUND:
+            return rows
+        (a, i), (b, j) = divmod(first, width), divmod(second, width)
+        rows[a, i], rows[b, j] = rows[b, j].clone(), rows[a, i].clone()
+        _swap(current[a], int(rows[a, i]), i)
+        _swap(current[b], int(rows[b, j]), j)
+
+
+def coordinates(weight: Tensor, rows: Tensor) -> Tensor:
+    """C with C M = W, M = W[P], and C[P] = I exactly. ``weight`` [heads, n, K], ``rows`` [heads, K] -> [heads, n, K].
+
+    Where M is singular (a head of lower rank) C is the least-norm solution outside P, and C M = W still.
+    """
+    basis = take(weight, rows)
+    if all(_full_rank(one) for one in basis):
+        found = torch.linalg.solve(basis, weight, left=False)
+    else:
+        found = weight @ torch.linalg.pinv(basis, rtol=_tolerance(basis))
+    identity = torch.eye(rows.shape[1], dtype=weight.dtype, device=weight.device).expand_as(basis)
+    return found.scatter(1, rows[..., None].expand_as(basis), identity)
+
+
+def take(weight: Tensor, rows: Tensor) -> Tensor:
+    """M = W[P]: [heads, n, K], [heads, K] -> [heads, K, K]."""
+    return weight.gather(1, rows[..., None].expand(-1, -1, weight.shape[2]))
+
+
+def _pivots(weight: Tensor, in_turn: bool = False) -> Tensor:
+    """Pivoted QR by modified Gram–Schmidt: always the row with the largest part outside the span of those taken."""
+    heads, inputs, width = weight.shape
+    rest = weight.clone()
+    rows = torch.empty(heads, width, dtype=torch.int64)
+    free = torch.ones(heads, inputs, dtype=torch.bool)
+    turns = [slice(head, head + 1) for head in range(heads)] if in_turn else [slice(None)]
+    for step in range(width):
+        for turn in turns:
+            length = rest[turn].square().sum(-1).masked_fill(~free[turn], -1)
+            row = length.argmax(1)
+            rows[turn, step] = row
+            if in_turn:
+                free[:, row] = False
+            else:
+                free[torch.arange(heads), row] = False
+            direction = rest[turn].gather(1, row[:, None, None].expand(-1, 1, width))
+            direction = torch.nn.functional.normalize(direction, dim=-1, eps=torch.finfo(weight.dtype).tiny)
+            rest[turn] -= (rest[turn] @ direction.mT) @ direction
+    return rows
+
+
+def _swap(current: Tensor, row: int, column: int) -> None:
+    """C after ``row`` has replaced the row of ``column`` in P: one rank-one update, in place."""
+    change = current[row].clone()
+    change[column] -= 1
+    current -= torch.outer(current[:, column], change / current[row, column])
+
+
+def _tolerance(basis: Tensor) -> float:
+    return basis.shape[-1] * torch.finfo(basis.dtype).eps
+
+
+def _full_rank(basis: Tensor) -> bool:
+    spectrum = torch.linalg.svdvals(basis)
+    return bool(spectrum[-1] > spectrum[0] * _tolerance(basis))

@@ -1,0 +1,97 @@
+"""Gauge fixing of live models: exact, the entries that went are exactly 0 or 1, and the counts are the formula's."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from gaugekit import symmetry  # noqa: E402
+from gaugekit.models import Live  # noqa: E402
+from helpers import minilm  # noqa: E402
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=24, num_attention_heads=3, num_hidden_layers=2, intermediate_size=32
+    )
+    return scatter(transformers.BertForMaskedLM(config))
+
+
+def gpt2():
+    return scatter(
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=60, n_embd=24, n_head=3, n_layer=2, n_positions=32)
+        )
+    )
+
+
+def scatter(model):
+    """Random weights everywhere, biases too: fresh models have zero biases, which would hide errors."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("rows", ["max_volume", "shared_partition"])
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_fix_is_exact_in_float64(make, rows):
+    model = make()
+    kinds = [type(module) for module in model.modules()]
+    tokens = torch.randint(0, 60, (2, 11))
+    expected = model(tokens).logits
+    report = symmetry.fix(model, rows=rows)
+    got = model(tokens).logits
+    assert (got - expected).norm() <= 1e-12 * expected.norm()
+    assert [type(module) for module in model.modules()] == kinds
+    per_layer = {"value_output": 3 * 64, "query_key": 3 * 64, "key_bias": 24, "value_bias": 24}
+    assert report["removed"] == {**{name: 2 * size for name, size in per_layer.items()}, "total": 2 * 432}
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    live = Live(model)
+    for layer, entry in enumerate(report["layers"]):
+        view = live.attention(layer)
+        assert 0 < entry["invariance_error"] < 1e-13
+        assert symmetry.count(view) == per_layer
+        assert view.k.bias.count_nonzero() == 0 and view.v.bias.count_nonzero() == 0
+        for part, chosen in ((view.k, entry["key_rows"]), (view.v, entry["value_rows"])):
+            for head, inputs in enumerate(chosen):
+                assert torch.equal(part.weight[head, inputs], torch.eye(8, dtype=torch.float64))
+        if rows == "shared_partition":
+            assert sorted(index for head in entry["key_rows"] for index in head) == list(range(24))
+    again = symmetry.fix(model, rows=rows)
+    assert again["removed"] == report["removed"]
+
+
+def test_fix_keeps_gradients_flowing_and_parameters_the_same_objects():
+    model = gpt2().train()
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    symmetry.fix(model)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    model(torch.randint(0, 60, (1, 5))).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="max_volume, shared_partition; got 'first'"):
+        symmetry.fix(bert(), rows="first")
+    with pytest.raises(ValueError, match="transformers model"):
+        symmetry.fix(torch.nn.Linear(2, 2))
+    llama = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match="bert, gpt2; got 'llama'"):
+        symmetry.fix(transformers.LlamaModel(llama))
+
+
+@minilm
+def test_the_counts_of_a_real_model():
+    from gaugekit import samples
+
+    plan = symmetry.GaugeFix().plan(transformers.AutoConfig.from_pretrained(samples.minilm()).to_dict())
+    assert plan == {
+        "value_output": 73_728,
+        "query_key": 73_728,
+        "key_bias": 2_304,
+        "value_bias": 2_304,
+        "total": 152_064,
+    }
