@@ -1,7 +1,27 @@
 """gaugekit removes from a transformer what nobody can observe."""
 
+import importlib
+
 from . import _library
 
 __version__ = "0.1.0"
 
 _library.load()
+
+# Public names that are found when first asked for, so that importing gaugekit stays light: name -> module[:attribute].
+_LAZY = {
+    "samples": "gaugekit.samples",
+    "verify": "gaugekit.verify",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'gaugekit' has no attribute {name!r}")
+    module, _, attribute = _LAZY[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

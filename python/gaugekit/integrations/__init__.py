@@ -1,0 +1,1 @@
+"""Where gaugekit meets other packages; nothing here is imported unless it is used."""

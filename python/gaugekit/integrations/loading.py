@@ -1,0 +1,130 @@
+"""Opens a Hugging Face directory (config.json + safetensors) as a model and a tokenizer, offline and quietly."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
+
+
+def transformers() -> Any:
+    """The transformers package, with gaugekit's own loaders registered; ImportError naming the extra if absent."""
+    try:
+        package = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError("this needs transformers: pip install gaugekit[hf]") from error
+    if importlib.util.find_spec("gaugekit.integrations.transformers") is not None:
+        importlib.import_module("gaugekit.integrations.transformers")
+    return package
+
+
+def directory(path: str | Path, argument: str = "model") -> Path:
+    """``path`` as a Path, if a config.json and safetensors files stand in it; else ValueError naming ``argument``."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(
+            f"{argument}: expected a model directory, got {str(path)!r}, which is not a directory"
+        )
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{argument}: expected a config.json in {str(path)!r}, found none")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{argument}: expected .safetensors files in {str(path)!r}, found none")
+    return path
+
+
+def headers(path: Path) -> dict[str, dict]:
+    """The JSON header of every .safetensors file in ``path``, by file name; ValueError where one cannot be read."""
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = stream.read(8)
+            length = struct.unpack("<Q", size)[0] if len(size) == 8 else -1
+            if not 2 <= length <= file.stat().st_size - 8:
+                raise ValueError(f"{file}: not a safetensors file")
+            try:
+                found[file.name] = json.loads(stream.read(length))
+            except ValueError as error:
+                raise ValueError(f"{file}: its header is not JSON") from error
+    return found
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The floating type most numbers in ``path`` are stored in; ValueError where the files are packed."""
+    bytes_of: Counter[torch.dtype] = Counter()
+    for name, header in headers(path).items():
+        if "gaugekit" in header.get("__metadata__", {}):
+            raise ValueError(
+                f"{path / name} is packed: `gaugekit unpack` restores the files a model loads from"
+            )
+        for tensor in header.values():
+            if (dtype := STORED.get(tensor.get("dtype", ""))) is not None:
+                start, stop = tensor["data_offsets"]
+                bytes_of[dtype] += (stop - start) // dtype.itemsize
+    if not bytes_of:
+        raise ValueError(f"{path}: expected weights stored as {', '.join(STORED)}, found none")
+    return bytes_of.most_common(1)[0][0]
+
+
+def architecture(path: Path) -> type:
+    """The model class named first under ``architectures`` in config.json, else the class AutoModel would take."""
+    package = transformers()
+    names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    for name in names:
+        if (found := getattr(package, name, None)) is not None:
+            return found
+    if names:
+        raise ValueError(f"{path}: transformers {package.__version__} has no class {' or '.join(names)}")
+    return package.AutoModel
+
+
+def model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of ``path`` in ``dtype``, in evaluation mode.
+
+    ValueError where weights are missing, since transformers would fill them with random numbers.
+    """
+    found = architecture(path)
+    stored_dtype(path)
+    with quiet():
+        loaded, info = found.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    # A bare encoder reads its pooler for nothing that is compared here, and published ones often lack it.
+    bare = type(loaded).__name__.endswith("Model")
+    missing = sorted(name for name in info["missing_keys"] if not (bare and name.startswith("pooler.")))
+    if missing:
+        some = ", ".join(missing[:4])
+        raise ValueError(f"{path}: {len(missing)} weights of {type(loaded).__name__} are missing: {some}")
+    return loaded.eval()
+
+
+def tokenizer(path: str | Path) -> Any | None:
+    """The tokenizer that stands in ``path``, or None where there is none."""
+    path = Path(path)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    with quiet():
+        return transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps transformers' progress bars and advice off the terminal: the caller shows its own progress."""
+    logging = transformers().utils.logging
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
