@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from . import models
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -76,21 +73,6 @@ class Checkpoint:
                     f"checkpoint: {INDEX} promises {absent[0]!r} in {file}, which does not hold it"
                 )
 
-    @cached_property
-    def family(self) -> models.Family:
-        """The adapter of this checkpoint's family; ValueError for one that is not known or not covered."""
-        return models.family(self.config)
-
-    @cached_property
-    def prefix(self) -> str:
-        """What stands before the base model's names in this file ("", "bert.", ...)."""
-        return self.family.prefix(self._where)
-
-    @property
-    def layers(self) -> int:
-        """L, the number of layers."""
-        return self.family.layers(self.config)
-
     def names(self) -> list[str]:
         """The names of all stored tensors, sorted."""
         return sorted(self._where)
@@ -113,10 +95,6 @@ class Checkpoint:
     def bytes(self, name: str) -> int:
         """The bytes a tensor takes in its file."""
         return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
-
-    def attention(self, layer: int) -> models.AttentionView:
-        """The float64 view of one layer's attention."""
-        return self.family.attention(self.config, layer, lambda name: self.read(self.prefix + name))
 
     def sha256(self, progress: Progress | None = None, total_bytes: int | None = None) -> dict[str, str]:
         """The SHA-256 of every weight file and of config.json, by file name."""

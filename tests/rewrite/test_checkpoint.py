@@ -38,7 +38,6 @@ def test_reads(tmp_path, shards):
         assert checkpoint.shape(name) == tuple(tensor.shape)
         assert checkpoint.dtype(name) == tensor.dtype
         assert checkpoint.bytes(name) == tensor.nbytes
-    assert checkpoint.family.name == "bert"
     assert len(checkpoint.sha256()) == (3 if shards else 2)
 
 

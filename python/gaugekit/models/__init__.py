@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from .bert import Bert
-from .family import Family
+from .family import Family, Read
 from .gpt2 import Gpt2
-from .view import AttentionView, Compact, Projection, Stored, free_rows, parameters
+from .view import AttentionView, Compact, Projection, Stored, parameters
 
 FAMILIES: dict[str, Family] = {adapter.name: adapter for adapter in (Bert(), Gpt2())}
 
@@ -29,11 +31,38 @@ def family(config: dict) -> Family:
     return adapter
 
 
-class Live:
-    """A live model read as if it were a checkpoint: ``config``, ``family``, ``prefix``, ``attention(layer)``.
+class Layers:
+    """The attention of a model, layer by layer, from anything that reads tensors by name.
 
-    ``model`` is an nn.Module with a ``config`` (transformers' models have one). Raises ValueError where it has none, or
-    where its family is not known.
+    ``config`` is the content of ``config.json``, ``names`` the names of all tensors, ``read(name)`` gives one. For a
+    checkpoint: ``Layers(checkpoint.config, checkpoint.names(), checkpoint.read)``. Attributes: ``config``, ``family``,
+    ``prefix`` (what stands before the base model's names: "", "bert.", ...). Raises ValueError for a family that is not
+    known or a model that is not found among the names.
+    """
+
+    def __init__(self, config: dict, names: Iterable[str], read: Read):
+        self.config = config
+        self.family = family(config)
+        self.prefix = self.family.prefix(names)
+        self._read = read
+
+    def __len__(self) -> int:
+        """L, the number of layers."""
+        return self.family.layers(self.config)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name`` of the base model (without prefix)."""
+        return self._read(self.prefix + name)
+
+    def attention(self, layer: int) -> AttentionView:
+        """The float64 view of one layer's attention."""
+        return self.family.attention(self.config, layer, self.read)
+
+
+class Live(Layers):
+    """The layers of a live model: an nn.Module with a ``config`` (transformers' models have one).
+
+    Raises ValueError where it has none, or where its family is not known.
     """
 
     def __init__(self, model: nn.Module):
@@ -43,23 +72,13 @@ class Live:
                 f"model: expected a transformers model (with a config), got {type(model).__name__}"
             )
         self.model = model
-        self.config = config.to_dict()
-        self.family = family(self.config)
-        self.prefix = self.family.prefix(name for name, _ in model.named_parameters())
+        super().__init__(config.to_dict(), (name for name, _ in model.named_parameters()), self._parameter)
 
-    @property
-    def layers(self) -> int:
-        """L, the number of layers."""
-        return self.family.layers(self.config)
-
-    def read(self, name: str) -> Tensor:
-        """The parameter ``name`` (without prefix), detached, on the CPU."""
-        module, _, leaf = (self.prefix + name).rpartition(".")
+    def _parameter(self, name: str) -> Tensor:
+        module, _, leaf = name.rpartition(".")
         tensor = getattr(self.model.get_submodule(module), leaf, None)
         if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"model: expected a dense parameter {self.prefix + name}, got none (already compact?)"
-            )
+            raise ValueError(f"model: expected a dense parameter {name}, got none (already compact?)")
         return tensor.detach().cpu()
 
     def write(self, tensors: dict[str, Tensor]) -> None:
@@ -67,20 +86,16 @@ class Live:
         for name, tensor in tensors.items():
             self.model.get_parameter(self.prefix + name).data.copy_(tensor)
 
-    def attention(self, layer: int) -> AttentionView:
-        """The float64 view of one layer's attention."""
-        return self.family.attention(self.config, layer, self.read)
-
 
 __all__ = [
     "FAMILIES",
     "AttentionView",
     "Compact",
     "Family",
+    "Layers",
     "Live",
     "Projection",
     "Stored",
     "family",
-    "free_rows",
     "parameters",
 ]

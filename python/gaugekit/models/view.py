@@ -101,9 +101,3 @@ def parameters(view: AttentionView) -> int:
     """The numbers a dense checkpoint stores for this view."""
     parts = (view.q, view.k, view.v, view.o)
     return sum(part.weight.numel() + (0 if part.bias is None else part.bias.numel()) for part in parts)
-
-
-def free_rows(rows: Tensor, inputs: int) -> Tensor:
-    """The inputs not in ``rows`` [heads, width], ascending: [heads, inputs − width] int64."""
-    taken = torch.zeros(rows.shape[0], inputs, dtype=torch.uint8, device=rows.device).scatter(1, rows, 1)
-    return taken.argsort(dim=1, stable=True)[:, : inputs - rows.shape[1]]

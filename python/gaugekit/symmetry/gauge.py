@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..models import AttentionView, Compact, Live, Projection, family, free_rows
+from ..models import AttentionView, Compact, Live, Projection, family
+from ..nn.gauge_projection import free_rows
 from ..report import Report
 from ..rewrite import Rewrite, invariance_error
 from .groups import SYMMETRIES
@@ -88,7 +89,7 @@ def fix(model: nn.Module, *, rows: str = "max_volume") -> Report:
     gauge = GaugeFix(rows)
     removed = gauge.plan(live.config)
     layers = []
-    for layer in range(live.layers):
+    for layer in range(len(live)):
         before = live.attention(layer)
         after = gauge.layer(before)
         found = {

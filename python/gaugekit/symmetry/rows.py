@@ -1,7 +1,8 @@
 """Which inputs carry the identity: the choice of rows that decides whether a fixed gauge survives bf16.
 
 A projection W [D, K] of full rank is W = C M with M = W[P] for any K rows P that span it, and C[P] = I. Rounding C
-costs accuracy in proportion to its entries, so P is chosen to keep them small. The first K rows do not: they break bf16.
+costs accuracy in proportion to its entries, so P is chosen to keep them small. The first K rows are never taken: they
+break bf16.
 """
 
 from __future__ import annotations

@@ -1,0 +1,65 @@
+"""A projection whose gauge is fixed: it holds only what can be observed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def free_rows(rows: Tensor, inputs: int) -> Tensor:
+    """The inputs not in ``rows`` [heads, width], ascending: [heads, inputs − width] int64."""
+    taken = torch.zeros(rows.shape[0], inputs, dtype=torch.uint8, device=rows.device).scatter(1, rows, 1)
+    return taken.argsort(dim=1, stable=True)[:, : inputs - rows.shape[1]]
+
+
+class GaugeProjection(nn.Module):
+    """y_h = x[..., P_h] + x[..., P̄_h] F_h (+ b): x [..., D] -> [..., heads·width].
+
+    P_h, the ``rows`` [heads, width] int32, are the inputs that pass through; F_h, the parameter ``free``
+    [heads, D − width, width], takes the others in ascending order. A forward scatters both into a dense weight for one
+    matmul: smaller at rest, no faster. ``bias`` [heads·width] is there only on request: keys and values need none.
+    """
+
+    form = "gauge_projection"
+
+    def __init__(self, inputs: int, heads: int, width: int, bias: bool = False, device=None, dtype=None):
+        super().__init__()
+        for name, size in (("inputs", inputs), ("heads", heads), ("width", width)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+        if width > inputs:
+            raise ValueError(f"width: expected at most inputs={inputs}, got {width}")
+        self.inputs, self.heads, self.width = inputs, heads, width
+        self.free = nn.Parameter(torch.zeros(heads, inputs - width, width, device=device, dtype=dtype))
+        first = torch.arange(width, dtype=torch.int32, device=device).repeat(heads, 1)
+        self.register_buffer("rows", first)
+        self.bias = nn.Parameter(torch.zeros(heads * width, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def arguments(self) -> dict:
+        """What ``config.json`` keeps of this module."""
+        return {
+            "inputs": self.inputs,
+            "heads": self.heads,
+            "width": self.width,
+            "bias": self.bias is not None,
+        }
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [heads·width, D], as nn.Linear has it."""
+        rows = self.rows.long()
+        index = free_rows(rows, self.inputs)
+        identity = torch.eye(self.width, dtype=self.free.dtype, device=self.free.device)
+        dense = self.free.new_zeros(self.heads, self.inputs, self.width)
+        dense = dense.scatter(1, index[..., None].expand(-1, -1, self.width), self.free)
+        dense = dense.scatter(
+            1, rows[..., None].expand(-1, -1, self.width), identity.expand(self.heads, -1, -1)
+        )
+        return dense.mT.flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
