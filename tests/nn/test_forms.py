@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from gaugekit.nn import Concat, GaugeProjection, forms
 
@@ -92,7 +93,7 @@ def test_concat():
 def test_under_compile():
     module = projection(12, 3, 4, dtype=torch.float32)
     x = torch.randn(6, 12)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
     out = compiled(x)
     assert counter.frame_count == 1
