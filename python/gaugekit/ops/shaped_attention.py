@@ -1,0 +1,88 @@
+"""``shaped_attention``: a softmax core, then ``shaped_combine``.
+
+The core is torch's ``scaled_dot_product_attention`` with its own autograd (``softmax_core``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gaugekit.ops.operands import Mask, check, keys_of_queries
+from gaugekit.ops.softmax_core import mask_kind, packed_core, softmax_core
+
+
+class Plan(NamedTuple):
+    """What a call uses: ``core``; ``mask``: "none", "is_causal" (no array), "keys" ([B, 1, 1, S]), "blocks" (an array a
+    block of ``block`` queries) or "sequences" (one call a sequence); ``width``: what K and V are zero-padded to;
+    ``combine``: whether ``shaped_combine`` follows."""
+
+    core: str
+    mask: str
+    block: int
+    width: int
+    combine: bool
+
+
+def shaped_attention(
+    q, k, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None, causal=False, window=None,
+    query_start=None, key_lengths=None, cu_seqlens=None, scale=None,
+) -> Tensor:  # fmt: skip
+    """β·softmax(scale·q kᵀ) v + α·v − γ·C v + λ·(v0 − v), per head; differentiable in everything but the mask.
+
+    q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], H a multiple of G: head h reads group h // (H/G). v0 [B, G, T, V].
+    Gains alpha, beta, gamma, lam are [H], float32 or v's dtype; beta None means 1, the others 0; lam and v0 come
+    together. ``scale`` None means K^-0.5. C is the uniform attention under the same mask. Returns [B, H, T, V].
+
+    Query t of sequence b stands at position p = query_start[b] + t (int64 [B]; None: S − T when causal, else 0). It
+    sees keys j < key_lengths[b] (int64 [B]; None: S); with ``causal`` j ≤ p; with ``window`` w p − w < j (and, without
+    causal, j < p + w). When causal, a query with p < 0 or p ≥ key_lengths[b] is padding and sees nothing. A row that
+    sees nothing gets zero from the softmax and from C; alpha and lam act on row p of v where 0 ≤ p < key_lengths[b],
+    and without causal need T = S. ``cu_seqlens`` (int32 [N+1], B = 1, T = S) packs N sequences; its values are read on
+    the host, so torch.compile breaks the graph there. Padding must hold finite numbers.
+
+    float32, float64, bfloat16, float16. Raises ValueError for arguments that do not fit. Sources: He and Hofmann,
+    Simplifying Transformer Blocks (ICLR 2024), eq. 5; NeuTRENO (NeurIPS 2023) for lam.
+    """
+    mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
+    uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    a = (packed_core if uses.mask == "sequences" else softmax_core)(q, k, v, mask, scale)
+    if a.dtype != v.dtype:  # torch.autocast chose the core's dtype
+        v, v0 = v.to(a.dtype), None if v0 is None else v0.to(a.dtype)
+    if uses.combine:
+        operands = (v, alpha, beta, gamma, v0, lam, *mask)
+        differentiable = (a, v, alpha, beta, gamma, v0, lam)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
+            return torch.ops.gaugekit.shaped_combine(a, *operands)
+        torch.ops.gaugekit.shaped_combine_(a, *operands)
+        return a
+    if query_start is not None or key_lengths is not None or q.shape[2] > k.shape[2]:
+        seen = keys_of_queries(q.shape[2], k.shape[2], mask, q.device)
+        a = a.masked_fill((seen.last == seen.first)[:, None, :, None], 0)
+    return a
+
+
+def plan(
+    q, k, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None, causal=False, window=None,
+    query_start=None, key_lengths=None, cu_seqlens=None, scale=None,
+) -> Plan:  # fmt: skip
+    """What ``shaped_attention`` with these arguments would use; reads dtypes, shapes and which arguments are given."""
+    mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
+    return _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
+
+
+def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
+    check(q, v, alpha, beta, gamma, v0, lam, mask)
+    if k.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[3] or k.shape[3] < 1:
+        expected = [*v.shape[:3], q.shape[3]]
+        raise ValueError(f"k: expected [B, G, S, K] = {expected} beside q and v, got {list(k.shape)}")
+    if k.dtype != q.dtype or k.device != q.device:
+        raise ValueError(f"k: expected {q.dtype} on {q.device}, got {k.dtype} on {k.device}")
+    kind, block = mask_kind(q.shape[2], k.shape[2], mask)
+    combine = any(gain is not None for gain in (alpha, beta, gamma, lam))
+    # torch's CPU kernels take only K = V; its general path is 9 to 28 times slower than zeros appended to the narrower.
+    widths = (q.shape[3], v.shape[3]) if q.device.type == "cpu" else (v.shape[3],)
+    return Plan("torch scaled_dot_product_attention", kind, block, max(widths), combine)
