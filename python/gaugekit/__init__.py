@@ -2,9 +2,12 @@
 
 import importlib
 
-from . import _library
+from . import _library, ops
+from .ops.shaped_attention import shaped_attention
 
 __version__ = "0.1.0"
+
+__all__ = ["ops", "shaped_attention"]
 
 _library.load()
 

@@ -1,6 +1,6 @@
 """``shaped_attention``: a softmax core, then ``shaped_combine``.
 
-The core is torch's ``scaled_dot_product_attention`` with its own autograd (``softmax_core``).
+The core is torch's ``scaled_dot_product_attention`` with its own autograd (``shaped_attention_core``).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaugekit.ops.operands import Mask, check, keys_of_queries
-from gaugekit.ops.softmax_core import mask_kind, packed_core, softmax_core
+from gaugekit.ops.shaped_attention_core import mask_kind, packed_core, softmax_core
+from gaugekit.ops.shaped_combine_operands import Mask, check, keys_of_queries
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gaugekit import _library
-from gaugekit.ops.operands import Mask, check, gather, keys_of_queries, queries_of_keys, sums
+from gaugekit.ops.shaped_combine_operands import Mask, check, gather, keys_of_queries, queries_of_keys, sums
 
 TERMS = "Tensor v, Tensor? alpha, Tensor? beta, Tensor? gamma, Tensor? v0, Tensor? lam"
 MASK = "bool causal, int? window, Tensor? query_start, Tensor? key_lengths, Tensor? cu_seqlens"

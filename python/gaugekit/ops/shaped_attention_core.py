@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from gaugekit.ops.operands import Mask, keys_of_queries
+from gaugekit.ops.shaped_combine_operands import Mask, keys_of_queries
 
 BLOCK = 1024  # queries a mask covers at most
 SMALLEST_BLOCK = 128  # shorter calls of the core cost more than the keys they save
