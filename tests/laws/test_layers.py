@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "gaugekit"
 
 # A room may import rooms of a lower floor, and its own. Lazy imports (inside a function) count as well.
 FLOORS = [
-    {"report", "_library", "samples"},
+    {"report", "_library", "samples", "progress", "svg", "report_style"},
     {"reference"},
     {"ops"},
     {"models", "checkpoint", "nn", "codec"},
@@ -20,7 +20,11 @@ FLOORS = [
     {"symmetry", "rank", "slicing"},
     {"fuse", "inspect", "verify", "heal"},
     {"integrations"},
-    {"cli", "demo", "doctor", "report_page", "__main__"},
+    {"doctor", "demo_speed", "report_figures"},
+    {"report_page"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
 ]
 # Loading a model is asked of transformers through our integration: the two wings' meeting rooms reach it by name.
 ALLOWED = {
@@ -32,9 +36,9 @@ ALLOWED = {
 FOREIGN = {  # who may import which foreign package; torch and numpy are free
     "transformers": {"integrations", "verify", "inspect", "statistics", "fuse", "demo", "cli"},
     "safetensors": {"checkpoint", "rewrite", "integrations", "verify", "inspect", "statistics", "demo"},
-    "tqdm": {"cli", "demo"},
-    "rich": {"cli", "demo"},
-    "zstandard": {"demo"},
+    "tqdm": {"progress"},
+    "rich": {"demo"},
+    "zstandard": {"demo_speed"},
     "triton": {"ops"},
 }
 
