@@ -1,0 +1,7 @@
+"""``python -m gaugekit``: the command line, for where the ``gaugekit`` script is not on PATH."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,231 @@
+"""The command line: a subcommand for each verb, each a thin call of the function of the same name.
+
+Exit status: 0 done; 1 ``verify`` found more error than noise allows, or a benchmark gave a wrong result; 2 bad
+usage or bad input, with one line on stderr; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .progress import bar
+from .report import Report
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+EXTRA_OF = {
+    "transformers": "hf",
+    "tokenizers": "hf",
+    "safetensors": "hf",
+    "tqdm": "hf",
+    "zstandard": "demo",
+    "rich": "demo",
+    "zipnn": "bench",
+    "triton": "triton",
+}
+Outcome = tuple[int, Any, Callable[[], str]]  # exit status, what --json prints, what is printed without it
+
+
+class UsageError(ValueError):
+    """Bad usage: the command line was not what the verb takes."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are exceptions, so that every error takes the same one-line way out."""
+
+    def error(self, message: str):
+        usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
+        raise UsageError(f"{message}; expected: {usage}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns the exit status; ``argv`` defaults to the process's arguments."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments = parser().parse_args(argv)
+        # what a library prints while it works must not stand among the results
+        with contextlib.redirect_stdout(sys.stderr):
+            status, result, text = arguments.run(arguments)
+        print(json.dumps(result, allow_nan=False) if arguments.json else text())
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # the reader has gone (| head); what is left in the buffer must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("gaugekit: interrupted", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        return _refuse(f"gaugekit: {error}; got: {' '.join(['gaugekit', *argv])}")
+    except ImportError as error:
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra:
+            return _refuse(f"gaugekit {argv[0]}: needs {error.name}: pip install gaugekit[{extra}]")
+        if "pip install" in str(error):
+            return _refuse(f"gaugekit {argv[0]}: {error}")
+        raise
+    except (ValueError, OSError) as error:
+        return _refuse(f"gaugekit {argv[0]}: {error}")
+
+
+def _refuse(message: str) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of ``gaugekit``, with a subparser for each verb."""
+    root = Parser(prog="gaugekit", description="Removes from a transformer what nobody can observe.")
+    verbs = root.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], Outcome], summary: str) -> Parser:
+        added = verbs.add_parser(name, help=summary, description=summary)
+        added.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+        added.set_defaults(run=run)
+        return added
+
+    model = "a Hugging Face directory: config.json and safetensors"
+    one = verb("inspect", inspect, "count what cannot be observed; ranks, entropies, smoothing by layer")
+    one.add_argument("model", metavar="MODEL", help=model)
+    one.add_argument("--text", metavar="FILE", help="UTF-8 text: adds the token cosine of each layer")
+
+    one = verb("convert", convert, "write a rewritten copy of a model directory")
+    one.add_argument("model", metavar="MODEL", help=model)
+    one.add_argument("out", metavar="OUT", help="the directory to write")
+    one.add_argument("--gauge", action="store_true", help="remove the parameters that no output depends on")
+    one.add_argument(
+        "--rows",
+        choices=("max_volume", "shared_partition"),
+        default="max_volume",
+        help="which rows become the identity: the best for each head (default), or one partition for a layer",
+    )
+    one.add_argument(
+        "--dense", action="store_true", help="keep the plain layout, which loads without gaugekit"
+    )
+    one.add_argument("--dtype", choices=DTYPES, help="store the weights so (default: as the model has them)")
+
+    one = verb("verify", verify, "compare two models beside the noise of their dtype; exit status 0 or 1")
+    one.add_argument("a", metavar="A", help="the original")
+    one.add_argument("b", metavar="B", help="the result")
+    one.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text to read (default: 500 sentences of Python's documentation)"
+    )
+    one.add_argument("--dtype", choices=DTYPES, help="run both so (default: as A is stored)")
+    one.add_argument("--pool", choices=("mean",), help="compare mean-pooled, normalised sentence embeddings")
+
+    for name, run, summary in (
+        ("pack", pack, "compress safetensors losslessly into a valid .safetensors file"),
+        ("unpack", unpack, "restore packed files byte for byte"),
+    ):
+        one = verb(name, run, summary)
+        one.add_argument("source", metavar="IN", help="a .safetensors file, or a directory that holds some")
+        one.add_argument("target", metavar="OUT", help="the file or directory to write")
+
+    one = verb("bench", bench, "time every operator beside its rivals (needs a source checkout)")
+    one.add_argument("--op", action="append", help="an operator to time, repeatable (default: all)")
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    one.add_argument("--quick", action="store_true", help="small shapes and short runs")
+
+    verb("doctor", doctor, "what is installed, what is missing, and the command that mends it")
+
+    one = verb("demo", demo, "the whole path on a real model, with a report page")
+    one.add_argument("--directory", metavar="DIR", default="build/demo", help="default: build/demo")
+    return root
+
+
+def _shown(report: Report, status: int = 0) -> Outcome:
+    return status, report.fields, lambda: str(report)
+
+
+def inspect(arguments: argparse.Namespace) -> Outcome:
+    from .inspect import inspect as run
+
+    with bar("inspect") as progress:
+        return _shown(run(arguments.model, text=arguments.text, progress=progress))
+
+
+def convert(arguments: argparse.Namespace) -> Outcome:
+    if not arguments.gauge:
+        raise UsageError("convert: expected a rewrite (--gauge)")
+    from .rewrite import convert as run
+    from .symmetry import GaugeFix
+
+    rewrites = [GaugeFix(rows=arguments.rows)]
+    with bar("convert") as progress:
+        return _shown(
+            run(
+                arguments.model,
+                arguments.out,
+                rewrites,
+                dense=arguments.dense,
+                dtype=arguments.dtype,
+                progress=progress,
+            )
+        )
+
+
+def verify(arguments: argparse.Namespace) -> Outcome:
+    from .verify import verify as run
+
+    with bar("verify") as progress:
+        report = run(
+            arguments.a,
+            arguments.b,
+            text=arguments.text,
+            dtype=arguments.dtype,
+            pool=arguments.pool,
+            progress=progress,
+        )
+    return _shown(report, 0 if report["ok"] else 1)
+
+
+def pack(arguments: argparse.Namespace) -> Outcome:
+    from .codec import pack as run
+
+    with bar("pack") as progress:
+        return _shown(run(arguments.source, arguments.target, progress=progress))
+
+
+def unpack(arguments: argparse.Namespace) -> Outcome:
+    from .codec import unpack as run
+
+    with bar("unpack") as progress:
+        return _shown(run(arguments.source, arguments.target, progress=progress))
+
+
+def bench(arguments: argparse.Namespace) -> Outcome:
+    script = Path(__file__).resolve().parents[2] / "bench" / "run.py"
+    if not script.is_file():
+        raise ValueError(f"expected a source checkout, with its bench folder; {script} does not exist")
+    if arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--device: expected a GPU that torch can see; there is none here")
+    spec = importlib.util.spec_from_file_location("gaugekit_bench", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows, failed = module.run(arguments.op, arguments.device, arguments.quick)
+    return (1 if failed else 0), rows, lambda: module.table(rows)
+
+
+def doctor(arguments: argparse.Namespace) -> Outcome:
+    from . import doctor as module
+
+    report = module.report()
+    return 0, report.fields, lambda: module.text(report)
+
+
+def demo(arguments: argparse.Namespace) -> Outcome:
+    from . import demo as module
+
+    report = module.run(arguments.directory)
+    return 0, report.fields, lambda: module.text(report, colour=sys.stdout.isatty())
