@@ -1,0 +1,109 @@
+"""The figures of the demo's report page, each drawn from the fields of report.json."""
+
+from __future__ import annotations
+
+import math
+
+from .svg import Bar, Series, bars, columns, lines, superscript
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def error_by_layer(report: dict, kind: str) -> str:
+    """Hidden-state errors of the converted model and of the original in its own dtype, layer by layer."""
+    layers = report[kind]["layers"]
+    power = math.floor(math.log10(max(max(row["noise"], row["relative_error"]) for row in layers)))
+    noise, error = ([row[name] / 10.0**power for row in layers] for name in ("noise", "relative_error"))
+    return lines(
+        [Series(noise, "noise", marks=True), Series(error, "ours", marks=True)],
+        title=f"Relative error of the hidden states by layer, {DTYPES[kind]}",
+        desc=f"After the last layer, in units of 1e{power}: original {noise[-1]:.2f}, converted {error[-1]:.2f}",
+        x_label="after layer (0: the embedding)",
+        y_label=f"relative error (10{superscript(power)})",
+        x_ticks=[(place, str(place)) for place in range(len(noise))],
+        y_range=(0, max(*noise, *error) * 1.08),
+        inset=0.15,
+    )
+
+
+def sizes(report: dict) -> str:
+    """Bytes of the weights file in each dtype: original, gauge-fixed, packed, both."""
+    rows = [
+        Bar(what, size, _size_kind(what), f"{size / 1e6:.1f} MB", f"stored as {dtype}")
+        for kind, dtype in DTYPES.items()
+        for what, size in report["bytes"][kind].items()
+    ]
+    return bars(rows, title="Size of the weights file", desc=_spoken(rows), x_label="megabytes (10⁶ bytes)")
+
+
+def _size_kind(what: str) -> str:
+    return {"original": "other", "gauge-fixed and packed": "alt"}.get(what, "ours")
+
+
+def exponents(report: dict) -> str:
+    """How often each exponent occurs among the weights."""
+    found = report["exponents"]
+    total = sum(found["counts"])
+    low = found["low"]
+    return columns(
+        [100 * count / total for count in found["counts"]],
+        title="Histogram of the weights' exponents",
+        desc=f"{len(found['counts'])} exponents from 2^{low} on; entropy {found['entropy_bits']:.2f} bits",
+        x_label="magnitude of the weight",
+        y_label="share of weights (%)",
+        x_ticks=[
+            (place, f"2{superscript(low + place)}")
+            for place in range(len(found["counts"]))
+            if (low + place) % 5 == 0
+        ],
+    )
+
+
+def files(report: dict) -> str:
+    """Speed of packing and unpacking a file beside zstd."""
+    rows = []
+    for key, verb in (("pack_gb_s", "pack"), ("unpack_gb_s", "unpack")):
+        for name, row in report["speed"]["files"]["coders"].items():
+            if "absent" not in row:
+                kind = "ours" if name == "gaugekit" else "other"
+                rows.append(Bar(name, row[key], kind, f"{row[key]:.2f} GB/s", verb))
+    return bars(
+        rows, title="Packing and unpacking", desc=_spoken(rows), x_label="10⁹ unpacked bytes a second"
+    )
+
+
+def attention(report: dict) -> str:
+    """Time of a standard and of a value-free attention sub-block."""
+    measured = report["speed"]["attention"]
+    standard, free = measured["standard_ms"], measured["value_free_ms"]
+    rows = [
+        Bar("standard: query, key, value and output projections", standard, "other", f"{standard:.1f} ms"),
+        Bar("value-free: query and key projections only", free, "ours", f"{free:.1f} ms"),
+    ]
+    return bars(
+        rows, title="One attention sub-block", desc=_spoken(rows), x_label="milliseconds a forward pass"
+    )
+
+
+def spectrum(row: dict) -> str:
+    """Singular values of W_Q W_Kᵀ of every head of one layer, each relative to the head's largest."""
+    spectra = [[value / values[0] for value in values] for values in row["singular_values"] if values[0] > 0]
+    width = max(map(len, spectra))
+    middle = [sorted(column)[len(spectra) // 2] for column in zip(*spectra, strict=True)]
+    places = list(range(1, width + 1))
+    ticks = sorted({1, *(max(1, width * quarter // 4) for quarter in (1, 2, 3, 4))})
+    return lines(
+        [*(Series(values, "head", places) for values in spectra), Series(middle, "ours", places)],
+        title=f"Singular values in layer {row['layer'] + 1}",
+        desc=f"{len(spectra)} heads; smallest over largest, median head: {middle[-1]:.2f}",
+        x_label="singular value number",
+        y_label="relative size",
+        x_ticks=[(place, str(place)) for place in ticks],
+        y_range=(0, 1),
+        size=(290, 205),
+        heading=f"layer {row['layer'] + 1}",
+    )
+
+
+def _spoken(rows: list[Bar]) -> str:
+    return "; ".join(f"{row.group} {row.label}: {row.text}".strip() for row in rows)
