@@ -1,0 +1,148 @@
+// gaugekit::rans_encode, rans_open, rans_decode and crc32c on the CPU: chunks in parallel, then the
+// registration.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "rans_decoder.h"
+#include "rans_encoder.h"
+
+namespace gaugekit::rans {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Codes `count` elements at `in` into `out` (room for the header, the index and every chunk stored raw) and
+// returns the bytes written. Chunks are coded a batch at a time, one a thread, so that each lands where the
+// one before it ends.
+uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, int chunk_log2,
+                     const int64_t* shape, int rank, uint8_t* out) {
+  const uint64_t width = element_bytes(element), chunks = chunk_count(count, chunk_log2);
+  std::vector<ChunkEntry> entries(chunks);
+  uint64_t cursor = padded(kHeaderBytes + 8 * uint64_t(rank)) + chunks * kIndexEntryBytes;
+  auto symbols = [&](uint64_t i) {
+    return i + 1 == chunks ? count - (i << chunk_log2) : uint64_t(1) << chunk_log2;
+  };
+  const uint64_t batch = std::min<uint64_t>(chunks, torch::stable::get_num_threads());
+  std::vector<EncoderScratch> scratch(batch);
+  std::vector<std::vector<uint8_t>> staged(batch > 1 ? batch : 0);
+  for (uint64_t first = 0; first < chunks; first += batch) {
+    const uint64_t n = std::min(batch, chunks - first);
+    if (n == 1) {
+      entries[first] = encode_chunk(in + (first << chunk_log2) * width, symbols(first), element, model,
+                                    out + cursor, scratch[0]);
+    } else {
+      torch::stable::parallel_for(0, int64_t(n), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          const uint64_t i = first + k;
+          staged[k].resize(padded(symbols(i) * width));
+          entries[i] = encode_chunk(in + (i << chunk_log2) * width, symbols(i), element, model,
+                                    staged[k].data(), scratch[k]);
+        }
+      });
+    }
+    for (uint64_t k = 0; k < n; ++k) {
+      ChunkEntry& e = entries[first + k];
+      e.offset = cursor;
+      if (n > 1) std::memcpy(out + cursor, staged[k].data(), e.length);
+      cursor += e.length;
+    }
+  }
+  write_header(out, cursor, element, model, chunk_log2, shape, rank, count, entries.data(), chunks);
+  return cursor;
+}
+
+// Elements [start, stop) into `out`, chunks in parallel. Of several damaged chunks the first one's error is
+// returned.
+const char* decode_blob(const Blob& blob, uint64_t start, uint64_t stop, uint8_t* out) {
+  if (start == stop) return nullptr;
+  const uint64_t last_chunk = blob.chunks - 1;
+  const uint64_t from = std::min(start >> blob.chunk_log2, last_chunk);
+  const uint64_t to = std::min((stop - 1) >> blob.chunk_log2, last_chunk) + 1;
+  std::vector<const char*> errors(to - from, nullptr);
+  torch::stable::parallel_for(int64_t(from), int64_t(to), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) errors[i - from] = decode_overlap(blob, i, start, stop, out);
+  });
+  for (const char* error : errors)
+    if (error) return error;
+  return nullptr;
+}
+
+void check_bytes(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 1 && tensor.is_contiguous(),
+                  name, ": expected a contiguous one-dimensional uint8 tensor");
+}
+
+Blob opened(const Tensor& blob) {
+  check_bytes(blob, "blob");
+  Blob result{};
+  const char* error = open_blob(static_cast<const uint8_t*>(blob.const_data_ptr()), blob.numel(), result);
+  STD_TORCH_CHECK(error == nullptr, "corrupt blob: ", error);
+  return result;
+}
+
+Tensor rans_encode(const Tensor& data, const Tensor& shape, int64_t element, int64_t model,
+                   int64_t chunk_log2) {
+  check_bytes(data, "data");
+  STD_TORCH_CHECK(shape.scalar_type() == ScalarType::Long && shape.dim() == 1 && shape.is_contiguous() &&
+                      shape.numel() <= kMaxRank,
+                  "shape: expected an int64 vector of at most 64 entries");
+  STD_TORCH_CHECK(element_bytes(int(element)) && model_applies(int(element), int(model)),
+                  "element, model: this pair of ids is not supported");
+  STD_TORCH_CHECK(chunk_log2 >= kMinChunkLog2 && chunk_log2 <= kMaxChunkLog2,
+                  "chunk_log2: expected 14 to 20");
+  const uint64_t width = element_bytes(int(element)), bytes = data.numel(), count = bytes / width;
+  STD_TORCH_CHECK(bytes % width == 0, "data: expected whole elements");
+  const uint64_t chunks = chunk_count(count, int(chunk_log2));
+  const uint64_t bound = padded(kHeaderBytes + 8 * shape.numel()) + chunks * (kIndexEntryBytes + 16) + bytes;
+  Tensor out = torch::stable::empty({int64_t(bound)}, ScalarType::Byte);
+  const uint64_t size =
+      encode_blob(static_cast<const uint8_t*>(data.const_data_ptr()), count, int(element), int(model),
+                  int(chunk_log2), static_cast<const int64_t*>(shape.const_data_ptr()), int(shape.numel()),
+                  static_cast<uint8_t*>(out.mutable_data_ptr()));
+  return torch::stable::narrow(out, 0, 0, int64_t(size));
+}
+
+Tensor rans_open(const Tensor& tensor) {
+  const Blob blob = opened(tensor);
+  Tensor out = torch::stable::empty({4 + blob.rank}, ScalarType::Long);
+  int64_t* p = static_cast<int64_t*>(out.mutable_data_ptr());
+  p[0] = blob.element;
+  p[1] = blob.model;
+  p[2] = blob.chunk_log2;
+  p[3] = int64_t(blob.count);
+  for (int i = 0; i < blob.rank; ++i) p[4 + i] = int64_t(blob.dim(i));
+  return out;
+}
+
+void rans_decode(const Tensor& tensor, int64_t start, int64_t stop, Tensor out) {
+  const Blob blob = opened(tensor);
+  check_bytes(out, "out");
+  STD_TORCH_CHECK(0 <= start && start <= stop && uint64_t(stop) <= blob.count,
+                  "start, stop: not a range of the blob");
+  STD_TORCH_CHECK(out.numel() == (stop - start) * blob.width, "out: expected the bytes of the range");
+  const char* error = decode_blob(blob, start, stop, static_cast<uint8_t*>(out.mutable_data_ptr()));
+  STD_TORCH_CHECK(error == nullptr, "corrupt blob: ", error);
+}
+
+int64_t crc32c_bytes(const Tensor& data, int64_t crc) {
+  check_bytes(data, "data");
+  return crc32c(static_cast<const uint8_t*>(data.const_data_ptr()), data.numel(), uint32_t(crc));
+}
+
+}  // namespace
+}  // namespace gaugekit::rans
+
+STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) {
+  m.impl("rans_encode", TORCH_BOX(&gaugekit::rans::rans_encode));
+  m.impl("rans_open", TORCH_BOX(&gaugekit::rans::rans_open));
+  m.impl("rans_decode", TORCH_BOX(&gaugekit::rans::rans_decode));
+  m.impl("crc32c", TORCH_BOX(&gaugekit::rans::crc32c_bytes));
+}

@@ -1,0 +1,102 @@
+"""One tensor, one coded blob."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+
+from ..ops import rans
+from ..ops.rans import CorruptFile
+
+
+def encode(tensor: torch.Tensor, *, model: int | None = None, chunk_log2: int = 17) -> bytes:
+    """``tensor`` [any shape, any strides] of bfloat16, float16 or float32 as a coded blob, bit for bit
+    recoverable.
+
+    ``model`` says which 8 bits of an element are entropy-coded, the others being stored as they are: 0 its
+    exponent (default for bfloat16 and float32), 1 its high byte (default, and only choice, for float16).
+    ``chunk_log2`` (14 to 20) is log2 of the symbols a chunk: smaller chunks are read in smaller pieces and
+    cost more bytes. ValueError for other dtypes, devices or numbers. Format: docs/format.md.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    return encode_bytes(tensor, model=model, chunk_log2=chunk_log2).numpy().tobytes()
+
+
+def encode_bytes(tensor: torch.Tensor, *, model: int | None = None, chunk_log2: int = 17) -> torch.Tensor:
+    """``encode`` without the copy into ``bytes``: uint8 [bytes]."""
+    if model is None:
+        model = rans.HIGH_BYTE if tensor.dtype == torch.float16 else rans.EXPONENT
+    return rans.encode(tensor, model, chunk_log2)
+
+
+def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor that ``blob`` (anything with the buffer protocol, or a uint8 tensor) was made from.
+
+    ``out``, a contiguous CPU tensor of the same dtype and shape, is filled and returned instead of a new
+    one; after an error its contents are undefined. CorruptFile for damaged bytes, ValueError for an ``out``
+    that does not fit.
+    """
+    blob = as_byte_tensor(blob)
+    dtype, shape = rans.open_blob(blob)
+    out = _target(out, dtype, shape)
+    rans.decode(blob, 0, out.numel(), out)
+    return out
+
+
+def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Elements [start, stop) of the flattened tensor, one-dimensional; only the chunks that hold them are
+    decoded.
+    """
+    blob = as_byte_tensor(blob)
+    dtype, shape = rans.open_blob(blob)
+    if not 0 <= start <= stop <= shape.numel():
+        raise ValueError(
+            f"start, stop: expected 0 <= start <= stop <= {shape.numel()}, got {start} and {stop}"
+        )
+    out = _target(out, dtype, torch.Size([stop - start]))
+    rans.decode(blob, start, stop, out)
+    return out
+
+
+def as_byte_tensor(data) -> torch.Tensor:
+    """A uint8 vector over ``data`` without a copy (bytes, mmap, array, uint8 tensor); it is only ever
+    read.
+    """
+    if isinstance(data, torch.Tensor):
+        if data.dtype != torch.uint8 or data.dim() != 1 or data.device.type != "cpu":
+            raise ValueError(
+                "blob: expected bytes or a one-dimensional uint8 CPU tensor, "
+                f"got {data.dtype} {list(data.shape)} on {data.device}"
+            )
+        return data.contiguous()
+    try:
+        array = np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"blob: expected bytes or a uint8 tensor, got {type(data).__name__} ({error})"
+        ) from None
+    with warnings.catch_warnings():  # torch cannot mark a tensor read-only and says so
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _target(out: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=dtype)
+    given = (
+        f"{out.dtype} {list(out.shape)} on {out.device}"
+        if isinstance(out, torch.Tensor)
+        else type(out).__name__
+    )
+    fits = isinstance(out, torch.Tensor) and out.dtype == dtype and out.shape == shape
+    if not fits or out.device.type != "cpu" or not out.is_contiguous() or out.requires_grad:
+        raise ValueError(
+            f"out: expected a contiguous CPU tensor of {dtype} {list(shape)} without grad, got {given}"
+        )
+    return out
+
+
+__all__ = ["CorruptFile", "as_byte_tensor", "decode", "decode_range", "encode", "encode_bytes"]

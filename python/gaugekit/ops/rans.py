@@ -1,0 +1,119 @@
+"""``gaugekit::rans_*`` and ``gaugekit::crc32c``: exact bytes in, exact bytes out; no autograd, the same bits
+everywhere.
+
+A coded blob is docs/format.md's: 64 interleaved rANS lanes over one byte of each element, the others stored
+raw.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _library
+from . import rans_numpy
+
+ELEMENTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
+EXPONENT, HIGH_BYTE = 0, 1
+MODELS = {
+    torch.bfloat16: (EXPONENT, HIGH_BYTE),
+    torch.float16: (HIGH_BYTE,),
+    torch.float32: (EXPONENT, HIGH_BYTE),
+}
+CORRUPT = rans_numpy.CORRUPT
+
+
+class CorruptFile(ValueError):
+    """The bytes are damaged, or made by a version this one cannot read. The only error that damage raises."""
+
+
+def _encode(data, shape, element, model, chunk_log2):
+    blob = rans_numpy.encode(data.numpy(), tuple(shape.tolist()), element, model, chunk_log2)
+    return torch.from_numpy(blob)
+
+
+def _open(blob):
+    opened = rans_numpy.open_blob(blob.numpy())
+    return torch.tensor([opened.element, opened.model, opened.chunk_log2, opened.count, *opened.shape])
+
+
+def _decode(blob, start, stop, out):
+    rans_numpy.decode(blob.numpy(), start, stop, out.numpy())
+
+
+def _crc32c(data, crc=0):
+    return rans_numpy.crc32c(data.numpy(), crc)
+
+
+def _unbacked():
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+_library.define(
+    "rans_encode(Tensor data, Tensor shape, int element, int model, int chunk_log2) -> Tensor",
+    _encode,
+    lambda data, shape, element, model, chunk_log2: data.new_empty(_unbacked()),
+)
+_library.define(
+    "rans_open(Tensor blob) -> Tensor", _open, lambda blob: blob.new_empty(_unbacked(), dtype=torch.int64)
+)
+_library.define(
+    "rans_decode(Tensor blob, int start, int stop, Tensor(a!) out) -> ()",
+    _decode,
+    lambda blob, start, stop, out: None,
+)
+_library.define("crc32c(Tensor data, int crc=0) -> int", _crc32c, lambda data, crc=0: _unbacked())
+
+
+def _checked(operator, *arguments):
+    """The operator's answer; its complaint about the blob as CorruptFile, any other as it stands."""
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        _, found, sentence = str(error).partition(CORRUPT)
+        if not found:
+            raise
+        raise CorruptFile("not a sound coded blob: " + sentence.splitlines()[0]) from None
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def encode(tensor: torch.Tensor, model: int, chunk_log2: int) -> torch.Tensor:
+    """The coded blob [bytes] uint8 of a bf16, fp16 or fp32 CPU tensor of any shape and strides.
+
+    ``model`` is 0 (exponent) or 1 (high byte), ``chunk_log2`` 14 to 20. ValueError for anything else.
+    """
+    if tensor.dtype not in ELEMENTS:
+        raise ValueError(f"tensor: expected bfloat16, float16 or float32, got {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"tensor: expected a CPU tensor, got one on {tensor.device}")
+    if model not in MODELS[tensor.dtype]:
+        raise ValueError(f"model: expected one of {MODELS[tensor.dtype]} for {tensor.dtype}, got {model!r}")
+    if not isinstance(chunk_log2, int) or not 14 <= chunk_log2 <= 20:
+        raise ValueError(f"chunk_log2: expected 14 to 20, got {chunk_log2!r}")
+    shape = torch.tensor(tuple(tensor.shape), dtype=torch.int64)
+    return torch.ops.gaugekit.rans_encode(_as_bytes(tensor), shape, ELEMENTS[tensor.dtype], model, chunk_log2)
+
+
+def open_blob(blob: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    """(dtype, shape) that a blob [bytes] uint8 holds, after its header, index and sizes were checked;
+    CorruptFile.
+    """
+    element, _, _, _, *shape = _checked(torch.ops.gaugekit.rans_open, blob).tolist()
+    return DTYPES[element], torch.Size(shape)
+
+
+def decode(blob: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> None:
+    """Elements [start, stop) of the blob, counted in row-major order, into contiguous ``out``;
+    CorruptFile.
+    """
+    _checked(torch.ops.gaugekit.rans_decode, blob, start, stop, _as_bytes(out))
+
+
+def crc32c(data: torch.Tensor, crc: int = 0) -> int:
+    """CRC-32C (RFC 3720) of a contiguous uint8 vector; ``crc`` continues the checksum of what came before
+    it.
+    """
+    return torch.ops.gaugekit.crc32c(data, crc)

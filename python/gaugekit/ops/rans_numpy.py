@@ -1,0 +1,354 @@
+"""The composition behind ``ops/rans.py``: a coded blob in NumPy, all lanes of many chunks a step at a time.
+
+Answers where there is no binary. Same bytes as csrc/cpu/rans_*.h, which it follows function by function.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from .crc32c_numpy import crc32c
+from .rans_numpy_tables import SLOTS, frequencies, from_planes, slots_by_symbol, to_planes
+
+CORRUPT = "corrupt blob: "
+MAGIC = b"GKRANS\x1a\n"
+HEADER = struct.Struct("<8sHBBBBBBQQIIII")
+ENTRY = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("symbols", "<u2"),
+        ("method", "u1"),
+        ("constant", "u1"),
+        ("words", "<u4", 2),
+        ("crc_coded", "<u4"),
+        ("crc_decoded", "<u4"),
+    ]
+)
+WIDTHS = {1: 2, 2: 2, 3: 4}
+MODELS = {1: (0, 1), 2: (1,), 3: (0, 1)}
+LOWER, UPPER = 1 << 15, 1 << 31
+LANES = 64
+# The element of a group of 64 that each lane codes: even elements first, then odd ones, in either half.
+LANE_ELEMENT = np.array([32 * (lane // 32) + 2 * (lane % 16) + lane % 32 // 16 for lane in range(LANES)])
+BATCH_SYMBOLS = 1 << 22  # chunks that run side by side: bounds the memory, keeps NumPy's calls few
+
+
+def _corrupt(sentence: str) -> RuntimeError:
+    return RuntimeError(CORRUPT + sentence)
+
+
+def _padded(size: int) -> int:
+    return (size + 15) & ~15
+
+
+# Encoding
+
+
+def chunk_starts(count: int, log2: int) -> list[int]:
+    """Where chunks begin, and the end: 2^log2 symbols each, the last taking what is at most half a chunk."""
+    chunks = max(1, (count + (1 << (log2 - 1)) - 1) >> log2) if count else 0
+    return [i << log2 for i in range(chunks)] + [count]
+
+
+def _code_symbols(symbols: list[np.ndarray], tables: list) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """For each chunk its 64 states and the words of its two segments."""
+    chunks, groups = len(symbols), max(-(-s.size // LANES) for s in symbols)
+    index = np.zeros((chunks, groups * LANES), np.uint8)
+    live = np.zeros((chunks, groups * LANES), bool)
+    frequency = np.zeros((chunks, 256), np.int64)
+    start = np.zeros((chunks, 256), np.int64)
+    slots = np.zeros((chunks, SLOTS), np.int64)
+    for c, (s, (names, f, order)) in enumerate(zip(symbols, tables, strict=True)):
+        index[c, : s.size], live[c, : s.size] = s, True
+        frequency[c, names], start[c, names], slots[c] = f, np.cumsum(f) - f, order
+    index = index.reshape(chunks, groups, LANES)[:, :, LANE_ELEMENT].transpose(1, 0, 2)
+    live = live.reshape(chunks, groups, LANES)[:, :, LANE_ELEMENT].transpose(1, 0, 2)
+    row = np.arange(chunks)[:, None]
+    x = np.full((chunks, LANES), LOWER, np.int64)
+    spilled = np.zeros((groups, chunks, LANES), bool)
+    words = np.zeros((groups, chunks, LANES), "<u2")
+    for g in range(groups - 1, -1, -1):
+        s, on = index[g], live[g]
+        f = np.where(on, frequency[row, s], 1)
+        spill = (x >= f << 19) & on
+        spilled[g], words[g] = spill, x & 0xFFFF
+        x = np.where(spill, x >> 16, x)
+        quotient, rest = np.divmod(x, f)
+        x = np.where(on, quotient << 12 | slots[row, start[row, s] + rest * on], x)
+    result = []
+    for c in range(chunks):
+        halves = (slice(0, 32), slice(32, 64))
+        result.append((x[c].astype("<u4"), [words[:, c, h][spilled[:, c, h]] for h in halves]))
+    return result
+
+
+def _section(array: np.ndarray) -> np.ndarray:
+    raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    return np.concatenate([raw, np.zeros(-raw.size % 16, np.uint8)])
+
+
+def _encode_chunks(pieces: list[np.ndarray], width: int, model: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    planes = [to_planes(piece, width, model) for piece in pieces]
+    tables = []
+    for p in planes:
+        counts = np.bincount(p[-1], minlength=256)
+        names = np.flatnonzero(counts)
+        f = frequencies(counts[names])
+        tables.append((names, f, slots_by_symbol(f)[1]))
+    result = []
+    coded = _code_symbols([p[-1] for p in planes], tables)
+    for piece, p, (names, f, _), (states, words) in zip(pieces, planes, tables, coded, strict=True):
+        entry = np.zeros((), ENTRY)
+        sections = [_section(states), _section(np.stack([names, f], 1).astype("<u2")), *map(_section, words)]
+        for plane in range(width - 2, -1, -1):
+            constant = bool((p[plane] == p[plane, 0]).all())
+            entry["constant"] |= constant << plane
+            sections.append(_section(p[plane, :1] if constant else p[plane]))
+        body = np.concatenate(sections)
+        if body.size >= _padded(piece.size):
+            body, entry["constant"] = _section(piece), 0
+        else:
+            entry["symbols"], entry["method"], entry["words"] = f.size, 1, [w.size for w in words]
+        entry["length"], entry["crc_coded"], entry["crc_decoded"] = body.size, crc32c(body), crc32c(piece)
+        result.append((body, entry))
+    return result
+
+
+def encode(data: np.ndarray, shape: tuple[int, ...], element: int, model: int, chunk_log2: int) -> np.ndarray:
+    """The coded blob, uint8 [bytes], of ``data``, uint8 [count * width]."""
+    width = WIDTHS[element]
+    starts = chunk_starts(data.size // width, chunk_log2)
+    pieces = [data[a * width : b * width] for a, b in itertools.pairwise(starts)]
+    bodies, entries = [], np.zeros(len(pieces), ENTRY)
+    offset = _padded(48 + 8 * len(shape)) + 32 * len(pieces)
+    batch = max(1, BATCH_SYMBOLS >> chunk_log2)
+    for first in range(0, len(pieces), batch):
+        for i, (body, entry) in enumerate(_encode_chunks(pieces[first : first + batch], width, model), first):
+            entries[i] = entry
+            entries[i]["offset"] = offset
+            bodies.append(body)
+            offset += body.size
+    dims = struct.pack(f"<{len(shape)}Q", *shape)
+    dims += bytes(-len(dims) % 16)
+    index = entries.view(np.uint8)
+    fields = (MAGIC, 1, element, model, 0, 1, chunk_log2, len(shape), data.size // width, offset, len(pieces))
+    fields += (crc32c(index), 0)
+    crc = crc32c(np.frombuffer(HEADER.pack(*fields, 0) + dims, np.uint8))
+    return np.concatenate([np.frombuffer(HEADER.pack(*fields, crc) + dims, np.uint8), index, *bodies])
+
+
+# Decoding
+
+
+@dataclass
+class Blob:
+    """A blob whose header, index and sizes were checked."""
+
+    data: np.ndarray
+    element: int
+    model: int
+    chunk_log2: int
+    count: int
+    shape: tuple[int, ...]
+    entries: np.ndarray
+    starts: list[int]
+
+    @property
+    def width(self) -> int:
+        return WIDTHS[self.element]
+
+
+def open_blob(data: np.ndarray) -> Blob:
+    """Checks everything that can be checked before decoding; RuntimeError that begins with CORRUPT."""
+    if data.size < 48:
+        raise _corrupt("it is shorter than a header")
+    (
+        magic,
+        version,
+        element,
+        model,
+        context,
+        tables,
+        log2,
+        rank,
+        count,
+        size,
+        chunks,
+        index_crc,
+        reserved,
+        crc,
+    ) = HEADER.unpack(data[:48].tobytes())
+    if magic != MAGIC:
+        raise _corrupt("the magic bytes are not those of a coded blob")
+    if version != 1:
+        raise _corrupt("its version is not one this version reads")
+    if rank > 64:
+        raise _corrupt("it has more than 64 dimensions")
+    begin = _padded(48 + 8 * rank)
+    if data.size < begin:
+        raise _corrupt("it ends within its shape")
+    head = data[:begin].copy()
+    head[44:48] = 0
+    if crc32c(head) != crc:
+        raise _corrupt("the header's checksum is wrong")
+    shape = struct.unpack_from(f"<{rank}Q", head, 48)
+    product = 1
+    for dim in shape:
+        product *= dim
+    known = (
+        model in MODELS.get(element, ())
+        and context == 0
+        and tables == 1
+        and 14 <= log2 <= 20
+        and reserved == 0
+    )
+    if not known:
+        raise _corrupt(
+            "its element, symbol model, context model, tables or chunk size is not one this version reads"
+        )
+    if any(dim >> 63 for dim in shape) or product != count or count >> 60:
+        raise _corrupt("the shape does not multiply to the count")
+    if size != data.size:
+        raise _corrupt("its length is not the one it names")
+    if chunks != (max(1, (count + (1 << (log2 - 1)) - 1) >> log2) if count else 0):
+        raise _corrupt("the number of chunks does not follow from the count")
+    if chunks * 32 > data.size - begin:
+        raise _corrupt("it ends within its index")
+    index = data[begin : begin + 32 * chunks]
+    if crc32c(index) != index_crc:
+        raise _corrupt("the index's checksum is wrong")
+    blob = Blob(data, element, model, log2, count, shape, index.copy().view(ENTRY), chunk_starts(count, log2))
+    _check_entries(blob, begin + 32 * chunks)
+    return blob
+
+
+def _check_entries(blob: Blob, cursor: int) -> None:
+    width = blob.width
+    for e, a, b in zip(blob.entries, blob.starts[:-1], blob.starts[1:], strict=True):
+        n, groups, rest = b - a, (b - a) // 64, (b - a) % 64
+        words, symbols, constant = e["words"].tolist(), int(e["symbols"]), int(e["constant"])
+        if int(e["offset"]) != cursor:
+            raise _corrupt("a chunk does not start where the one before it ends")
+        if e["method"] == 0:
+            if symbols or constant or any(words):
+                raise _corrupt("a raw chunk has fields of a coded one")
+            length = _padded(n * width)
+        elif e["method"] == 1:
+            if not 1 <= symbols <= 256 or constant >> (width - 1):
+                raise _corrupt("a chunk's symbols or constant planes are out of range")
+            if words[0] > 32 * groups + min(rest, 32) or words[1] > 32 * groups + max(rest - 32, 0):
+                raise _corrupt("a segment has more words than symbols")
+            length = 256 + _padded(4 * symbols) + _padded(2 * words[0]) + _padded(2 * words[1])
+            length += sum(_padded(1 if constant >> plane & 1 else n) for plane in range(width - 1))
+        else:
+            raise _corrupt("a chunk's method is not one this version reads")
+        if int(e["length"]) != length or length > blob.data.size - cursor:
+            raise _corrupt("a chunk's length is not the sum of its sections, or runs past the end")
+        cursor += length
+    if cursor != blob.data.size:
+        raise _corrupt("bytes follow the last chunk")
+
+
+def _read_chunk(blob: Blob, i: int) -> tuple:
+    """(states, names, frequencies, words of both segments, planes) of a coded chunk, its table and states
+    checked.
+    """
+    e, place = blob.entries[i], int(blob.entries[i]["offset"])
+    n = blob.starts[i + 1] - blob.starts[i]
+
+    def section(size: int) -> np.ndarray:
+        nonlocal place
+        start, place = place, place + _padded(size)
+        return blob.data[start : start + size]
+
+    states = section(256).copy().view("<u4").astype(np.int64)
+    if (states < LOWER).any() or (states >= UPPER).any():
+        raise _corrupt("a state is not in [2^15, 2^31)")
+    names, f = section(4 * int(e["symbols"])).copy().view("<u2").astype(np.int64).reshape(-1, 2).T
+    if names[-1] > 255 or (np.diff(names) <= 0).any():
+        raise _corrupt("a table's symbols are not ascending bytes")
+    if (f < 1).any() or (f > SLOTS).any() or f.sum() != SLOTS:
+        raise _corrupt("a table's frequencies are not in 1..4096 or do not sum to 4096")
+    words = [section(2 * w).copy().view("<u2") for w in e["words"].tolist()]
+    planes = np.empty((blob.width, n), np.uint8)
+    for plane in range(blob.width - 2, -1, -1):
+        planes[plane] = section(1 if int(e["constant"]) >> plane & 1 else n)
+    return states, names, f, words, planes
+
+
+def _decode_symbols(chunks: list[tuple]) -> None:
+    """Fills the last plane of every chunk of ``_read_chunk``."""
+    count, longest = len(chunks), max(planes.shape[1] for *_, planes in chunks)
+    groups = -(-longest // LANES)
+    x = np.stack([c[0] for c in chunks])
+    frequency, rank = np.zeros((count, SLOTS), np.int64), np.zeros((count, SLOTS), np.int64)
+    symbol, sizes = np.zeros((count, SLOTS), np.uint8), np.array([c[4].shape[1] for c in chunks])[:, None]
+    streams, base = [], np.zeros((count, 2), np.int64)
+    total = 0
+    for c, (_, names, f, words, _) in enumerate(chunks):
+        owners, order = slots_by_symbol(f)
+        frequency[c], symbol[c] = f[owners], names[owners]
+        rank[c, order] = np.arange(SLOTS) - np.repeat(np.cumsum(f) - f, f)
+        for s in (0, 1):
+            base[c, s] = total
+            streams.append(words[s])
+            total += words[s].size
+    streams.append(np.zeros(LANES, np.uint16))
+    stream = np.concatenate(streams).astype(np.int64)
+    end = base + np.array([[w.size for w in c[3]] for c in chunks])
+    next_word = base.copy()
+    out = np.zeros((groups, count, LANES), np.uint8)
+    row = np.arange(count)[:, None]
+    for g in range(groups):
+        on = g * LANES + LANE_ELEMENT < sizes
+        slot = x & (SLOTS - 1)
+        out[g] = symbol[row, slot]
+        stepped = frequency[row, slot] * (x >> 12) + rank[row, slot]
+        refill = ((stepped < LOWER) & on).reshape(count, 2, 32)
+        taken = np.cumsum(refill, 2)
+        place = np.minimum(next_word[:, :, None] + taken - refill, stream.size - 1).reshape(count, LANES)
+        next_word += taken[:, :, -1]
+        if (next_word > end).any():
+            raise _corrupt("a segment's words run out")
+        stepped = np.where(refill.reshape(count, LANES), stepped << 16 | stream[place], stepped)
+        x = np.where(on, stepped, x)
+    if (x != LOWER).any() or (next_word != end).any():
+        raise _corrupt("a segment does not end in the state it began with, or leaves words")
+    by_element = np.empty((count, groups, LANES), np.uint8)
+    by_element[:, :, LANE_ELEMENT] = out.transpose(1, 0, 2)
+    for c, (*_, planes) in enumerate(chunks):
+        planes[-1] = by_element[c].reshape(-1)[: planes.shape[1]]
+
+
+def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
+    """Elements [start, stop) into ``out``, uint8 [(stop - start) * width]; RuntimeError that begins with
+    CORRUPT.
+    """
+    blob = open_blob(data)
+    if not 0 <= start <= stop <= blob.count or out.size != (stop - start) * blob.width:
+        raise RuntimeError("start, stop, out: not a range of the blob")
+    needed = [i for i in range(len(blob.entries)) if blob.starts[i] < stop and start < blob.starts[i + 1]]
+    batch = max(1, BATCH_SYMBOLS >> blob.chunk_log2)
+    width = blob.width
+    for first in range(0, len(needed), batch):
+        group = needed[first : first + batch]
+        coded = {i: _read_chunk(blob, i) for i in group if blob.entries[i]["method"]}
+        if coded:
+            _decode_symbols(list(coded.values()))
+        for i in group:
+            a, b = blob.starts[i], blob.starts[i + 1]
+            offset = int(blob.entries[i]["offset"])
+            piece = blob.data[offset : offset + (b - a) * width]
+            if i in coded:
+                piece = from_planes(coded[i][4], width, blob.model)
+            if crc32c(piece) != int(blob.entries[i]["crc_decoded"]):
+                raise _corrupt("a chunk's checksum is wrong")
+            low, high = max(a, start), min(b, stop)
+            out[(low - start) * width : (high - start) * width] = piece[
+                (low - a) * width : (high - a) * width
+            ]
