@@ -85,8 +85,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
     return out if out.shape[3] == width else out[..., :width].contiguous()
 
 
-@torch.compiler.disable(reason="cu_seqlens: the bounds of the sequences are read on the host")
 def packed_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """One call of the core a sequence. Their bounds are read on the host: torch.compile breaks the graph here."""
     bounds = mask.cu_seqlens.tolist()
     parts = [
         softmax_core(*(x[:, :, begin:end] for x in (q, k, v)), Mask(mask.causal, mask.window), scale)
