@@ -1,10 +1,14 @@
-"""A checkpoint on disk, read one tensor at a time: a Hugging Face directory of config.json and safetensors files."""
+"""A checkpoint on disk, read and written piece by piece: a directory of config.json and safetensors files."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +16,9 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CERTIFICATE = "gaugekit_certificate.json"
+MANIFEST = "gaugekit_manifest.json"
+LOCK = "gaugekit_lock"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -26,7 +33,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-Progress = Callable[[int, int], None]
 
 
 def safetensors_package():
@@ -92,25 +98,21 @@ class Checkpoint:
             raise ValueError(f"checkpoint: {name} has dtype {kind}; expected one of {', '.join(DTYPES)}")
         return DTYPES[kind]
 
+    def file(self, name: str) -> str:
+        """The file a tensor stands in."""
+        return self._find(name)
+
     def bytes(self, name: str) -> int:
         """The bytes a tensor takes in its file."""
         return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
 
-    def sha256(self, progress: Progress | None = None, total_bytes: int | None = None) -> dict[str, str]:
-        """The SHA-256 of every weight file and of config.json, by file name."""
-        done = 0
-        total = total_bytes or sum((self.path / file).stat().st_size for file in self.files)
-        sums = {}
-        for file in [*self.files, "config.json"]:
-            digest = hashlib.sha256()
-            with open(self.path / file, "rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-                    done += len(block)
-                    if progress and file != "config.json":
-                        progress(min(done, total), total)
-            sums[file] = digest.hexdigest()
-        return sums
+    def size_bytes(self) -> int:
+        """The bytes of all weight files."""
+        return sum((self.path / file).stat().st_size for file in self.files)
+
+    def sha256(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+        """The SHA-256 of every weight file and of config.json, by name; ``progress`` is told each block's bytes."""
+        return {file: sha256(self.path / file, progress) for file in [*self.files, "config.json"]}
 
     def _single(self) -> str:
         if (self.path / WEIGHTS).is_file():
@@ -132,8 +134,11 @@ class Checkpoint:
                 raise ValueError(f"checkpoint: expected the file {file} in {str(self.path)!r}, got none")
             try:
                 self._open[file] = self._package.safe_open(path, "pt")
+                packed = "gaugekit" in (self._open[file].metadata() or {})
             except (self._package.SafetensorError, OSError) as error:
                 raise ValueError(f"checkpoint: {file} is no intact safetensors file: {error}") from error
+            if packed:
+                raise ValueError(f"checkpoint: {file} is packed; `gaugekit unpack` it first")
         return self._open[file]
 
     def _find(self, name: str) -> str:
@@ -169,3 +174,169 @@ def _weight_map(path: Path) -> dict[str, str]:
                 f"checkpoint: {path.name} names {file!r}; expected a .safetensors file of the directory"
             )
     return where
+
+
+class Writer:
+    """Writes a checkpoint beside its final place, so that a kill loses little and nothing half-done looks whole.
+
+    Tensors go into shards of about ``shard_bytes`` in the folder ``<target>.partial``; a manifest there says what is
+    done, for which job (``identity``, JSON). A new Writer of the same identity goes on after ``done`` units; another
+    identity, or ``resume=False``, starts over. ``finish`` names the shards, writes index and config, and renames the
+    folder. Every file is flushed to the disk before the manifest or a rename speaks of it.
+
+    Raises ValueError where ``<target>.partial`` is not ours, or another process is writing there.
+    """
+
+    def __init__(self, target: Path, identity: dict, *, resume: bool = True, shard_bytes: int = 10**9):
+        self.target, self.shard_bytes = target, shard_bytes
+        self.folder = target.with_name(target.name + ".partial")
+        manifest = self.folder / MANIFEST
+        if self.folder.exists() and not manifest.is_file() and any(self.folder.iterdir()):
+            raise ValueError(
+                f"target: expected {str(self.folder)!r} to be free for the work in progress; it is taken"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - held until close()
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ValueError(f"target: another process is writing {str(self.folder)!r}") from None
+        self._state = {"identity": identity, "done": 0, "shards": [], "records": []}
+        if resume and manifest.is_file():
+            with contextlib.suppress(ValueError):
+                state = _json(manifest)
+                if state.get("identity") == identity and self._restore(state):
+                    self._state = state
+        self._clean()
+        self._save()
+        self._tensors: dict[str, Tensor] = {}
+        self._waiting: list[dict] = []
+
+    @property
+    def done(self) -> int:
+        """The units that are safe on disk."""
+        return self._state["done"]
+
+    @property
+    def records(self) -> list[dict]:
+        """What ``add`` was told of every unit so far."""
+        return [*self._state["records"], *self._waiting]
+
+    def add(self, tensors: dict[str, Tensor], record: dict) -> None:
+        """The next unit: its tensors, and what to remember of it (JSON)."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if (
+            self._tensors
+            and sum(tensor.nbytes for tensor in self._tensors.values()) + size > self.shard_bytes
+        ):
+            self._flush()
+        self._tensors |= tensors
+        self._waiting.append(record)
+
+    def finish(
+        self, config: dict, certificate: Callable[[dict[str, str]], dict], copies: dict[str, Path]
+    ) -> None:
+        """Writes the rest and moves everything into place; ``certificate`` is given the SHA-256 of every shard."""
+        self._flush()
+        shards = self._state["shards"]
+        names = [WEIGHTS]
+        if len(shards) > 1:
+            names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, source in copies.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(source, "rb") as stream:
+                _write(self.folder / name, stream.read())
+        for shard, name in zip(shards, names, strict=True):
+            os.replace(self.folder / shard["file"], self.folder / name)
+        sums = {name: shard["sha256"] for shard, name in zip(shards, names, strict=True)}
+        _write(self.folder / CERTIFICATE, _dump(certificate(sums)))
+        if len(shards) > 1:
+            where = {
+                tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard["names"]
+            }
+            total = sum(shard["bytes"] for shard in shards)
+            _write(self.folder / INDEX, _dump({"metadata": {"total_size": total}, "weight_map": where}))
+        _write(self.folder / "config.json", _dump(config))
+        _sync(self.folder)
+        if self.target.exists():
+            self.target.rmdir()  # empty: the engine refused any other
+        os.rename(self.folder, self.target)
+        (self.target / MANIFEST).unlink()
+        (self.target / LOCK).unlink()
+        _sync(self.target)
+        _sync(self.target.parent)
+
+    def close(self) -> None:
+        """Lets another process at the folder; what is on disk stays for it to go on from."""
+        self._lock.close()
+
+    def _flush(self) -> None:
+        if self._tensors:
+            file = f"shard-{len(self._state['shards']) + 1:05}.safetensors"
+            path = self.folder / file
+            safetensors_package().torch.save_file(self._tensors, path.with_suffix(".tmp"), {"format": "pt"})
+            _sync(path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+            size = sum(tensor.nbytes for tensor in self._tensors.values())
+            shard = {"file": file, "names": list(self._tensors), "bytes": size, "sha256": sha256(path)}
+            self._state["shards"].append(shard)
+        self._state["records"] += self._waiting
+        self._state["done"] += len(self._waiting)
+        self._tensors, self._waiting = {}, []
+        self._save()
+
+    def _save(self) -> None:
+        _write(self.folder / (MANIFEST + ".tmp"), _dump(self._state))
+        os.replace(self.folder / (MANIFEST + ".tmp"), self.folder / MANIFEST)
+        _sync(self.folder)
+
+    def _restore(self, state: dict) -> bool:
+        """Whether every shard the manifest names is there; those already given their final name get the first back."""
+        shards = state["shards"]
+        for number, shard in enumerate(shards, 1):
+            final = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            if not (self.folder / shard["file"]).is_file() and (self.folder / final).is_file():
+                os.replace(self.folder / final, self.folder / shard["file"])
+        return all((self.folder / shard["file"]).is_file() for shard in shards)
+
+    def _clean(self) -> None:
+        keep = {MANIFEST, LOCK, *(shard["file"] for shard in self._state["shards"])}
+        for path in self.folder.iterdir():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+        if progress:
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            yield block
+
+
+def _dump(content: dict) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

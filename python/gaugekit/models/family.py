@@ -81,7 +81,7 @@ class Family(ABC):
         return [model.get_submodule(prefix + self.block(layer)) for layer in range(self.layers(config))]
 
     def take(self, config: dict, layer: int, read: Read) -> dict[str, Tensor]:
-        """The tensors of ``shapes`` in float64; ValueError where one has another shape than the config says."""
+        """The tensors of ``shapes`` in float64; ValueError for another shape than the config says, or NaN."""
         found = {}
         for name, shape in self.shapes(config, layer).items():
             tensor = read(name)
@@ -90,6 +90,8 @@ class Family(ABC):
             if not tensor.is_floating_point():
                 raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
             found[name] = tensor.detach().to(torch.float64, copy=True)
+            if not (tensor.is_meta or found[name].isfinite().all()):
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
         return found
 
 
