@@ -2,5 +2,6 @@
 
 from ..ops.rans import CorruptFile
 from .blob import decode, decode_range, encode
+from .files import pack, unpack
 
-__all__ = ["CorruptFile", "decode", "decode_range", "encode"]
+__all__ = ["CorruptFile", "decode", "decode_range", "encode", "pack", "unpack"]

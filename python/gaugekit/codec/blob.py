@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from ..ops import rans
-from ..ops.rans import CorruptFile
 
 
 def encode(tensor: torch.Tensor, *, model: int | None = None, chunk_log2: int = 17) -> bytes:
@@ -97,6 +96,3 @@ def _target(out: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> 
             f"out: expected a contiguous CPU tensor of {dtype} {list(shape)} without grad, got {given}"
         )
     return out
-
-
-__all__ = ["CorruptFile", "as_byte_tensor", "decode", "decode_range", "encode", "encode_bytes"]

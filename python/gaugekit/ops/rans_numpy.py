@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .crc32c_numpy import crc32c
+from .rans_numpy_crc32c import crc32c
 from .rans_numpy_tables import SLOTS, frequencies, from_planes, slots_by_symbol, to_planes
 
 CORRUPT = "corrupt blob: "

@@ -1,0 +1,247 @@
+"""The headers of .safetensors files, plain and packed (docs/format.md): read and checked whole, or
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from ..ops.rans import CorruptFile, crc32c
+from .blob import as_byte_tensor
+
+VERSION = 1
+MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
+MAX_RANK = 64
+ITEM_BYTES = {
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"], 1),
+    **dict.fromkeys(["I16", "U16", "F16", "BF16"], 2),
+    **dict.fromkeys(["I32", "U32", "F32"], 4),
+    **dict.fromkeys(["I64", "U64", "F64", "C64"], 8),
+}
+# A packed file's header begins with exactly these bytes, so the checksum's eight digits stand at a known
+# place.
+PREFIX = b'{"__metadata__":{"gaugekit":"{\\"header_crc32c\\":\\"'
+DIGITS = slice(len(PREFIX), len(PREFIX) + 8)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its bytes are [begin, end) of the data that follow the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's header: its bytes as they stand, its metadata, its tensors in the order of their bytes."""
+
+    raw: bytes
+    metadata: dict[str, str]
+    entries: list[Entry]
+
+    @property
+    def data_start(self) -> int:
+        return 8 + len(self.raw)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.data_start + (self.entries[-1].end if self.entries else 0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed file's header: what is stored, what it stands for, and how each tensor is coded and
+    checked.
+    """
+
+    stored: Header
+    original: Header
+    tensors: dict[str, tuple[str, int]]  # name -> (codec, crc32c of the stored bytes)
+
+
+def read_raw(file: BinaryIO) -> bytes:
+    """The header bytes of a .safetensors file."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise CorruptFile("not a .safetensors file: its header is longer than the file or than 100 MB")
+    return file.read(length)
+
+
+def _no_duplicates(pairs: list) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice")
+    return result
+
+
+def _parse(text: str | bytes, what: str) -> dict:
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{what} is not sound JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CorruptFile(f"{what} is not a JSON object")
+    return value
+
+
+def _natural(value) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _entry(name: str, value) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise CorruptFile(f"tensor {name!r}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    sound = (
+        isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    )
+    if (
+        not sound
+        or len(shape) > MAX_RANK
+        or not all(map(_natural, shape + offsets))
+        or offsets[0] > offsets[1]
+    ):
+        raise CorruptFile(f"tensor {name!r}: dtype, shape or data_offsets make no sense")
+    entry = Entry(name, dtype, tuple(shape), *offsets)
+    if dtype in ITEM_BYTES and entry.weights * ITEM_BYTES[dtype] != entry.size:
+        raise CorruptFile(f"tensor {name!r}: {dtype} {shape} does not take {entry.size} bytes")
+    return entry
+
+
+def parse_header(raw: bytes, data_bytes: int | None = None) -> Header:
+    """The header in ``raw``; its tensors must fill the data from end to end, ``data_bytes`` of them if
+    given.
+    """
+    fields = _parse(raw, "the header")
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptFile("__metadata__ is not a map of strings")
+    entries = sorted((_entry(name, value) for name, value in fields.items()), key=lambda e: (e.begin, e.end))
+    cursor = 0
+    for entry in entries:
+        if entry.begin != cursor:
+            raise CorruptFile(
+                f"tensor {entry.name!r}: expected its bytes to begin at {cursor}, got {entry.begin}"
+            )
+        cursor = entry.end
+    if data_bytes is not None and cursor != data_bytes:
+        raise CorruptFile(f"the tensors take {cursor} bytes, the file holds {data_bytes}")
+    return Header(raw, metadata, entries)
+
+
+def read_header(file: BinaryIO) -> Header:
+    """The checked header of any .safetensors file, plain or packed."""
+    raw = read_raw(file)
+    return parse_header(raw, os.fstat(file.fileno()).st_size - 8 - len(raw))
+
+
+def _header_crc32c(raw: bytes) -> int:
+    """Of the length field and the header, the checksum's own digits being zeros."""
+    zeroed = len(raw).to_bytes(8, "little") + raw[: DIGITS.start] + b"0" * 8 + raw[DIGITS.stop :]
+    return crc32c(as_byte_tensor(zeroed))
+
+
+def render_packed(original: Header, stored: list[tuple[Entry, str, int]], length: int) -> bytes:
+    """The header of a packed file, ``length`` bytes (0: as many as needed), from (entry, codec, crc32c) in
+    data order.
+    """
+    inner = {
+        "header_crc32c": "00000000",
+        "version": VERSION,
+        "header": original.raw.decode(),
+        "tensors": {entry.name: [codec, crc] for entry, codec, crc in stored},
+    }
+    compact = {"ensure_ascii": False, "separators": (",", ":")}
+    metadata = {"gaugekit": json.dumps(inner, **compact), **original.metadata}
+    fields = {"__metadata__": metadata}
+    for entry, _, _ in stored:
+        fields[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
+    raw = json.dumps(fields, **compact).encode()
+    raw += b" " * ((length or len(raw) + -(len(raw) + 8) % 16) - len(raw))
+    digits = b"%08x" % _header_crc32c(raw)
+    return raw[: DIGITS.start] + digits + raw[DIGITS.stop :]
+
+
+def packed_header_bytes(original: Header) -> int:
+    """Enough for the packed header whatever the coded sizes turn out to be; data then starts at a multiple
+    of 16.
+    """
+    longest = original.file_bytes
+    entries = [Entry(e.name, "U8", (*e.shape, longest), longest, longest) for e in original.entries]
+    return len(render_packed(original, [(e, "rans", 0xFFFFFFFF) for e in entries], 0))
+
+
+def read_packed(file: BinaryIO) -> Packed:
+    """The checked header of a packed file; ValueError for an ordinary one, CorruptFile for a damaged one."""
+    raw = read_raw(file)
+    if not raw.startswith(PREFIX):
+        if b"header_crc32c" not in raw:
+            parse_header(raw)
+            raise ValueError("source: expected a packed file, got an ordinary .safetensors file")
+        raise CorruptFile("the header does not begin as a packed file's does")
+    try:
+        given = int(raw[DIGITS], 16)
+    except ValueError:
+        given = None
+    if raw[DIGITS] != b"%08x" % _header_crc32c(raw) or given is None:
+        raise CorruptFile("the header's checksum is wrong")
+    stored = parse_header(raw, os.fstat(file.fileno()).st_size - 8 - len(raw))
+    inner = _parse(stored.metadata["gaugekit"], "the gaugekit entry")
+    if inner.get("version") != VERSION:
+        raise CorruptFile(f"its version is {inner.get('version')!r}, this gaugekit reads {VERSION}")
+    if not isinstance(inner.get("header"), str) or not isinstance(inner.get("tensors"), dict):
+        raise CorruptFile("the gaugekit entry lacks the original header or the tensors")
+    original = parse_header(inner["header"].encode(errors="surrogatepass"))
+    tensors = {}
+    for name, value in inner["tensors"].items():
+        if (
+            not isinstance(value, list)
+            or len(value) != 2
+            or value[0] not in ("rans", "raw")
+            or not _natural(value[1])
+        ):
+            raise CorruptFile(f"tensor {name!r}: its codec is not one this version reads")
+        tensors[name] = tuple(value)
+    by_name = {entry.name: entry for entry in original.entries}
+    if not set(tensors) == set(by_name) == {entry.name for entry in stored.entries}:
+        raise CorruptFile("the original header, the codecs and the stored tensors do not agree on the names")
+    for entry in stored.entries:
+        source, codec = by_name[entry.name], tensors[entry.name][0]
+        as_raw = (entry.dtype, entry.shape, entry.size) == (source.dtype, source.shape, source.size)
+        as_blob = (entry.dtype, entry.shape) == ("U8", (entry.size,)) and source.dtype in (
+            "BF16",
+            "F16",
+            "F32",
+        )
+        if not (as_raw if codec == "raw" else as_blob):
+            raise CorruptFile(f"tensor {entry.name!r}: what is stored does not fit the original header")
+    return Packed(stored, original, tensors)
+
+
+def byte_array(size: int) -> np.ndarray:
+    """A buffer of ``size`` bytes to read into."""
+    return np.empty(size, np.uint8)
