@@ -1,0 +1,93 @@
+"""What shaped attention does not cover is refused with the reason, never computed wrongly."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from gaugekit.integrations import attention
+from tiny import bert, gpt2
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=90)
+IDS = torch.arange(1, 25).reshape(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    attention.register()
+    attention.register()  # a second time is no error
+
+
+def refused(message, model, ids=IDS, **inputs):
+    model.set_attn_implementation("gaugekit")
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids, **inputs)
+
+
+def test_dropout():
+    refused("dropout: expected 0, got 0.1; .*model.eval", gpt2().train())
+
+
+def test_attention_weights():
+    refused("output_attentions: .*'eager'", bert(), output_attentions=True)
+
+
+def test_a_mask_made_by_the_user():
+    mask = torch.zeros(2, 1, 12, 12)
+    refused(
+        r"attention_mask: expected a 2D mask of real tokens, got one of shape \[2, 1, 12, 12\]",
+        gpt2(),
+        attention_mask=mask,
+    )
+
+
+def test_a_mask_for_other_keys():
+    mask = attention.Visible(keys=9, causal=True)
+    x = torch.randn(1, 2, 12, 8)
+    with pytest.raises(ValueError, match="made for 9 keys, but there are 12"):
+        attention.attend(torch.nn.Module(), x, x, x, mask)
+
+
+def test_packed_sequences_in_several_rows():
+    places = torch.arange(6).repeat(2, 2)
+    refused("position_ids: expected one row of packed", gpt2(use_cache=False), position_ids=places)
+
+
+def test_a_window_over_holes():
+    model = MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)).eval()
+    refused("padding at one end only", model, attention_mask=torch.tensor([[1, 0, 1, 1] * 3] * 2))
+
+
+def test_a_window_that_no_mask_holds():
+    x = torch.randn(1, 2, 12, 8)
+    with pytest.raises(ValueError, match="one that holds the sliding window"):
+        attention.attend(torch.nn.Module(), x, x, x, None, sliding_window=4)
+
+
+def test_chunked_attention():
+    config = Llama4TextConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        attention_chunk_size=4,
+        num_local_experts=1,
+        intermediate_size_mlp=48,
+    )
+    refused("got the custom pattern", Llama4ForCausalLM(config).eval())
+
+
+def test_scores_that_are_changed_on_the_way():
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8)).eval()
+    refused("softcap: shaped attention does not cover it", gemma)
+    sinks = GptOssForCausalLM(
+        GptOssConfig(**SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2)
+    ).eval()
+    refused("s_aux: shaped attention does not cover it", sinks)
