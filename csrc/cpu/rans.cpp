@@ -132,9 +132,12 @@ void rans_decode(const Tensor& tensor, int64_t start, int64_t stop, Tensor out) 
   STD_TORCH_CHECK(error == nullptr, "corrupt blob: ", error);
 }
 
-int64_t crc32c_bytes(const Tensor& data, int64_t crc) {
+Tensor crc32c_bytes(const Tensor& data, int64_t crc) {
   check_bytes(data, "data");
-  return crc32c(static_cast<const uint8_t*>(data.const_data_ptr()), data.numel(), uint32_t(crc));
+  Tensor out = torch::stable::empty({}, ScalarType::Long);
+  *static_cast<int64_t*>(out.mutable_data_ptr()) =
+      crc32c(static_cast<const uint8_t*>(data.const_data_ptr()), data.numel(), uint32_t(crc));
+  return out;
 }
 
 }  // namespace

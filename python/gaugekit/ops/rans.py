@@ -42,7 +42,7 @@ def _decode(blob, start, stop, out):
 
 
 def _crc32c(data, crc=0):
-    return rans_numpy.crc32c(data.numpy(), crc)
+    return torch.tensor(rans_numpy.crc32c(data.numpy(), crc))
 
 
 def _unbacked():
@@ -52,17 +52,21 @@ def _unbacked():
 _library.define(
     "rans_encode(Tensor data, Tensor shape, int element, int model, int chunk_log2) -> Tensor",
     _encode,
-    lambda data, shape, element, model, chunk_log2: data.new_empty(_unbacked()),
+    lambda data, shape, element, model, chunk_log2: data.new_empty((_unbacked(),)),
 )
 _library.define(
-    "rans_open(Tensor blob) -> Tensor", _open, lambda blob: blob.new_empty(_unbacked(), dtype=torch.int64)
+    "rans_open(Tensor blob) -> Tensor", _open, lambda blob: blob.new_empty((_unbacked(),), dtype=torch.int64)
 )
 _library.define(
     "rans_decode(Tensor blob, int start, int stop, Tensor(a!) out) -> ()",
     _decode,
     lambda blob, start, stop, out: None,
 )
-_library.define("crc32c(Tensor data, int crc=0) -> int", _crc32c, lambda data, crc=0: _unbacked())
+_library.define(
+    "crc32c(Tensor data, int crc=0) -> Tensor",
+    _crc32c,
+    lambda data, crc=0: data.new_empty((), dtype=torch.int64),
+)
 
 
 def _checked(operator, *arguments):
@@ -116,4 +120,4 @@ def crc32c(data: torch.Tensor, crc: int = 0) -> int:
     """CRC-32C (RFC 3720) of a contiguous uint8 vector; ``crc`` continues the checksum of what came before
     it.
     """
-    return torch.ops.gaugekit.crc32c(data, crc)
+    return torch.ops.gaugekit.crc32c(data, crc).item()

@@ -1,0 +1,158 @@
+"""C++ operator, NumPy composition and readable oracle make and read the same bytes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaugekit import _library
+from gaugekit.ops import rans, rans_numpy
+from gaugekit.reference import rans as oracle
+
+KINDS = [(dtype, model) for dtype, models in rans.MODELS.items() for model in models]
+SIZES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 500]
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def normal(count: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+def check_all_paths(tensor: torch.Tensor, model: int, with_oracle: bool = True) -> bytes:
+    """Encodes on every path, decodes each on every path, and returns the one blob."""
+    data, shape, element = bits(tensor), tuple(tensor.shape), rans.ELEMENTS[tensor.dtype]
+    blob = rans.encode(tensor, model, 14)
+    assert rans_numpy.encode(data, shape, element, model, 14).tobytes() == blob.numpy().tobytes()
+    out = torch.empty_like(tensor)
+    rans.decode(blob, 0, tensor.numel(), out)
+    assert (bits(out) == data).all()
+    again = np.empty_like(data)
+    rans_numpy.decode(blob.numpy(), 0, tensor.numel(), again)
+    assert (again == data).all()
+    if with_oracle:
+        assert oracle.encode(data.tobytes(), shape, element, model, 14) == blob.numpy().tobytes()
+        assert oracle.decode(blob.numpy().tobytes()) == (data.tobytes(), shape, element)
+    return blob.numpy().tobytes()
+
+
+@pytest.mark.parametrize(("dtype", "model"), KINDS)
+@pytest.mark.parametrize("count", SIZES)
+def test_paths_agree(dtype, model, count):
+    check_all_paths(normal(count, dtype), model)
+
+
+@pytest.mark.parametrize(("dtype", "model"), KINDS)
+@pytest.mark.parametrize("count", [16384, 24576, 24577, 40960, 70001])
+def test_paths_agree_over_chunks(dtype, model, count):
+    check_all_paths(normal(count, dtype), model, with_oracle=False)
+
+
+def test_oracle_agrees_over_chunks():
+    check_all_paths(normal(24577, torch.bfloat16), rans.EXPONENT)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    count=st.integers(0, 700),
+    alphabet=st.lists(st.binary(min_size=4, max_size=4), min_size=1, max_size=40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_arbitrary_bits_on_all_paths(kind, count, alphabet, seed):
+    dtype, model = kind
+    width = torch.empty(0, dtype=dtype).element_size()
+    pick = np.random.default_rng(seed).geometric(0.4, count).clip(max=len(alphabet)) - 1
+    data = bytearray(b"".join(alphabet[i][:width] for i in pick))
+    tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    check_all_paths(tensor, model)
+
+
+@pytest.mark.parametrize("size", [31, 32, 33, 64, 65, 128, 129, 256])
+def test_alphabets_of_every_bucket_count(size):
+    exponents = torch.arange(4096) % size
+    exponents[1000:] = size // 2
+    blob = check_all_paths((exponents << 7).to(torch.int16).view(torch.bfloat16), rans.EXPONENT, size == 33)
+    assert int.from_bytes(blob[64 + 12 : 64 + 14], "little") == size
+
+
+def test_a_constant_takes_no_words():
+    blob = check_all_paths(torch.full((5000,), -1.5, dtype=torch.float32), rans.EXPONENT)
+    assert len(blob) == 64 + 32 + 256 + 16 + 3 * 16
+
+
+def test_bf16_values_in_fp32_cost_no_low_planes():
+    tensor = normal(20000, torch.bfloat16)
+    narrow, wide = rans.encode(tensor, 0, 14).numel(), rans.encode(tensor.float(), 0, 14).numel()
+    assert wide == narrow + 2 * 16
+
+
+def test_noise_is_stored_raw():
+    data = np.random.default_rng(0).integers(0, 1 << 16, 4096).astype(np.int16)
+    blob = check_all_paths(torch.from_numpy(data).view(torch.float16), rans.HIGH_BYTE, with_oracle=False)
+    assert len(blob) == 64 + 32 + 2 * 4096
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_thread_counts_give_the_same_bytes(threads):
+    tensor = normal(150000, torch.bfloat16)
+    expected = rans.encode(tensor, 0, 14)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(rans.encode(tensor, 0, 14), expected)
+        out = torch.empty_like(tensor)
+        rans.decode(expected, 0, tensor.numel(), out)
+        assert torch.equal(out, tensor)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 255, 256, 511, 512, 3071, 3072, 3073, 100003, (1 << 21) + 5])
+def test_crc32c_paths_agree(size):
+    data = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
+    crc = rans.crc32c(torch.from_numpy(data))
+    assert crc == rans_numpy.crc32c(data)
+    assert (
+        rans.crc32c(torch.from_numpy(data[size // 3 :]), rans.crc32c(torch.from_numpy(data[: size // 3])))
+        == crc
+    )
+    assert rans_numpy.crc32c(data[size // 3 :], rans_numpy.crc32c(data[: size // 3])) == crc
+    if size <= 4000:
+        assert crc == oracle.crc32c(data.tobytes())
+
+
+def test_operators_are_registered_as_their_schemas_say():
+    tensor = normal(1000, torch.bfloat16)
+    data, shape = tensor.view(torch.uint8), torch.tensor([1000])
+    blob = rans.encode(tensor, 0, 14)
+    ops = torch.ops.gaugekit
+    torch.library.opcheck(ops.rans_encode.default, (data, shape, 1, 0, 14))
+    torch.library.opcheck(ops.rans_open.default, (blob,))
+    torch.library.opcheck(ops.rans_decode.default, (blob, 3, 700, torch.empty(697 * 2, dtype=torch.uint8)))
+    torch.library.opcheck(ops.crc32c.default, (data, 0))
+
+
+@pytest.mark.skipif(not _library.backends()["cpu"].loaded, reason="needs the C++ binary")
+@pytest.mark.parametrize("name", ["rans_encode", "rans_open", "rans_decode", "crc32c"])
+def test_binary_registers_every_operator(name):
+    assert _library.implementation(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3, dtype=torch.float64), 0, 17), "tensor: expected bfloat16"),
+        ((torch.zeros(3, dtype=torch.float16), 0, 17), "model: expected one of"),
+        ((torch.zeros(3), 2, 17), "model: expected one of"),
+        ((torch.zeros(3), 0, 13), "chunk_log2: expected 14 to 20, got 13"),
+        ((torch.zeros(3), 0, 21), "chunk_log2: expected 14 to 20, got 21"),
+        ((torch.zeros(3, device="meta"), 0, 17), "tensor: expected a CPU tensor"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rans.encode(*arguments)
