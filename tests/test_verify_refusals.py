@@ -8,7 +8,7 @@ import torch
 from transformers import BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import gaugekit.verify
-from tiny import bert, copy_of, gpt2
+from tiny import add_tokenizer, bert, copy_of, gpt2
 
 
 @pytest.fixture
@@ -87,12 +87,8 @@ def test_layers_of_other_widths_are_left_out_with_a_note():
     assert report["layers"] == [] and any(note.startswith("layers: not compared") for note in report.notes)
 
 
-def test_a_text_file_must_be_readable_and_hold_sentences(saved, tmp_path, monkeypatch):
-    from gaugekit.integrations import loading
-
-    monkeypatch.setattr(
-        loading, "tokenizer", lambda path: lambda text, **_: {"input_ids": [[1, 2]] * len(text)}
-    )
+def test_a_text_file_must_be_readable_and_hold_sentences(saved, tmp_path):
+    add_tokenizer(saved)
     refused(
         "text: expected a UTF-8 text file, got '.*absent.txt'", saved, saved, text=tmp_path / "absent.txt"
     )
@@ -100,13 +96,15 @@ def test_a_text_file_must_be_readable_and_hold_sentences(saved, tmp_path, monkey
     refused("text: expected a UTF-8 text file", saved, saved, text=tmp_path / "latin.txt")
     (tmp_path / "words.txt").write_text("only words")
     refused("text: expected sentences of 40 to 400 characters", saved, saved, text=tmp_path / "words.txt")
+    refused("text: expected text that gives tokens, got none", saved, saved, text=["", ""])
 
 
-def test_tokenizers_that_read_differently_are_refused(saved, tmp_path, monkeypatch):
-    from gaugekit.integrations import loading
-
+def test_tokenizers_that_read_differently_are_refused(saved, tmp_path):
     copy_of(bert()).save_pretrained(tmp_path / "b")
-    ids = {"a": [1, 2], "b": [2, 1]}
-    read = lambda path: lambda text, **_: {"input_ids": [ids[path.name]] * len(text)}  # noqa: E731
-    monkeypatch.setattr(loading, "tokenizer", read)
-    refused("b: expected a tokenizer that reads the text as a's does", saved, tmp_path / "b")
+    add_tokenizer(saved)
+    add_tokenizer(tmp_path / "b", letters="zyxwvutsrqponmlkjihgfedcba")
+    refused(
+        "b: expected a tokenizer that reads the text as a's does", saved, tmp_path / "b", text=["Some text."]
+    )
+    add_tokenizer(tmp_path / "b")
+    assert gaugekit.verify(saved, tmp_path / "b", text=["Some text.", "More of it."])["rows"] == 21

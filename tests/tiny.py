@@ -1,7 +1,8 @@
 """Small transformers models with random weights, and copies of them that are off by a known amount."""
 
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
 def bert(cls=BertModel, **changes):
@@ -26,3 +27,14 @@ def copy_of(model, amount=0.0):
         for parameter in other.parameters():
             parameter.mul_(1 + amount * torch.randn_like(parameter))
     return other
+
+
+def add_tokenizer(directory, letters="abcdefghijklmnopqrstuvwxyz"):
+    """Saves a tokenizer beside the model: id 0 pads, 1 is any unknown character, then one id a letter."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{letter: 2 + index for index, letter in enumerate(letters)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        directory
+    )

@@ -14,6 +14,7 @@ _library.load()
 # Public names that are found when first asked for, so that importing gaugekit stays light: name -> module[:attribute].
 _LAZY = {
     "codec": "gaugekit.codec",
+    "inspect": "gaugekit.inspect",
     "samples": "gaugekit.samples",
     "verify": "gaugekit.verify",
 }

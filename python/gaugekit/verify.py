@@ -186,8 +186,7 @@ class _Subject:
             self.config = loading.transformers().AutoConfig.from_pretrained(self.path, local_files_only=True)
         elif hasattr(source, "config"):
             self.config = source.config
-            where = getattr(source.config, "name_or_path", "")
-            self.path = Path(where) if where and (Path(where) / "config.json").is_file() else None
+            self.path = loading.home(source)
         else:
             raise ValueError(
                 f"{argument}: expected a model directory or a live transformers model, got {type(source).__name__}"
@@ -224,18 +223,15 @@ class _Subject:
 
         return loading.tokenizer(self.path) if self.path is not None else None
 
-    def longest(self) -> int:
-        """How many positions the model has; 512 where its config names no limit."""
-        limits = (getattr(self.config, name, None) for name in ("max_position_embeddings", "n_positions"))
-        return min([limit for limit in limits if limit] or [512])
-
 
 def _sequences(original: _Subject, result: _Subject, text, notes: list[str]) -> tuple[list[list[int]], int]:
     """Token ids to run both models on, and the id that pads them."""
+    from .integrations import loading
+
     sizes = [getattr(subject.config.get_text_config(), "vocab_size", None) for subject in (original, result)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"b: expected the vocabulary of a, {sizes[0]} tokens, got {sizes[1]}")
-    longest = min(original.longest(), result.longest())
+    longest = min(loading.positions(subject.config) for subject in (original, result))
     pad = getattr(original.config, "pad_token_id", None)
     tokenizers = [found for subject in (original, result) if (found := subject.tokenizer()) is not None]
     if not tokenizers:

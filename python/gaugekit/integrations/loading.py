@@ -115,6 +115,18 @@ def tokenizer(path: str | Path) -> Any | None:
         return transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
+def home(live: torch.nn.Module) -> Path | None:
+    """The directory a live model was loaded from, where that still stands; None for any other model."""
+    name = getattr(live.config, "name_or_path", "")
+    return Path(name) if name and (Path(name) / "config.json").is_file() else None
+
+
+def positions(config: Any) -> int:
+    """How many positions a model has; 512 where its config names no limit."""
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return min([limit for limit in limits if limit] or [512])
+
+
 @contextlib.contextmanager
 def quiet():
     """Keeps transformers' progress bars and advice off the terminal: the caller shows its own progress."""
