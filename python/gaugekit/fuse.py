@@ -1,0 +1,212 @@
+"""Swaps layers of one live model for compact forms and our attention, and back again.
+
+``gaugekit.fuse(model)`` is the verb; this module is callable so that the name means the same whatever was imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import Live
+from .nn import forms
+from .report import Report
+from .rewrite import VERSION
+from .symmetry import GaugeFix
+
+RECORD = "_gaugekit_fused"
+
+
+@dataclass
+class _Undo:
+    """What a fused instance was before; it stands on the instance, as plain data that no state_dict shows."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    attention: str | None = None
+    quantization_config: Any = None
+
+
+@torch.no_grad()
+def fuse(model: nn.Module, *, gauge: bool = True, attention: bool = True) -> Report:
+    """Makes this instance lighter, the function it computes unchanged; no class and no other instance is touched.
+
+    ``gauge``: in every layer the key and value projections become compact forms without what nobody can observe (see
+    ``symmetry.GaugeFix``; float64, rounded once), and the query and output projections take up the rest.
+    ``attention``: the model attends through ``gaugekit.shaped_attention`` (transformers' interface, named "gaugekit").
+    The originals are kept on the instance for ``unfuse``: fusing saves memory in what is saved and loaded again, not in
+    this process. A fused model saves with ``save_pretrained`` and loads like a converted one. Move it or train it
+    freely, but build an optimizer after fusing: the parameters are new ones.
+
+    What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
+    is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],
+    ``rewritten`` [module: dense, new weights], ``attention`` (the implementation in use, None where not known),
+    ``left`` [{module, reason}], ``parameters_before``, ``parameters_after``. Raises ValueError where ``model`` is no
+    nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
+    fields: dict[str, Any] = {"replaced": [], "rewritten": [], "attention": None, "left": []}
+    fields["parameters_before"] = _count(model)
+    undo = model.__dict__.get(RECORD)
+    if undo is not None:
+        fields["left"].append({"module": "", "reason": "it is fused already; unfuse it first"})
+    else:
+        undo = _Undo(attention=_attention(model))
+        if gauge:
+            _fuse_gauge(model, fields, undo)
+        if attention:
+            _fuse_attention(model, fields)
+        if undo.modules or _attention(model) != undo.attention:
+            model.__dict__[RECORD] = undo
+    fields["attention"] = _attention(model)
+    fields["parameters_after"] = _count(model)
+    notes = [
+        f"left alone: {one['module'] or type(model).__name__}: {one['reason']}" for one in fields["left"]
+    ]
+    return Report("fuse", fields, notes)
+
+
+def unfuse(model: nn.Module) -> Report:
+    """Puts back what ``fuse`` replaced: the very modules, their weights bit for bit, and the attention implementation.
+
+    Modules follow the model to another device or dtype; what the forms learnt since is dropped. Returns a Report:
+    ``restored`` [module], ``attention``; nothing is restored in a model that is not fused. Raises ValueError where
+    ``model`` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
+    undo = model.__dict__.pop(RECORD, None)
+    if undo is None:
+        return Report("unfuse", {"restored": [], "attention": _attention(model)}, ["the model is not fused"])
+    for path, original in undo.modules.items():
+        fused = model.get_submodule(path)
+        first = next(fused.parameters())
+        model.set_submodule(path, original.to(first.device, first.dtype).train(fused.training))
+    if undo.modules:
+        if undo.quantization_config is None:
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = undo.quantization_config
+    if undo.attention is not None and undo.attention != _attention(model):
+        model.set_attn_implementation(undo.attention)
+    return Report("unfuse", {"restored": list(undo.modules), "attention": _attention(model)})
+
+
+def _fuse_gauge(model: nn.Module, fields: dict, undo: _Undo) -> None:
+    try:
+        live = Live(model)
+    except ValueError as reason:
+        fields["left"].append({"module": "", "reason": str(reason)})
+        return
+    if live.config.get("quantization_config"):
+        method = live.config["quantization_config"].get("quant_method")
+        fields["left"].append({"module": "", "reason": f"its weights are stored as {method!r} already"})
+        return
+    rewrite, modules = GaugeFix(), {}
+    for layer in range(len(live)):
+        paths = dict.fromkeys(live.family.projections(live.config, layer).values())
+        try:
+            originals = {path: model.get_submodule(live.prefix + path) for path in paths}
+            for path, original in originals.items():
+                _check_plain(path, original)
+            view = rewrite.layer(live.attention(layer))
+            stored = live.family.store(live.config, layer, view, rewrite.form(view))
+            made = {path: _make(path, original, stored) for path, original in originals.items()}
+        except (ValueError, AttributeError) as reason:
+            fields["left"].append({"module": live.prefix + live.family.block(layer), "reason": str(reason)})
+            continue
+        for path, module in made.items():
+            name = live.prefix + path
+            undo.modules[name] = originals[path]
+            model.set_submodule(name, module)
+            if path in stored.modules:
+                fields["replaced"].append({"module": name, "form": stored.modules[path]["form"]})
+            else:
+                fields["rewritten"].append(name)
+        modules |= stored.modules
+    if modules:
+        model.config.quantization_config = {
+            "quant_method": "gaugekit",
+            "version": VERSION,
+            "modules": modules,
+        }
+
+
+def _fuse_attention(model: nn.Module, fields: dict) -> None:
+    if not hasattr(model, "set_attn_implementation"):
+        reason = "attention: it is no transformers model, so there is no interface to set"
+        fields["left"].append({"module": "", "reason": reason})
+        return
+    from .integrations import attention as ours
+
+    try:
+        ours.register()
+        model.set_attn_implementation(ours.NAME)
+    except ValueError as reason:
+        fields["left"].append({"module": "", "reason": f"attention: {reason}"})
+        return
+    if _attention(model) != ours.NAME:
+        reason = f"attention: {type(model).__name__} does not take another implementation"
+        fields["left"].append({"module": "", "reason": reason})
+
+
+def _check_plain(path: str, module: nn.Module) -> None:
+    """Only a bare projection may go: anything hung on it (adapters, hooks, offloading) would be lost."""
+    if list(module.children()) or set(dict(module.named_parameters())) - {"weight", "bias"}:
+        raise ValueError(f"{path} is no plain projection but a {type(module).__name__} with more inside")
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or hasattr(module, "_hf_hook")
+    ):
+        raise ValueError(f"{path} has hooks, which its replacement would not run")
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(f"{path} holds no numbers (meta device)")
+
+
+def _make(path: str, original: nn.Module, stored: Any) -> nn.Module:
+    """The replacement of one projection: a form, or the same class with the rewritten weights."""
+    tensors = {
+        name[len(path) + 1 :]: tensor
+        for name, tensor in stored.tensors.items()
+        if name.startswith(path + ".")
+    }
+    weight = original.weight
+    if path in stored.modules:
+        made = forms.build(stored.modules[path], device=weight.device, dtype=weight.dtype)
+        _fill(made, tensors)
+        made.requires_grad_(weight.requires_grad)
+    else:
+        made = copy.deepcopy(original)
+        _fill(made, tensors)
+    return made.train(original.training)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    module.load_state_dict(
+        {name: tensor.to(module.state_dict()[name].dtype) for name, tensor in tensors.items()}
+    )
+
+
+def _attention(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class _Verb(types.ModuleType):
+    """Makes ``gaugekit.fuse(model)`` work although importing this module binds the name to the module."""
+
+    __call__ = staticmethod(fuse)
+
+
+sys.modules[__name__].__class__ = _Verb

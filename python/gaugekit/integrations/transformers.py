@@ -1,0 +1,99 @@
+"""Importing this module lets transformers load what gaugekit wrote: ``AutoModel.from_pretrained(converted)``.
+
+It registers a quantizer named "gaugekit" (transformers' word for "modules of another shape"): before the weights are
+read, the modules that ``config.json`` lists under ``quantization_config`` are replaced by their forms; the weights then
+load by name. ``save_pretrained`` writes the same layout again. It also registers the attention function "gaugekit",
+which a loaded model uses unless ``attn_implementation`` asks for another.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from transformers import PreTrainedModel
+    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError as error:
+    raise ImportError(
+        "gaugekit.integrations.transformers needs transformers: pip install gaugekit[hf]"
+    ) from error
+
+from ..nn import forms
+from ..rewrite import VERSION
+from . import attention
+
+NAME = "gaugekit"
+
+
+@register_quantization_config(NAME)
+class GaugekitConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a converted checkpoint: {"quant_method": "gaugekit", "version": 1, "modules": {...}}.
+
+    ``modules`` maps the name of a module of the base model (no "bert." or "transformer." before it) to its spec,
+    {"form": name, "arguments": {...}}. Raises ValueError for a version that is not 1 or modules of another shape.
+    """
+
+    def __init__(
+        self, version: int = VERSION, modules: dict[str, dict] | None = None, quant_method: str = NAME
+    ):
+        if version != VERSION:
+            raise ValueError(
+                f"quantization_config: expected version {VERSION}, got {version!r}; "
+                "a newer gaugekit wrote this checkpoint: pip install -U gaugekit"
+            )
+        if not isinstance(modules, dict):
+            raise ValueError(f"quantization_config: expected modules by name, got {modules!r}")
+        self.quant_method = quant_method
+        self.version = version
+        self.modules = modules
+
+
+@register_quantizer(NAME)
+class GaugekitQuantizer(HfQuantizer):
+    """Puts the forms in place before the weights are read; nothing is lost, so everything else stays allowed."""
+
+    requires_calibration = False
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def update_attn_implementation(self, config):
+        if getattr(config, "_attn_implementation_internal", None) is None:
+            config._attn_implementation = attention.NAME
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_
+    ):
+        install(model, self.quantization_config.modules, dtype)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_):
+        model.is_quantized = (
+            False  # transformers would refuse .half(), .float() and training, which are all fine here
+        )
+        return model
+
+
+def install(model: PreTrainedModel, modules: dict[str, dict], dtype: torch.dtype | None = None) -> None:
+    """Replaces the modules named in ``modules`` by their forms, on the device torch is set to (meta, while loading).
+
+    Raises ValueError where the model has no module of that name, bare or behind its base model's prefix.
+    """
+    prefixes = ("", f"{model.base_model_prefix}.")
+    present = {name for name, _ in model.named_modules()}
+    for name, spec in modules.items():
+        path = next((prefix + name for prefix in prefixes if prefix + name in present), None)
+        if path is None:
+            raise ValueError(
+                f"quantization_config: expected a module {name!r} in {type(model).__name__}, got none; "
+                "was the checkpoint converted from another architecture?"
+            )
+        model.set_submodule(path, forms.build(spec, dtype=dtype))
+
+
+attention.register()
