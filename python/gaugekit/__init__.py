@@ -15,6 +15,7 @@ _library.load()
 _LAZY = {
     "codec": "gaugekit.codec",
     "inspect": "gaugekit.inspect",
+    "nn": "gaugekit.nn",
     "samples": "gaugekit.samples",
     "verify": "gaugekit.verify",
 }

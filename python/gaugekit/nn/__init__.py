@@ -1,7 +1,25 @@
-"""Modules: compact forms of projections, and their registry."""
+"""Modules: blocks without value and output matrices, compact forms of projections, and their registry."""
 
 from . import forms
+from .blocks import PreLNBlock, SASBlock, SASPBlock
+from .cache import LayerCache
 from .concat import Concat
 from .gauge_projection import GaugeProjection
+from .identity_linear import IdentityLinear
+from .mlp import MLP
+from .parameter_groups import parameter_groups
+from .shaped_attention import ShapedAttention
 
-__all__ = ["Concat", "GaugeProjection", "forms"]
+__all__ = [
+    "MLP",
+    "Concat",
+    "GaugeProjection",
+    "IdentityLinear",
+    "LayerCache",
+    "PreLNBlock",
+    "SASBlock",
+    "SASPBlock",
+    "ShapedAttention",
+    "forms",
+    "parameter_groups",
+]

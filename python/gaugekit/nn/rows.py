@@ -1,0 +1,44 @@
+"""Rows of sequences that grow: what is accepted, a buffer to append to, and the positions they stand at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def append(old: Tensor | None, new: Tensor, columns: int, start: Tensor | None) -> Tensor:
+    """A buffer that holds the first ``columns`` rows of ``old`` [B, ·, S, ·] and then ``new`` [B, ·, T, ·].
+
+    With ``start`` int64 [B] the new rows of sequence b stand at start[b]. The buffer is ``old`` where it has room and
+    no gradient flows, else a larger one; without ``old`` it is ``new`` itself, which is therefore never written to.
+    """
+    if old is None:
+        return new
+    end = columns + new.shape[2]
+    if end > old.shape[2] or old.requires_grad or new.requires_grad:
+        old = pad(old[:, :, :columns], (0, 0, 0, end + end // 4 - columns))
+    if start is None:
+        old[:, :, columns:end] = new
+        return old
+    row = start[:, None] + torch.arange(new.shape[2], device=new.device)
+    return old.scatter_(2, row[:, None, :, None].expand_as(new), new)
+
+
+def check_rows(x: Tensor, width: int, lengths: Tensor | None) -> None:
+    """ValueError unless x is [B, T, width] and ``lengths`` None or int64 [B]."""
+    if x.dim() != 3 or x.shape[2] != width:
+        raise ValueError(f"x: expected [B, T, {width}], got {list(x.shape)}")
+    if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != x.shape[:1]):
+        raise ValueError(
+            f"lengths: expected int64 [B] = [{x.shape[0]}], got {lengths.dtype} {list(lengths.shape)}"
+        )
+
+
+def positions_of(rows: int, cache, device: torch.device) -> Tensor:
+    """The positions of ``rows`` new rows after what a LayerCache (or None) holds: int64 [T], or [B, T] where its
+    sequences differ in length."""
+    t = torch.arange(rows, device=device)
+    if cache is None:
+        return t
+    return t + (cache.columns if cache.lengths is None else cache.lengths[:, None])

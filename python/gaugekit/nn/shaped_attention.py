@@ -1,0 +1,80 @@
+"""Attention without value and output matrices, and the standard one as a case of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gaugekit.nn.rotary import rotate
+from gaugekit.nn.rows import check_rows, positions_of
+from gaugekit.ops.shaped_attention import shaped_attention
+
+
+class ShapedAttention(nn.Module):
+    """y = concat_h[(α_h·I + β_h·softmax(Q_h K_hᵀ/√K) − γ_h·C) x_h], x_h the h-th D/H columns: x [B, T, D] -> [B, T, D].
+
+    W_Q starts at 0 and α = β = γ = 1, so at the start y = x. ``groups`` of heads share keys (not values), ``key_width``
+    K is D/H unless given, ``rotary_base`` turns queries and keys by position. ``value`` and ``output`` are modules for
+    the two matrices this does without: a network's first layer keeps the former, a standard block has both and
+    ``shaped=False``. He and Hofmann, Simplifying Transformer Blocks, eq. 5, 12. ValueError for sizes that do not fit.
+    """
+
+    def __init__(self, width, heads, *, groups=None, key_width=None, causal=True, window=None, rotary_base=None,
+                 shaped=True, value=None, output=None, std=0.02, device=None, dtype=None):  # fmt: skip
+        super().__init__()
+        groups = heads if groups is None else groups
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads: expected a divisor of width = {width}, got {heads}")
+        if groups < 1 or heads % groups:
+            raise ValueError(f"groups: expected a divisor of heads = {heads}, got {groups}")
+        key_width = width // heads if key_width is None else key_width
+        if key_width < 1 or (rotary_base is not None and key_width % 2):
+            raise ValueError(f"key_width: expected at least 1, and even with rotary_base; got {key_width}")
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected None or at least 1, got {window}")
+        make = {"device": device, "dtype": dtype}
+        self.heads, self.head_width, self.key_width, self.std = heads, width // heads, key_width, std
+        self.causal, self.window, self.rotary_base, self.shaped = causal, window, rotary_base, shaped
+        self.query = nn.Linear(width, heads * key_width, bias=False, **make)
+        self.key = nn.Linear(width, groups * key_width, bias=False, **make)
+        self.value, self.output = value, output
+        for name in ("alpha", "beta", "gamma") if shaped else ():
+            setattr(self, name, nn.Parameter(torch.empty(heads, **make)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.key.weight, std=self.std)
+        nn.init.normal_(self.query.weight, std=0.0 if self.shaped else self.std)
+        for gain in (self.alpha, self.beta, self.gamma) if self.shaped else ():
+            nn.init.ones_(gain)
+
+    def forward(self, x: Tensor, *, lengths=None, cache=None, positions=None, cu_seqlens=None) -> Tensor:
+        """``lengths`` int64 [B]: the rows of x that are real, at the front of each sequence (None: all T).
+
+        With a LayerCache as ``cache`` x follows what that holds. ``positions`` int64 [T] or [B, T] are for the rotation
+        alone, and count on from the cache by default. ``cu_seqlens`` as in ``gaugekit.shaped_attention``.
+        """
+        check_rows(x, self.query.in_features, lengths)
+        if cache is not None and not self.causal:
+            raise ValueError("cache: expected None without causal, since earlier rows would see later ones")
+        if cu_seqlens is not None and (cache is not None or (self.rotary_base and positions is None)):
+            raise ValueError("cu_seqlens: expected no cache, and positions beside rotary_base")
+        q, k = (p(x).unflatten(-1, (-1, self.key_width)).transpose(1, 2) for p in (self.query, self.key))
+        v = (x if self.value is None else self.value(x)).to(q.dtype)
+        v = v.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        if self.rotary_base is not None:
+            positions = positions_of(x.shape[1], cache, x.device) if positions is None else positions
+            q, k = (rotate(part, positions, self.rotary_base) for part in (q, k))
+        gains = {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma} if self.shaped else {}
+        query_start = None
+        if cache is not None:
+            k, v, query_start, lengths, mean = cache.append(k, v, lengths, self.shaped and not self.window)
+            if mean is not None:  # α·v − γ·mean = (α − γ)·v − γ·(mean − v): C does not read the cache again
+                gains = {"alpha": self.alpha - self.gamma, "beta": self.beta, "v0": mean, "lam": -self.gamma}
+            if self.window and lengths is None:
+                k, v = (part[:, :, -(self.window + x.shape[1] - 1) :] for part in (k, v))
+        k = k if k.shape[1] == v.shape[1] else k.repeat_interleave(v.shape[1] // k.shape[1], dim=1)
+        y = shaped_attention(q, k, v, **gains, causal=self.causal, window=self.window, query_start=query_start,
+                             key_lengths=lengths, cu_seqlens=cu_seqlens)  # fmt: skip
+        y = y.transpose(1, 2).flatten(2)
+        return y if self.output is None else self.output(y)
