@@ -14,9 +14,14 @@ _library.load()
 # Public names that are found when first asked for, so that importing gaugekit stays light: name -> module[:attribute].
 _LAZY = {
     "codec": "gaugekit.codec",
+    "fuse": "gaugekit.fuse",
     "inspect": "gaugekit.inspect",
+    "models": "gaugekit.models",
     "nn": "gaugekit.nn",
+    "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.samples",
+    "symmetry": "gaugekit.symmetry",
+    "unfuse": "gaugekit.fuse:unfuse",
     "verify": "gaugekit.verify",
 }
 
