@@ -8,8 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from damaged_blobs import base, every, put, seal
 
+from damaged_blobs import base, every, put, seal
 from gaugekit import codec
 from gaugekit.ops import rans_numpy
 from gaugekit.reference import rans as oracle

@@ -199,7 +199,7 @@ def read_packed(file: BinaryIO) -> Packed:
     """The checked header of a packed file; ValueError for an ordinary one, CorruptFile for a damaged one."""
     raw = read_raw(file)
     if not raw.startswith(PREFIX):
-        if b"header_crc32c" not in raw:
+        if b"header_crc32c" not in raw and b'"gaugekit"' not in raw:  # one damaged byte cannot hide both
             parse_header(raw)
             raise ValueError("source: expected a packed file, got an ordinary .safetensors file")
         raise CorruptFile("the header does not begin as a packed file's does")

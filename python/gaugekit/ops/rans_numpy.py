@@ -35,6 +35,7 @@ LOWER, UPPER = 1 << 15, 1 << 31
 LANES = 64
 # The element of a group of 64 that each lane codes: even elements first, then odd ones, in either half.
 LANE_ELEMENT = np.array([32 * (lane // 32) + 2 * (lane % 16) + lane % 32 // 16 for lane in range(LANES)])
+BLOCK_GROUPS = 64  # groups whose symbols are looked up at once
 BATCH_SYMBOLS = 1 << 22  # chunks that run side by side: bounds the memory, keeps NumPy's calls few
 
 
@@ -55,36 +56,57 @@ def chunk_starts(count: int, log2: int) -> list[int]:
     return [i << log2 for i in range(chunks)] + [count]
 
 
+def _by_lane(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 vectors -> (uint8 [groups, chunks, 64] in lane order, bool mask of what is not filled up)."""
+    groups = max(-(-row.size // LANES) for row in rows)
+    values, live = np.zeros((2, len(rows), groups * LANES), np.uint8)
+    for value, mask, row in zip(values, live, rows, strict=True):
+        value[: row.size], mask[: row.size] = row, 1
+    values, live = (
+        array.reshape(len(rows), groups, LANES)[:, :, LANE_ELEMENT].transpose(1, 0, 2)
+        for array in (values, live)
+    )
+    return np.ascontiguousarray(values), live.astype(bool)
+
+
 def _code_symbols(symbols: list[np.ndarray], tables: list) -> list[tuple[np.ndarray, list[np.ndarray]]]:
     """For each chunk its 64 states and the words of its two segments."""
-    chunks, groups = len(symbols), max(-(-s.size // LANES) for s in symbols)
-    index = np.zeros((chunks, groups * LANES), np.uint8)
-    live = np.zeros((chunks, groups * LANES), bool)
-    frequency = np.zeros((chunks, 256), np.int64)
-    start = np.zeros((chunks, 256), np.int64)
-    slots = np.zeros((chunks, SLOTS), np.int64)
-    for c, (s, (names, f, order)) in enumerate(zip(symbols, tables, strict=True)):
-        index[c, : s.size], live[c, : s.size] = s, True
-        frequency[c, names], start[c, names], slots[c] = f, np.cumsum(f) - f, order
-    index = index.reshape(chunks, groups, LANES)[:, :, LANE_ELEMENT].transpose(1, 0, 2)
-    live = live.reshape(chunks, groups, LANES)[:, :, LANE_ELEMENT].transpose(1, 0, 2)
-    row = np.arange(chunks)[:, None]
-    x = np.full((chunks, LANES), LOWER, np.int64)
+    chunks = len(symbols)
+    index, live = _by_lane(symbols)
+    groups, partial = len(index), ~live.all((1, 2))
+    frequency = np.ones((chunks, 256), np.uint64)
+    start = np.zeros((chunks, 256), np.uint64)
+    slots = np.zeros((chunks, SLOTS), np.uint64)
+    for c, (names, f, order) in enumerate(tables):
+        frequency[c, names], start[c, names], slots[c] = f, np.cumsum(f) - f + c * SLOTS, order
+    frequency, start, slots = frequency.reshape(-1), start.reshape(-1), slots.reshape(-1)
+    # x < 2^19 * frequency divides through this reciprocal exactly: the product's error is below 1 / frequency.
+    reciprocal = ((np.uint64(1) << np.uint64(43)) + frequency - np.uint64(1)) // frequency
+    limit = frequency << np.uint64(19)
+    row = (np.arange(chunks, dtype=np.int64) * 256)[:, None]
+    by_12, by_16, by_43 = (np.uint64(bits) for bits in (12, 16, 43))
+    x = np.full((chunks, LANES), LOWER, np.uint64)
     spilled = np.zeros((groups, chunks, LANES), bool)
-    words = np.zeros((groups, chunks, LANES), "<u2")
-    for g in range(groups - 1, -1, -1):
-        s, on = index[g], live[g]
-        f = np.where(on, frequency[row, s], 1)
-        spill = (x >= f << 19) & on
-        spilled[g], words[g] = spill, x & 0xFFFF
-        x = np.where(spill, x >> 16, x)
-        quotient, rest = np.divmod(x, f)
-        x = np.where(on, quotient << 12 | slots[row, start[row, s] + rest * on], x)
-    result = []
-    for c in range(chunks):
-        halves = (slice(0, 32), slice(32, 64))
-        result.append((x[c].astype("<u4"), [words[:, c, h][spilled[:, c, h]] for h in halves]))
-    return result
+    states = np.zeros((groups, chunks, LANES), np.uint32)
+    for end in range(groups, 0, -BLOCK_GROUPS):
+        first = max(0, end - BLOCK_GROUPS)
+        key = index[first:end] + row
+        limits, reciprocals, divisors, starts = (t[key] for t in (limit, reciprocal, frequency, start))
+        for g in range(end - 1, first - 1, -1):
+            before, i = x, g - first
+            states[g] = x
+            spill = np.greater_equal(x, limits[i], out=spilled[g])
+            x = np.where(spill, x >> by_16, x)
+            quotient = x * reciprocals[i] >> by_43
+            x -= quotient * divisors[i]
+            x += starts[i]
+            x = quotient << by_12 | slots[x.view(np.int64)]
+            if partial[g]:
+                x = np.where(live[g], x, before)
+                spill &= live[g]
+    words = states.astype("<u2")
+    halves = (slice(0, 32), slice(32, 64))
+    return [(x[c].astype("<u4"), [words[:, c, h][spilled[:, c, h]] for h in halves]) for c in range(chunks)]
 
 
 def _section(array: np.ndarray) -> np.ndarray:
@@ -283,44 +305,45 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
 
 def _decode_symbols(chunks: list[tuple]) -> None:
     """Fills the last plane of every chunk of ``_read_chunk``."""
-    count, longest = len(chunks), max(planes.shape[1] for *_, planes in chunks)
-    groups = -(-longest // LANES)
-    x = np.stack([c[0] for c in chunks])
-    frequency, rank = np.zeros((count, SLOTS), np.int64), np.zeros((count, SLOTS), np.int64)
-    symbol, sizes = np.zeros((count, SLOTS), np.uint8), np.array([c[4].shape[1] for c in chunks])[:, None]
-    streams, base = [], np.zeros((count, 2), np.int64)
-    total = 0
-    for c, (_, names, f, words, _) in enumerate(chunks):
+    count, sizes = len(chunks), [planes.shape[1] for *_, planes in chunks]
+    _, live = _by_lane([np.empty(size, np.uint8) for size in sizes])
+    groups, partial = len(live), ~live.all((1, 2))
+    step, symbol = np.empty((count, SLOTS), np.int64), np.empty((count, SLOTS), np.uint8)
+    for c, (_, names, f, _, _) in enumerate(chunks):
         owners, order = slots_by_symbol(f)
-        frequency[c], symbol[c] = f[owners], names[owners]
-        rank[c, order] = np.arange(SLOTS) - np.repeat(np.cumsum(f) - f, f)
-        for s in (0, 1):
-            base[c, s] = total
-            streams.append(words[s])
-            total += words[s].size
-    streams.append(np.zeros(LANES, np.uint16))
-    stream = np.concatenate(streams).astype(np.int64)
-    end = base + np.array([[w.size for w in c[3]] for c in chunks])
-    next_word = base.copy()
-    out = np.zeros((groups, count, LANES), np.uint8)
-    row = np.arange(count)[:, None]
+        symbol[c], step[c] = names[owners], f[owners] << 12
+        step[c, order] += np.arange(SLOTS) - np.repeat(np.cumsum(f) - f, f)  # the slot's rank
+    step, symbol = step.reshape(-1), symbol.reshape(-1)
+    streams = [words for *_, both, _ in chunks for words in both]
+    ends = np.cumsum([words.size for words in streams])
+    next_word = ends - [words.size for words in streams]
+    stream = np.concatenate([*streams, np.zeros(1, np.uint16)]).astype(np.int64)
+    base = (np.arange(count) * SLOTS)[:, None]
+    x = np.stack([c[0] for c in chunks])
+    keys = np.empty((groups, count, LANES), np.int32)
     for g in range(groups):
-        on = g * LANES + LANE_ELEMENT < sizes
-        slot = x & (SLOTS - 1)
-        out[g] = symbol[row, slot]
-        stepped = frequency[row, slot] * (x >> 12) + rank[row, slot]
-        refill = ((stepped < LOWER) & on).reshape(count, 2, 32)
-        taken = np.cumsum(refill, 2)
-        place = np.minimum(next_word[:, :, None] + taken - refill, stream.size - 1).reshape(count, LANES)
-        next_word += taken[:, :, -1]
-        if (next_word > end).any():
-            raise _corrupt("a segment's words run out")
-        stepped = np.where(refill.reshape(count, LANES), stepped << 16 | stream[place], stepped)
-        x = np.where(on, stepped, x)
-    if (x != LOWER).any() or (next_word != end).any():
-        raise _corrupt("a segment does not end in the state it began with, or leaves words")
+        key = (x & (SLOTS - 1)) + base
+        keys[g] = key
+        both = step[key]
+        stepped = (both >> 12) * (x >> 12) + (both & 4095)
+        refill = stepped < LOWER
+        if partial[g]:
+            stepped = np.where(live[g], stepped, x)
+            refill &= live[g]
+        x = stepped
+        lanes = np.flatnonzero(refill)
+        segment = lanes >> 5
+        taken = np.bincount(segment, minlength=next_word.size)
+        place = np.arange(lanes.size) + (next_word - np.cumsum(taken) + taken)[segment]
+        flat = x.reshape(-1)
+        flat[lanes] = flat[lanes] << 16 | stream.take(place, mode="clip")
+        next_word = next_word + taken
+    if (next_word != ends).any() or (x != LOWER).any():
+        raise _corrupt(
+            "a segment does not end in the state it began with, or its words do not last or are left"
+        )
     by_element = np.empty((count, groups, LANES), np.uint8)
-    by_element[:, :, LANE_ELEMENT] = out.transpose(1, 0, 2)
+    by_element[:, :, LANE_ELEMENT] = symbol[keys].transpose(1, 0, 2)
     for c, (*_, planes) in enumerate(chunks):
         planes[-1] = by_element[c].reshape(-1)[: planes.shape[1]]
 

@@ -1,0 +1,158 @@
+"""A damaged packed file, or a hostile one with its checksums made right, is refused with CorruptFile and
+leaves nothing.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gaugekit import codec
+from gaugekit.reference.rans import crc32c
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    generator = torch.Generator().manual_seed(9)
+    weight = (torch.randn(700, generator=generator) * 0.02).bfloat16()
+    save_file(
+        {"weight": weight, "ids": torch.arange(5), "tiny": weight[:3].clone()}, folder / "a.safetensors"
+    )
+    codec.pack(folder / "a.safetensors", folder / "b.safetensors")
+    return (folder / "a.safetensors").read_bytes(), (folder / "b.safetensors").read_bytes()
+
+
+def unpack(data: bytes, folder) -> bytes:
+    (folder / "in.safetensors").write_bytes(data)
+    try:
+        codec.unpack(folder / "in.safetensors", folder / "out" / "out.safetensors")
+        return (folder / "out" / "out.safetensors").read_bytes()
+    except ValueError:
+        assert list((folder / "out").iterdir()) == []
+        raise
+
+
+def test_every_flipped_byte_is_detected(files, tmp_path):
+    original, packed = files
+    assert unpack(packed, tmp_path) == original
+    (tmp_path / "out" / "out.safetensors").unlink()
+    for place in range(len(packed)):
+        damaged = bytearray(packed)
+        damaged[place] ^= 0x15
+        with pytest.raises(codec.CorruptFile):
+            unpack(bytes(damaged), tmp_path)
+
+
+def test_every_truncation_is_detected(files, tmp_path):
+    _, packed = files
+    for size in [*range(64), *range(64, len(packed), 41), len(packed) - 1]:
+        with pytest.raises(codec.CorruptFile):
+            unpack(packed[:size], tmp_path)
+    with pytest.raises(codec.CorruptFile):
+        unpack(packed + b"\0", tmp_path)
+
+
+def change(packed: bytes, outer=None, inner=None) -> bytes:
+    """The file with its header or its gaugekit entry changed, and the header's checksum made right."""
+    length = int.from_bytes(packed[:8], "little")
+    header = json.loads(packed[8 : 8 + length])
+    entry = json.loads(header["__metadata__"]["gaugekit"])
+    if inner:
+        inner(entry)
+    entry["header_crc32c"] = "00000000"
+    header["__metadata__"]["gaugekit"] = json.dumps(entry, separators=(",", ":"))
+    if outer:
+        outer(header)
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    digits = b"%08x" % crc32c(len(raw).to_bytes(8, "little") + raw)
+    raw = raw.replace(b'header_crc32c\\":\\"00000000', b'header_crc32c\\":\\"' + digits)
+    return len(raw).to_bytes(8, "little") + raw + packed[8 + length :]
+
+
+def test_changing_nothing_is_sound(files, tmp_path):
+    original, packed = files
+    assert unpack(change(packed), tmp_path) == original
+
+
+def original_header(edit):
+    def apply(entry):
+        header = json.loads(entry["header"])
+        edit(header)
+        entry["header"] = json.dumps(header)
+
+    return apply
+
+
+HOSTILE = {
+    "version 2": {"inner": lambda e: e.update(version=2)},
+    "unknown codec": {"inner": lambda e: e["tensors"].update(weight=["zstd", 1])},
+    "checksum of another tensor": {"inner": lambda e: e["tensors"].update(ids=e["tensors"]["weight"])},
+    "coded said raw": {"inner": lambda e: e["tensors"]["weight"].__setitem__(0, "raw")},
+    "raw said coded": {"inner": lambda e: e["tensors"]["tiny"].__setitem__(0, "rans")},
+    "checksum not a number": {"inner": lambda e: e["tensors"].update(ids=["raw", "x"])},
+    "a tensor without codec": {"inner": lambda e: e["tensors"].pop("ids")},
+    "a codec without tensor": {"inner": lambda e: e["tensors"].update(more=["raw", 0])},
+    "no tensors": {"inner": lambda e: e.pop("tensors")},
+    "no header": {"inner": lambda e: e.pop("header")},
+    "header not JSON": {"inner": lambda e: e.update(header="{")},
+    "header a list": {"inner": lambda e: e.update(header="[]")},
+    "deep header": {"inner": lambda e: e.update(header="[" * 100000)},
+    "another shape": {"inner": original_header(lambda h: h["weight"].update(shape=[350, 2]))},
+    "another dtype": {"inner": original_header(lambda h: h["weight"].update(dtype="F16"))},
+    "more elements": {
+        "inner": original_header(lambda h: h["weight"].update(shape=[1 << 59], data_offsets=[0, 1 << 60]))
+    },
+    "original hole": {"inner": original_header(lambda h: h["ids"].update(data_offsets=[1, 41]))},
+    "stored hole": {
+        "outer": lambda h: h["tiny"].update(data_offsets=[o + 8 for o in h["tiny"]["data_offsets"]])
+    },
+    "stored overlap": {"outer": lambda h: h["ids"].update(data_offsets=[0, 40])},
+    "stored descending": {"outer": lambda h: h["ids"].update(data_offsets=h["ids"]["data_offsets"][::-1])},
+    "stored past the end": {"outer": lambda h: h["tiny"].update(data_offsets=[0, 1 << 62])},
+    "stored offsets of text": {"outer": lambda h: h["tiny"].update(data_offsets=["0", "6"])},
+    "stored offsets true": {"outer": lambda h: h["tiny"].update(data_offsets=[False, True])},
+    "negative shape": {"outer": lambda h: h["tiny"].update(shape=[-3])},
+    "shape of 65": {"outer": lambda h: h["tiny"].update(shape=[1] * 64 + [3])},
+    "an extra field": {"outer": lambda h: h["tiny"].update(extra=1)},
+    "entry a list": {"outer": lambda h: h.update(tiny=[])},
+    "metadata of numbers": {"outer": lambda h: h["__metadata__"].update(number=1)},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_header(name, files, tmp_path):
+    with pytest.raises(codec.CorruptFile):
+        unpack(change(files[1], **HOSTILE[name]), tmp_path)
+
+
+def test_duplicate_name(files, tmp_path):
+    _, packed = files
+    raw = packed[8 : 8 + int.from_bytes(packed[:8], "little")]
+    entry = re.search(rb'"tiny":\{[^}]*\}', raw).group()
+    doubled = raw.rstrip()[:-1] + b"," + entry + b"}"
+    zeroed = re.sub(rb'(header_crc32c\\":\\")[0-9a-f]{8}', rb"\g<1>00000000", doubled)
+    digits = b"%08x" % crc32c(len(zeroed).to_bytes(8, "little") + zeroed)
+    doubled = zeroed.replace(b'crc32c\\":\\"00000000', b'crc32c\\":\\"' + digits)
+    with pytest.raises(codec.CorruptFile, match="stands twice"):
+        unpack(len(doubled).to_bytes(8, "little") + doubled + packed[8 + len(raw) :], tmp_path)
+
+
+@pytest.mark.parametrize("announced", [1 << 63, 100_000_001, 500])
+def test_header_longer_than_the_file_or_the_limit(announced, tmp_path):
+    for verb in (codec.pack, codec.unpack):
+        (tmp_path / "x").write_bytes(announced.to_bytes(8, "little") + b"{}")
+        with pytest.raises(codec.CorruptFile, match="not a .safetensors file"):
+            verb(tmp_path / "x", tmp_path / "y")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"1234567", bytes(8), b"\x02" + bytes(7) + b"{}x", b"\x02" + bytes(7) + b"\xff\xff"]
+)
+def test_not_safetensors(data, tmp_path):
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(codec.CorruptFile):
+        codec.pack(tmp_path / "x", tmp_path / "y")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
