@@ -63,7 +63,29 @@ def golden(name: str) -> bytes:
 
 
 def test_golden_files_are_those_of_the_vectors():
-    assert {path.stem for path in GOLDEN.glob("*.hex")} == set(VECTORS)
+    assert {path.stem for path in GOLDEN.glob("*.hex")} == {*VECTORS, "packed_file"}
+
+
+def test_golden_packed_file(tmp_path):
+    """A file of one coded and one raw tensor; the digits of its header's checksum stand at bytes 58 to 65."""
+    header = (
+        b'{"__metadata__":{"format":"pt"},'
+        b'"ids":{"dtype":"I16","shape":[3],"data_offsets":[0,6]},'
+        b'"w":{"dtype":"F32","shape":[70,3],"data_offsets":[6,846]}} '
+    )
+    data = np.arange(3, dtype="<i2").tobytes() + np.full(210, 1, "<f4").tobytes()
+    original = len(header).to_bytes(8, "little") + header + data
+    (tmp_path / "original").write_bytes(original)
+    codec.pack(tmp_path / "original", tmp_path / "packed")
+    packed = golden("packed_file")
+    assert (tmp_path / "packed").read_bytes() == packed
+    length = int.from_bytes(packed[:8], "little")
+    assert packed[58:66] == b"%08x" % oracle.crc32c(packed[:58] + b"00000000" + packed[66 : 8 + length])
+    assert packed[8 + length :].startswith(golden("fp32_constant"))
+    page = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
+    assert packed[8:58].decode() in page
+    codec.unpack(tmp_path / "packed", tmp_path / "restored")
+    assert (tmp_path / "restored").read_bytes() == original
 
 
 @pytest.mark.parametrize("name", VECTORS)

@@ -1,0 +1,170 @@
+"""Coding of weights beside zstd and ZipNN: 64 MiB of N(0, 0.02²) and all-MiniLM-L6-v2, in bfloat16, one thread.
+
+Speeds compare the whole pipeline from tensor to bytes or back. A fresh output buffer costs page faults as large as the
+coding itself, so rows say whether the output is fresh or reused. ZipNN overwrites what it compresses: it is given a
+copy each time, and the copy counts.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+import gaugekit as gk
+from gaugekit.codec.blob import encode_bytes
+from registry import Case, benchmark
+
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
+try:
+    import zipnn
+except ImportError:
+    zipnn = None
+
+
+def minilm() -> dict[str, torch.Tensor]:
+    """The weights in bfloat16, the rest as it is; empty where package or safetensors are not installed."""
+    try:
+        from safetensors.torch import load_file
+
+        tensors = load_file(gk.samples.minilm() / "model.safetensors")
+    except (ImportError, FileNotFoundError):
+        return {}
+    return {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def coding(name: str, tensor: torch.Tensor, device: str):
+    """Encoding, decoding into a fresh tensor, decoding into a reused one."""
+    raw = tensor.view(torch.uint8).numpy().tobytes()
+    blob, out = encode_bytes(tensor), torch.empty_like(tensor)
+    rivals = {"encode": {}, "decode": {}, "decode reused": {}}
+    sizes = {"coded_bytes": blob.numel(), "bytes_before": len(raw)}
+    coded = {}
+    if zstandard is not None:
+        compressor, decompressor = zstandard.ZstdCompressor(level=3), zstandard.ZstdDecompressor()
+        coded["zstd -3"] = compressor.compress(raw)
+        into = memoryview(bytearray(len(raw)))
+
+        def zstd_into():
+            with decompressor.stream_reader(coded["zstd -3"]) as reader:
+                place = 0
+                while got := reader.readinto(into[place:]):
+                    place += got
+
+        rivals["encode"]["zstd -3"] = lambda: compressor.compress(raw)
+        rivals["decode"]["zstd -3"] = lambda: decompressor.decompress(coded["zstd -3"])
+        rivals["decode reused"]["zstd -3"] = zstd_into
+    if zipnn is not None:
+        huffman = zipnn.ZipNN(bytearray_dtype="bfloat16", threads=1)
+        coded["ZipNN"] = huffman.compress(bytes(bytearray(raw)))
+        rivals["encode"]["ZipNN"] = lambda: huffman.compress(bytes(bytearray(raw)))
+        rivals["decode"]["ZipNN"] = lambda: huffman.decompress(coded["ZipNN"])
+    for table in rivals.values():
+        table.setdefault("zstd -3", None)
+    for table in (rivals["encode"], rivals["decode"]):
+        table.setdefault("ZipNN", None)
+    rivals["decode"]["copy"] = tensor.clone
+    rivals["decode reused"]["copy"] = lambda: out.copy_(tensor)
+
+    def check():
+        assert torch.equal(gk.codec.decode(blob, out=torch.zeros_like(tensor)), tensor)
+
+    extra = sizes | {f"coded_bytes_{name}": len(data) for name, data in coded.items()}
+    common = {
+        "op": "rans",
+        "dtype": "bfloat16",
+        "device": device,
+        "check": check,
+        "threads": 1,
+        "extra": extra,
+    }
+    moved = len(raw) + blob.numel()
+    for what, ours, label, best in (
+        ("encode", lambda: encode_bytes(tensor), "fresh buffer", "ZipNN"),
+        ("decode", lambda: gk.codec.decode(blob), "fresh buffer", "ZipNN"),
+        ("decode reused", lambda: gk.codec.decode(blob, out=out), "reused buffer", "zstd -3"),
+    ):
+        yield Case(
+            shape=f"{what.split()[0]} {name}",
+            ours=ours,
+            rivals=rivals[what],
+            without_us=best,
+            label=label,
+            bytes_moved=moved,
+            **common,
+        )
+
+
+def files(tensors: dict[str, torch.Tensor], device: str, folder: Path):
+    """A whole checkpoint: file to file, both ways, onto the disk."""
+    from safetensors.torch import save_file
+
+    source, packed, restored, other = (
+        folder / name for name in ("a.safetensors", "packed", "restored", "other")
+    )
+    save_file(tensors, source, metadata={"format": "pt"})
+    report = gk.codec.pack(source, packed)
+    sizes = {"coded_bytes": report["bytes_after"], "bytes_before": report["bytes_before"]}
+    zstd_pack = zstd_unpack = None
+    if zstandard is not None:
+
+        def through(convert, read: Path, write: Path):
+            with write.open("wb") as file:
+                file.write(convert(read.read_bytes()))
+                file.flush()
+                os.fsync(file.fileno())
+
+        def zstd_pack():
+            through(zstandard.ZstdCompressor(level=3).compress, source, other)
+
+        def zstd_unpack():
+            through(zstandard.ZstdDecompressor().decompress, folder / "kept", restored)
+
+        zstd_pack()
+        other.rename(folder / "kept")
+        sizes["coded_bytes_zstd -3"] = (folder / "kept").stat().st_size
+
+    def check():
+        gk.codec.unpack(packed, restored)
+        assert restored.read_bytes() == source.read_bytes()
+
+    common = {
+        "op": "rans",
+        "dtype": "bfloat16",
+        "device": device,
+        "check": check,
+        "threads": 1,
+        "extra": sizes,
+    }
+    for what, ours, rival in (
+        ("pack", lambda: gk.codec.pack(source, packed), zstd_pack),
+        ("unpack", lambda: gk.codec.unpack(packed, restored), zstd_unpack),
+    ):
+        yield Case(
+            shape=f"{what} MiniLM file",
+            ours=ours,
+            rivals={"zstd -3 whole file": rival},
+            without_us="zstd -3 whole file",
+            label="file to file, fsync",
+            bytes_moved=sum(sizes[name] for name in ("coded_bytes", "bytes_before")),
+            **common,
+        )
+
+
+@benchmark("rans")
+def cases(device: str, quick: bool):
+    if device != "cpu":  # GPU decoding comes with the CUDA kernel
+        return
+    mebibytes = 8 if quick else 64
+    generator = torch.Generator().manual_seed(0)
+    normal = (torch.randn(mebibytes << 19, generator=generator) * 0.02).bfloat16()
+    yield from coding(f"N(0,0.02²) {mebibytes} MiB", normal, device)
+    tensors = minilm()
+    if tensors:
+        weights = torch.cat([t.flatten() for t in tensors.values() if t.is_floating_point()])
+        yield from coding("MiniLM", weights[: 1 << 21] if quick else weights, device)
+        with tempfile.TemporaryDirectory() as folder:
+            yield from files(tensors, device, Path(folder))
