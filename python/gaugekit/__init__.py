@@ -20,6 +20,7 @@ _LAZY = {
     "nn": "gaugekit.nn",
     "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.samples",
+    "statistics": "gaugekit.statistics",
     "symmetry": "gaugekit.symmetry",
     "unfuse": "gaugekit.fuse:unfuse",
     "verify": "gaugekit.verify",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import struct
 from collections import Counter
@@ -22,8 +22,7 @@ def transformers() -> Any:
         package = importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError("this needs transformers: pip install gaugekit[hf]") from error
-    if importlib.util.find_spec("gaugekit.integrations.transformers") is not None:
-        importlib.import_module("gaugekit.integrations.transformers")
+    importlib.import_module("gaugekit.integrations.transformers")
     return package
 
 
@@ -104,6 +103,27 @@ def model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
         some = ", ".join(missing[:4])
         raise ValueError(f"{path}: {len(missing)} weights of {type(loaded).__name__} are missing: {some}")
     return loaded.eval()
+
+
+def skeleton(path: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of ``path`` with parameters that have a shape but no memory (meta device); its buffers are real."""
+    found, package = architecture(path), transformers()
+    config = package.AutoConfig.from_pretrained(path, local_files_only=True)
+    make = found.from_config if found is package.AutoModel else found._from_config
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    # Buffers that no file holds (position ids, rotary frequencies) are made by the modules themselves, so the whole
+    # model cannot be built under torch.device("meta"); each parameter is sent there as it is registered.
+    torch.nn.Module.register_parameter = on_meta
+    try:
+        return make(config, dtype=dtype).eval()
+    finally:
+        torch.nn.Module.register_parameter = register
 
 
 def tokenizer(path: str | Path) -> Any | None:

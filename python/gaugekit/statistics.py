@@ -1,0 +1,349 @@
+"""Second moments of what flows into a model's layers, one layer in memory at a time, resumable after a kill.
+
+Text becomes tokens; the model's own embedding runs up to its first block, where a catcher takes what the block would
+have been given; then each block in turn gets its weights from the checkpoint, reads the hidden states of every batch
+from a memory-mapped file and writes those of the next block. Hidden states, arguments and finished layers stand in a
+work folder, so that a second call goes on at the layer in which the first was killed (the way of GPTQ, Frantar et al.
+2022, section 4, made resumable). Memory: the embedding or one block, and one batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import models, samples
+from .checkpoint import Checkpoint
+
+PARTS = ("q", "k", "v", "o")
+
+
+@dataclass
+class Moments:
+    """Of the rows x [D] that entered a module at real tokens: how many, Σ x [D] and Σ x xᵀ [D, D], float64."""
+
+    count: int
+    total: torch.Tensor
+    products: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E x [D]."""
+        return self.total / self.count
+
+    @property
+    def second(self) -> torch.Tensor:
+        """E x xᵀ [D, D]."""
+        return self.products / self.count
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """E x xᵀ − E x E xᵀ [D, D]."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+def collect(
+    checkpoint: Checkpoint | str | Path,
+    text_file: str | Path | list[str],
+    *,
+    work_directory: str | Path | None = None,
+    modules: Sequence[str] = ("q",),
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Moments]]:
+    """``found[layer][name]``: the Moments of the inputs of module ``name`` in each layer, over the real tokens.
+
+    ``modules`` are parts of the attention ("q", "k", "v" read the attention's input, "o" the heads' outputs) or paths
+    of modules inside a block ("mlp.c_fc"). ``text_file`` is a UTF-8 file, cut into sentences, or a list of strings,
+    read by the tokenizer beside the weights; ``max_tokens`` stops after so many tokens. The model runs in ``dtype``,
+    sums are float64. ``progress(done, total)`` counts batches, (layers + 1) times each.
+
+    With ``work_directory`` a killed call is resumed by calling again with the same arguments, and a finished one
+    returns what it found; without it a temporary folder is used. Disk: two copies of the hidden states.
+
+    Raises ValueError for a checkpoint, text, module or work folder that does not fit, and where the disk is too small.
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    if not modules or isinstance(modules, str):
+        raise ValueError(f"modules: expected names of modules, got {modules!r}")
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    sequences, pad = _sequences(checkpoint, text_file, max_tokens)
+    with contextlib.ExitStack() as stack:
+        if work_directory is None:
+            work_directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gaugekit-statistics-"))
+        work = Path(work_directory)
+        identity = _identity(checkpoint, sequences, list(modules), batch_size, dtype)
+        batches = list(samples.batches(sequences, batch_size, pad))
+        state = _State(work, identity)
+        run = _Pass(checkpoint, dtype, list(modules))
+        total = (len(run.blocks) + 1) * len(batches)
+        done = (state.layer + 1) * len(batches) if state.embedded else 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        if not state.embedded:
+            run.embed(batches, state, advance)
+            state.record(layer=0)
+        for layer in range(state.layer, len(run.blocks)):
+            found = run.layer(layer, batches, state, advance)
+            with _replacing(work / f"layer_{layer}.pt") as file:
+                torch.save({name: vars(moments) for name, moments in found.items()}, file)
+            state.record(layer=layer + 1)
+        state.hidden_path(len(run.blocks)).unlink(missing_ok=True)
+        files = [work / f"layer_{layer}.pt" for layer in range(len(run.blocks))]
+        read = [torch.load(file, weights_only=True) for file in files]
+    return [{name: Moments(**values) for name, values in layer.items()} for layer in read]
+
+
+class _State:
+    """The work folder: how far the pass is, the hidden states before layer ``layer``, the arguments of each batch."""
+
+    def __init__(self, work: Path, identity: str):
+        self.work, self.identity = work, identity
+        self.layer, self.embedded, self.width = 0, False, 0
+        self.file = work / "progress.json"
+        if self.file.is_file():
+            saved = json.loads(self.file.read_text(encoding="utf-8"))
+            if saved.get("identity") != identity:
+                raise ValueError(
+                    f"work_directory: {str(work)!r} holds statistics of another checkpoint, text or arguments; "
+                    "give another folder or delete it"
+                )
+            self.layer, self.width, self.embedded = saved["layer"], saved["width"], True
+        elif work.exists() and any(work.glob("[!.]*")) and not (work / "arguments").is_dir():
+            raise ValueError(
+                f"work_directory: expected an empty or new folder, got {str(work)!r}, which holds files"
+            )
+        (work / "arguments").mkdir(parents=True, exist_ok=True)
+
+    def record(self, layer: int) -> None:
+        """Makes ``layer`` the one to go on with; a kill at any moment leaves either the old record or the new."""
+        with _replacing(self.file) as file:
+            file.write(json.dumps({"identity": self.identity, "layer": layer, "width": self.width}).encode())
+        self.layer, self.embedded = layer, True
+        if layer:
+            self.hidden_path(layer - 1).unlink(missing_ok=True)
+
+    def hidden_path(self, layer: int) -> Path:
+        return self.work / f"hidden_{layer}.bin"
+
+    def hidden(self, layer: int, batches: list, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The hidden states that enter ``layer``, [B, T, D] a batch, all views of one mapped file."""
+        shapes = [(*ids.shape, self.width) for ids, _ in batches]
+        sizes = [math.prod(shape) for shape in shapes]
+        path = self.hidden_path(layer)
+        free = shutil.disk_usage(self.work).free + (path.stat().st_size if path.exists() else 0)
+        if free < sum(sizes) * dtype.itemsize:
+            raise ValueError(
+                f"work_directory: expected {sum(sizes) * dtype.itemsize:,} free bytes, got {free:,}"
+            )
+        mapped = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=dtype)
+        return [part.view(shape) for part, shape in zip(mapped.split(sizes), shapes, strict=True)]
+
+    def sync(self, layer: int) -> None:
+        """Puts the mapped file of ``layer`` on the disk before a record says it is there."""
+        with self.hidden_path(layer).open("rb") as file:
+            os.fsync(file.fileno())
+
+    def arguments(self, index: int) -> Path:
+        return self.work / "arguments" / f"{index}.pt"
+
+
+class _Caught(Exception):
+    """Carries what the first block was about to be called with out of the model's forward."""
+
+
+class _Pass:
+    """A model whose parameters have no memory, except those of the module at work."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, modules: list[str]):
+        from .integrations import loading
+
+        self.checkpoint, self.dtype = checkpoint, dtype
+        layers = models.Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
+        self.model = loading.skeleton(checkpoint.path, dtype)
+        self.blocks = layers.family.blocks(self.model)
+        names = {module: name for name, module in self.model.named_modules()}
+        self.path = {module: f"{name}." if name else "" for module, name in names.items()}
+        # The file may name the base model's tensors with or without the prefix the live model has.
+        self.prefix = (layers.family.prefix(name for name, _ in self.model.named_parameters()), layers.prefix)
+        self.watched = []
+        for layer, block in enumerate(self.blocks):
+            parts = layers.family.projections(checkpoint.config, layer)
+            inside = {
+                name: (self.prefix[0] + parts[name]).removeprefix(self.path[block]) if name in PARTS else name
+                for name in modules
+            }
+            known = dict(block.named_modules())
+            for name, path in inside.items():
+                if path not in known:
+                    raise ValueError(f"modules: expected q, k, v, o or a module of a block, got {name!r}")
+            self.watched.append({name: known[path] for name, path in inside.items()})
+
+    def load(self, module: torch.nn.Module, recurse: bool = True) -> None:
+        """Gives the parameters of ``module`` their stored numbers, in the pass's dtype."""
+        for owner in module.modules() if recurse else [module]:
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    name = self.path[owner] + leaf
+                    stored = self.prefix[1] + name.removeprefix(self.prefix[0])
+                    data = self.checkpoint.read(stored).to(self.dtype)
+                    if data.shape != parameter.shape:
+                        expected = list(parameter.shape)
+                        raise ValueError(f"checkpoint: {stored}: expected {expected}, got {list(data.shape)}")
+                    owner._parameters[leaf] = torch.nn.Parameter(data, requires_grad=False)
+
+    def drop(self, module: torch.nn.Module) -> None:
+        """Takes the memory of the parameters of ``module`` back."""
+        for owner in module.modules():
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None:
+                    owner._parameters[leaf] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def embed(self, batches: list, state: _State, advance: Callable[[], None]) -> None:
+        """Runs the model up to its first block; what that block is given goes to the work folder."""
+
+        def catch(module, arguments, named):
+            raise _Caught(arguments, named)
+
+        def just_in_time(module, arguments):
+            self.load(module, recurse=False)
+
+        inside = {module for block in self.blocks for module in block.modules()}
+        hooks = [self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)]
+        hooks += [
+            module.register_forward_pre_hook(just_in_time)
+            for module in self.model.modules()
+            if module not in inside
+        ]
+        hidden: list[torch.Tensor] = []
+        try:
+            for index, (ids, mask) in enumerate(batches):
+                try:
+                    with torch.no_grad():
+                        self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+                except _Caught as caught:
+                    arguments, named = caught.args
+                first, *rest = arguments if arguments else (named.pop("hidden_states"),)
+                if not hidden:
+                    state.width = first.shape[-1]
+                    hidden = state.hidden(0, batches, self.dtype)
+                hidden[index].copy_(first)
+                with _replacing(state.arguments(index)) as file:
+                    torch.save((rest, named), file)
+                advance()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.drop(self.model)
+        state.sync(0)
+
+    def layer(
+        self, layer: int, batches: list, state: _State, advance: Callable[[], None]
+    ) -> dict[str, Moments]:
+        """Runs one block over all batches, summing the moments of the modules watched in it."""
+        found: dict[str, Moments] = {}
+        real: list[torch.Tensor] = []  # the mask of the batch at work, for the hooks
+
+        def watch(name: str):
+            def hook(module, arguments):
+                x = arguments[0]
+                if x.shape[:2] != real[-1].shape:
+                    raise ValueError(
+                        f"modules: expected {name!r} to take [B, T, D] = {list(real[-1].shape)} tokens, "
+                        f"got {list(x.shape)}"
+                    )
+                rows = x[real[-1]].double()
+                size = rows.shape[1]
+                if name not in found:
+                    zeros = torch.zeros(size, dtype=torch.float64)
+                    found[name] = Moments(0, zeros, torch.zeros(size, size, dtype=torch.float64))
+                found[name].count += len(rows)
+                found[name].total += rows.sum(0)
+                found[name].products += rows.mT @ rows
+
+            return hook
+
+        block = self.blocks[layer]
+        self.load(block)
+        hooks = [
+            module.register_forward_pre_hook(watch(name)) for name, module in self.watched[layer].items()
+        ]
+        try:
+            before, after = (state.hidden(at, batches, self.dtype) for at in (layer, layer + 1))
+            for index, (_, mask) in enumerate(batches):
+                rest, named = torch.load(state.arguments(index), weights_only=True)
+                real[:] = [mask.bool()]
+                with torch.no_grad():
+                    out = block(before[index].clone(), *rest, **named)
+                after[index].copy_(out[0] if isinstance(out, tuple) else out)
+                advance()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.drop(block)
+        state.sync(layer + 1)
+        return found
+
+
+def _sequences(checkpoint: Checkpoint, text, max_tokens: int | None) -> tuple[list[list[int]], int]:
+    """The token ids of the text, at most ``max_tokens`` of them, and the id that pads."""
+    from .integrations import loading
+
+    if "quantization_config" in checkpoint.config:
+        raise ValueError("checkpoint: expected dense weights, got a compact form; convert it with --dense")
+    tokenizer = loading.tokenizer(checkpoint.path)
+    if tokenizer is None:
+        raise ValueError(f"checkpoint: expected a tokenizer in {str(checkpoint.path)!r}, found none")
+    config = loading.transformers().AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    sequences = samples.tokenize(tokenizer, samples.read(text), loading.positions(config))
+    if max_tokens is not None:
+        cut, left = [], max_tokens
+        for row in sequences:
+            if left > 0:
+                cut.append(row[:left])
+                left -= len(row)
+        sequences = cut
+    if not sequences:
+        raise ValueError("text_file: expected text that gives tokens, got none")
+    return sequences, config.pad_token_id or 0
+
+
+def _identity(
+    checkpoint: Checkpoint, sequences, modules: list[str], batch_size: int, dtype: torch.dtype
+) -> str:
+    """What a work folder belongs to: the same weights, tokens and arguments, or it is not resumed."""
+    files = [checkpoint.path / file for file in checkpoint.files]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    what = [checkpoint.config, weights, sequences, modules, batch_size, str(dtype)]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A file that takes the place of ``path`` only when it is whole and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
