@@ -1,5 +1,5 @@
-// Checks of tensors at the edge of a kernel, on LibTorch's stable ABI. The public Python functions have said more
-// about bad input already; these keep a direct call of the operator from reading outside memory.
+// Checks of tensors at the edge of a kernel, on LibTorch's stable ABI. The public Python functions have said
+// more about bad input already; these keep a direct call of the operator from reading outside memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

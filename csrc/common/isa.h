@@ -1,6 +1,6 @@
-// Which instructions a kernel may use, found once at run time. Kernels are compiled three times from one template:
-// for the baseline of the architecture, for AVX2 and for AVX-512; no file needs -march flags, so one binary runs
-// everywhere.
+// Which instructions a kernel may use, found once at run time. Kernels are compiled three times from one
+// template: for the baseline of the architecture, for AVX2 and for AVX-512; no file needs -march flags, so
+// one binary runs everywhere.
 #pragma once
 
 #include <cstdlib>
@@ -18,8 +18,8 @@ namespace gaugekit {
 
 enum class Isa { portable, avx2, avx512 };
 
-// The widest level this processor has, or the lower one that ATEN_CPU_CAPABILITY (torch's own switch: default, avx2,
-// avx512) asks for.
+// The widest level this processor has, or the lower one that ATEN_CPU_CAPABILITY (torch's own switch:
+// default, avx2, avx512) asks for.
 inline Isa isa() {
   static const Isa level = [] {
 #ifdef GAUGEKIT_X86

@@ -68,8 +68,9 @@ void write_gain(const Tensor& to, const std::vector<double>& values) {
   }
 }
 
-std::vector<Sequence> sequences(int64_t batch, int64_t queries, int64_t keys, bool causal, const Optional& query_start,
-                                const Optional& key_lengths, const Optional& cu_seqlens) {
+std::vector<Sequence> sequences(int64_t batch, int64_t queries, int64_t keys, bool causal,
+                                const Optional& query_start, const Optional& key_lengths,
+                                const Optional& cu_seqlens) {
   std::vector<Sequence> found;
   if (cu_seqlens) {
     check_dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
@@ -112,9 +113,9 @@ struct Arguments {
 
   Shape shape() const {
     STD_TORCH_CHECK(a.dim() == 4 && v.dim() == 4, "a, v: expected [B, H, T, V] and [B, G, S, V]");
-    STD_TORCH_CHECK(v.size(0) == a.size(0) && v.size(3) == a.size(3) && v.size(1) > 0 &&
-                        a.size(1) % v.size(1) == 0,
-                    "v: expected [B, G, S, V] with a's B and V and G dividing H");
+    STD_TORCH_CHECK(
+        v.size(0) == a.size(0) && v.size(3) == a.size(3) && v.size(1) > 0 && a.size(1) % v.size(1) == 0,
+        "v: expected [B, G, S, V] with a's B and V and G dividing H");
     STD_TORCH_CHECK(v.scalar_type() == a.scalar_type(), "v: expected the dtype of a");
     STD_TORCH_CHECK(v0.has_value() == lam.has_value(), "v0, lam: expected both or neither");
     if (v0) {
@@ -141,10 +142,11 @@ struct Arguments {
   }
 };
 
-// Runs task(sequence, index, first, last) over every sequence and `units` heads or groups of it, side by side where
-// they are neighbours in memory: rows of several heads are then read as one stream.
+// Runs task(sequence, index, first, last) over every sequence and `units` heads or groups of it, side by side
+// where they are neighbours in memory: rows of several heads are then read as one stream.
 template <class Task>
-void over_sequences(const std::vector<Sequence>& all, int64_t units, int64_t elements_a_unit, const Task& task) {
+void over_sequences(const std::vector<Sequence>& all, int64_t units, int64_t elements_a_unit,
+                    const Task& task) {
   const int64_t count = static_cast<int64_t>(all.size()) * units;
   const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_a_unit));
   parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -180,32 +182,36 @@ void combine_into(const Tensor& out, const Arguments& arguments) {
   if (out.numel() == 0) return;
   dispatch(a.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
-    Forward<S> f{shape, arguments.gains<accumulator<S>>(), rows<const S>(a), rows<const S>(v), {}, rows<S>(out)};
+    Forward<S> f{shape,       arguments.gains<accumulator<S>>(), rows<const S>(a), rows<const S>(v), {},
+                 rows<S>(out)};
     if (v0) f.v0 = rows<const S>(*v0);
-    over_sequences(all, shape.heads, a.size(2) * shape.width,
-                   [&](const Sequence& s, int64_t, int64_t first, int64_t last) { shaped_combine(f, s, first, last); });
+    over_sequences(
+        all, shape.heads, a.size(2) * shape.width,
+        [&](const Sequence& s, int64_t, int64_t first, int64_t last) { shaped_combine(f, s, first, last); });
   });
 }
 
-// A new tensor laid out as x is, or densely where that would leave the last axis with a stride. The operators' fakes
-// (ops/shaped_combine.py) say the same.
+// A new tensor laid out as x is, or densely where that would leave the last axis with a stride. The
+// operators' fakes (ops/shaped_combine.py) say the same.
 Tensor rows_like(const Tensor& x) {
   Tensor made = torch::stable::empty_like(x);
   return made.size(3) <= 1 || made.stride(3) == 1 ? made : torch::stable::new_empty(x, x.sizes());
 }
 
-Tensor combine(Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma, Optional v0, Optional lam, bool causal,
-               std::optional<int64_t> window, Optional query_start, Optional key_lengths, Optional cu_seqlens) {
+Tensor combine(Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma, Optional v0, Optional lam,
+               bool causal, std::optional<int64_t> window, Optional query_start, Optional key_lengths,
+               Optional cu_seqlens) {
   const Tensor out = rows_like(a);
   combine_into(out,
                {a, v, alpha, beta, gamma, v0, lam, causal, window, query_start, key_lengths, cu_seqlens});
   return out;
 }
 
-void combine_in_place(Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma, Optional v0, Optional lam,
-                      bool causal, std::optional<int64_t> window, Optional query_start, Optional key_lengths,
-                      Optional cu_seqlens) {
-  const Arguments arguments{a, v, alpha, beta, gamma, v0, lam, causal, window, query_start, key_lengths, cu_seqlens};
+void combine_in_place(Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma, Optional v0,
+                      Optional lam, bool causal, std::optional<int64_t> window, Optional query_start,
+                      Optional key_lengths, Optional cu_seqlens) {
+  const Arguments arguments{a,   v,      alpha,  beta,        gamma,       v0,
+                            lam, causal, window, query_start, key_lengths, cu_seqlens};
   if (a.size(3) > 1 && a.stride(3) != 1) {
     Tensor dense = torch::stable::new_empty(a, a.sizes());
     combine_into(dense, arguments);
@@ -217,10 +223,11 @@ void combine_in_place(Tensor a, Tensor v, Optional alpha, Optional beta, Optiona
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients combine_backward(Tensor grad, Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma, Optional v0,
-                           Optional lam, bool causal, std::optional<int64_t> window, Optional query_start,
-                           Optional key_lengths, Optional cu_seqlens) {
-  const Arguments arguments{a, v, alpha, beta, gamma, v0, lam, causal, window, query_start, key_lengths, cu_seqlens};
+Gradients combine_backward(Tensor grad, Tensor a, Tensor v, Optional alpha, Optional beta, Optional gamma,
+                           Optional v0, Optional lam, bool causal, std::optional<int64_t> window,
+                           Optional query_start, Optional key_lengths, Optional cu_seqlens) {
+  const Arguments arguments{a,   v,      alpha,  beta,        gamma,       v0,
+                            lam, causal, window, query_start, key_lengths, cu_seqlens};
   const Shape shape = arguments.shape();
   check_shape("grad", grad, {a.size(0), a.size(1), a.size(2), a.size(3)});
   check_dtype("grad", grad, a.scalar_type());
@@ -239,13 +246,22 @@ Gradients combine_backward(Tensor grad, Tensor a, Tensor v, Optional alpha, Opti
   } else {
     dispatch(a.scalar_type(), [&](auto tag) {
       using S = decltype(tag);
-      Backward<S> f{shape, arguments.gains<accumulator<S>>(), rows<const S>(g), rows<const S>(a_),
-                    rows<const S>(v_), {}, rows<S>(da), rows<S>(dv), {}, partial.data()};
+      Backward<S> f{shape,
+                    arguments.gains<accumulator<S>>(),
+                    rows<const S>(g),
+                    rows<const S>(a_),
+                    rows<const S>(v_),
+                    {},
+                    rows<S>(da),
+                    rows<S>(dv),
+                    {},
+                    partial.data()};
       if (v0) f.v0 = rows<const S>(*v0_), f.dv0 = rows<S>(dv0);
       const int64_t work = (a.size(2) + v.size(2)) * shape.width * shape.heads_of_group();
-      over_sequences(all, shape.groups, work, [&](const Sequence& s, int64_t index, int64_t first, int64_t last) {
-        shaped_combine_backward(f, s, index, first, last);
-      });
+      over_sequences(all, shape.groups, work,
+                     [&](const Sequence& s, int64_t index, int64_t first, int64_t last) {
+                       shaped_combine_backward(f, s, index, first, last);
+                     });
     });
   }
   const auto total = [&](const Optional& x, Gain gain, double sign) {
@@ -253,11 +269,18 @@ Gradients combine_backward(Tensor grad, Tensor a, Tensor v, Optional alpha, Opti
     if (!x) return result;
     std::vector<double> sums(shape.heads, 0.0);
     for (size_t i = 0; i < all.size(); ++i)
-      for (int64_t h = 0; h < shape.heads; ++h) sums[h] += sign * partial[(i * shape.heads + h) * GAIN_COUNT + gain];
+      for (int64_t h = 0; h < shape.heads; ++h)
+        sums[h] += sign * partial[(i * shape.heads + h) * GAIN_COUNT + gain];
     write_gain(result, sums);
     return result;
   };
-  return {da, dv, total(alpha, ALPHA, 1), total(beta, BETA, 1), total(gamma, GAMMA, 1), dv0, total(lam, LAMBDA, 1)};
+  return {da,
+          dv,
+          total(alpha, ALPHA, 1),
+          total(beta, BETA, 1),
+          total(gamma, GAMMA, 1),
+          dv0,
+          total(lam, LAMBDA, 1)};
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 // O = beta A + alpha V - gamma C V + lambda (V0 - V), one sweep; and its gradients, one sweep. Free of torch.
 //
-// C V is the mean of the value rows a query sees. Queries are visited in order, so the rows seen are a window whose ends
-// only move forward: one running sum a column is enough. The sum is kept as `rounded + recent`: at most FLUSH rows are
-// added in the accumulator type before they go into a double, so its error does not grow with the length.
+// C V is the mean of the value rows a query sees. Queries are visited in order, so the rows seen are a window
+// whose ends only move forward: one running sum a column is enough. The sum is kept as `rounded + recent`: at
+// most FLUSH rows are added in the accumulator type before they go into a double, so its error does not grow
+// with the length. Under a window, where a row that leaves is subtracted, rows go into the double at once:
+// nothing would wash out the rounding.
 #pragma once
 
 #include <algorithm>
@@ -83,10 +85,39 @@ GAUGEKIT_INLINE Span queries_of(const Shape& shape, const Sequence& s, int64_t j
   return {inside(first), inside(last)};
 }
 
+// recent += scale * row
+template <int W, class A, class S>
+GAUGEKIT_INLINE void accumulate(A* recent, const S* row, A scale, int64_t width) {
+  for (int64_t i = 0; i < width; i += W) {
+    const int64_t left = width - i;
+    store<W>(recent + i, load<W>(recent + i, left) + scale * load<W>(row + i, left), left);
+  }
+}
+
+// total += scale * row, and rounded to it
+template <int W, class A, class S>
+GAUGEKIT_INLINE void accumulate(double* total, A* rounded, const S* row, A scale, int64_t width) {
+  for (int64_t i = 0; i < width; i += W) {
+    const int64_t left = width - i;
+    const Vector<A, W> term = scale * load<W>(row + i, left);
+    const Vector<double, W> sum = load<W>(total + i, left) + __builtin_convertvector(term, Vector<double, W>);
+    store<W>(total + i, sum, left);
+    store<W>(rounded + i, __builtin_convertvector(sum, Vector<A, W>), left);
+  }
+}
+
 // Running sums of `count` columns.
 template <class A>
 struct RunningSum {
-  explicit RunningSum(int64_t count) : recent(count), rounded(count), total(count) {}
+  RunningSum(int64_t count, bool window) : recent(count), rounded(count), total(count), window(window) {}
+
+  template <int W, class S>
+  GAUGEKIT_INLINE void add(int64_t column, const S* row, A scale, int64_t width) {
+    if (window)
+      accumulate<W>(&total[column], &rounded[column], row, scale, width);
+    else
+      accumulate<W>(&recent[column], row, scale, width);
+  }
 
   GAUGEKIT_INLINE void flush() {
     for (size_t i = 0; i < total.size(); ++i) {
@@ -98,18 +129,11 @@ struct RunningSum {
 
   std::vector<A> recent, rounded;
   std::vector<double> total;
+  bool window;
 };
 
-// recent += scale * row
-template <int W, class A, class S>
-GAUGEKIT_INLINE void accumulate(A* recent, const S* row, A scale, int64_t width) {
-  for (int64_t i = 0; i < width; i += W) {
-    const int64_t left = width - i;
-    store<W>(recent + i, load<W>(recent + i, left) + scale * load<W>(row + i, left), left);
-  }
-}
-
-// --- forward -------------------------------------------------------------------------------------------------------
+// --- forward
+// -------------------------------------------------------------------------------------------------------
 template <class S>
 struct Forward {
   using A = accumulator<S>;
@@ -135,17 +159,18 @@ GAUGEKIT_INLINE void combine_row(S* out, const S* a, A beta, const S* v, A direc
 }
 
 template <class S, int W>
-GAUGEKIT_INLINE void forward_heads(const Forward<S>& f, const Sequence& s, int64_t first_head, int64_t last_head) {
+GAUGEKIT_INLINE void forward_heads(const Forward<S>& f, const Sequence& s, int64_t first_head,
+                                   int64_t last_head) {
   using A = accumulator<S>;
   const int64_t width = f.shape.width, per_group = f.shape.heads_of_group(), b = s.batch;
   const int64_t first_group = first_head / per_group, last_group = (last_head - 1) / per_group + 1;
   const bool mean = f.gains.has_gamma;
-  RunningSum<A> sums(mean ? (last_group - first_group) * width : 0);
+  RunningSum<A> sums(mean ? (last_group - first_group) * width : 0, f.shape.window != 0);
   int64_t added = -1, removed = 0, since_flush = 0;
   const auto slide = [&](int64_t& end, int64_t to, A sign) __attribute__((always_inline)) {
     for (; end < to; ++end) {
       for (int64_t g = first_group; g < last_group; ++g)
-        accumulate<W>(&sums.recent[(g - first_group) * width], f.v.at(b, g, s.first_key + end), sign, width);
+        sums.template add<W>((g - first_group) * width, f.v.at(b, g, s.first_key + end), sign, width);
       if (++since_flush == FLUSH) sums.flush(), since_flush = 0;
     }
   };
@@ -172,7 +197,8 @@ GAUGEKIT_INLINE void forward_heads(const Forward<S>& f, const Sequence& s, int64
   }
 }
 
-// --- backward ------------------------------------------------------------------------------------------------------
+// --- backward
+// ------------------------------------------------------------------------------------------------------
 enum Gain { ALPHA, BETA, GAMMA, LAMBDA, GAIN_COUNT };
 
 template <class S>
@@ -199,10 +225,11 @@ struct Dots {
   }
 };
 
-// A query that starts to be seen: dA, its part of dbeta, and grad / n into the running sum that its keys share.
+// A query that starts to be seen: dA, its part of dbeta, and (`recent` given) grad / n into the sum its keys
+// share.
 template <int W, class A, class S>
-GAUGEKIT_INLINE void backward_query(const S* grad, const S* a, S* da, A beta, A inverse, A* recent, Dots<A, W>* dots,
-                                    int64_t width) {
+GAUGEKIT_INLINE void backward_query(const S* grad, const S* a, S* da, A beta, A inverse, A* recent,
+                                    Dots<A, W>* dots, int64_t width) {
   Vector<A, W> product{};
   for (int64_t i = 0; i < width; i += W) {
     const int64_t left = width - i;
@@ -214,11 +241,12 @@ GAUGEKIT_INLINE void backward_query(const S* grad, const S* a, S* da, A beta, A 
   if (dots) dots->add(BETA, product);
 }
 
-// One key row for one head: its part of dV (summed over the heads of the group in `shared`), dV0, dalpha, dgamma, dlambda.
+// One key row for one head: its part of dV (summed over the heads of the group in `shared`), dV0, dalpha,
+// dgamma, dlambda.
 template <int W, class A, class S>
-GAUGEKIT_INLINE void backward_key(const S* grad, const S* v, const S* v0, A direct, A lambda, const A* rounded,
-                                  const A* recent, A gamma, bool alpha, S* dv, S* dv0, A* shared, bool first,
-                                  bool last, Dots<A, W>& dots, int64_t width) {
+GAUGEKIT_INLINE void backward_key(const S* grad, const S* v, const S* v0, A direct, A lambda,
+                                  const A* rounded, const A* recent, A gamma, bool alpha, S* dv, S* dv0,
+                                  A* shared, bool first, bool last, Dots<A, W>& dots, int64_t width) {
   A* shared0 = shared + width;
   Vector<A, W> alpha_dot{}, gamma_dot{}, lambda_dot{};
   for (int64_t i = 0; i < width; i += W) {
@@ -256,14 +284,14 @@ GAUGEKIT_INLINE void backward_key(const S* grad, const S* v, const S* v0, A dire
 }
 
 template <class S, int W>
-GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, int64_t index, int64_t first_group,
-                                     int64_t last_group) {
+GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, int64_t index,
+                                     int64_t first_group, int64_t last_group) {
   using A = accumulator<S>;
   const Shape& shape = f.shape;
   const int64_t width = shape.width, per_group = shape.heads_of_group(), b = s.batch;
   const int64_t first_head = first_group * per_group, last_head = last_group * per_group;
   const bool mean = f.gains.has_gamma;
-  RunningSum<A> sums(mean ? (last_head - first_head) * width : 0);
+  RunningSum<A> sums(mean ? (last_head - first_head) * width : 0, shape.window != 0);
   std::vector<Dots<A, W>> dots(last_head - first_head);
   std::vector<A> shared(2 * width);
   int64_t since_flush = 0;
@@ -275,7 +303,8 @@ GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, in
   };
   const auto zero_queries = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
     for (int64_t t = from; t < to; ++t)
-      for (int64_t h = first_head; h < last_head; ++h) std::fill_n(f.da.at(b, h, s.first_query + t), width, S{});
+      for (int64_t h = first_head; h < last_head; ++h)
+        std::fill_n(f.da.at(b, h, s.first_query + t), width, S{});
   };
   Span live = queries_of(shape, s, s.keys - 1);
   if (s.keys == 0) live = {s.queries, s.queries};
@@ -287,8 +316,10 @@ GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, in
       const int64_t t = --entered, seen = keys_of(shape, s, t).count(), row = s.first_query + t;
       for (int64_t h = first_head; h < last_head; ++h) {
         const int64_t i = h - first_head;
+        const A inverse = A(1) / static_cast<A>(seen);
+        if (mean && shape.window) sums.template add<W>(i * width, f.grad.at(b, h, row), inverse, width);
         backward_query<W, A, S>(f.grad.at(b, h, row), f.a.at(b, h, row), f.da.at(b, h, row), f.gains.beta[h],
-                                A(1) / static_cast<A>(seen), mean ? &sums.recent[i * width] : nullptr,
+                                inverse, mean && !shape.window ? &sums.recent[i * width] : nullptr,
                                 f.gains.has_beta ? &dots[i] : nullptr, width);
       }
       flush();
@@ -296,8 +327,8 @@ GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, in
     while (left > queries.last) {
       const int64_t t = --left, seen = keys_of(shape, s, t).count();
       for (int64_t h = first_head; mean && h < last_head; ++h)
-        accumulate<W>(&sums.recent[(h - first_head) * width], f.grad.at(b, h, s.first_query + t),
-                      A(-1) / static_cast<A>(seen), width);
+        sums.template add<W>((h - first_head) * width, f.grad.at(b, h, s.first_query + t),
+                             A(-1) / static_cast<A>(seen), width);
       flush();
     }
     const int64_t t = j - s.start;
@@ -327,16 +358,18 @@ GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, in
   }
 }
 
-// --- one function a kernel and instruction set -----------------------------------------------------------------------
-// W accumulators fill one register of the instruction set.
-#define GAUGEKIT_FOR_ISA(NAME, TARGET, BYTES)                                                                          \
-  template <class S>                                                                                                   \
-  TARGET void forward_##NAME(const Forward<S>& f, const Sequence& s, int64_t first, int64_t last) {                     \
-    forward_heads<S, BYTES / sizeof(accumulator<S>)>(f, s, first, last);                                               \
-  }                                                                                                                    \
-  template <class S>                                                                                                   \
-  TARGET void backward_##NAME(const Backward<S>& f, const Sequence& s, int64_t index, int64_t first, int64_t last) {    \
-    backward_groups<S, BYTES / sizeof(accumulator<S>)>(f, s, index, first, last);                                      \
+// --- one function a kernel and instruction set
+// ----------------------------------------------------------------------- W accumulators fill one register of
+// the instruction set.
+#define GAUGEKIT_FOR_ISA(NAME, TARGET, BYTES)                                                        \
+  template <class S>                                                                                 \
+  TARGET void forward_##NAME(const Forward<S>& f, const Sequence& s, int64_t first, int64_t last) {  \
+    forward_heads<S, BYTES / sizeof(accumulator<S>)>(f, s, first, last);                             \
+  }                                                                                                  \
+  template <class S>                                                                                 \
+  TARGET void backward_##NAME(const Backward<S>& f, const Sequence& s, int64_t index, int64_t first, \
+                              int64_t last) {                                                        \
+    backward_groups<S, BYTES / sizeof(accumulator<S>)>(f, s, index, first, last);                    \
   }
 GAUGEKIT_FOR_ISA(portable, , 16)
 #ifdef GAUGEKIT_X86

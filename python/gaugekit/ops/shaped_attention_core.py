@@ -34,8 +34,8 @@ def mask_kind(queries: int, keys: int, mask: Mask) -> tuple[str, int]:
 
 def softmax_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """softmax(scale·q kᵀ) v under the mask; rows that see no key hold any finite numbers."""
-    if q.numel() == 0 or v.numel() == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
+    if q.numel() == 0 or v.numel() == 0:  # the sum of nothing: a zero that keeps the result differentiable
+        return q.new_zeros(*q.shape[:3], v.shape[3]) + (q if q.numel() == 0 else v).sum()
     kind, block = mask_kind(q.shape[2], k.shape[2], mask)
     if kind in ("none", "is_causal"):
         return _sdpa(q, k, v, scale, is_causal=kind == "is_causal")
@@ -93,4 +93,4 @@ def packed_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Te
         for begin, end in itertools.pairwise(bounds)
         if end > begin
     ]
-    return torch.cat(parts, dim=2) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
+    return torch.cat(parts, dim=2) if parts else softmax_core(q, k, v, Mask(), scale)

@@ -19,9 +19,5 @@ def shaped_attention(
     scores = q @ k.repeat_interleave(heads // groups, dim=1).mT * (width**-0.5 if scale is None else scale)
     # A row that sees no key has no softmax: its scores are left alone here, and its result is set to zero below.
     scores = scores.masked_fill(~seen & seen.any(-1, keepdim=True), float("-inf"))
-    a = (
-        scores.softmax(-1) @ v.repeat_interleave(heads // groups, dim=1)
-        if keys
-        else q.new_zeros(*q.shape[:3], v.shape[3])
-    )
+    a = scores.softmax(-1) @ v.repeat_interleave(heads // groups, dim=1)
     return shaped_combine(a, v, alpha=alpha, beta=beta, gamma=gamma, v0=v0, lam=lam, **mask)
