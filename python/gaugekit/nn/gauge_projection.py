@@ -47,16 +47,17 @@ class GaugeProjection(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [heads·width, D], as nn.Linear has it."""
+        """The dense weight [heads·width, D], as nn.Linear has it (a transposed view)."""
         rows = self.rows.long()
-        index = free_rows(rows, self.inputs)
+        free = self.inputs - self.width
+        # Where each row of the weight stands in the list of all free rows followed by the identity's rows.
+        slot = torch.arange(self.width, device=rows.device).expand_as(rows) + self.heads * free
+        place = torch.full((self.heads, self.inputs), -1, device=rows.device).scatter(1, rows, slot)
+        rank = (place < 0).cumsum(1) - 1 + free * torch.arange(self.heads, device=rows.device)[:, None]
+        place = torch.where(place < 0, rank, place)
         identity = torch.eye(self.width, dtype=self.free.dtype, device=self.free.device)
-        dense = self.free.new_zeros(self.heads, self.inputs, self.width)
-        dense = dense.scatter(1, index[..., None].expand(-1, -1, self.width), self.free)
-        dense = dense.scatter(
-            1, rows[..., None].expand(-1, -1, self.width), identity.expand(self.heads, -1, -1)
-        )
-        return dense.mT.flatten(0, 1)
+        stacked = torch.cat([self.free.flatten(0, 1), identity])
+        return stacked.index_select(0, place.mT.flatten()).view(self.inputs, self.heads * self.width).mT
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
