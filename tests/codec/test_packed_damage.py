@@ -149,7 +149,15 @@ def test_header_longer_than_the_file_or_the_limit(announced, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"1234567", bytes(8), b"\x02" + bytes(7) + b"{}x", b"\x02" + bytes(7) + b"\xff\xff"]
+    "data",
+    [
+        b"",
+        b"1234567",
+        bytes(8),
+        b"\x02" + bytes(7) + b"{}x",
+        b"\x02" + bytes(7) + b"\xff\xff",
+        b"\x04" + bytes(7) + "{}".encode("utf-16-le"),
+    ],
 )
 def test_not_safetensors(data, tmp_path):
     (tmp_path / "x").write_bytes(data)

@@ -96,6 +96,7 @@ def _no_duplicates(pairs: list) -> dict:
 
 def _parse(text: str | bytes, what: str) -> dict:
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{what} is not sound JSON: {error}") from None
