@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 CERTIFICATE = "gaugekit_certificate.json"
 MANIFEST = "gaugekit_manifest.json"
 LOCK = "gaugekit_lock"
+SCRATCH = "gaugekit_scratch"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -203,15 +204,21 @@ class Writer:
             self._lock.close()
             raise ValueError(f"target: another process is writing {str(self.folder)!r}") from None
         self._state = {"identity": identity, "done": 0, "shards": [], "records": []}
+        keep = set()
         if resume and manifest.is_file():
             with contextlib.suppress(ValueError):
                 state = _json(manifest)
                 if state.get("identity") == identity and self._restore(state):
-                    self._state = state
-        self._clean()
+                    self._state, keep = state, {SCRATCH}
+        self._clean(keep)
         self._save()
         self._tensors: dict[str, Tensor] = {}
         self._waiting: list[dict] = []
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what the job itself wants to find again after a kill; it is gone from the result."""
+        return self.folder / SCRATCH
 
     @property
     def done(self) -> int:
@@ -258,6 +265,7 @@ class Writer:
             total = sum(shard["bytes"] for shard in shards)
             _write(self.folder / INDEX, _dump({"metadata": {"total_size": total}, "weight_map": where}))
         _write(self.folder / "config.json", _dump(config))
+        shutil.rmtree(self.scratch, ignore_errors=True)
         _sync(self.folder)
         if self.target.exists():
             self.target.rmdir()  # empty: the engine refused any other
@@ -300,8 +308,8 @@ class Writer:
                 os.replace(self.folder / final, self.folder / shard["file"])
         return all((self.folder / shard["file"]).is_file() for shard in shards)
 
-    def _clean(self) -> None:
-        keep = {MANIFEST, LOCK, *(shard["file"] for shard in self._state["shards"])}
+    def _clean(self, keep: set[str]) -> None:
+        keep = {MANIFEST, LOCK, *keep, *(shard["file"] for shard in self._state["shards"])}
         for path in self.folder.iterdir():
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

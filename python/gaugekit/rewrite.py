@@ -25,12 +25,13 @@ class Rewrite(ABC):
     """One change of a checkpoint, layer by layer; reading, writing, resuming and certifying are the engine's.
 
     ``name`` stands in reports. ``claim`` is what verify may expect: "exact" (the same function up to rounding) or
-    "approximate". ``needs_statistics`` asks the engine for a calibration pass before the first layer.
+    "approximate". ``needs_statistics`` names the modules whose input moments ``layer`` is to be given ("q", "k", "v",
+    "o", or a path inside a block): the engine then makes a calibration pass first (``gaugekit.statistics``).
     """
 
     name: str
     claim: str = "exact"
-    needs_statistics: bool = False
+    needs_statistics: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -43,7 +44,10 @@ class Rewrite(ABC):
 
     @abstractmethod
     def layer(self, view: AttentionView, statistics: Any = None) -> AttentionView:
-        """The mathematics: one layer's attention in float64, rewritten. ``statistics`` is that layer's calibration."""
+        """The mathematics: one layer's attention in float64, rewritten.
+
+        ``statistics`` is {module: Moments} of this layer, where ``needs_statistics`` names any.
+        """
 
     def form(self, view: AttentionView) -> dict[str, Compact]:
         """How the rewritten parts ("q", "k", "v", "o") are stored when not dense; a part left out stays dense."""
@@ -96,6 +100,8 @@ def convert(
     if any(rewrite.needs_statistics for rewrite in job.rewrites) and calibration is None:
         asking = ", ".join(rewrite.name for rewrite in job.rewrites if rewrite.needs_statistics)
         raise ValueError(f"calibration: expected a text file ({asking} asks for statistics), got None")
+    if calibration is not None and not Path(calibration).is_file():
+        raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
 
     total_bytes = 2 * checkpoint.size_bytes()
     done_bytes = 0
@@ -116,7 +122,7 @@ def convert(
         identity["calibration"] = sha256(Path(calibration))
     writer = Writer(target, identity, resume=resume)
     try:
-        statistics = job.statistics(calibration)
+        statistics = job.statistics(calibration, writer.scratch)
         for number, unit in enumerate(job.units):
             if number >= writer.done:
                 tensors, record = job.run(unit, statistics)
@@ -189,15 +195,16 @@ class _Job:
         )
         self.units[:0] = [_Unit([name]) for name in rest]
 
-    def statistics(self, calibration: str | Path | None) -> Any:
-        """The calibration pass, where a rewrite asks for it; indexed by layer."""
-        if not any(rewrite.needs_statistics for rewrite in self.rewrites):
+    def statistics(self, calibration: str | Path | None, folder: Path) -> list | None:
+        """The calibration pass, where a rewrite asks for it; indexed by layer. ``folder`` lets it resume, too."""
+        modules = sorted({name for rewrite in self.rewrites for name in rewrite.needs_statistics})
+        if not modules:
             return None
         from .statistics import collect
 
-        return collect(self.checkpoint, calibration)
+        return collect(self.checkpoint, calibration, modules=modules, work_directory=folder)
 
-    def run(self, unit: _Unit, statistics: Any) -> tuple[dict[str, Tensor], dict]:
+    def run(self, unit: _Unit, statistics: list | None) -> tuple[dict[str, Tensor], dict]:
         """The tensors to write for a unit, and its record: numbers stored before and after, the error of a layer."""
         source = {name: self.checkpoint.dtype(name) for name in unit.names}
         before = self._parameters(
@@ -221,7 +228,7 @@ class _Job:
         )
         return written, record
 
-    def _attention(self, layer: int, statistics: Any) -> tuple[Stored, float]:
+    def _attention(self, layer: int, statistics: list | None) -> tuple[Stored, float]:
         before = after = self.layers.attention(layer)
         for rewrite in self.rewrites:
             after = rewrite.layer(after, None if statistics is None else statistics[layer])

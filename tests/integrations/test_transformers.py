@@ -8,6 +8,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 import gaugekit.integrations.transformers as integration  # noqa: E402
 from gaugekit.nn import Concat, GaugeProjection  # noqa: E402
@@ -135,6 +136,27 @@ def test_dense_needs_no_gaugekit(tmp_path):
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(path), str(tmp_path / "expected")], check=True
     )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("made", [bert, gpt2])
+def test_float64_is_exact(made, dense, tmp_path):
+    original = made().double()
+    path = converted(original, tmp_path, dense=dense)
+    model = load(path, "AutoModel" if made is bert else "AutoModelForCausalLM", dtype=torch.float64)
+    assert (output(model) - output(original)).norm() <= 1e-12 * output(original).norm()
+
+
+def test_masks_in_old_files_pass_through_and_count_for_nothing(tmp_path):
+    original = gpt2()
+    original.save_pretrained(tmp_path / "m")
+    tensors = safetensors_torch.load_file(tmp_path / "m" / "model.safetensors")
+    tensors |= {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(2)}
+    safetensors_torch.save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    report = convert(tmp_path / "m", tmp_path / "out", [GaugeFix()])
+    assert report["parameters_before"] == original.num_parameters()
+    assert report["parameters_before"] - report["parameters_after"] == report["steps"][0]["removed"]["total"]
+    assert_same(load(tmp_path / "out", "AutoModelForCausalLM"), original)
 
 
 def test_greedy_tokens_stay_equal(tmp_path):

@@ -83,7 +83,7 @@ def test_disk(source, tmp_path, monkeypatch):
 
 class Asks(Rewrite):
     name = "asks"
-    needs_statistics = True
+    needs_statistics = ("q",)
 
     def plan(self, config):
         return {"total": 0}
@@ -94,6 +94,13 @@ class Asks(Rewrite):
 
 def test_calibration(source, tmp_path):
     refused(source, tmp_path / "out", "asks asks for statistics", rewrites=[Asks()])
+    refused(
+        source,
+        tmp_path / "out",
+        "expected a text file, got",
+        rewrites=[Asks()],
+        calibration=tmp_path / "none.txt",
+    )
 
 
 def test_a_packed_file_is_named(source, tmp_path):

@@ -98,24 +98,35 @@ def take(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def _pivots(weight: Tensor, in_turn: bool = False) -> Tensor:
-    """Pivoted QR by modified Gram–Schmidt: always the row with the largest part outside the span of those taken."""
+    """Column-pivoted QR of Wᵀ: always the row with the longest part outside the span of those taken.
+
+    Lengths are kept by subtraction, and computed anew before cancellation can spoil them.
+    """
     heads, inputs, width = weight.shape
-    rest = weight.clone()
     rows = torch.empty(heads, width, dtype=torch.int64)
+    basis = torch.zeros(heads, width, width, dtype=weight.dtype)  # one orthonormal row a step
+    squares = weight.square().sum(-1)
+    exact = squares.amax(1)  # the largest square when the lengths were last computed
     free = torch.ones(heads, inputs, dtype=torch.bool)
     turns = [slice(head, head + 1) for head in range(heads)] if in_turn else [slice(None)]
     for step in range(width):
         for turn in turns:
-            length = rest[turn].square().sum(-1).masked_fill(~free[turn], -1)
-            row = length.argmax(1)
+            taken = basis[turn, :step]
+            if bool((squares[turn].masked_fill(~free[turn], 0).amax(1) < 1e-6 * exact[turn]).any()):
+                squares[turn] = (weight[turn] - weight[turn] @ taken.mT @ taken).square().sum(-1)
+                exact[turn] = squares[turn].masked_fill(~free[turn], 0).amax(1)
+            row = squares[turn].masked_fill(~free[turn], -1).argmax(1)
             rows[turn, step] = row
             if in_turn:
                 free[:, row] = False
             else:
                 free[torch.arange(heads), row] = False
-            direction = rest[turn].gather(1, row[:, None, None].expand(-1, 1, width))
+            direction = weight[turn].gather(1, row[:, None, None].expand(-1, 1, width))
+            for _ in range(2):  # once is not enough where little is left
+                direction = direction - direction @ taken.mT @ taken
             direction = torch.nn.functional.normalize(direction, dim=-1, eps=torch.finfo(weight.dtype).tiny)
-            rest[turn] -= (rest[turn] @ direction.mT) @ direction
+            basis[turn, step] = direction[:, 0]
+            squares[turn] -= (weight[turn] @ direction.mT)[..., 0].square()
     return rows
 
 
