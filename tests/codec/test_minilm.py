@@ -43,6 +43,7 @@ def test_size_and_identity(dtype, bits, ratio, checkpoints, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not gk._library.backends()["cpu"].loaded, reason="needs the C++ binary to compare with")
 def test_without_a_binary_the_same_bytes(checkpoints, tmp_path):
     """A copy of the package with no binary packs and unpacks through NumPy, slower and equal."""
     shutil.copytree(
