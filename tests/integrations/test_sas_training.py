@@ -69,10 +69,9 @@ def test_gradient_checkpointing(block, reentrant):
         assert torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "masked"), [("sas", True), ("sas_p", False), ("pre_ln", True)])
 def test_under_compile(block, masked):
-    made = model(block).train()
+    made = model(block, n_layer=1).train()
     ids = torch.randint(1, 61, (2, 8))
     mask = torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]]) if masked else None
     counter = CompileCounterWithBackend("aot_eager")

@@ -76,6 +76,24 @@ def test_batches_of_different_lengths(name, dtype):
     assert torch.equal(again[real], out[real])
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("name", ["SAS", "groups", "window rotary"])
+def test_any_way_of_cutting(name, seed):
+    """Random cuts, and random numbers of rows for each sequence of each call."""
+    torch.manual_seed(seed)
+    module = block(name, torch.float64)
+    split = torch.randint(1, 5, (6,)).tolist()
+    lengths = torch.stack([torch.randint(0, n + 1, (4,)) for n in split])
+    real = torch.cat([torch.arange(n) < rows[:, None] for n, rows in zip(split, lengths, strict=True)], dim=1)
+    x = torch.randn(4, sum(split), 16, dtype=torch.float64)
+    with torch.no_grad():
+        out, cache = decoded(module, x, split, lengths)
+        assert cache.lengths.tolist() == real.sum(1).tolist()
+        for row in range(4):
+            full = module(x[row][real[row]][None])[0]
+            torch.testing.assert_close(out[row][real[row]], full, rtol=1e-10, atol=1e-11)
+
+
 def test_lengths_known_only_at_the_first_call():
     """A right-padded prompt, then one row a call for every sequence: what a server does."""
     module = block("SAS", torch.float64)
@@ -102,6 +120,14 @@ def test_select_and_crop():
                 past = 5 if lengths is None else int(lengths[origin]) - 2
                 whole = module(torch.cat([x[origin, :past], x[origin, 7:8]])[None])
                 torch.testing.assert_close(out[row, 0], whole[0, -1], rtol=1e-11, atol=1e-12)
+
+
+def test_no_more_is_forgotten_than_there_is():
+    cache = nn.LayerCache()
+    cache.append(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
+    for rows in (4, -1):
+        with pytest.raises(ValueError, match=f"rows: expected 0 to 3, got {rows}"):
+            cache.crop(rows)
 
 
 def test_the_cache_writes_over_nothing_it_was_given():

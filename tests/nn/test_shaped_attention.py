@@ -168,7 +168,8 @@ def test_bad_input():
         (x[..., :16], {}, r"x: expected \[B, T, 32\], got \[2, 5, 16\]"),
         (x, {"lengths": torch.tensor([5, 5], dtype=torch.int32)}, "lengths: expected int64"),
         (x, {"lengths": torch.tensor([5])}, r"lengths: expected int64 \[B\] = \[2\]"),
-        (x, {"lengths": torch.tensor([5, 6])}, "key_lengths"),
+        (x, {"lengths": torch.tensor([5, 6])}, "lengths: expected 0 to T = 5, got 6"),
+        (x, {"lengths": torch.tensor([5, -1])}, "lengths: expected 0 to T = 5, got -1"),
         (x[:1], {"cu_seqlens": bounds}, "cu_seqlens: expected no cache, and positions"),
     ):
         with pytest.raises(ValueError, match=message):

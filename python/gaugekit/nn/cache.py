@@ -48,9 +48,8 @@ class LayerCache:
         means = self._sum(v, first, lengths) if mean else None
         if start is not None:
             self.lengths = start + (rows if lengths is None else lengths)
-        keys, values = (x[:, :, : self.columns] for x in (self.keys, self.values))
-        past = (start, means) if before else (None, None)
-        return Step(keys, values, past[0], self.lengths, past[1])
+        keys, values = self.keys[:, :, : self.columns], self.values[:, :, : self.columns]
+        return Step(keys, values, start if before else None, self.lengths, means if before else None)
 
     def _sum(self, v: Tensor, start: int | Tensor, lengths: Tensor | None) -> Tensor:
         x = v.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
@@ -69,7 +68,9 @@ class LayerCache:
                 setattr(self, name, x.index_select(0, index.to(x.device)))
 
     def crop(self, rows: int) -> None:
-        """Forgets the last ``rows`` rows of every sequence."""
+        """Forgets the last ``rows`` rows of every sequence; ValueError where that is more than there are."""
+        if not 0 <= rows <= self.columns:
+            raise ValueError(f"rows: expected 0 to {self.columns}, got {rows}")
         self.columns -= rows
         self.keys, self.values = (x[:, :, : self.columns] for x in (self.keys, self.values))
         if self.lengths is not None:

@@ -26,13 +26,17 @@ def append(old: Tensor | None, new: Tensor, columns: int, start: Tensor | None) 
 
 
 def check_rows(x: Tensor, width: int, lengths: Tensor | None) -> None:
-    """ValueError unless x is [B, T, width] and ``lengths`` None or int64 [B]."""
+    """ValueError unless x is [B, T, width] and ``lengths`` None or int64 [B] of 0..T (not read on a GPU)."""
     if x.dim() != 3 or x.shape[2] != width:
         raise ValueError(f"x: expected [B, T, {width}], got {list(x.shape)}")
     if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != x.shape[:1]):
         raise ValueError(
             f"lengths: expected int64 [B] = [{x.shape[0]}], got {lengths.dtype} {list(lengths.shape)}"
         )
+    if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = [n for n in lengths.tolist() if not 0 <= n <= x.shape[1]]
+        if wrong:
+            raise ValueError(f"lengths: expected 0 to T = {x.shape[1]}, got {wrong[0]}")
 
 
 def positions_of(rows: int, cache, device: torch.device) -> Tensor:
