@@ -95,6 +95,7 @@ def plan_extensions() -> tuple[list, dict]:
             "gaugekit._cpu",
             sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
             include_dirs=[str(ROOT / "csrc")],
+            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/*.h")),
             define_macros=DEFINES,
             extra_compile_args=FLAGS,
             extra_link_args=LINK_FLAGS,
