@@ -41,7 +41,8 @@ def fuse(model: nn.Module, *, gauge: bool = True, attention: bool = True) -> Rep
     ``attention``: the model attends through ``gaugekit.shaped_attention`` (transformers' interface, named "gaugekit").
     The originals are kept on the instance for ``unfuse``: fusing saves memory in what is saved and loaded again, not in
     this process. A fused model saves with ``save_pretrained`` and loads like a converted one. Move it or train it
-    freely, but build an optimizer after fusing: the parameters are new ones.
+    freely, but build an optimizer after fusing: the parameters are new ones. Our attention refuses dropout on its
+    probabilities, so fuse with ``attention=False`` to train a model that asks for it.
 
     What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
     is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],

@@ -154,6 +154,19 @@ def test_an_unknown_family_is_left_alone():
         unfuse("model")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_on_a_gpu(make):
+    model = make().cuda()
+    tokens = torch.randint(0, 60, (2, 11)).cuda()
+    expected = model(tokens).logits
+    fuse(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    assert (model(tokens).logits - expected).norm() <= 1e-12 * expected.norm()
+    unfuse(model)
+    assert torch.equal(model(tokens).logits, expected)
+
+
 def test_greedy_tokens_stay_equal():
     model = gpt2().float()
     tokens = torch.randint(0, 60, (2, 4))

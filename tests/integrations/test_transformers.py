@@ -184,6 +184,7 @@ def test_it_trains(tmp_path):
     [
         ({"version": 2}, "expected version 1, got 2"),
         ({"modules": ["a"]}, "expected modules by name"),
+        ({"bits": 4}, "got bits too"),
         (
             {"modules": {"encoder.layer.0.attention.self.key": {"form": "ternary", "arguments": {}}}},
             "got 'ternary'",

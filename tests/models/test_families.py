@@ -152,6 +152,11 @@ def test_a_tensor_of_the_wrong_shape_or_kind_is_named():
         )
 
 
+def test_a_model_without_numbers_is_refused():
+    with pytest.raises(ValueError, match="expected numbers in encoder.layer.0.*meta"):
+        models.Live(bert().to("meta")).attention(0)
+
+
 def test_a_module_without_config_is_refused():
     with pytest.raises(ValueError, match="transformers model"):
         models.Live(torch.nn.Linear(2, 2))

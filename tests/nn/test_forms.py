@@ -102,6 +102,19 @@ def test_under_compile():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu():
+    module = projection(64, 4, 16)
+    x, seed = torch.randn(2, 8, 64, dtype=torch.float64)
+    expected = module(x)
+    (gradient,) = torch.autograd.grad((expected * seed).sum(), module.free)
+    module.cuda()
+    out = module(x.cuda())
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-12, atol=1e-12)
+    (found,) = torch.autograd.grad((out * seed.cuda()).sum(), module.free)
+    torch.testing.assert_close(found.cpu(), gradient, rtol=1e-12, atol=1e-12)
+
+
 def test_meta_device():
     module = forms.build(
         {"form": "gauge_projection", "arguments": {"inputs": 8, "heads": 2, "width": 4}}, device="meta"

@@ -31,19 +31,28 @@ class GaugekitConfig(QuantizationConfigMixin):
     """``quantization_config`` of a converted checkpoint: {"quant_method": "gaugekit", "version": 1, "modules": {...}}.
 
     ``modules`` maps the name of a module of the base model (no "bert." or "transformer." before it) to its spec,
-    {"form": name, "arguments": {...}}. Raises ValueError for a version that is not 1 or modules of another shape.
+    {"form": name, "arguments": {...}}. Raises ValueError for a version that is not 1, modules of another shape, or an
+    entry that is not known.
     """
 
     def __init__(
-        self, version: int = VERSION, modules: dict[str, dict] | None = None, quant_method: str = NAME
+        self,
+        version: int = VERSION,
+        modules: dict[str, dict] | None = None,
+        quant_method: str = NAME,
+        **unknown,
     ):
         if version != VERSION:
             raise ValueError(
                 f"quantization_config: expected version {VERSION}, got {version!r}; "
-                "a newer gaugekit wrote this checkpoint: pip install -U gaugekit"
+                "a newer gaugekit wrote this checkpoint, and reads it"
             )
         if not isinstance(modules, dict):
             raise ValueError(f"quantization_config: expected modules by name, got {modules!r}")
+        if unknown:
+            raise ValueError(
+                f"quantization_config: expected version and modules, got {', '.join(sorted(unknown))} too"
+            )
         self.quant_method = quant_method
         self.version = version
         self.modules = modules

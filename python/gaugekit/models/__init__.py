@@ -79,6 +79,8 @@ class Live(Layers):
         tensor = getattr(self.model.get_submodule(module), leaf, None)
         if not isinstance(tensor, Tensor):
             raise ValueError(f"model: expected a dense parameter {name}, got none (already compact?)")
+        if tensor.is_meta:
+            raise ValueError(f"model: expected numbers in {name}, got none (meta device)")
         return tensor.detach().cpu()
 
     def write(self, tensors: dict[str, Tensor]) -> None:
