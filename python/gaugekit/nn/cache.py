@@ -11,7 +11,7 @@ from gaugekit.nn.rows import append
 
 
 class Step(NamedTuple):
-    """What one call of attention sees: arguments of ``gaugekit.shaped_attention``, and C's rows for its queries."""
+    """What one call sees: arguments of ``gaugekit.shaped_attention``, and C's row."""
 
     keys: Tensor
     values: Tensor
@@ -25,7 +25,7 @@ class LayerCache:
 
     Sequences may differ in length: those of ``lengths`` [B] real rows stand at the front of each (right padding), and
     what follows is finite and unseen; None means that all have S. ``total`` [B, H, V] is the float32 (float64) sum of
-    the values so far, so that the mean over a prefix costs the new rows and not the cache.
+    the values so far, so that a step of one row has its mean without reading the cache.
     """
 
     def __init__(self):
@@ -35,31 +35,32 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, mean: bool = True) -> Step:
         """Adds k [B, G, T, K], v [B, H, T, V], of which ``lengths`` [B] (None: T) rows at the front are real.
 
-        With ``mean`` the step holds the mean of the values up to each new row, [B, H, T, V], once there is a past; the
-        first call leaves it to the attention, which has all rows at hand.
+        With ``mean``, and for T = 1, the step holds the mean of the values up to the new row, [B, H, 1, V]. For several
+        rows at once (a chunk of a prompt) the attention takes the means itself, in one more reading of the cache.
         """
         before, start, rows = self.columns, self.lengths, k.shape[2]
         if lengths is not None and start is None:
             start = torch.full_like(lengths, before)
-        self.keys = append(self.keys, k, before, start)
-        self.values = append(self.values, v, before, start)
+        self.keys, self.values = append(self.keys, k, before, start), append(self.values, v, before, start)
         self.columns = before + rows
-        first = before if start is None else start[:, None, None, None]
-        means = self._sum(v, first, lengths) if mean else None
         if start is not None:
             self.lengths = start + (rows if lengths is None else lengths)
+        means = None
+        if mean:
+            self.total = self._sum(v, lengths) + (0 if self.total is None else self.total)
+            if before and rows == 1:
+                count = self.columns if start is None else self.lengths.clamp(min=1)[:, None, None]
+                means = (self.total / count).to(v.dtype)[:, :, None]
         keys, values = self.keys[:, :, : self.columns], self.values[:, :, : self.columns]
-        return Step(keys, values, start if before else None, self.lengths, means if before else None)
+        return Step(keys, values, start if before else None, self.lengths, means)
 
-    def _sum(self, v: Tensor, start: int | Tensor, lengths: Tensor | None) -> Tensor:
+    @staticmethod
+    def _sum(v: Tensor, lengths: Tensor | None) -> Tensor:
         x = v.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
-        t = torch.arange(v.shape[2], device=v.device)[:, None]
         if lengths is not None:
-            x = torch.where(t < lengths[:, None, None, None], x, 0)
-        past = 0 if self.total is None else self.total[:, :, None]
-        sums = past + (x if v.shape[2] == 1 else x.cumsum(2))
-        self.total = (past + x.sum(2, keepdim=True))[:, :, 0]
-        return (sums / (start + t + 1)).to(v.dtype)
+            real = torch.arange(v.shape[2], device=v.device) < lengths[:, None]
+            x = torch.where(real[:, None, :, None], x, 0)
+        return x.sum(2)
 
     def select(self, index: Tensor) -> None:
         """Keeps sequences ``index`` int64 [B'] in this order: beams that go on, or prompts repeated."""
@@ -76,5 +77,4 @@ class LayerCache:
         if self.lengths is not None:
             self.lengths = self.lengths - rows
         if self.total is not None:
-            self.total = None
-            self._sum(self.values, 0, self.lengths)
+            self.total = self._sum(self.values, self.lengths)
