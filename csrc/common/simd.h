@@ -55,8 +55,7 @@ GAUGEKIT_INLINE Vector<A, W> splat(A value) {
   return Vector<A, W>{} + value;
 }
 
-// --- decode: W stored elements to accumulators
-// -------------------------------------------------------------------
+// --- decode: W stored elements to accumulators ---
 template <int W>
 GAUGEKIT_INLINE Vector<float, W> widen(Vector<uint16_t, W> raw, BFloat16) {
   return bits_as<Vector<float, W>>(__builtin_convertvector(raw, Vector<uint32_t, W>) << 16);
@@ -74,8 +73,7 @@ GAUGEKIT_INLINE Vector<float, W> widen(Vector<uint16_t, W> raw, Float16) {
   return bits_as<Vector<float, W>>(result | ((half & 0x8000) << 16));
 }
 
-// --- encode: accumulators to W stored elements, round to nearest even
-// -----------------------------------------------
+// --- encode: accumulators to W stored elements, round to nearest even ---
 template <int W>
 GAUGEKIT_INLINE Vector<uint16_t, W> narrow(Vector<float, W> value, BFloat16) {
   using U = Vector<uint32_t, W>;
@@ -101,8 +99,7 @@ GAUGEKIT_INLINE Vector<uint16_t, W> narrow(Vector<float, W> value, Float16) {
   return __builtin_convertvector(result | ((raw >> 16) & 0x8000u), Vector<uint16_t, W>);
 }
 
-// --- loads and stores, of W elements or (in a row's tail) of the first `count`
-// ---------------------------------------
+// --- loads and stores, of W elements or (in a row's tail) of the first `count` ---
 template <class R, int W, class S>
 GAUGEKIT_INLINE Vector<R, W> read(const S* from, int64_t count) {
   static_assert(sizeof(R) == sizeof(S), "raw type of another size");

@@ -1,9 +1,10 @@
 // gaugekit::shaped_combine, its in-place form and its backward on the CPU.
-#include "cpu/shaped_combine.h"
 
 #include <tuple>
 
 #include "common/check.h"
+#include "cpu/shaped_combine_backward.h"
+#include "cpu/shaped_combine_forward.h"
 
 namespace gaugekit {
 namespace {

@@ -1,0 +1,211 @@
+// The gradients of shaped_combine in one sweep over the keys, last to first. Free of torch.
+//
+// Key j receives -gamma sum grad_t / n_t over the queries t that see it; those queries form a window whose
+// ends only move backward, so the forward sweep's running sum serves again.
+#pragma once
+
+#include "cpu/shaped_combine_rows.h"
+
+namespace gaugekit {
+
+enum Gain { ALPHA, BETA, GAMMA, LAMBDA, GAIN_COUNT };
+
+template <class S>
+struct Backward {
+  using A = accumulator<S>;
+  Shape shape;
+  Gains<A> gains;
+  Rows<const S> grad, a, v, v0;
+  Rows<S> da, dv, dv0;
+  double* partial;  // [sequences, heads, GAIN_COUNT], each entry written by one thread
+};
+
+// Dot products of one head, in lanes that are flushed into doubles.
+template <class A, int W>
+struct Dots {
+  A lane[GAIN_COUNT][W] = {};
+  double total[GAIN_COUNT] = {};
+  GAUGEKIT_INLINE void add(Gain gain, Vector<A, W> products) {
+    store<W>(lane[gain], load<W>(lane[gain], W) + products, W);
+  }
+  GAUGEKIT_INLINE void flush() {
+    for (int k = 0; k < GAIN_COUNT; ++k)
+      for (int i = 0; i < W; ++i) total[k] += lane[k][i], lane[k][i] = 0;
+  }
+};
+
+// A query that starts to be seen: dA, its part of dbeta, and (`recent` given) grad / n into the sum that its
+// keys share.
+template <int W, class A, class S>
+GAUGEKIT_INLINE void backward_query(const S* grad, const S* a, S* da, A beta, A inverse, A* recent,
+                                    Dots<A, W>* dots, int64_t width) {
+  Vector<A, W> product{};
+  columns<W>(
+      width, GAUGEKIT_STEP {
+        const Vector<A, W> g = load<W>(grad + i, count);
+        if (recent) store<W>(recent + i, load<W>(recent + i, count) + inverse * g, count);
+        if (dots) product += g * load<W>(a + i, count);
+        store<W>(da + i, beta * g, count);
+      });
+  if (dots) dots->add(BETA, product);
+}
+
+// One key row for one head: its part of dV (summed over the heads of the group in `shared`), dV0, dalpha,
+// dgamma, dlambda.
+template <int W, class A, class S>
+GAUGEKIT_INLINE void backward_key(const S* grad, const S* v, const S* v0, A direct, A lambda,
+                                  const A* rounded, const A* recent, A gamma, bool alpha, S* dv, S* dv0,
+                                  A* shared, bool first, bool last, Dots<A, W>& dots, int64_t width) {
+  A* shared0 = shared + width;
+  Vector<A, W> alpha_dot{}, gamma_dot{}, lambda_dot{};
+  columns<W>(
+      width, GAUGEKIT_STEP {
+        const Vector<A, W> value = load<W>(v + i, count);
+        Vector<A, W> sum{}, sum0{};
+        if (!first) sum = load<W>(shared + i, count);
+        if (recent) {
+          const Vector<A, W> later = load<W>(rounded + i, count) + load<W>(recent + i, count);
+          sum -= gamma * later;
+          gamma_dot -= value * later;
+        }
+        if (grad) {
+          const Vector<A, W> g = load<W>(grad + i, count);
+          sum += direct * g;
+          if (alpha) alpha_dot += g * value;
+          if (v0) {
+            if (!first) sum0 = load<W>(shared0 + i, count);
+            sum0 += lambda * g;
+            lambda_dot += g * (load<W>(v0 + i, count) - value);
+            if (last)
+              store<W>(dv0 + i, sum0, count);
+            else
+              store<W>(shared0 + i, sum0, count);
+          }
+        }
+        if (last)
+          store<W>(dv + i, sum, count);
+        else
+          store<W>(shared + i, sum, count);
+      });
+  if (recent) dots.add(GAMMA, gamma_dot);
+  if (grad && alpha) dots.add(ALPHA, alpha_dot);
+  if (grad && v0) dots.add(LAMBDA, lambda_dot);
+}
+
+// Both at once where the key stands at the position of the query that starts to be seen: plain causal
+// attention with a head a group and the three gains of shaped attention, each row read once.
+template <int W, class A, class S>
+GAUGEKIT_INLINE void backward_pair(const S* grad, const S* a, const S* v, A alpha, A beta, A gamma, A inverse,
+                                   const A* rounded, A* recent, S* da, S* dv, Dots<A, W>& dots,
+                                   int64_t width) {
+  Vector<A, W> alpha_dot{}, beta_dot{}, gamma_dot{};
+  columns<W>(
+      width, GAUGEKIT_STEP {
+        const Vector<A, W> g = load<W>(grad + i, count), value = load<W>(v + i, count);
+        const Vector<A, W> sum = load<W>(recent + i, count) + inverse * g;
+        store<W>(recent + i, sum, count);
+        const Vector<A, W> later = load<W>(rounded + i, count) + sum;
+        beta_dot += g * load<W>(a + i, count);
+        gamma_dot -= value * later;
+        alpha_dot += g * value;
+        store<W>(da + i, beta * g, count);
+        store<W>(dv + i, alpha * g - gamma * later, count);
+      });
+  dots.add(ALPHA, alpha_dot);
+  dots.add(BETA, beta_dot);
+  dots.add(GAMMA, gamma_dot);
+}
+
+template <class S, int W>
+GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, int64_t index,
+                                     int64_t first_group, int64_t last_group) {
+  using A = accumulator<S>;
+  const Shape& shape = f.shape;
+  const int64_t width = shape.width, per_group = shape.heads_of_group(), b = s.batch;
+  const int64_t first_head = first_group * per_group, last_head = last_group * per_group;
+  const bool mean = f.gains.has_gamma;
+  const bool paired = mean && f.gains.has_alpha && f.gains.has_beta && !f.gains.has_lambda && shape.causal &&
+                      !shape.window && per_group == 1;
+  RunningSum<A> sums(mean ? (last_head - first_head) * width : 0, shape.window != 0);
+  std::vector<Dots<A, W>> dots(last_head - first_head);
+  std::vector<A> shared(2 * width);
+  int64_t since_flush = 0;
+  const auto flush = [&]() __attribute__((always_inline)) {
+    if (++since_flush < FLUSH) return;
+    since_flush = 0;
+    if (mean) sums.flush();
+    for (auto& d : dots) d.flush();
+  };
+  const auto zero_queries = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+    for (int64_t t = from; t < to; ++t)
+      for (int64_t h = first_head; h < last_head; ++h)
+        std::fill_n(f.da.at(b, h, s.first_query + t), width, S{});
+  };
+  Span live = queries_of(shape, s, s.keys - 1);
+  if (s.keys == 0) live = {s.queries, s.queries};
+  int64_t entered = live.last, left = live.last;
+  zero_queries(live.last, s.queries);
+  for (int64_t j = s.keys - 1; j >= 0; --j) {
+    const Span queries = queries_of(shape, s, j);
+    if (paired && queries.first == j - s.start && entered == queries.first + 1) {
+      const int64_t row = s.first_query + --entered, key = s.first_key + j;
+      const A inverse = A(1) / static_cast<A>(j + 1);
+      for (int64_t h = first_head; h < last_head; ++h) {
+        const int64_t column = (h - first_head) * width;
+        backward_pair<W, A, S>(f.grad.at(b, h, row), f.a.at(b, h, row), f.v.at(b, h, key), f.gains.alpha[h],
+                               f.gains.beta[h], f.gains.gamma[h], inverse, &sums.rounded[column],
+                               &sums.recent[column], f.da.at(b, h, row), f.dv.at(b, h, key),
+                               dots[h - first_head], width);
+      }
+      flush();
+      continue;
+    }
+    while (entered > queries.first) {
+      const int64_t t = --entered, seen = keys_of(shape, s, t).count(), row = s.first_query + t;
+      for (int64_t h = first_head; h < last_head; ++h) {
+        const int64_t i = h - first_head;
+        const A inverse = A(1) / static_cast<A>(seen);
+        if (mean && shape.window) sums.template add<W>(i * width, f.grad.at(b, h, row), inverse, width);
+        backward_query<W, A, S>(f.grad.at(b, h, row), f.a.at(b, h, row), f.da.at(b, h, row), f.gains.beta[h],
+                                inverse, mean && !shape.window ? &sums.recent[i * width] : nullptr,
+                                f.gains.has_beta ? &dots[i] : nullptr, width);
+      }
+      flush();
+    }
+    while (left > queries.last) {
+      const int64_t t = --left, seen = keys_of(shape, s, t).count();
+      for (int64_t h = first_head; mean && h < last_head; ++h)
+        sums.template add<W>((h - first_head) * width, f.grad.at(b, h, s.first_query + t),
+                             A(-1) / static_cast<A>(seen), width);
+      flush();
+    }
+    const int64_t t = j - s.start;
+    const bool own = t >= 0 && t < s.queries && (f.gains.has_alpha || f.gains.has_lambda);
+    const bool reference = own && f.gains.has_lambda;
+    for (int64_t h = first_head; h < last_head; ++h) {
+      const int64_t g = h / per_group, i = h - first_head, row = s.first_query + t, key = s.first_key + j;
+      backward_key<W, A, S>(own ? f.grad.at(b, h, row) : nullptr, f.v.at(b, g, key),
+                            reference ? f.v0.at(b, g, row) : nullptr, f.gains.alpha[h] - f.gains.lambda[h],
+                            f.gains.lambda[h], mean ? &sums.rounded[i * width] : nullptr,
+                            mean ? &sums.recent[i * width] : nullptr, f.gains.gamma[h], f.gains.has_alpha,
+                            f.dv.at(b, g, key), reference ? f.dv0.at(b, g, row) : nullptr, shared.data(),
+                            h % per_group == 0, (h + 1) % per_group == 0, dots[i], width);
+    }
+    flush();
+  }
+  zero_queries(0, entered);
+  for (int64_t t = 0; f.dv0 && t < s.queries; ++t) {
+    const int64_t p = s.start + t;
+    for (int64_t g = first_group; (p < 0 || p >= s.keys) && g < last_group; ++g)
+      std::fill_n(f.dv0.at(b, g, s.first_query + t), width, S{});
+  }
+  for (int64_t h = first_head; h < last_head; ++h) {
+    Dots<A, W>& d = dots[h - first_head];
+    d.flush();
+    std::copy_n(d.total, GAIN_COUNT, f.partial + (index * shape.heads + h) * GAIN_COUNT);
+  }
+}
+
+GAUGEKIT_KERNEL(shaped_combine_backward, backward_groups, Backward)
+
+}  // namespace gaugekit

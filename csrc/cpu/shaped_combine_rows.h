@@ -1,0 +1,175 @@
+// What the forward and the backward sweep of shaped_combine share: sequences, what sees what, running sums.
+//
+// C V is the mean of the value rows a query sees. Queries are visited in order, so the rows seen are a window
+// whose ends only move forward: one running sum a column is enough. The sum is kept as `rounded + recent`: at
+// most FLUSH rows are added in the accumulator type before they go into a double, so its error does not grow
+// with the length. Under a window, where a row that leaves is subtracted, rows go into the double at once:
+// nothing would wash out the rounding.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "common/simd.h"
+
+namespace gaugekit {
+
+constexpr int64_t FLUSH = 32;
+
+// One sequence: its queries, its real keys, and the position of its first query among them.
+struct Sequence {
+  int64_t batch, first_query, queries, first_key, keys, start;
+};
+
+// How far apart rows of a [B, heads, rows, V] array stand; the last axis is contiguous.
+struct Strides {
+  int64_t batch, head, row;
+};
+
+template <class S>
+struct Rows {
+  S* data = nullptr;
+  Strides stride{};
+  GAUGEKIT_INLINE S* at(int64_t batch, int64_t head, int64_t row) const {
+    return data + batch * stride.batch + head * stride.head + row * stride.row;
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Gains of one head, absent ones at the value that leaves their term out, and which of them were given.
+template <class A>
+struct Gains {
+  std::vector<A> alpha, beta, gamma, lambda;
+  bool has_alpha = false, has_beta = false, has_gamma = false, has_lambda = false;
+};
+
+struct Shape {
+  int64_t heads, groups, width;
+  bool causal;
+  int64_t window;  // 0: none
+  int64_t heads_of_group() const { return heads / groups; }
+};
+
+struct Span {
+  int64_t first, last;
+  int64_t count() const { return last - first; }
+};
+
+// Keys that query t sees.
+GAUGEKIT_INLINE Span keys_of(const Shape& shape, const Sequence& s, int64_t t) {
+  const int64_t p = s.start + t;
+  int64_t first = 0, last = s.keys;
+  if (shape.causal) {
+    if (p < 0 || p >= s.keys) return {0, 0};
+    last = p + 1;
+  }
+  if (shape.window) {
+    first = std::max<int64_t>(first, p - shape.window + 1);
+    last = std::min(last, p + shape.window);
+  }
+  return first < last ? Span{first, last} : Span{0, 0};
+}
+
+// Queries that see key j; both ends never rise while j falls.
+GAUGEKIT_INLINE Span queries_of(const Shape& shape, const Sequence& s, int64_t j) {
+  int64_t first = 0, last = s.queries;
+  if (shape.causal) {
+    first = j - s.start;
+    last = std::min(last, s.keys - s.start);
+  } else if (shape.window) {
+    first = j - shape.window + 1 - s.start;
+  }
+  if (shape.window) last = std::min(last, j + shape.window - s.start);
+  const auto inside = [&](int64_t t) { return std::min(std::max<int64_t>(t, 0), s.queries); };
+  return {inside(first), inside(last)};
+}
+
+// step(i, count) for W columns at a time, then for the tail: in the first form the count is a constant.
+template <int W, class Step>
+GAUGEKIT_INLINE void columns(int64_t width, const Step& step) {
+  int64_t i = 0;
+  for (; i + W <= width; i += W) step(i, W);
+  if (i < width) step(i, width - i);
+}
+#define GAUGEKIT_STEP [&](int64_t i, int64_t count) __attribute__((always_inline))
+
+// recent += scale * row
+template <int W, class A, class S>
+GAUGEKIT_INLINE void accumulate(A* recent, const S* row, A scale, int64_t width) {
+  columns<W>(
+      width, GAUGEKIT_STEP {
+        store<W>(recent + i, load<W>(recent + i, count) + scale * load<W>(row + i, count), count);
+      });
+}
+
+// total += scale * row, and rounded to it
+template <int W, class A, class S>
+GAUGEKIT_INLINE void accumulate(double* total, A* rounded, const S* row, A scale, int64_t width) {
+  columns<W>(
+      width, GAUGEKIT_STEP {
+        const Vector<A, W> term = scale * load<W>(row + i, count);
+        const Vector<double, W> sum =
+            load<W>(total + i, count) + __builtin_convertvector(term, Vector<double, W>);
+        store<W>(total + i, sum, count);
+        store<W>(rounded + i, __builtin_convertvector(sum, Vector<A, W>), count);
+      });
+}
+
+// Running sums of `count` columns.
+template <class A>
+struct RunningSum {
+  RunningSum(int64_t count, bool window) : recent(count), rounded(count), total(count), window(window) {}
+
+  template <int W, class S>
+  GAUGEKIT_INLINE void add(int64_t column, const S* row, A scale, int64_t width) {
+    if (window)
+      accumulate<W>(&total[column], &rounded[column], row, scale, width);
+    else
+      accumulate<W>(&recent[column], row, scale, width);
+  }
+
+  GAUGEKIT_INLINE void flush() {
+    for (size_t i = 0; i < total.size(); ++i) {
+      total[i] += recent[i];
+      rounded[i] = static_cast<A>(total[i]);
+      recent[i] = 0;
+    }
+  }
+
+  std::vector<A> recent, rounded;
+  std::vector<double> total;
+  bool window;
+};
+
+// The kernel compiled for each instruction set, W accumulators to a register, and `name` choosing at run
+// time.
+#ifdef GAUGEKIT_X86
+#define GAUGEKIT_KERNEL(name, body, Problem)                                \
+  template <class S, class... Where>                                        \
+  void name##_portable(const Problem<S>& f, Where... where) {               \
+    body<S, 16 / sizeof(accumulator<S>)>(f, where...);                      \
+  }                                                                         \
+  template <class S, class... Where>                                        \
+  GAUGEKIT_AVX2 void name##_avx2(const Problem<S>& f, Where... where) {     \
+    body<S, 32 / sizeof(accumulator<S>)>(f, where...);                      \
+  }                                                                         \
+  template <class S, class... Where>                                        \
+  GAUGEKIT_AVX512 void name##_avx512(const Problem<S>& f, Where... where) { \
+    body<S, 64 / sizeof(accumulator<S>)>(f, where...);                      \
+  }                                                                         \
+  template <class S, class... Where>                                        \
+  void name(const Problem<S>& f, Where... where) {                          \
+    if (isa() == Isa::avx512) return name##_avx512(f, where...);            \
+    if (isa() == Isa::avx2) return name##_avx2(f, where...);                \
+    name##_portable(f, where...);                                           \
+  }
+#else
+#define GAUGEKIT_KERNEL(name, body, Problem)           \
+  template <class S, class... Where>                   \
+  void name(const Problem<S>& f, Where... where) {     \
+    body<S, 16 / sizeof(accumulator<S>)>(f, where...); \
+  }
+#endif
+
+}  // namespace gaugekit
