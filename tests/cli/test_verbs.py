@@ -1,0 +1,142 @@
+"""Every verb on a small model: the JSON it prints, its exit status, and what stands on stderr."""
+
+import fcntl
+import json
+import os
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny_directory
+from gaugekit.cli import main
+from tiny_directory import BIAS, LAYERS, SQUARE
+
+REMOVED = {
+    "value_output": SQUARE,
+    "query_key": SQUARE,
+    "key_bias": BIAS,
+    "value_bias": BIAS,
+    "total": 2 * (SQUARE + BIAS),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_directory.write(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line with --json and returns (exit status, the one JSON value on stdout)."""
+
+    def call(*arguments):
+        status = main([*map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        assert err == ""
+        return status, json.loads(out)
+
+    return call
+
+
+def test_inspect(run, model):
+    status, found = run("inspect", model)
+    assert status == 0 and found["unobservable"] == REMOVED
+    assert found["parameters"] == sum(t.numel() for t in load_file(model / "model.safetensors").values())
+    assert len(found["layers"]) == LAYERS
+
+
+def test_inspect_reads_text(run, model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A sentence that is long enough to be read. Another sentence follows right behind it.\n")
+    _, found = run("inspect", model, "--text", text)
+    assert all(-1 <= layer["token_cosine"] <= 1 for layer in found["layers"])
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--dense"], ["--rows", "shared_partition"], ["--dtype", "bfloat16"]]
+)
+def test_convert_then_verify(run, model, tmp_path, options):
+    out = tmp_path / "out"
+    status, found = run("convert", model, out, "--gauge", *options)
+    assert status == 0
+    assert found["parameters_before"] - found["parameters_after"] == (
+        0 if "--dense" in options else REMOVED["total"]
+    )
+    assert found["steps"][0]["removed"] == REMOVED
+    assert found["bytes_before"] == (model / "model.safetensors").stat().st_size
+    assert found["bytes_after"] == (out / "model.safetensors").stat().st_size
+    status, proof = run("verify", model, out, "--pool", "mean", *(options if "--dtype" in options else []))
+    assert status == 0 and proof["ok"] is True
+    assert {"noise", "relative_error", "max_abs_error", "min_cosine"} <= set(proof)
+
+
+def test_verify_exits_1_when_the_models_differ(run, model, tmp_path):
+    """One weight moved by a thousandth is more than rounding."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in model.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("attention.self.value.weight"))
+    weights[name] *= 1.001
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    status, proof = run("verify", model, other)
+    assert status == 1 and proof["ok"] is False and proof["relative_error"] > 1.5 * proof["noise"]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["directory", "file"])
+def test_pack_and_unpack(run, model, tmp_path, whole):
+    source = model if whole else model / "model.safetensors"
+    status, found = run("pack", source, tmp_path / "packed")
+    assert status == 0 and {"bytes_before", "bytes_after", "ratio", "bits_per_weight"} <= set(found)
+    status, _ = run("unpack", tmp_path / "packed", tmp_path / "again")
+    assert status == 0
+    for path in [source] if source.is_file() else source.iterdir():
+        again = tmp_path / "again" / path.name if whole else tmp_path / "again"
+        assert again.read_bytes() == path.read_bytes()
+
+
+def test_an_output_inside_the_input_is_refused(capsys, model):
+    assert main(["convert", str(model), str(model / "inside"), "--gauge"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "inside" in err and not (model / "inside").exists()
+
+
+def test_without_json_there_is_a_text(capsys, model):
+    assert main(["inspect", str(model)]) == 0
+    assert f"{REMOVED['total']:,}" in capsys.readouterr().out
+
+
+def environment():
+    return {**os.environ, "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+
+
+def test_piped_output_is_json_alone_and_stderr_is_empty(model, tmp_path):
+    command = [sys.executable, "-m", "gaugekit", "convert", model, tmp_path / "out", "--gauge", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1 and isinstance(json.loads(done.stdout), dict)
+
+
+def test_on_a_terminal_there_is_a_progress_bar(model, tmp_path):
+    reader, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "gaugekit", "pack", model, tmp_path / "out", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, env=environment())
+    os.close(terminal)
+    shown = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    assert done.returncode == 0 and "pack: " in shown
+    assert isinstance(json.loads(done.stdout), dict)
+
+
+def test_bench_prints_a_list(run):
+    status, rows = run("bench", "--op", "shaped_combine", "--quick")
+    assert status == 0 and rows
+    assert {"op", "shape", "dtype", "baseline", "median_ms", "ratio", "machine"} <= set(rows[0])
+    assert torch.get_num_threads() >= 1
