@@ -43,10 +43,9 @@ def _size_kind(what: str) -> str:
 def exponents(report: dict) -> str:
     """How often each exponent occurs among the weights."""
     found = report["exponents"]
-    total = sum(found["counts"])
     low = found["low"]
     return columns(
-        [100 * count / total for count in found["counts"]],
+        [100 * count / found["weights"] for count in found["counts"]],
         title="Histogram of the weights' exponents",
         desc=f"{len(found['counts'])} exponents from 2^{low} on; entropy {found['entropy_bits']:.2f} bits",
         x_label="magnitude of the weight",
@@ -59,16 +58,16 @@ def exponents(report: dict) -> str:
     )
 
 
-def files(report: dict) -> str:
-    """Speed of packing and unpacking a file beside zstd."""
+def coding(report: dict) -> str:
+    """Speed of coding and decoding weights beside zstd."""
     rows = []
     for key, verb in (("pack_gb_s", "pack"), ("unpack_gb_s", "unpack")):
-        for name, row in report["speed"]["files"]["coders"].items():
+        for name, row in report["speed"]["coding"]["coders"].items():
             if "absent" not in row:
                 kind = "ours" if name == "gaugekit" else "other"
                 rows.append(Bar(name, row[key], kind, f"{row[key]:.2f} GB/s", verb))
     return bars(
-        rows, title="Packing and unpacking", desc=_spoken(rows), x_label="10⁹ unpacked bytes a second"
+        rows, title="Packing and unpacking", desc=_spoken(rows), x_label="10⁹ bytes of weights a second"
     )
 
 

@@ -200,7 +200,7 @@ def _bytes(report: dict) -> str:
         _figure(
             "Orders of magnitude of the weights",
             figures.exponents(report),
-            f"How often each exponent occurs among {sum(report['exponents']['counts']):,} weights, in percent. "
+            f"How often each exponent occurs among {report['exponents']['weights']:,} weights, in percent. "
             "Eight bits a weight are stored for it; the entropy, the least a code of one weight at a time "
             f"needs, is {entropy:.2f} bits.",
         ),
@@ -209,21 +209,21 @@ def _bytes(report: dict) -> str:
 
 
 def _speed(report: dict) -> str:
-    files, attention = report["speed"]["files"], report["speed"]["attention"]
+    coding, attention = report["speed"]["coding"], report["speed"]["attention"]
     beside = "; ".join(
         f"{escape(name)} was left out: {escape(row['absent'])}"
         if "absent" in row
         else f"{escape(name)} leaves {row['ratio']:.1%} of the bytes"
-        for name, row in files["coders"].items()
+        for name, row in coding["coders"].items()
     )
     return _section(
         "Speed, measured in this run",
         '<div class="pair">',
         _figure(
-            "Packing and unpacking a file",
-            figures.files(report),
-            f"File to file, one thread, the bfloat16 weights ({files['bytes'] / 1e6:.0f} MB), median of "
-            f"{files['rounds']} interleaved rounds; longer is better. {beside}.",
+            "Packing and unpacking",
+            figures.coding(report),
+            f"In memory, one thread, the bfloat16 weights ({coding['bytes'] / 1e6:.0f} MB), median of "
+            f"{coding['rounds']} interleaved rounds; longer is better. {beside}.",
         ),
         _figure(
             "One attention sub-block",
@@ -243,8 +243,8 @@ def _seen(report: dict) -> str:
         rank == len(s) for row in layers for rank, s in zip(row["ranks"], row["singular_values"], strict=True)
     )
     verdict = (
-        "Here every head has full rank and the singular values fall slowly: cutting would change answers, so "
-        "nothing was cut."
+        "Here every head has full rank, and in most heads the singular values fall slowly: cutting would change "
+        "answers, so nothing was cut."
         if full
         else "Here some heads have less than full rank; the table says in which layers."
     )

@@ -108,6 +108,8 @@ footer p { max-width: 60em; }
   .strip div { padding: 15px 14px 14px; }
   .strip dd { font-size: 23px; }
   figure { padding: 16px 14px; }
+  svg text { font-size: 14px; }
+  .panels svg text { font-size: 12px; }
 }
 @media print {
   body { background: #fff; font-size: 11pt; }

@@ -1,0 +1,191 @@
+"""The demo on a small model with random weights: every number of the report, the page, and a second run."""
+
+import json
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+import tiny_directory
+from gaugekit import codec, demo, demo_speed
+from gaugekit.cli import main
+from tiny_directory import BIAS, LAYERS, SQUARE
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny_directory.write(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="module")
+def done(source, tmp_path_factory):
+    """(report, directory) of one run."""
+    directory = tmp_path_factory.mktemp("demo") / "out"
+    return demo.run(directory, model=source, sentences=24, seconds=0.2), directory
+
+
+def test_report_json_holds_the_report(done):
+    report, directory = done
+    assert json.loads((directory / "report.json").read_text()) == json.loads(report.json())
+
+
+def test_counts(done):
+    report, _ = done
+    assert report["parameters_removed"] == {
+        "value_output": SQUARE,
+        "query_key": SQUARE,
+        "key_bias": BIAS,
+        "value_bias": BIAS,
+        "total": 2 * SQUARE + 2 * BIAS,
+    }
+    assert report["parameters_before"] - report["parameters_after"] == report["parameters_removed"]["total"]
+
+
+def test_both_proofs_hold(done):
+    report, _ = done
+    for kind, bound in (("fp32", 1.5), ("bf16", 1.2)):
+        proof = report[kind]
+        assert proof["ok"] and 0 < proof["relative_error"] <= bound * proof["noise"]
+        assert proof["min_cosine"] > 0.999 and len(proof["layers"]) == LAYERS + 1
+
+
+def test_both_roads_lead_to_the_same_embeddings(done):
+    report, _ = done
+    assert len(report["loaded"]) == 2
+    for found in report["loaded"].values():
+        assert found["ok"] and found["max_abs_error"] < 1e-5
+
+
+def test_packing_is_lossless_and_counted(done):
+    report, directory = done
+    for kind, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        row = report["pack"][kind]
+        packed = directory / "models" / f"original-{dtype}.packed.safetensors"
+        assert row["bit_exact"] and row["bytes_after"] == packed.stat().st_size
+        assert row["ratio"] == pytest.approx(row["bytes_after"] / row["bytes_before"])
+        assert report["bytes"][kind]["original"] == row["bytes_before"]
+    assert report["pack"]["fp32"]["bytes_before"] > 1.9 * report["pack"]["bf16"]["bytes_before"]
+
+
+def test_a_file_that_comes_back_changed_is_reported(source, tmp_path, monkeypatch):
+    """bit_exact is a comparison, not a promise: an unpack that loses one bit makes it false."""
+
+    def careless(packed, restored, **rest):
+        codec.unpack(packed, restored, **rest)
+        content = bytearray(restored.read_bytes())
+        content[-1] ^= 1
+        restored.write_bytes(content)
+
+    monkeypatch.setattr(demo, "unpack", careless)
+    weights = source / "model.safetensors"
+    assert not demo._round_trip(weights, tmp_path / "packed.safetensors", None)["bit_exact"]
+
+
+def test_speeds_are_measured(done):
+    report, _ = done
+    coding, block = report["speed"]["coding"], report["speed"]["attention"]
+    assert coding["rounds"] >= 1
+    for row in coding["coders"].values():
+        assert row["pack_gb_s"] > 0 and row["unpack_gb_s"] > 0 and 0 < row["ratio"] < 1
+    assert block["ratio"] == pytest.approx(block["standard_ms"] / block["value_free_ms"], rel=0.5)
+    assert report["seconds"]["total"] == pytest.approx(
+        sum(value for step, value in report["seconds"].items() if step != "total")
+    )
+
+
+def test_without_zstandard_its_row_says_absent(source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    found = demo_speed.coding(source, 0.1)
+    assert "pip install gaugekit[demo]" in found["coders"]["zstd, level 3"]["absent"]
+
+
+def test_text_names_what_counts(done):
+    report, directory = done
+    for text in (demo.text(report), demo.text(report, colour=True)):
+        assert f"{report['parameters_removed']['total']:,}" in text
+        assert str(directory / "report.html") in text and "not yet faster" in text
+    assert "\x1b" not in demo.text(report)
+
+
+def test_a_second_run_over_the_first(source, done, capsys):
+    """The command reruns over its own output, with JSON alone on stdout."""
+    first, directory = done
+    before = (directory / "report.json").read_bytes()
+    again = demo.run(directory, model=source, sentences=24, seconds=0.1)
+    assert (directory / "report.json").read_bytes() != before
+    for key in ("parameters_removed", "fp32", "bf16", "bytes", "exponents", "layers"):
+        assert again[key] == first[key], key
+
+
+def test_what_is_not_the_demos_stays(source, tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "precious").touch()
+    with pytest.raises(ValueError, match="directory"):
+        demo.run(tmp_path, model=source)
+    assert main(["demo", "--directory", str(tmp_path)]) == 2
+    assert "directory: expected" in capsys.readouterr().err
+    assert (tmp_path / "models" / "precious").exists()
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and gathers what a page refers to and says."""
+
+    VOID = ("meta", "br", "hr", "img", "input", "link")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.references, self.words = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def html(done):
+    return (done[1] / "report.html").read_text(encoding="utf-8")
+
+
+def test_page_is_well_formed_and_self_contained(html):
+    page = Page()
+    page.feed(html)
+    page.close()
+    assert page.open == [] and page.references == []
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert "http" not in html and "url(" not in html and "@import" not in html
+
+
+def test_every_figure_has_a_drawing_and_a_caption(html):
+    page = Page()
+    page.feed(html)
+    figures = page.tags.count("figure")
+    assert figures == page.tags.count("figcaption") == 7
+    assert page.tags.count("svg") == page.tags.count("desc") == figures - 1 + LAYERS
+
+
+def test_page_says_what_the_report_says(html, done):
+    report = json.loads((done[1] / "report.json").read_text())
+    page = Page()
+    page.feed(html)
+    said = " ".join(" ".join(page.words).split())
+    for words in (
+        report["model"],
+        f"{report['parameters_removed']['total']:,}",
+        f"{report['pack']['bf16']['bytes_after']:,}",
+        f"{report['bf16']['min_cosine']:.7f}",
+        f"{report['speed']['attention']['standard_ms']:.1f} ms",
+        report["machine"]["name"],
+        *report["limits"],
+    ):
+        assert words in said
