@@ -1,9 +1,9 @@
 """Takes a standard transformer block apart in the order of the paper "Simplifying Transformer Blocks", rung by rung.
 
 One causal model on the Python source of the standard library and one masked model on its documentation, byte by byte.
-Every rung sees the same batches. Shown for each: parameters, loss, seconds a step, and at the start the signal by
-depth: how alike the tokens of a sequence have become (mean cosine) and how large they are (norm). Writes JSON and,
-where matplotlib is installed, a plot.
+Every rung sees the same batches and keeps the better of two learning rates. Shown for each: parameters of the blocks,
+loss, time of a step, and at the start the signal by depth: how alike the tokens of a sequence have become (mean cosine)
+and how large they are (norm). Writes JSON and, where matplotlib is installed, a plot.
 
     python examples/simplify_ladder.py
 """
@@ -27,8 +27,8 @@ from torch.nn.functional import cross_entropy
 from gaugekit.nn import IdentityLinear, PreLNBlock, SASBlock, SASPBlock, parameter_groups
 
 SIZES = {
-    "quick": dict(layers=3, width=16, heads=2, rows=24, batch=2, steps=4, lr=3e-3),
-    "cpu": dict(layers=8, width=96, heads=4, rows=96, batch=8, steps=300, lr=3e-3),
+    "quick": dict(layers=3, width=16, heads=2, rows=24, batch=2, steps=4, lr=[3e-3]),
+    "cpu": dict(layers=8, width=96, heads=4, rows=96, batch=8, steps=250, lr=[1e-3, 3e-3]),
 }
 DASHES = {"SAS": {"dashes": (8, 8)}, "SAS-P": {"dashes": (4, 8)}, "no norm": {"dashes": (1, 3)}}
 MASK = 256  # the token that hides a byte
@@ -141,7 +141,7 @@ def signal(model, tokens) -> tuple[list[float], list[float]]:
     return cosines, norms
 
 
-def climb(name: str, make, size: dict, text: torch.Tensor, causal: bool, seed: int) -> dict:
+def climb(name: str, make, size: dict, text: torch.Tensor, causal: bool, seed: int, lr: float) -> dict:
     """Trains one rung; returns what the JSON keeps."""
     torch.manual_seed(seed)
     model = Model(make, size, causal)
@@ -155,7 +155,7 @@ def climb(name: str, make, size: dict, text: torch.Tensor, causal: bool, seed: i
         warm = max(1, size["steps"] // 20)
         share = min((step + 1) / warm, (size["steps"] - step) / max(1, size["steps"] - warm))
         for group in optimiser.param_groups:
-            group["lr"] = size["lr"] * share
+            group["lr"] = lr * share
         clock = time.perf_counter()
         loss = loss_of(model, pair)
         loss.backward()
@@ -168,7 +168,7 @@ def climb(name: str, make, size: dict, text: torch.Tensor, causal: bool, seed: i
                 losses = [loss_of(model, batch(held, size, i, causal)).item() for i in range(8)]
             points.append((step + 1, statistics.mean(losses)))
     inside = sum(p.numel() for block in model.blocks for p in block.parameters())
-    return {"rung": name, "kind": "causal" if causal else "masked", "seed": seed, "block_parameters": inside,
+    return {"rung": name, "kind": "causal" if causal else "masked", "seed": seed, "lr": lr, "block_parameters": inside,
             "validation": points, "seconds_a_step": statistics.median(seconds),
             "cosine": cosine, "norm": norm}  # fmt: skip
 
@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny models")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--lr", type=float)
+    parser.add_argument("--lr", type=float, nargs="+", help="each rung tries all and keeps its best")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/simplify_ladder"))
     options = parser.parse_args()
@@ -224,11 +224,12 @@ def main() -> None:
     for kind, text in (("causal", source()), ("masked", documentation())):
         tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         for rung, (what, make) in rungs(size).items():
-            one = climb(rung, make, size, tokens, kind == "causal", options.seed)
-            results.append(one)
+            tried = [climb(rung, make, size, tokens, kind == "causal", options.seed, lr) for lr in size["lr"]]
+            one = min(tried, key=lambda run: run["validation"][-1][1])
+            results.append(one | {"tried": {run["lr"]: run["validation"][-1][1] for run in tried}})
             print(f"{kind:8}{rung:9}{one['block_parameters']:11,}{one['validation'][-1][1]:7.3f}"
-                  f"{1e3 * one['seconds_a_step']:9.1f}{one['cosine'][-1]:8.3f}{one['norm'][-1]:7.2f}  {what}",
-                  flush=True)  # fmt: skip
+                  f"{1e3 * one['seconds_a_step']:9.1f}{one['lr']:7g}{one['cosine'][-1]:8.3f}{one['norm'][-1]:7.2f}"
+                  f"  {what}", flush=True)  # fmt: skip
     directory = options.out / name
     directory.mkdir(parents=True, exist_ok=True)
     record = {**size, "threads": torch.get_num_threads(), "torch": torch.__version__, "results": results}
