@@ -18,7 +18,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
     "page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda p: p.name
 )
 def test_code_runs(page, tmp_path):
-    script = tmp_path / f"{page.stem}.py"
+    script = tmp_path / f"page_{page.stem}.py"
     script.write_text("\n".join(BLOCK.findall(page.read_text())))
     done = subprocess.run(
         [sys.executable, script.name],
