@@ -142,7 +142,30 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _shown(report: Report, status: int = 0) -> Outcome:
-    return status, report.fields, lambda: str(report)
+    return status, report.fields, lambda: _text(report)
+
+
+def _text(report: Report) -> str:
+    """The report, and under it one line for each layer or step: its numbers, and ranges of its lists of numbers."""
+    lines = [str(report)]
+    for name, rows in report.fields.items():
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            lines += ["", name] if rows else []
+            for row in rows:
+                cells = ((key, _cell(value)) for key, value in row.items())
+                lines.append("  " + ", ".join(f"{key} {cell}" for key, cell in cells if cell))
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        numbers = value and all(isinstance(item, int | float) for item in value)
+        return f"{_cell(min(value))} to {_cell(max(value))}" if numbers else ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def inspect(arguments: argparse.Namespace) -> Outcome:

@@ -9,7 +9,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -75,7 +74,7 @@ def run(
 
     with clock.step("inspect") as progress:
         seen = inspect(source, text=strings[:32], progress=progress)
-        exponents = _exponents(source)
+        exponents = {**_exponents(source), "entropy_bits": seen["exponent_entropy_bits"]}
     with clock.step("convert") as progress:
         folders = {"fp32": models / "gauge-fixed-float32", "bf16": models / "gauge-fixed-bfloat16"}
         converted = convert(source, folders["fp32"], [GaugeFix()], progress=progress)
@@ -228,27 +227,21 @@ def _workspace(directory: Path) -> Path:
 
 
 def _exponents(source: Path) -> dict:
-    """Histogram of the exponents of all weights, as bfloat16 stores them, and its entropy in bits.
+    """How often each exponent occurs among the numbers of all matrices, as bfloat16 stores them.
 
     ``counts`` starts at 2^``low``. It leaves out zero, which has no magnitude, and at both ends exponents rarer than
-    one in a hundred thousand; ``entropy_bits`` is that of all ``weights``.
+    one in a hundred thousand of all ``weights``.
     """
     checkpoint = Checkpoint(source)
     counts = torch.zeros(256, dtype=torch.int64)
     for name in checkpoint.names():
-        weights = checkpoint.read(name)
-        if weights.is_floating_point():
-            bits = weights.to(torch.bfloat16).contiguous().view(torch.int16)
+        if checkpoint.dtype(name).is_floating_point and len(checkpoint.shape(name)) > 1:
+            bits = checkpoint.read(name).to(torch.bfloat16).contiguous().view(torch.int16)
             counts += torch.bincount((bits.flatten() >> 7 & 0xFF).long(), minlength=256)
-    share = counts.double() / counts.sum()
-    common = (share[1:] > 1e-5).nonzero().flatten() + 1
+    total = counts.sum().item()
+    common = (counts[1:] > 1e-5 * total).nonzero().flatten() + 1
     low, high = common[0].item(), common[-1].item()
-    return {
-        "weights": counts.sum().item(),
-        "low": low - 127,
-        "counts": counts[low : high + 1].tolist(),
-        "entropy_bits": -torch.special.xlogy(share, share).sum().item() / math.log(2),
-    }
+    return {"weights": total, "low": low - 127, "counts": counts[low : high + 1].tolist()}
 
 
 def _loaded(source: Path, converted: Path, strings: list[str], progress) -> dict:
@@ -262,14 +255,14 @@ def _loaded(source: Path, converted: Path, strings: list[str], progress) -> dict
     ):  # our own bar is on the screen; this also registers the loader of converted directories
         plain, compact = (AutoModel.from_pretrained(path).eval() for path in (source, converted))
     replaced = fuse(plain)
-    roads = {"converted, AutoModel.from_pretrained": compact, "original, gaugekit.fuse": plain}
+    roads = {"converted, from_pretrained": compact, "original, fused": plain}
     found = {}
     for road, model in roads.items():
         proof = verify(source, model, text=strings, dtype="float32", pool="mean", progress=progress)
         found[road] = {
             key: proof[key] for key in ("noise", "relative_error", "max_abs_error", "min_cosine", "ok")
         }
-    found["original, gaugekit.fuse"]["replaced"] = replaced.fields
+    found["original, fused"]["replaced"] = replaced.fields
     return found
 
 

@@ -109,7 +109,13 @@ def test_an_output_inside_the_input_is_refused(capsys, model):
 
 def test_without_json_there_is_a_text(capsys, model):
     assert main(["inspect", str(model)]) == 0
-    assert f"{REMOVED['total']:,}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"{REMOVED['total']:,}" in text
+    assert [line[:9] for line in text.splitlines() if line.startswith("  layer ")] == [
+        "  layer 0",
+        "  layer 1",
+    ]
+    assert "ranks 8 to 8" in text and "singular_values" not in text
 
 
 def environment():
