@@ -1,7 +1,7 @@
 """The command line: a subcommand for each verb, each a thin call of the function of the same name.
 
-Exit status: 0 done; 1 ``verify`` found more error than noise allows, or a benchmark gave a wrong result; 2 bad
-usage or bad input, with one line on stderr; 130 interrupted.
+Exit status: 0 done; 1 ``verify`` or ``demo`` found more error than noise allows, or a benchmark gave a wrong result; 2
+bad usage or bad input, with one line on stderr; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -251,4 +251,8 @@ def demo(arguments: argparse.Namespace) -> Outcome:
     from . import demo as module
 
     report = module.run(arguments.directory)
-    return 0, report.fields, lambda: module.text(report, colour=sys.stdout.isatty())
+    return (
+        (0 if module.holds(report) else 1),
+        report.fields,
+        lambda: module.text(report, colour=sys.stdout.isatty()),
+    )

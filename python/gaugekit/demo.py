@@ -126,10 +126,16 @@ def run(
     return Report("demo", fields, [f"{directory / name}" for name in ("report.html", "report.json")])
 
 
+def holds(report: Report) -> bool:
+    """Whether both proofs came out and both files came back bit for bit."""
+    return all(report[kind]["ok"] and report["pack"][kind]["bit_exact"] for kind in DTYPES)
+
+
 def text(report: Report, colour: bool = False) -> str:
     """The result as a table: by rich where ``colour`` is asked for and rich is installed, else as plain text."""
     rows = _rows(report)
-    title = f"{report['model']}: {report['parameters_removed']['total']:,} parameters fewer, same answers"
+    answers = "same answers" if holds(report) else "and the answers DIFFER"
+    title = f"{report['model']}: {report['parameters_removed']['total']:,} parameters fewer, {answers}"
     where = "\n".join(["", *report["limits"][:1], "", *(f"wrote {path}" for path in report.notes)])
     if colour:
         try:

@@ -107,6 +107,16 @@ def test_text_names_what_counts(done):
     assert "\x1b" not in demo.text(report)
 
 
+def test_the_command_exits_1_where_a_proof_fails(done, monkeypatch, capsys):
+    report, directory = done
+    monkeypatch.setattr(demo, "run", lambda directory: report)
+    assert main(["demo", "--directory", str(directory)]) == 0
+    assert "same answers" in capsys.readouterr().out
+    monkeypatch.setitem(report.fields["fp32"], "ok", False)
+    assert main(["demo", "--directory", str(directory)]) == 1
+    assert "DIFFER" in capsys.readouterr().out
+
+
 def test_a_second_run_over_the_first(source, done, capsys):
     """The command reruns over its own output, with JSON alone on stdout."""
     first, directory = done
