@@ -23,16 +23,8 @@ ABSENT = {
         "shaped_combine",
         "cuda",
     ): "memory-bound sweep: Triton reaches the bandwidth, so no CUDA twin is planned",
-    (
-        "shaped_combine",
-        "triton",
-    ): "comes with the GPU attention kernels; the composition answers on GPUs until then",
     ("shaped_attention", "cpu"): "its softmax core is torch's SDPA and the rest is shaped_combine",
     ("shaped_attention", "cuda"): "planned in Triton only",
-    (
-        "shaped_attention",
-        "triton",
-    ): "comes with the GPU attention kernels; SDPA and shaped_combine answer until then",
     ("rans", "cuda"): "GPU decoding comes with the fast codec; files are decoded on the CPU until then",
     ("rans", "triton"): "a state machine on integers, planned in CUDA only",
 }

@@ -1,6 +1,7 @@
-"""``shaped_attention``: a softmax core, then ``shaped_combine``.
+"""``shaped_attention``: a softmax core, then ``shaped_combine``; or, on GPUs, one fused operator.
 
-The core is torch's ``scaled_dot_product_attention`` with its own autograd (``shaped_attention_core``).
+The core is torch's ``scaled_dot_product_attention`` with its own autograd (``shaped_attention_core``), the operator
+``gaugekit::shaped_attention`` (``shaped_attention_fused``); ``shaped_attention_plan`` chooses.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import torch
 from torch import Tensor
 
 from gaugekit.ops.shaped_attention_core import mask_kind, packed_core, softmax_core
+from gaugekit.ops.shaped_attention_plan import BACKENDS, FUSED, gpu_core
 from gaugekit.ops.shaped_combine_operands import Mask, check, keys_of_queries
 
 
 class Plan(NamedTuple):
-    """What a call uses: ``core``; ``mask``: "none", "is_causal" (no array), "keys" ([B, 1, 1, S]), "blocks" (an array a
-    block of ``block`` queries) or "sequences" (one call a sequence); ``width``: what K and V are zero-padded to;
-    ``combine``: whether ``shaped_combine`` follows."""
+    """What a call uses: ``core``, torch's or "fused"; ``mask``: "none", "is_causal" (no array), "keys" ([B, 1, 1, S]),
+    "blocks" (an array a block of ``block`` queries) or "sequences" (one call a sequence), where "fused" needs no array
+    for any; ``width``: what K and V are zero-padded to; ``combine``: whether ``shaped_combine`` follows; ``tiles``: of
+    the fused kernels, {part: sizes, warps and stages}."""
 
     core: str
     mask: str
     block: int
     width: int
     combine: bool
+    tiles: dict | None = None
 
 
 def shaped_attention(
@@ -40,8 +44,8 @@ def shaped_attention(
     sees keys j < key_lengths[b] (int64 [B]; None: S); with ``causal`` j ≤ p; with ``window`` w p − w < j (and, without
     causal, j < p + w). When causal, a query with p < 0 or p ≥ key_lengths[b] is padding and sees nothing. A row that
     sees nothing gets zero from the softmax and from C; alpha and lam act on row p of v where 0 ≤ p < key_lengths[b],
-    and without causal need T = S. ``cu_seqlens`` (int32 [N+1], B = 1, T = S) packs N sequences; its values are read on
-    the host, so torch.compile breaks the graph there. Padding must hold finite numbers.
+    and without causal need T = S. ``cu_seqlens`` (int32 [N+1], B = 1, T = S) packs N sequences; without the fused
+    operator its values are read on the host, so torch.compile breaks the graph there. Padding must hold finite numbers.
 
     float32, float64, bfloat16, float16. Raises ValueError for arguments that do not fit. Sources: He and Hofmann,
     Simplifying Transformer Blocks (ICLR 2024), eq. 5; NeuTRENO (NeurIPS 2023) for lam.
@@ -49,6 +53,13 @@ def shaped_attention(
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
     uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    if uses.core == FUSED:
+        if torch.is_autocast_enabled(q.device.type):
+            dtype = torch.get_autocast_dtype(q.device.type)
+            q, k, v, v0 = (None if x is None else x.to(dtype) for x in (q, k, v, v0))
+        return torch.ops.gaugekit.shaped_attention(q, k, v, alpha, beta, gamma, v0, lam, *mask, float(scale))[
+            0
+        ]
     a = (packed_core if uses.mask == "sequences" else softmax_core)(q, k, v, mask, scale)
     if a.dtype != v.dtype:  # torch.autocast chose the core's dtype
         v, v0 = v.to(a.dtype), None if v0 is None else v0.to(a.dtype)
@@ -71,7 +82,13 @@ def plan(
 ) -> Plan:  # fmt: skip
     """What ``shaped_attention`` with these arguments would use; reads dtypes, shapes and which arguments are given."""
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
-    return _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
+    uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
+    if uses.core != FUSED:
+        return uses
+    from gaugekit.triton_kernels.shaped_attention import tiles
+
+    operands = (q.shape[3], v.shape[3], q.dtype, window is not None)
+    return uses._replace(tiles={part: tiles(part, *operands) for part in ("forward", "keys", "queries")})
 
 
 def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
@@ -83,6 +100,11 @@ def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
         raise ValueError(f"k: expected {q.dtype} on {q.device}, got {k.dtype} on {k.device}")
     kind, block = mask_kind(q.shape[2], k.shape[2], mask)
     combine = any(gain is not None for gain in (alpha, beta, gamma, lam))
+    core = "torch scaled_dot_product_attention"
+    if q.device.type == "cuda":
+        if gpu_core(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], kind) == FUSED:
+            return Plan(FUSED, kind, q.shape[2], v.shape[3], False)
+        core += ": " + ", ".join(BACKENDS[q.dtype])
     # torch's CPU kernels take only K = V; its general path is 9 to 28 times slower than zeros appended to the narrower.
     widths = (q.shape[3], v.shape[3]) if q.device.type == "cpu" else (v.shape[3],)
-    return Plan("torch scaled_dot_product_attention", kind, block, max(widths), combine)
+    return Plan(core, kind, block, max(widths), combine)

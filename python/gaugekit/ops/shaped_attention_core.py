@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from gaugekit.ops.shaped_attention_plan import BACKENDS
 from gaugekit.ops.shaped_combine_operands import Mask, keys_of_queries
 
 BLOCK = 1024  # queries a mask covers at most
@@ -81,8 +82,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
     elif q.device.type == "cpu" and narrow < 0:
         q, k = pad(q, (0, -narrow)), pad(k, (0, -narrow))
     options["enable_gqa"] = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, scale=scale, **options)
+    if q.device.type == "cuda":
+        out = _pinned(q, k, v, scale=scale, **options)
+    else:
+        out = scaled_dot_product_attention(q, k, v, scale=scale, **options)
     return out if out.shape[3] == width else out[..., :width].contiguous()
+
+
+def _pinned(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """torch's kernels in the plan's order: left alone, torch may take a slower one first."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # imports more than a CPU needs
+
+    with sdpa_kernel([getattr(SDPBackend, name) for name in BACKENDS[q.dtype]], set_priority=True):
+        return scaled_dot_product_attention(q, k, v, **options)
 
 
 def packed_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

@@ -36,7 +36,7 @@ def shaped_combine(
 
 def composition(a, v, alpha, beta, gamma, v0, lam, *mask) -> Tensor:
     terms = _Terms(a, v, alpha, beta, gamma, v0, lam, Mask(*mask))
-    return _rows_like(a).copy_(terms.output())
+    return rows_like(a).copy_(terms.output())
 
 
 def composition_in_place(a, v, alpha, beta, gamma, v0, lam, *mask) -> None:
@@ -107,13 +107,13 @@ class _Terms:
                     seen_by.has_own[:, None, :, None], gather(direct, seen_by.own), 0
                 )
         if self.v0 is not None:
-            dv0 = _rows_like(self.v0).copy_(torch.where(self.has_own, self.gain("lam") * g, 0).sum(2))
+            dv0 = rows_like(self.v0).copy_(torch.where(self.has_own, self.gain("lam") * g, 0).sum(2))
         da = seeing if self.given["beta"] is None else self.gain("beta") * seeing
-        return (_rows_like(self.a).copy_(da.flatten(1, 2)), _rows_like(self.v).copy_(dv),
+        return (rows_like(self.a).copy_(da.flatten(1, 2)), rows_like(self.v).copy_(dv),
                 gains["alpha"], gains["beta"], gains["gamma"], dv0, gains["lam"])  # fmt: skip
 
 
-def _rows_like(x: Tensor) -> Tensor:
+def rows_like(x: Tensor) -> Tensor:
     """A new tensor laid out as x is, or densely where that would leave the last axis with a stride."""
     made = torch.empty_like(x)
     return made if made.shape[-1] <= 1 or made.stride(-1) == 1 else x.new_empty(x.shape)
@@ -121,8 +121,8 @@ def _rows_like(x: Tensor) -> Tensor:
 
 def _fake_backward(grad, a, v, alpha, beta, gamma, v0, lam, *mask):
     gains = [grad.new_empty(0) if x is None else torch.empty_like(x) for x in (alpha, beta, gamma, lam)]
-    dv0 = grad.new_empty(0) if v0 is None else _rows_like(v0)
-    return _rows_like(a), _rows_like(v), *gains[:3], dv0, gains[3]
+    dv0 = grad.new_empty(0) if v0 is None else rows_like(v0)
+    return rows_like(a), rows_like(v), *gains[:3], dv0, gains[3]
 
 
 def _save(ctx, inputs, output):
@@ -138,7 +138,7 @@ def _backward(ctx, grad):
 
 
 _library.define(
-    f"shaped_combine(Tensor a, {TERMS}, {MASK}) -> Tensor", composition, lambda a, *rest: _rows_like(a)
+    f"shaped_combine(Tensor a, {TERMS}, {MASK}) -> Tensor", composition, lambda a, *rest: rows_like(a)
 )
 _library.define(
     f"shaped_combine_(Tensor(a!) a, {TERMS}, {MASK}) -> ()", composition_in_place, lambda *_: None

@@ -1,0 +1,38 @@
+"""Which core ``shaped_attention`` uses on a GPU: one static table, read from dtypes, shapes and the kind of mask.
+
+The rules follow an analysis of FLOPs and bytes on Hopper; none of them has been timed. A fused kernel saves passes over
+memory, which counts while the sequence is short or the heads are narrow; for wide heads and long sequences the vendors'
+attention kernels are ahead of any Triton kernel by more than the sweep of ``shaped_combine`` costs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gaugekit.ops.shaped_combine_triton import DTYPES, INSTALLED, WIDEST
+
+FUSED = "fused"
+# torch's attention kernels in the order they are tried; the first that takes the call answers.
+BACKENDS = {
+    torch.bfloat16: ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
+    torch.float16: ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
+    torch.float32: ("EFFICIENT_ATTENTION", "MATH"),
+    torch.float64: ("MATH",),
+}
+
+
+def gpu_core(dtype: torch.dtype, queries: int, keys: int, key_width: int, width: int, kind: str) -> str:
+    """ "fused" or "torch" for a call on a GPU; ``kind`` as in ``shaped_attention_core.mask_kind``."""
+    if not INSTALLED or dtype not in DTYPES or max(key_width, width) > WIDEST:
+        return "torch"
+    if kind in (
+        "keys",
+        "blocks",
+        "sequences",
+    ):  # torch would need a mask array, and its fastest kernels take none
+        return FUSED
+    if dtype == torch.float32:
+        return FUSED if max(key_width, width) <= 128 else "torch"
+    if 4 * queries < keys:  # a few queries on a long cache: torch splits the keys among programs
+        return "torch"
+    return FUSED if width <= 64 or key_width < width or keys <= 1024 else "torch"

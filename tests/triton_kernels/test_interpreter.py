@@ -1,0 +1,25 @@
+"""Runs the kernels' tests in Triton's interpreter, in a process where triton was not imported before."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same files run on the GPU instead")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the same files run in this process")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (gaugekit[triton])")
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_shaped_*.py")))
+def test_kernels_in_the_interpreter(file):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

@@ -1,0 +1,170 @@
+"""The fused shaped attention against the float64 oracle: every option, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaugekit.triton_kernels import shaped_attention as kernels
+from gaugekit.triton_kernels.shaped_attention_backward import shaped_attention_backward
+from helpers import assert_accurate
+from triton_cases import DEVICE, DTYPES, GAINS, Case, per_group
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+
+def lengths(*values):
+    return torch.tensor(values)
+
+
+def bounds(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+CASES = {
+    "causal, K < V": {"key_width": 8, "queries": 150, "keys": 150, "heads": 1, "groups": 1, "mask": {"causal": True}},
+    "causal, K > V": {"key_width": 40, "width": 8, "mask": {"causal": True}},
+    "every key, T > S": {"gains": "bg", "queries": 70, "keys": 17},
+    "chunk of queries": {"gains": "abg", "queries": 20, "keys": 90, "mask": {"causal": True}},
+    "causal window": {"queries": 70, "keys": 70, "heads": 1, "groups": 1, "mask": {"causal": True, "window": 30}},
+    "window on both sides": {"heads": 1, "groups": 1, "mask": {"window": 9}},
+    "query_start, ragged, GQA": {"batch": 2, "heads": 4, "queries": 20, "keys": 50, "mask": {
+        "causal": True, "query_start": lengths(-3, 40), "key_lengths": lengths(50, 47)}},
+    "lengths, one of them 0": {"batch": 2, "heads": 1, "groups": 1, "mask": {"key_lengths": lengths(0, 33)}},
+    "packed, window, GQA": {"groups": 1, "queries": 60, "keys": 60, "mask": {
+        "causal": True, "window": 9, "cu_seqlens": bounds(0, 0, 13, 60)}},
+    "widths 72 and 136": {"key_width": 72, "width": 136, "heads": 1, "groups": 1, "mask": {"causal": True}},
+    "beta alone": {"gains": "b", "queries": 20, "keys": 10, "mask": {"causal": True}},
+    "no gain": {"gains": "", "mask": {"causal": True}},
+}  # fmt: skip
+
+
+def build(dtype=torch.float32, **options) -> Case:
+    return Case(dtype, **{"key_width": 16} | options)
+
+
+def forward(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v, v0, *gains = (case.here(name) for name in ("q", "k", "v", "v0", *GAINS))
+    out = torch.empty(*q.shape[:3], case.width, dtype=q.dtype, device=DEVICE)
+    a, lse = torch.empty_like(out), torch.empty(q.shape[:3], device=DEVICE)
+    scale = case.key_width**-0.5
+    kernels.shaped_attention(q, k, v, *gains[:3], v0, gains[3], *case.mask_here(), scale, out, a, lse)
+    return out, a, lse
+
+
+def backward(case: Case) -> dict[str, torch.Tensor]:
+    q, k, v, v0, *gains = (case.here(name) for name in ("q", "k", "v", "v0", *GAINS))
+    _, a, lse = forward(case)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dv0 = None if v0 is None else torch.empty(a.shape, device=DEVICE)
+    total = shaped_attention_backward(
+        case.grad.to(DEVICE), q, k, v, a, lse, *gains[:3], v0, gains[3], *case.mask_here(), case.key_width**-0.5,
+        dq, dk, dv, dv0,
+    )  # fmt: skip
+    found = {"dq": dq, "dk": dk, "dv": dv}
+    if dv0 is not None:
+        found["dv0"] = per_group(dv0, case.groups).to(case.dtype)
+    return found | {f"d{name}": total[i].float() for i, name in enumerate(GAINS) if name[0] in case.gains}
+
+
+def check(case: Case) -> None:
+    exact, naive = case.reference(torch.float64), case.reference(case.dtype)
+    assert_accurate(forward(case)[0].cpu(), exact["out"], naive["out"])
+    gradients = {name: x.cpu() for name, x in backward(case).items()}
+    for name, found in gradients.items():
+        if name[1:] in GAINS:
+            case.assert_gain_accurate(name[1:], found, exact[name], naive[name])
+    # One scale for all: where a query sees one key alone, dq and dk are differences that vanish.
+    names = [name for name in ("dq", "dk", "dv", "dv0") if name in gradients]
+    assert_accurate(
+        *(torch.cat([kind[name].flatten() for name in names]) for kind in (gradients, exact, naive))
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_match_float64(name, dtype):
+    check(build(dtype, **CASES[name]))
+
+
+@st.composite
+def masks(draw):
+    """Small shapes under any combination of the mask's arguments."""
+    causal, window = draw(st.booleans()), draw(st.one_of(st.none(), st.integers(1, 30)))
+    queries, keys = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    mask, batch = {"causal": causal, "window": window}, draw(st.integers(1, 2))
+    if draw(st.booleans()):
+        mask["query_start"] = lengths(*(draw(st.integers(-25, 25)) for _ in range(batch)))
+    if draw(st.booleans()):
+        mask["key_lengths"] = lengths(*(draw(st.integers(0, keys)) for _ in range(batch)))
+    gains = draw(st.sampled_from(["abgl", "bg", "g"])) if causal or queries == keys else "bg"
+    return build(batch=batch, heads=1, groups=1, queries=queries, keys=keys, width=8, gains=gains, mask=mask)
+
+
+@settings(max_examples=10, deadline=None)
+@given(masks())
+def test_any_mask(case):
+    check(case)
+
+
+def test_softmax_output_and_log_sum_exp():
+    case = build(torch.float32, batch=2, gains="abg", mask={"causal": True, "key_lengths": lengths(0, 33)})
+    _, a, lse = forward(case)
+    scores = case.operands["q"].double() @ case.operands["k"].double().mT / 4
+    seen = (
+        torch.ones(40, 40, dtype=torch.bool).tril()
+        & (torch.arange(40) < 33)
+        & (torch.arange(40) < 33)[:, None]
+    )
+    scores = scores[1].masked_fill(~seen, float("-inf"))
+    exact = scores.logsumexp(-1)
+    assert torch.equal(exact.isinf(), lse[1].cpu().isinf())
+    assert_accurate(lse[1, :, :33].cpu(), exact[:, :33], exact[:, :33].float())
+    assert torch.equal(lse[0].cpu(), torch.full((2, 40), float("-inf")))
+    assert not a[0].any() and not a[1, :, 33:].any()
+    expected = scores.softmax(-1)[:, :33] @ case.operands["v"][1].double()
+    plain = scores.float().softmax(-1)[:, :33] @ case.operands["v"][1]
+    assert_accurate(a[1, :, :33].cpu(), expected, plain)
+
+
+def test_views_are_read_in_place():
+    case = build(torch.float32, batch=2, mask={"causal": True})
+    expected = forward(case)
+    for name in ("q", "k", "v", "v0"):
+        x = case.operands[name]
+        case.operands[name] = x.transpose(1, 2).flatten(2).unflatten(2, x.shape[1::2]).transpose(1, 2)
+        assert not case.operands[name].is_contiguous()
+    assert all(torch.equal(x, y) for x, y in zip(forward(case), expected, strict=True))
+
+
+def test_query_weights_zero_give_v():
+    """Scores 0 make A = C V; with α = β = γ = 1 the block is the identity."""
+    case = build(torch.float16, gains="abg", queries=80, keys=80, heads=1, groups=1, mask={"causal": True})
+    case.operands |= {"alpha": torch.ones(1), "beta": torch.ones(1), "gamma": torch.ones(1)}
+    case.operands["q"].zero_()
+    assert torch.equal(forward(case)[0].cpu(), case.operands["v"])
+
+
+def test_gradients_are_the_same_bits_every_time():
+    case = build(torch.float16, queries=40, keys=40, mask={"causal": True})
+    first = backward(case)
+    for _ in range(100 if DEVICE == "cuda" else 2):
+        assert all(torch.equal(x, first[name]) for name, x in backward(case).items())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU nothing is widened")
+def test_interpreter_widens_bfloat16():
+    case = build(torch.bfloat16, mask={"causal": True})
+    wide = build(torch.float32, mask={"causal": True})
+    wide.operands = {name: None if x is None else x.float() for name, x in case.operands.items()}
+    assert torch.equal(forward(case)[0], forward(wide)[0].bfloat16())
+
+
+def test_tiles_divide_each_other():
+    for key_width in (8, 16, 100, 256):
+        for width in (8, 64, 130, 256):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                for windowed in (False, True):
+                    tile = kernels.tiles("forward", key_width, width, dtype, windowed)
+                    assert tile["BLOCK_M"] % tile["BLOCK_N"] == 0
+                    assert tile["BLOCK_K"] >= key_width and tile["BLOCK_V"] >= width
