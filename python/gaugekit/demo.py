@@ -276,16 +276,16 @@ def _packed(plain: dict, fixed: dict, models: Path, progress) -> tuple[dict, dic
     """Packs the weights of each dtype, as they were and gauge-fixed: (rows of the originals, bytes by variant)."""
     rows, sizes = {}, {}
     for kind, dtype in DTYPES.items():
-        row, less = (
-            _round_trip(folder[kind] / WEIGHTS, models / f"{name}-{dtype}.packed.safetensors", progress)
-            for name, folder in (("original", plain), ("gauge-fixed", fixed))
+        original, less = (
+            models / f"{name}-{dtype}.packed.safetensors" for name in ("original", "gauge-fixed")
         )
-        rows[kind] = {**row, "bit_exact": row["bit_exact"] and less["bit_exact"]}
+        rows[kind] = _round_trip(plain[kind] / WEIGHTS, original, progress)
+        report = pack(fixed[kind] / WEIGHTS, less, progress=progress)
         sizes[kind] = {
-            "original": row["bytes_before"],
-            "gauge-fixed": less["bytes_before"],
-            "packed": row["bytes_after"],
-            "gauge-fixed and packed": less["bytes_after"],
+            "original": rows[kind]["bytes_before"],
+            "gauge-fixed": report["bytes_before"],
+            "packed": rows[kind]["bytes_after"],
+            "gauge-fixed and packed": report["bytes_after"],
         }
     return rows, sizes
 
