@@ -90,17 +90,19 @@ def test_empty(sizes):
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CHOICES = [
-    ((BF16, 4096, 4096, 128, 128, "is_causal"), "torch"),
-    ((BF16, 4096, 4096, 64, 64, "is_causal"), "fused"),
-    ((BF16, 4096, 4096, 32, 128, "is_causal"), "fused"),
-    ((BF16, 1024, 1024, 128, 128, "is_causal"), "fused"),
-    ((BF16, 4096, 4096, 128, 128, "blocks"), "fused"),
-    ((BF16, 4096, 4096, 128, 128, "sequences"), "fused"),
-    ((BF16, 1, 8192, 64, 64, "none"), "torch"),
-    ((BF16, 4096, 4096, 64, 320, "blocks"), "torch"),
-    ((FP32, 4096, 4096, 128, 128, "is_causal"), "fused"),
-    ((FP32, 4096, 4096, 256, 256, "is_causal"), "torch"),
-    ((torch.float64, 64, 64, 16, 16, "none"), "torch"),
+    ((BF16, 4096, 4096, 128, 128, "is_causal", True), "torch"),
+    ((BF16, 4096, 4096, 64, 64, "is_causal", True), "fused"),
+    ((BF16, 4096, 4096, 32, 128, "is_causal", True), "fused"),
+    ((BF16, 1024, 1024, 128, 128, "is_causal", True), "fused"),
+    ((BF16, 4096, 4096, 128, 128, "blocks", True), "fused"),
+    ((BF16, 4096, 4096, 128, 128, "sequences", True), "fused"),
+    ((BF16, 1, 8192, 64, 64, "none", True), "torch"),
+    ((BF16, 4096, 4096, 64, 320, "blocks", True), "torch"),
+    ((FP32, 4096, 4096, 128, 128, "is_causal", True), "fused"),
+    ((FP32, 4096, 4096, 256, 256, "is_causal", True), "torch"),
+    ((torch.float64, 64, 64, 16, 16, "none", True), "torch"),
+    ((BF16, 4096, 4096, 64, 64, "is_causal", False), "torch"),
+    ((BF16, 4096, 4096, 32, 64, "is_causal", False), "fused"),
 ]
 
 

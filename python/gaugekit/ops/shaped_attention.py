@@ -102,7 +102,7 @@ def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
     combine = any(gain is not None for gain in (alpha, beta, gamma, lam))
     core = "torch scaled_dot_product_attention"
     if q.device.type == "cuda":
-        if gpu_core(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], kind) == FUSED:
+        if gpu_core(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], kind, combine) == FUSED:
             return Plan(FUSED, kind, q.shape[2], v.shape[3], False)
         core += ": " + ", ".join(BACKENDS[q.dtype])
     # torch's CPU kernels take only K = V; its general path is 9 to 28 times slower than zeros appended to the narrower.

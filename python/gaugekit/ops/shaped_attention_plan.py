@@ -21,8 +21,13 @@ BACKENDS = {
 }
 
 
-def gpu_core(dtype: torch.dtype, queries: int, keys: int, key_width: int, width: int, kind: str) -> str:
-    """ "fused" or "torch" for a call on a GPU; ``kind`` as in ``shaped_attention_core.mask_kind``."""
+def gpu_core(
+    dtype: torch.dtype, queries: int, keys: int, key_width: int, width: int, kind: str, terms: bool
+) -> str:
+    """The core, "fused" or "torch", of a call on a GPU.
+
+    ``kind`` is what ``shaped_attention_core.mask_kind`` says; ``terms``: whether any gain is given.
+    """
     if not INSTALLED or dtype not in DTYPES or max(key_width, width) > WIDEST:
         return "torch"
     if kind in (
@@ -31,6 +36,8 @@ def gpu_core(dtype: torch.dtype, queries: int, keys: int, key_width: int, width:
         "sequences",
     ):  # torch would need a mask array, and its fastest kernels take none
         return FUSED
+    if not terms and key_width >= width:  # plain attention: nothing is there to fuse
+        return "torch"
     if dtype == torch.float32:
         return FUSED if max(key_width, width) <= 128 else "torch"
     if 4 * queries < keys:  # a few queries on a long cache: torch splits the keys among programs
