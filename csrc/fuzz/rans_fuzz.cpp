@@ -1,6 +1,7 @@
 // Feeds arbitrary bytes to the parser and decoder of coded blobs, and as elements to the encoder.
-//   clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -DGAUGEKIT_LIBFUZZER -Icsrc csrc/fuzz/rans_fuzz.cpp
-//   g++ -std=c++17 -g -O1 -fsanitize=address,undefined -Icsrc csrc/fuzz/rans_fuzz.cpp && ./a.out FILE...
+//   clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -DGAUGEKIT_LIBFUZZER -Icsrc
+//   csrc/fuzz/rans_fuzz.cpp g++ -std=c++17 -g -O1 -fsanitize=address,undefined -Icsrc csrc/fuzz/rans_fuzz.cpp
+//   && ./a.out FILE...
 // The second form prints, for each file, "sound" or what is wrong with it.
 #include <cstdio>
 #include <cstdlib>
