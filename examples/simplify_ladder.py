@@ -28,7 +28,7 @@ from gaugekit.nn import IdentityLinear, PreLNBlock, SASBlock, SASPBlock, paramet
 
 SIZES = {
     "quick": dict(layers=3, width=16, heads=2, rows=24, batch=2, steps=4, lr=[3e-3]),
-    "cpu": dict(layers=8, width=96, heads=4, rows=96, batch=8, steps=200, lr=[1e-3, 3e-3]),
+    "cpu": dict(layers=8, width=64, heads=4, rows=64, batch=8, steps=200, lr=[1e-3, 3e-3]),
 }
 DASHES = {"SAS": {"dashes": (8, 8)}, "SAS-P": {"dashes": (4, 8)}, "no norm": {"dashes": (1, 3)}}
 MASK = 256  # the token that hides a byte
@@ -163,7 +163,7 @@ def climb(name: str, make, size: dict, text: torch.Tensor, causal: bool, seed: i
         optimiser.step()
         optimiser.zero_grad()
         seconds.append(time.perf_counter() - clock)
-        if step % max(1, size["steps"] // 20) == 0 or step + 1 == size["steps"]:
+        if step % max(1, size["steps"] // 12) == 0 or step + 1 == size["steps"]:
             with torch.no_grad():
                 losses = [loss_of(model, batch(held, size, i, causal)).item() for i in range(8)]
             points.append((step + 1, statistics.mean(losses)))

@@ -154,7 +154,7 @@ def save(state: dict, file: Path) -> None:
     beside.replace(file)
 
 
-def plot(runs: list[dict], file: Path) -> bool:
+def plot(runs: list[dict], file: Path, units: tuple[str, ...] = ("step", "seconds")) -> bool:
     """Validation loss against steps and against seconds, one line a run; False without matplotlib."""
     try:
         import matplotlib
@@ -163,13 +163,15 @@ def plot(runs: list[dict], file: Path) -> bool:
         import matplotlib.pyplot as plt
     except ImportError:
         return False
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    shape = {"figsize": (0.6 + 4.2 * len(units), 3.6), "sharey": True, "squeeze": False}
+    figure, (axes,) = plt.subplots(1, len(units), layout="constrained", **shape)
     colours = dict(zip(BLOCKS, ("#4d4d4d", "#0072b2", "#d55e00"), strict=True))
-    for axis, unit in zip(axes, ("step", "seconds"), strict=True):
+    for axis, unit in zip(axes, units, strict=True):
         for run in runs:
             first = run["seed"] == min(r["seed"] for r in runs)
             label = f"{BLOCKS[run['block']]}, {run['parameters'] / 1e6:.2f} M parameters" if first else None
-            axis.plot(run[unit], run["validation"], color=colours[run["block"]], label=label, linewidth=1.5)
+            axis.plot(run[unit], run["validation"], color=colours[run["block"]], label=label,
+                      linestyle="--" if run["block"] == "sas_p" else "-", linewidth=1.5)  # fmt: skip
         axis.set_xlabel({"step": "optimiser steps", "seconds": "seconds of training"}[unit])
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
