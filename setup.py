@@ -10,6 +10,7 @@ Environment: GAUGEKIT_CUDA_ARCHS (default "80;90a") names the architectures of t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,6 +39,15 @@ except ImportError as error:
         f"torch cannot be imported while building ({error}); "
         "install torch first, then: pip install --no-build-isolation ."
     )
+
+
+def digest_of_sources() -> str:
+    """SHA-256 over csrc; a checkout whose sources have moved on does not load the binary of the old ones."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def find_nvcc() -> str | None:
@@ -178,7 +188,16 @@ class BuildBinaries(BuildExtension):
         package.mkdir(parents=True, exist_ok=True)
         built_for = "" if TORCH_MISSING else torch.__version__
         (package / "_build.json").write_text(
-            json.dumps({"torch": built_for, "python": sys.version.split()[0], **STATUS}, indent=1) + "\n"
+            json.dumps(
+                {
+                    "torch": built_for,
+                    "python": sys.version.split()[0],
+                    "sources": digest_of_sources(),
+                    **STATUS,
+                },
+                indent=1,
+            )
+            + "\n"
         )
         for name, entry in STATUS.items():
             if not entry["built"] and entry["remedy"] != "nothing to do":

@@ -8,6 +8,7 @@ implementations under the same names; each may be missing without anything break
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -65,7 +66,7 @@ def load() -> None:
     """Loads the binaries beside this file; called once, when the package is imported."""
     built = _build_record()
     for name in ("cpu", "cuda"):
-        _backends[name] = _load_one(name, built.get(name, {}))
+        _backends[name] = _load_one(name, {"sources": built.get("sources"), **built.get(name, {})})
     cpu = _backends["cpu"]
     required = [name for name in os.environ.get("GAUGEKIT_REQUIRE", "").replace(" ", "").split(",") if name]
     for name in required:
@@ -91,6 +92,21 @@ def _build_record() -> dict:
         return {}
 
 
+def _sources_differ(built_from: str | None) -> bool:
+    """Whether csrc stands in the checkout around this package and is not what the binaries were built from.
+
+    A binary whose signatures are older than the schemas would crash, not raise.
+    """
+    root = FOLDER.parents[1]
+    if built_from is None or not (root / "csrc").is_dir() or not (root / "setup.py").is_file():
+        return False
+    digest = hashlib.sha256()
+    for path in sorted((root / "csrc").rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest() != built_from
+
+
 def _load_one(name: str, built: dict) -> Backend:
     path = FOLDER / f"_{name}.abi3.so"
     rebuild = "pip install --no-build-isolation --force-reinstall --no-deps . (in gaugekit's source folder)"
@@ -99,6 +115,8 @@ def _load_one(name: str, built: dict) -> Backend:
     if not path.exists():
         why = built.get("why") or "it was not built when gaugekit was installed"
         return Backend(name, False, why, built.get("remedy") or rebuild)
+    if _sources_differ(built.get("sources")):
+        return Backend(name, False, f"{path.name} was built from other sources than those beside it", rebuild)
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:

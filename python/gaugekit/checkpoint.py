@@ -284,6 +284,7 @@ class Writer:
             file = f"shard-{len(self._state['shards']) + 1:05}.safetensors"
             path = self.folder / file
             safetensors_package().torch.save_file(self._tensors, path.with_suffix(".tmp"), {"format": "pt"})
+            shutil.copymode(self.folder / MANIFEST, path.with_suffix(".tmp"))  # safetensors makes it private
             _sync(path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
             size = sum(tensor.nbytes for tensor in self._tensors.values())

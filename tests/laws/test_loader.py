@@ -62,3 +62,18 @@ def test_required_backend_is_an_error(copy, name):
     assert done.returncode != 0
     expected = "GAUGEKIT_REQUIRE asks for cpu" if name == "cpu" else "expected names among cpu, cuda, triton"
     assert expected in done.stderr
+
+
+def test_binary_of_other_sources_is_not_loaded(copy):
+    """In a checkout whose C++ has moved on, the old binary could crash: it is named instead."""
+    checkout = copy / "checkout"
+    (checkout / "csrc").mkdir(parents=True)
+    (checkout / "csrc" / "new.cpp").write_text("// changed since the build")
+    (checkout / "setup.py").touch()
+    (checkout / "python").mkdir()
+    package = shutil.move(copy / "gaugekit", checkout / "python" / "gaugekit")
+    (package / "_cpu.abi3.so").write_bytes(b"would crash")
+    (package / "_build.json").write_text('{"sources": "0", "cpu": {"built": true}}')
+    done = run(checkout / "python", USE)
+    assert done.returncode == 0, done.stderr
+    assert "built from other sources" in done.stderr

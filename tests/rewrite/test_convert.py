@@ -78,6 +78,9 @@ def test_compact(tmp_path, shards):
     assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
     assert not list(tmp_path.glob("out.partial")) and not (tmp_path / "out" / MANIFEST).exists()
 
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert len(modes) == 1, "weights are as readable as the files beside them"
+
     certificate = json.loads((tmp_path / "out" / CERTIFICATE).read_text())
     assert certificate["source_sha256"] == old.sha256()
     assert certificate["output_sha256"] == {file: sha256(tmp_path / "out" / file) for file in out.files}
