@@ -195,6 +195,9 @@ TILES = {
     ("keys", 4, 64): (32, 32, 8, 1),
     ("keys", 4, 128): (32, 32, 8, 1),
     ("keys", 4, 256): (16, 16, 8, 1),
+    ("keys, groups", 2, 128): (32, 64, 8, 2),
+    ("keys, groups", 2, 256): (32, 32, 8, 2),
+    ("keys, groups", 4, 64): (16, 32, 4, 1),
     ("queries", 2, 64): (128, 64, 8, 2),
     ("queries", 2, 128): (128, 64, 8, 2),
     ("queries", 2, 256): (64, 32, 8, 2),
@@ -204,13 +207,14 @@ TILES = {
 }
 
 
-def tiles(part: str, key_width: int, width: int, dtype: torch.dtype, windowed: bool) -> dict:
+def tiles(part: str, key_width: int, width: int, dtype: torch.dtype, windowed: bool, grouped: bool) -> dict:
     """The tile of ``part`` (forward, keys, queries): a pure function of its arguments."""
     block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (key_width, width))
     key = (dtype.itemsize, max(64, block_k, block_v))
     m, n, warps, stages = TILES[(part, *key)]
-    if windowed:
-        m, n, warps, stages = TILES.get((f"{part}, window", *key), (m, n, warps, stages))
+    for applies, kind in ((windowed, "window"), (grouped, "groups")):
+        if applies:
+            m, n, warps, stages = TILES.get((f"{part}, {kind}", *key), (m, n, warps, stages))
     sizes = {"BLOCK_K": block_k, "BLOCK_V": block_v, "BLOCK_M": m, "BLOCK_N": n}
     return sizes | {"num_warps": warps, "num_stages": stages}
 
@@ -244,7 +248,7 @@ def shaped_attention(
     if lse.numel() == 0:
         return
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
-    tile = tiles("forward", key_width, width, q.dtype, window is not None)
+    tile = tiles("forward", key_width, width, q.dtype, window is not None, heads > groups)
     programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
     with torch.cuda.device_of(q):
         sums = None if gamma is None else chunk_sums(v, queries, keys, mask, tile["BLOCK_M"], False)

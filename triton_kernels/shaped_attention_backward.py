@@ -186,14 +186,14 @@ def shaped_attention_backward(
               "WIDTH": width, **mask.flags, **mask.tensors, **named("q", q), **named("k", k), **named("v", v),
               **named("do", grad)}  # fmt: skip
     with torch.cuda.device_of(q):
-        tile = tiles("keys", key_width, width, q.dtype, window is not None)
+        tile = tiles("keys", key_width, width, q.dtype, window is not None, group > 1)
         programs, table, chunks = mask.split(batch, keys, tile["BLOCK_N"])
         if programs:
             _shaped_attention_bwd_kv[(programs, groups)](
                 q, k, v, grad, lse, delta, direct, dk, dv, beta, TABLE=table, chunks=chunks,
                 **named("direct", direct), **named("dk", dk), **named("dv", dv), **common, **tile,
             )  # fmt: skip
-        tile = tiles("queries", key_width, width, q.dtype, window is not None)
+        tile = tiles("queries", key_width, width, q.dtype, window is not None, group > 1)
         programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
         if programs:
             _shaped_attention_bwd_q[(programs, heads)](

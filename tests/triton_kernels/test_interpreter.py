@@ -1,5 +1,6 @@
-"""Runs the kernels' tests in Triton's interpreter, in a process where triton was not imported before."""
+"""Runs the kernels' tests in Triton's interpreter, in processes where triton was not imported before."""
 
+import concurrent.futures
 import importlib.util
 import os
 import subprocess
@@ -10,16 +11,32 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent
+FILES = sorted(path.name for path in FOLDER.glob("test_shaped_*.py"))
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the same files run on the GPU instead"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the same files run in this process"
+    ),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (gaugekit[triton])"),
+    pytest.mark.slow,
+]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the same files run on the GPU instead")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the same files run in this process")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (gaugekit[triton])")
-@pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_shaped_*.py")))
-def test_kernels_in_the_interpreter(file):
+@pytest.fixture(scope="module")
+def runs():
+    """{file: finished process}, two at a time."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    def work(file):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(FILES, pool.map(work, FILES), strict=True))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_in_the_interpreter(runs, file):
+    run = runs[file]
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout

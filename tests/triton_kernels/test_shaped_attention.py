@@ -1,5 +1,7 @@
 """The fused shaped attention against the float64 oracle: every option, forward and backward."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,11 +162,13 @@ def test_interpreter_widens_bfloat16():
     assert torch.equal(forward(case)[0], forward(wide)[0].bfloat16())
 
 
-def test_tiles_divide_each_other():
-    for key_width in (8, 16, 100, 256):
-        for width in (8, 64, 130, 256):
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                for windowed in (False, True):
-                    tile = kernels.tiles("forward", key_width, width, dtype, windowed)
-                    assert tile["BLOCK_M"] % tile["BLOCK_N"] == 0
-                    assert tile["BLOCK_K"] >= key_width and tile["BLOCK_V"] >= width
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tiles_hold_the_operands_and_divide_each_other(dtype):
+    for key_width, width in itertools.product((8, 16, 100, 256), (8, 64, 130, 256)):
+        for windowed, grouped in itertools.product((False, True), repeat=2):
+            found = {
+                part: kernels.tiles(part, key_width, width, dtype, windowed, grouped)
+                for part in ("forward", "keys", "queries")
+            }
+            assert all(tile["BLOCK_K"] >= key_width and tile["BLOCK_V"] >= width for tile in found.values())
+            assert found["forward"]["BLOCK_M"] % found["forward"]["BLOCK_N"] == 0

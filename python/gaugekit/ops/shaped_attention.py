@@ -87,7 +87,7 @@ def plan(
         return uses
     from gaugekit.triton_kernels.shaped_attention import tiles
 
-    operands = (q.shape[3], v.shape[3], q.dtype, window is not None)
+    operands = (q.shape[3], v.shape[3], q.dtype, window is not None, q.shape[1] > v.shape[1])
     return uses._replace(tiles={part: tiles(part, *operands) for part in ("forward", "keys", "queries")})
 
 
