@@ -18,11 +18,14 @@ _LAZY = {
     "inspect": "gaugekit.inspect",
     "models": "gaugekit.models",
     "nn": "gaugekit.nn",
+    "pack_weight": "gaugekit.ops.packed_linear_weight:pack_weight",
+    "packed_linear": "gaugekit.ops.packed_linear:packed_linear",
     "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.samples",
     "statistics": "gaugekit.statistics",
     "symmetry": "gaugekit.symmetry",
     "unfuse": "gaugekit.fuse:unfuse",
+    "unpack_weight": "gaugekit.ops.packed_linear_weight:unpack_weight",
     "verify": "gaugekit.verify",
 }
 

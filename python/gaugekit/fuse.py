@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import Live
-from .nn import forms
+from .nn import forms, packing
 from .report import Report
 from .rewrite import VERSION
 from .symmetry import GaugeFix
@@ -28,30 +28,42 @@ class _Undo:
     """What a fused instance was before; it stands on the instance, as plain data that no state_dict shows."""
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    packed: list[str] = field(default_factory=list)
     attention: str | None = None
     quantization_config: Any = None
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, *, gauge: bool = True, attention: bool = True) -> Report:
+def fuse(
+    model: nn.Module, *, gauge: bool | None = None, attention: bool = True, packed: bool = False
+) -> Report:
     """Makes this instance lighter, the function it computes unchanged; no class and no other instance is touched.
 
-    ``gauge``: in every layer the key and value projections become compact forms without what nobody can observe (see
-    ``symmetry.GaugeFix``; float64, rounded once), and the query and output projections take up the rest.
+    ``gauge`` (the default unless ``packed``): in every layer the key and value projections become compact forms
+    without what nobody can observe (see ``symmetry.GaugeFix``; float64, rounded once), and the query and output
+    projections take up the rest.
     ``attention``: the model attends through ``gaugekit.shaped_attention`` (transformers' interface, named "gaugekit").
     The originals are kept on the instance for ``unfuse``: fusing saves memory in what is saved and loaded again, not in
     this process. A fused model saves with ``save_pretrained`` and loads like a converted one. Move it or train it
     freely, but build an optimizer after fusing: the parameters are new ones. Our attention refuses dropout on its
     probabilities, so fuse with ``attention=False`` to train a model that asks for it.
 
+    ``packed``: plain linear layers and embeddings of bfloat16 or float16 keep their weights packed in memory and
+    frozen, bit for bit (docs/packed.md); tied ones share one matrix. Nothing is kept for ``unfuse``, which
+    unpacks, so the memory is saved in this process; unfuse before ``save_pretrained``. The report then has
+    ``bytes_before`` and ``bytes_after`` of what was packed.
+
     What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
     is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],
     ``rewritten`` [module: dense, new weights], ``attention`` (the implementation in use, None where not known),
     ``left`` [{module, reason}], ``parameters_before``, ``parameters_after``. Raises ValueError where ``model`` is no
-    nn.Module.
+    nn.Module, or for ``gauge`` and ``packed`` together.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if gauge and packed:
+        raise ValueError("gauge, packed: expected one of them, got both: compact forms are not packed")
+    gauge = not packed if gauge is None else gauge
     fields: dict[str, Any] = {"replaced": [], "rewritten": [], "attention": None, "left": []}
     fields["parameters_before"] = _count(model)
     undo = model.__dict__.get(RECORD)
@@ -61,9 +73,11 @@ def fuse(model: nn.Module, *, gauge: bool = True, attention: bool = True) -> Rep
         undo = _Undo(attention=_attention(model))
         if gauge:
             _fuse_gauge(model, fields, undo)
+        if packed:
+            _fuse_packed(model, fields, undo)
         if attention:
             _fuse_attention(model, fields)
-        if undo.modules or _attention(model) != undo.attention:
+        if undo.modules or undo.packed or _attention(model) != undo.attention:
             model.__dict__[RECORD] = undo
     fields["attention"] = _attention(model)
     fields["parameters_after"] = _count(model)
@@ -89,6 +103,7 @@ def unfuse(model: nn.Module) -> Report:
         fused = model.get_submodule(path)
         first = next(fused.parameters())
         model.set_submodule(path, original.to(first.device, first.dtype).train(fused.training))
+    packing.unpack(model, undo.packed)
     if undo.modules:
         if undo.quantization_config is None:
             del model.config.quantization_config
@@ -96,7 +111,7 @@ def unfuse(model: nn.Module) -> Report:
             model.config.quantization_config = undo.quantization_config
     if undo.attention is not None and undo.attention != _attention(model):
         model.set_attn_implementation(undo.attention)
-    return Report("unfuse", {"restored": list(undo.modules), "attention": _attention(model)})
+    return Report("unfuse", {"restored": [*undo.modules, *undo.packed], "attention": _attention(model)})
 
 
 def _fuse_gauge(model: nn.Module, fields: dict, undo: _Undo) -> None:
@@ -137,6 +152,14 @@ def _fuse_gauge(model: nn.Module, fields: dict, undo: _Undo) -> None:
             "version": VERSION,
             "modules": modules,
         }
+
+
+def _fuse_packed(model: nn.Module, fields: dict, undo: _Undo) -> None:
+    done = packing.pack(model)
+    undo.packed = list(done.packed)
+    fields["replaced"] += [{"module": path, "form": form} for path, form in done.packed.items()]
+    fields["left"] += [{"module": path, "reason": reason} for path, reason in done.left.items()]
+    fields["bytes_before"], fields["bytes_after"] = done.bytes_before, done.bytes_after
 
 
 def _fuse_attention(model: nn.Module, fields: dict) -> None:
@@ -201,7 +224,7 @@ def _attention(model: nn.Module) -> str | None:
 
 
 def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) + packing.count(model)
 
 
 class _Verb(types.ModuleType):

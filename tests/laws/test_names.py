@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-OPERATORS = ["shaped_combine", "shaped_attention"]
+OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear"]
 CODES = ["rans"]
 
 FOLDERS = {
@@ -25,6 +25,8 @@ ABSENT = {
     ): "memory-bound sweep: Triton reaches the bandwidth, so no CUDA twin is planned",
     ("shaped_attention", "cpu"): "its softmax core is torch's SDPA and the rest is shaped_combine",
     ("shaped_attention", "cuda"): "planned in Triton only",
+    ("packed_linear", "cuda"): "comes with the GPU kernels; the composition answers on GPUs until then",
+    ("packed_linear", "triton"): "comes with the GPU kernels; the composition answers on GPUs until then",
     ("rans", "cuda"): "GPU decoding comes with the fast codec; files are decoded on the CPU until then",
     ("rans", "triton"): "a state machine on integers, planned in CUDA only",
 }

@@ -22,6 +22,7 @@ except ImportError as error:
 from ..nn import forms
 from ..rewrite import VERSION
 from . import attention, sas
+from .packing import Packing
 
 NAME = "gaugekit"
 
@@ -31,8 +32,9 @@ class GaugekitConfig(QuantizationConfigMixin):
     """``quantization_config`` of a converted checkpoint: {"quant_method": "gaugekit", "version": 1, "modules": {...}}.
 
     ``modules`` maps the name of a module of the base model (no "bert." or "transformer." before it) to its spec,
-    {"form": name, "arguments": {...}}. Raises ValueError for a version that is not 1, modules of another shape, or an
-    entry that is not known.
+    {"form": name, "arguments": {...}}. ``GaugekitConfig(packed=True)``, given to ``from_pretrained`` of a plain
+    directory, keeps its matrices packed in memory instead (docs/packed.md). Raises ValueError for a version that is not
+    1, modules of another shape, or an entry that is not known.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class GaugekitConfig(QuantizationConfigMixin):
         version: int = VERSION,
         modules: dict[str, dict] | None = None,
         quant_method: str = NAME,
+        packed: bool = False,
         **unknown,
     ):
         if version != VERSION:
@@ -47,15 +50,22 @@ class GaugekitConfig(QuantizationConfigMixin):
                 f"quantization_config: expected version {VERSION}, got {version!r}; "
                 "a newer gaugekit wrote this checkpoint, and reads it"
             )
-        if not isinstance(modules, dict):
+        if not isinstance(modules, dict) and not (packed and modules is None):
             raise ValueError(f"quantization_config: expected modules by name, got {modules!r}")
+        if packed and modules:
+            raise ValueError("quantization_config: expected either modules or packed=True, got both")
         if unknown:
             raise ValueError(
                 f"quantization_config: expected version and modules, got {', '.join(sorted(unknown))} too"
             )
         self.quant_method = quant_method
         self.version = version
-        self.modules = modules
+        self.modules = modules or {}
+        self.packed = packed
+
+    def to_dict(self) -> dict:
+        """What ``config.json`` keeps; packed weights are not written there, so neither is a word about them."""
+        return {name: value for name, value in super().to_dict().items() if name != "packed"}
 
 
 @register_quantizer(NAME)
@@ -67,8 +77,18 @@ class GaugekitQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
 
+    def __init__(self, quantization_config, **arguments):
+        super().__init__(quantization_config, **arguments)
+        self.packing = Packing() if quantization_config.packed else None
+
     def is_serializable(self) -> bool:
-        return True
+        return self.packing is None
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_) -> bool:
+        return self.packing is not None and self.packing.takes(model, param_name)
+
+    def get_quantize_ops(self):
+        return self.packing
 
     def update_attn_implementation(self, config):
         if getattr(config, "_attn_implementation_internal", None) is None:
@@ -78,10 +98,14 @@ class GaugekitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_
     ):
+        if self.packing is not None:
+            self.packing.check(model.dtype, self.pre_quantized)
         install(model, self.quantization_config.modules, dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_):
+        if self.packing is not None:
+            self.packing.finish(model)
         model.is_quantized = (
             False  # transformers would refuse .half(), .float() and training, which are all fine here
         )

@@ -7,6 +7,8 @@ from .concat import Concat
 from .gauge_projection import GaugeProjection
 from .identity_linear import IdentityLinear
 from .mlp import MLP
+from .packed_embedding import PackedEmbedding
+from .packed_linear import PackedLinear
 from .parameter_groups import parameter_groups
 from .shaped_attention import ShapedAttention
 
@@ -16,6 +18,8 @@ __all__ = [
     "GaugeProjection",
     "IdentityLinear",
     "LayerCache",
+    "PackedEmbedding",
+    "PackedLinear",
     "PreLNBlock",
     "SASBlock",
     "SASPBlock",

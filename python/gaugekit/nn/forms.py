@@ -11,6 +11,8 @@ from torch import nn
 
 from .concat import Concat
 from .gauge_projection import GaugeProjection
+from .packed_embedding import PackedEmbedding
+from .packed_linear import PackedLinear
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True, device=None, dtype=None) -> nn.Module:
@@ -25,6 +27,8 @@ FORMS: dict[str, Callable[..., nn.Module]] = {
     "concat": _concat,
     "gauge_projection": GaugeProjection,
     "linear": _linear,
+    "packed_embedding": PackedEmbedding,
+    "packed_linear": PackedLinear,
 }
 
 

@@ -1,0 +1,235 @@
+// gaugekit::packed_survey, packed_encode, packed_rows and packed_linear on the CPU.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <array>
+
+#include "common/check.h"
+#include "packed_linear_encode.h"
+#include "packed_linear_product.h"
+
+namespace gaugekit::packed {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using torch::stable::parallel_for;
+
+constexpr int64_t GRAIN_WEIGHTS = 1 << 16;        // worth a thread
+constexpr int64_t TILE_BYTES = int64_t(8) << 20;  // decoded for torch's matmul at a time
+
+int64_t grain_of_rows(int64_t columns, int64_t multiple = 1) {
+  const int64_t rows = std::max<int64_t>(1, GRAIN_WEIGHTS / std::max<int64_t>(1, columns));
+  return (rows + multiple - 1) / multiple * multiple;
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+void check_contiguous(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), name, ": expected a contiguous CPU tensor");
+}
+
+Words words(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected [N, K]");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16 || weight.scalar_type() == ScalarType::Half,
+                  "weight: expected bfloat16 or float16");
+  check_contiguous("weight", weight);
+  return {data<uint16_t>(weight), weight.size(0), weight.size(1), weight.scalar_type() == ScalarType::Half};
+}
+
+Weight weight_of(const Tensor& raw, const Tensor& planes, const Tensor& escapes, const Tensor& offsets,
+                 const Tensor& window, int64_t columns) {
+  for (const auto& [name, x] : {std::pair<const char*, const Tensor&>{"raw", raw},
+                                {"planes", planes},
+                                {"escapes", escapes},
+                                {"offsets", offsets},
+                                {"window", window}})
+    check_contiguous(name, x);
+  check_dtype("raw", raw, ScalarType::Byte);
+  check_dtype("planes", planes, ScalarType::Long);
+  check_dtype("escapes", escapes, ScalarType::Byte);
+  check_dtype("offsets", offsets, ScalarType::Int);
+  check_dtype("window", window, ScalarType::Byte);
+  STD_TORCH_CHECK(raw.dim() == 2 && planes.dim() == 3 && escapes.dim() == 1 && columns >= 0,
+                  "raw, planes, escapes: expected [N, 64 B], [N, P, B] and [E]");
+  const int64_t rows = raw.size(0), blocks = (columns + BLOCK - 1) / BLOCK, count = planes.size(1);
+  STD_TORCH_CHECK(count == 3 || count == 4 || count == 6 || count == 7,
+                  "planes: expected 3, 4, 6 or 7 a block");
+  check_shape("raw", raw, {rows, blocks * BLOCK});
+  check_shape("planes", planes, {rows, count, blocks});
+  check_shape("window", window, {rows});
+  const Weight w{data<uint8_t>(raw),
+                 data<uint64_t>(planes),
+                 data<uint8_t>(escapes),
+                 data<int32_t>(offsets),
+                 data<uint8_t>(window),
+                 rows,
+                 blocks,
+                 escapes.numel(),
+                 count};
+  check_shape("offsets", offsets, {rows * w.segments() + 1});
+  return w;
+}
+
+Tensor survey(const Tensor& weight) {
+  const Words w = words(weight);
+  Tensor out = torch::stable::new_empty(weight, {w.rows, 2, 2}, ScalarType::Int);
+  int32_t* to = static_cast<int32_t*>(out.mutable_data_ptr());
+  parallel_for(0, w.rows, grain_of_rows(w.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Survey found = survey_row(w, row);
+      for (int c = 0; c < 2; ++c)
+        to[row * 4 + 2 * c] = found.window[c], to[row * 4 + 2 * c + 1] = found.escapes[c];
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> encode(const Tensor& weight, const Tensor& window,
+                                                  const Tensor& begins, int64_t code_bits,
+                                                  int64_t escape_count) {
+  const Words w = words(weight);
+  check_dtype("window", window, ScalarType::Byte);
+  check_shape("window", window, {w.rows});
+  check_dtype("begins", begins, ScalarType::Long);
+  check_shape("begins", begins, {w.rows + 1});
+  check_contiguous("window", window);
+  check_contiguous("begins", begins);
+  STD_TORCH_CHECK(code_bits == 3 || code_bits == 4, "code_bits: expected 3 or 4");
+  STD_TORCH_CHECK(0 <= escape_count && escape_count <= INT32_MAX, "escape_count: expected at most 2^31 - 1");
+  const int64_t blocks = (w.columns + BLOCK - 1) / BLOCK, planes = code_bits + (w.half ? 3 : 0);
+  const int64_t segments = (blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS;
+  const int64_t* start = data<int64_t>(begins);
+  for (int64_t row = 0; row < w.rows; ++row)
+    STD_TORCH_CHECK(0 <= start[row] && start[row] <= start[row + 1] && start[row + 1] <= escape_count,
+                    "begins: expected values that never fall, from 0 to escape_count");
+  Tensor raw = torch::stable::new_empty(weight, {w.rows, blocks * BLOCK}, ScalarType::Byte);
+  Tensor plane = torch::stable::new_empty(weight, {w.rows, planes, blocks}, ScalarType::Long);
+  Tensor escapes = torch::stable::new_zeros(weight, {escape_count}, ScalarType::Byte);
+  Tensor offsets = torch::stable::new_empty(weight, {w.rows * segments + 1}, ScalarType::Int);
+  uint8_t* to_raw = static_cast<uint8_t*>(raw.mutable_data_ptr());
+  uint64_t* to_planes = static_cast<uint64_t*>(plane.mutable_data_ptr());
+  uint8_t* to_escapes = static_cast<uint8_t*>(escapes.mutable_data_ptr());
+  int32_t* to_offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
+  const uint8_t* base = data<uint8_t>(window);
+  parallel_for(0, w.rows, grain_of_rows(w.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Target target{to_raw + row * blocks * BLOCK, to_planes + row * planes * blocks, blocks,
+                          to_escapes + start[row],       to_escapes + start[row + 1],       base[row]};
+      encode_row(w.data + row * w.columns, w.columns, w.half, static_cast<int>(code_bits), target, start[row],
+                 to_offsets + row * segments, level());
+    }
+  });
+  to_offsets[w.rows * segments] = static_cast<int32_t>(escape_count);
+  return {raw, plane, escapes, offsets};
+}
+
+ScalarType dtype_of(const Weight& w) { return w.half() ? ScalarType::Half : ScalarType::BFloat16; }
+
+// Rows `index` of W (or rows first, first + 1, ...) into out [count, columns].
+void decode(const Weight& w, const int64_t* index, int64_t first, int64_t count, int64_t columns,
+            uint16_t* out) {
+  parallel_for(0, count, grain_of_rows(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      decode_row(w, index ? index[i] : first + i, columns, out + i * columns, level());
+  });
+}
+
+Tensor rows(const Optional& index, const Tensor& raw, const Tensor& planes, const Tensor& escapes,
+            const Tensor& offsets, const Tensor& window, int64_t columns) {
+  const Weight w = weight_of(raw, planes, escapes, offsets, window, columns);
+  const int64_t* at = nullptr;
+  int64_t count = w.rows;
+  if (index) {
+    check_dtype("index", *index, ScalarType::Long);
+    check_contiguous("index", *index);
+    STD_TORCH_CHECK(index->dim() == 1, "index: expected one axis");
+    at = data<int64_t>(*index), count = index->size(0);
+    for (int64_t i = 0; i < count; ++i)
+      STD_TORCH_CHECK(0 <= at[i] && at[i] < w.rows, "index: expected rows of the packed weight, 0 to N - 1");
+  }
+  Tensor out = torch::stable::new_empty(raw, {count, columns}, dtype_of(w));
+  decode(w, at, 0, count, columns, static_cast<uint16_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+template <class S>
+void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch, int64_t columns,
+           Tensor& out) {
+  const std::vector<float> arranged = arrange(data<S>(x), batch, columns, w.blocks, w.half());
+  const S* shift = bias ? data<S>(*bias) : nullptr;
+  S* to = static_cast<S*>(out.mutable_data_ptr());
+  parallel_for(0, w.rows, grain_of_rows(columns, ROWS), [&](int64_t begin, int64_t end) {
+    product(w, begin, end, arranged.data(), batch, level(), [&](int64_t t, int64_t row, float sum) {
+      if (shift) sum += load<1>(shift + row, 1)[0];
+      store<1>(to + t * w.rows + row, Vector<float, 1>{sum}, 1);
+    });
+  });
+}
+
+Tensor call_linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Some rows of W at a time are decoded and handed to torch's matmul, which gives those columns of the output.
+void tiled(const Weight& w, const Tensor& x, const Optional& bias, int64_t columns, Tensor& out) {
+  const int64_t step =
+      std::clamp<int64_t>(TILE_BYTES / 2 / std::max<int64_t>(1, columns), 1, std::max<int64_t>(1, w.rows));
+  Tensor buffer = torch::stable::empty({step, columns}, dtype_of(w));
+  for (int64_t first = 0; first < w.rows; first += step) {
+    const int64_t count = std::min(step, w.rows - first);
+    Tensor tile = torch::stable::narrow(buffer, 0, 0, count);
+    decode(w, nullptr, first, count, columns, static_cast<uint16_t*>(tile.mutable_data_ptr()));
+    if (tile.scalar_type() != x.scalar_type()) tile = torch::stable::to(tile, x.scalar_type());
+    Optional part = bias;
+    if (part) part = torch::stable::narrow(*part, 0, first, count);
+    Tensor columns_out = torch::stable::narrow(out, 1, first, count);
+    torch::stable::copy_(columns_out, call_linear(x, tile, part));
+  }
+}
+
+Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Tensor& escapes,
+              const Tensor& offsets, const Tensor& window, const Optional& bias, bool fuse) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x: expected [..., K]");
+  const int64_t columns = x.size(x.dim() - 1);
+  const Weight w = weight_of(raw, planes, escapes, offsets, window, columns);
+  if (bias) {
+    check_shape("bias", *bias, {w.rows});
+    check_dtype("bias", *bias, x.scalar_type());
+  }
+  std::vector<int64_t> sizes;
+  int64_t batch = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i)), batch *= x.size(i);
+  sizes.push_back(w.rows);
+  const Tensor dense = torch::stable::contiguous(x);
+  const Tensor flat = torch::stable::view(dense, {batch, columns});
+  const Optional shift = bias ? Optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  Tensor out = torch::stable::new_empty(x, {batch, w.rows});
+  const ScalarType dtype = x.scalar_type();
+  const bool suits = dtype == dtype_of(w) || dtype == ScalarType::Float;
+  if (out.numel() == 0) {
+  } else if (!fuse || !suits || batch > MAX_BATCH) {
+    tiled(w, flat, shift, columns, out);
+  } else if (dtype == ScalarType::Float) {
+    fused<float>(w, flat, shift, batch, columns, out);
+  } else if (dtype == ScalarType::Half) {
+    fused<Float16>(w, flat, shift, batch, columns, out);
+  } else {
+    fused<BFloat16>(w, flat, shift, batch, columns, out);
+  }
+  return torch::stable::view(out, sizes);
+}
+
+}  // namespace
+}  // namespace gaugekit::packed
+
+STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) {
+  m.impl("packed_survey", TORCH_BOX(&gaugekit::packed::survey));
+  m.impl("packed_encode", TORCH_BOX(&gaugekit::packed::encode));
+  m.impl("packed_rows", TORCH_BOX(&gaugekit::packed::rows));
+  m.impl("packed_linear", TORCH_BOX(&gaugekit::packed::linear));
+}

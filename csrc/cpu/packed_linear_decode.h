@@ -1,0 +1,311 @@
+// Decoding of packed weights (docs/packed.md). Free of torch.
+//
+// A segment (16 blocks of 64 weights of one row) is decoded in two steps. The first makes one byte a weight,
+// the part of the 16-bit word that the planes hold: bfloat16's exponent, float16's whole high byte. The few
+// escaped exponents are patched into these bytes one by one. The second step joins them with the raw bytes,
+// in registers, into the words.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "common/isa.h"
+
+#ifdef GAUGEKIT_X86
+// GCC 12 takes the undefined operands inside its own intrinsics for uninitialised variables.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#define GAUGEKIT_PACKED_AVX2 __attribute__((target("avx2,fma,f16c,bmi,popcnt")))
+#define GAUGEKIT_PACKED_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")))
+#define GAUGEKIT_PACKED_VBMI2 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
+#endif
+
+namespace gaugekit::packed {
+
+constexpr int64_t BLOCK = 64, SEGMENT_BLOCKS = 16, SEGMENT = BLOCK * SEGMENT_BLOCKS;
+// Escapes are patched four at a time without a branch, so a stream is read, and bytes are written, a little
+// further.
+constexpr int64_t SLACK = 64;
+
+enum class Level { portable, avx2, avx512, vbmi2 };
+
+inline Level level() {
+  static const Level found = [] {
+#ifdef GAUGEKIT_X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("bmi") || !__builtin_cpu_supports("popcnt")) return Level::portable;
+    if (isa() == Isa::avx512) return __builtin_cpu_supports("avx512vbmi2") ? Level::vbmi2 : Level::avx512;
+    if (isa() == Isa::avx2) return Level::avx2;
+#endif
+    return Level::portable;
+  }();
+  return found;
+}
+
+struct Weight {
+  const uint8_t* raw;
+  const uint64_t* planes;
+  const uint8_t* escapes;
+  const int32_t* offsets;
+  const uint8_t* window;
+  int64_t rows, blocks, escape_count, plane_count;
+
+  bool half() const { return plane_count > 4; }
+  int code_bits() const { return static_cast<int>(half() ? plane_count - 3 : plane_count); }
+  int64_t segments() const { return (blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS; }
+  const uint8_t* raw_at(int64_t row, int64_t segment) const {
+    return raw + row * blocks * BLOCK + segment * SEGMENT;
+  }
+  const uint64_t* planes_at(int64_t row, int64_t segment) const {
+    return planes + row * plane_count * blocks + segment * SEGMENT_BLOCKS;
+  }
+};
+
+// One row's part of a segment, ready to decode.
+struct Segment {
+  const uint8_t* raw;
+  const uint64_t* planes;  // plane p at planes + p * stride
+  int64_t stride;
+  const uint8_t* escapes;
+  int64_t blocks;
+  uint8_t window;
+};
+
+// `tail` (SEGMENT + SLACK bytes) holds the escapes where the stream ends too soon to be read freely.
+inline Segment segment_of(const Weight& w, int64_t row, int64_t s, uint8_t* tail) {
+  const int64_t offset = std::clamp<int64_t>(w.offsets[row * w.segments() + s], 0, w.escape_count);
+  const uint8_t* escapes = w.escapes + offset;
+  const int64_t left = w.escape_count - offset;
+  if (left < SEGMENT + SLACK) {
+    std::memset(tail, 0, SEGMENT + SLACK);
+    if (left > 0) std::memcpy(tail, escapes, std::min(left, SEGMENT));
+    escapes = tail;
+  }
+  return {w.raw_at(row, s),
+          w.planes_at(row, s),
+          w.blocks,
+          escapes,
+          std::min(SEGMENT_BLOCKS, w.blocks - s * SEGMENT_BLOCKS),
+          w.window[row]};
+}
+
+// What plane p adds to the byte.
+template <bool HALF, int C>
+constexpr uint8_t plane_value(int p) {
+  if (!HALF) return static_cast<uint8_t>(1 << p);
+  return p < C ? static_cast<uint8_t>(4 << p) : p == C ? 1 : p == C + 1 ? 2 : 0x80;
+}
+template <bool HALF, int C>
+constexpr int planes_of = HALF ? C + 3 : C;
+
+template <int C>
+GAUGEKIT_INLINE uint64_t escaped(const Segment& s, int64_t block) {
+  uint64_t mask = ~uint64_t(0);
+  for (int p = 0; p < C; ++p) mask &= s.planes[p * s.stride + block];
+  return mask;
+}
+
+// --- step one: bytes of a segment, [blocks * BLOCK + SLACK]
+// --------------------------------------------------------
+template <bool HALF, int C>
+void bytes_portable(const Segment& s, uint8_t* bytes) {
+  const uint8_t* next = s.escapes;
+  for (int64_t b = 0; b < s.blocks; ++b) {
+    uint8_t* to = bytes + b * BLOCK;
+    std::memset(to, HALF ? s.window << 2 : s.window, BLOCK);
+    for (int p = 0; p < planes_of<HALF, C>; ++p) {
+      const uint64_t plane = s.planes[p * s.stride + b];
+      for (int i = 0; i < BLOCK; ++i)
+        to[i] = static_cast<uint8_t>(to[i] + (plane >> i & 1) * plane_value<HALF, C>(p));
+    }
+    for (uint64_t mask = escaped<C>(s, b); mask; mask &= mask - 1) {
+      const uint8_t patch = *next++;
+      to[__builtin_ctzll(mask)] ^= static_cast<uint8_t>(HALF ? patch << 2 : patch);
+    }
+  }
+}
+
+#ifdef GAUGEKIT_X86
+// A block rarely has more than four escapes. Where it has fewer, the place is the first byte after the block,
+// which the next block writes over.
+template <bool HALF>
+__attribute__((target("bmi,popcnt"), always_inline)) inline const uint8_t* patch(uint8_t* to, uint64_t mask,
+                                                                                 const uint8_t* next) {
+  const int count = static_cast<int>(_mm_popcnt_u64(mask));
+  for (int i = 0; i < 4; ++i) {
+    to[_tzcnt_u64(mask)] ^= static_cast<uint8_t>(HALF ? next[i] << 2 : next[i]);
+    mask = _blsr_u64(mask);
+  }
+  for (int i = 4; mask; ++i, mask = _blsr_u64(mask))
+    to[_tzcnt_u64(mask)] ^= static_cast<uint8_t>(HALF ? next[i] << 2 : next[i]);
+  return next + count;
+}
+
+template <bool HALF, int C>
+GAUGEKIT_PACKED_AVX2 void bytes_avx2(const Segment& s, uint8_t* bytes) {
+  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2,
+                                          2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+  const __m256i base = _mm256_set1_epi8(static_cast<char>(HALF ? s.window << 2 : s.window));
+  const uint8_t* next = s.escapes;
+  for (int64_t b = 0; b < s.blocks; ++b) {
+    __m256i part[2] = {base, base};
+    for (int p = 0; p < planes_of<HALF, C>; ++p) {
+      const uint64_t plane = s.planes[p * s.stride + b];
+      const __m256i value = _mm256_set1_epi8(static_cast<char>(plane_value<HALF, C>(p)));
+      for (int h = 0; h < 2; ++h) {
+        const __m256i held =
+            _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(plane >> 32 * h)), spread);
+        const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(held, bit), bit);
+        part[h] = _mm256_add_epi8(part[h], _mm256_and_si256(set, value));
+      }
+    }
+    uint8_t* to = bytes + b * BLOCK;
+    for (int h = 0; h < 2; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h), part[h]);
+    next = patch<HALF>(to, escaped<C>(s, b), next);
+  }
+}
+
+template <bool HALF, int C>
+__attribute__((target("avx512f,avx512bw"), always_inline)) inline __m512i bytes_of_planes(const Segment& s,
+                                                                                          int64_t b) {
+  __m512i v = _mm512_set1_epi8(static_cast<char>(HALF ? s.window << 2 : s.window));
+  for (int p = 0; p < planes_of<HALF, C>; ++p)
+    v = _mm512_mask_add_epi8(v, s.planes[p * s.stride + b], v,
+                             _mm512_set1_epi8(static_cast<char>(plane_value<HALF, C>(p))));
+  return v;
+}
+
+template <bool HALF, int C>
+GAUGEKIT_PACKED_AVX512 void bytes_avx512(const Segment& s, uint8_t* bytes) {
+  const uint8_t* next = s.escapes;
+  for (int64_t b = 0; b < s.blocks; ++b) {
+    uint8_t* to = bytes + b * BLOCK;
+    _mm512_storeu_si512(to, bytes_of_planes<HALF, C>(s, b));
+    next = patch<HALF>(to, escaped<C>(s, b), next);
+  }
+}
+
+template <bool HALF, int C>
+GAUGEKIT_PACKED_VBMI2 void bytes_vbmi2(const Segment& s, uint8_t* bytes) {
+  const uint8_t* next = s.escapes;
+  for (int64_t b = 0; b < s.blocks; ++b) {
+    const uint64_t mask = escaped<C>(s, b);
+    __m512i patches = _mm512_maskz_expandloadu_epi8(mask, next);
+    if (HALF) patches = _mm512_slli_epi16(patches, 2);  // five bits a byte: nothing crosses into the next
+    _mm512_storeu_si512(bytes + b * BLOCK, _mm512_xor_si512(bytes_of_planes<HALF, C>(s, b), patches));
+    next += _mm_popcnt_u64(mask);
+  }
+}
+#endif
+
+template <bool HALF, int C>
+void bytes_of(const Segment& s, uint8_t* bytes, Level l) {
+#ifdef GAUGEKIT_X86
+  if (l == Level::vbmi2) return bytes_vbmi2<HALF, C>(s, bytes);
+  if (l == Level::avx512) return bytes_avx512<HALF, C>(s, bytes);
+  if (l == Level::avx2) return bytes_avx2<HALF, C>(s, bytes);
+#endif
+  bytes_portable<HALF, C>(s, bytes);
+}
+
+inline void bytes_of(const Weight& w, const Segment& s, uint8_t* bytes, Level l) {
+  if (w.half()) return w.code_bits() == 3 ? bytes_of<true, 3>(s, bytes, l) : bytes_of<true, 4>(s, bytes, l);
+  return w.code_bits() == 3 ? bytes_of<false, 3>(s, bytes, l) : bytes_of<false, 4>(s, bytes, l);
+}
+
+// --- step two: words
+// ------------------------------------------------------------------------------------------------
+GAUGEKIT_INLINE uint16_t word_of(bool half, uint8_t raw, uint8_t byte) {
+  if (half) return static_cast<uint16_t>(byte << 8 | raw);
+  return static_cast<uint16_t>((raw & 0x80) << 8 | byte << 7 | (raw & 0x7f));
+}
+
+#ifdef GAUGEKIT_X86
+// The words of 64 weights in two registers, each 128-bit lane q holding weights 16q + 0..7 (lo) and 16q
+// + 8..15 (hi).
+template <bool HALF>
+__attribute__((target("avx512f,avx512bw"), always_inline)) inline void words_of(__m512i raw, __m512i byte,
+                                                                                __m512i& lo, __m512i& hi) {
+  if (!HALF) {
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    const __m512i low =
+        _mm512_ternarylogic_epi32(sign, _mm512_slli_epi16(byte, 7), raw, 0xca);  // sign ? a : b
+    byte = _mm512_ternarylogic_epi32(sign, raw, _mm512_srli_epi16(byte, 1), 0xca);
+    raw = low;
+  }
+  lo = _mm512_unpacklo_epi8(raw, byte);
+  hi = _mm512_unpackhi_epi8(raw, byte);
+}
+
+template <bool HALF>
+GAUGEKIT_PACKED_AVX512 void join_avx512(const uint8_t* raw, const uint8_t* bytes, int64_t blocks,
+                                        uint16_t* out) {
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int64_t b = 0; b < blocks; ++b) {
+    __m512i lo, hi;
+    words_of<HALF>(_mm512_loadu_si512(raw + b * BLOCK), _mm512_loadu_si512(bytes + b * BLOCK), lo, hi);
+    _mm512_storeu_si512(out + b * BLOCK, _mm512_permutex2var_epi64(lo, first, hi));
+    _mm512_storeu_si512(out + b * BLOCK + 32, _mm512_permutex2var_epi64(lo, second, hi));
+  }
+}
+
+template <bool HALF>
+__attribute__((target("avx2"), always_inline)) inline void words_of(__m256i raw, __m256i byte, __m256i& lo,
+                                                                    __m256i& hi) {
+  if (!HALF) {
+    const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
+    const __m256i low =
+        _mm256_or_si256(_mm256_and_si256(sign, _mm256_slli_epi16(byte, 7)), _mm256_andnot_si256(sign, raw));
+    byte =
+        _mm256_or_si256(_mm256_and_si256(sign, raw), _mm256_andnot_si256(sign, _mm256_srli_epi16(byte, 1)));
+    raw = low;
+  }
+  lo = _mm256_unpacklo_epi8(raw, byte);
+  hi = _mm256_unpackhi_epi8(raw, byte);
+}
+
+template <bool HALF>
+GAUGEKIT_PACKED_AVX2 void join_avx2(const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out) {
+  for (int64_t i = 0; i < blocks * BLOCK; i += 32) {
+    __m256i lo, hi;
+    words_of<HALF>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(raw + i)),
+                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i)), lo, hi);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_permute2x128_si256(lo, hi, 0x20));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i + 16), _mm256_permute2x128_si256(lo, hi, 0x31));
+  }
+}
+#endif
+
+inline void join(bool half, const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out,
+                 Level l) {
+#ifdef GAUGEKIT_X86
+  if (l >= Level::avx512)
+    return half ? join_avx512<true>(raw, bytes, blocks, out) : join_avx512<false>(raw, bytes, blocks, out);
+  if (l == Level::avx2)
+    return half ? join_avx2<true>(raw, bytes, blocks, out) : join_avx2<false>(raw, bytes, blocks, out);
+#endif
+  for (int64_t i = 0; i < blocks * BLOCK; ++i) out[i] = word_of(half, raw[i], bytes[i]);
+}
+
+// The first `columns` weights of a row as 16-bit words.
+inline void decode_row(const Weight& w, int64_t row, int64_t columns, uint16_t* out, Level l) {
+  alignas(64) uint8_t bytes[SEGMENT + SLACK], tail[SEGMENT + SLACK];
+  alignas(64) uint16_t last[SEGMENT];
+  for (int64_t s = 0; s < w.segments(); ++s) {
+    const Segment segment = segment_of(w, row, s, tail);
+    const int64_t count = std::min(SEGMENT, columns - s * SEGMENT);
+    bytes_of(w, segment, bytes, l);
+    const bool whole = count == segment.blocks * BLOCK;
+    join(w.half(), segment.raw, bytes, segment.blocks, whole ? out + s * SEGMENT : last, l);
+    if (!whole) std::memcpy(out + s * SEGMENT, last, count * sizeof(uint16_t));
+  }
+}
+
+}  // namespace gaugekit::packed

@@ -1,0 +1,170 @@
+// Packing (docs/packed.md): a survey that finds every row's window, then the encoding itself. Free of torch.
+#pragma once
+
+#include "packed_linear_decode.h"
+
+namespace gaugekit::packed {
+
+struct Words {
+  const uint16_t* data;
+  int64_t rows, columns;
+  bool half;
+  int first() const { return half ? 10 : 7; }
+  int largest() const { return half ? 31 : 255; }
+};
+
+// For codes of 3 and of 4 bits: the smallest first exponent that leaves the fewest outside, and how many
+// those are.
+struct Survey {
+  int32_t window[2], escapes[2];
+};
+
+inline Survey survey_row(const Words& w, int64_t row) {
+  // Four tables, so that equal exponents side by side do not wait for each other.
+  uint32_t counts[4][256] = {};
+  const uint16_t* x = w.data + row * w.columns;
+  const int shift = w.first(), largest = w.largest();
+  int64_t k = 0;
+  for (; k + 4 <= w.columns; k += 4)
+    for (int i = 0; i < 4; ++i) ++counts[i][x[k + i] >> shift & largest];
+  for (; k < w.columns; ++k) ++counts[0][x[k] >> shift & largest];
+  for (int e = 0; e <= largest; ++e) counts[0][e] += counts[1][e] + counts[2][e] + counts[3][e];
+  Survey found{};
+  for (int c = 0; c < 2; ++c) {
+    const int width = c == 0 ? 7 : 15;
+    uint32_t inside = 0;
+    for (int e = 0; e < width; ++e) inside += counts[0][e];
+    uint32_t best = inside;
+    for (int base = 1; base + width <= largest; ++base) {
+      inside += counts[0][base + width - 1] - counts[0][base - 1];
+      if (inside > best) best = inside, found.window[c] = base;
+    }
+    found.escapes[c] = static_cast<int32_t>(w.columns - best);
+  }
+  return found;
+}
+
+// Where one row goes; escapes end at `limit` whatever the survey said.
+struct Target {
+  uint8_t* raw;
+  uint64_t* planes;  // plane p at planes + p * blocks
+  int64_t blocks;
+  uint8_t *escapes, *limit;
+  uint8_t window;
+};
+
+// One block from `count` words; returns the escapes' end.
+template <bool HALF, int C>
+uint8_t* encode_block_portable(const uint16_t* x, int64_t count, const Target& t, int64_t b,
+                               uint8_t* escapes) {
+  uint64_t plane[planes_of<HALF, C>] = {};
+  constexpr int last = (1 << C) - 1;
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const uint16_t word = i < count ? x[i] : 0;
+    t.raw[b * BLOCK + i] = static_cast<uint8_t>(HALF ? word : (word >> 8 & 0x80) | (word & 0x7f));
+    if (i >= count) continue;
+    const int exponent = HALF ? word >> 10 & 31 : word >> 7 & 255;
+    int code = exponent - t.window;
+    if (code < 0 || code >= last) {
+      code = last;
+      if (escapes < t.limit) *escapes++ = static_cast<uint8_t>(exponent ^ (t.window + last));
+    }
+    for (int p = 0; p < C; ++p) plane[p] |= uint64_t(code >> p & 1) << i;
+    if (HALF)
+      for (int p = 0; p < 3; ++p) plane[C + p] |= uint64_t(word >> (p == 2 ? 15 : 8 + p) & 1) << i;
+  }
+  for (int p = 0; p < planes_of<HALF, C>; ++p) t.planes[p * t.blocks + b] = plane[p];
+  return escapes;
+}
+
+#ifdef GAUGEKIT_X86
+// Bytes of 32 words in their order.
+__attribute__((target("avx2"), always_inline)) inline __m256i narrow(__m256i a, __m256i b) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xd8);
+}
+
+template <int BIT>
+__attribute__((target("avx2"), always_inline)) inline uint64_t bits_at(__m256i bytes) {
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(bytes, 7 - BIT)));
+}
+
+template <bool HALF, int C>
+GAUGEKIT_PACKED_AVX2 uint8_t* encode_blocks_avx2(const uint16_t* x, int64_t blocks, const Target& t,
+                                                 uint8_t* escapes) {
+  constexpr int last = (1 << C) - 1;
+  const __m256i low = _mm256_set1_epi16(0xff), base = _mm256_set1_epi8(static_cast<char>(t.window));
+  const __m256i inner = _mm256_set1_epi8(last - 1), outer = _mm256_set1_epi8(last);
+  alignas(32) uint8_t exponents[BLOCK];
+  for (int64_t b = 0; b < blocks; ++b) {
+    uint64_t plane[7] = {}, outside = 0;
+    for (int h = 0; h < 2; ++h) {
+      const __m256i* from = reinterpret_cast<const __m256i*>(x + b * BLOCK + 32 * h);
+      const __m256i w0 = _mm256_loadu_si256(from), w1 = _mm256_loadu_si256(from + 1);
+      const __m256i bottom = narrow(_mm256_and_si256(w0, low), _mm256_and_si256(w1, low));
+      const __m256i top = narrow(_mm256_srli_epi16(w0, 8), _mm256_srli_epi16(w1, 8));
+      __m256i raw = bottom, exponent;
+      if (HALF) {
+        exponent = _mm256_and_si256(_mm256_srli_epi16(top, 2), _mm256_set1_epi8(31));
+      } else {
+        const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
+        raw = _mm256_or_si256(_mm256_and_si256(sign, top), _mm256_andnot_si256(sign, bottom));
+        exponent = narrow(_mm256_and_si256(_mm256_srli_epi16(w0, 7), low),
+                          _mm256_and_si256(_mm256_srli_epi16(w1, 7), low));
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(t.raw + b * BLOCK + 32 * h), raw);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(exponents + 32 * h), exponent);
+      __m256i code = _mm256_sub_epi8(exponent, base);
+      const __m256i inside = _mm256_cmpeq_epi8(_mm256_min_epu8(code, inner), code);
+      code = _mm256_blendv_epi8(outer, code, inside);
+      outside |= static_cast<uint64_t>(~static_cast<uint32_t>(_mm256_movemask_epi8(inside))) << 32 * h;
+      plane[0] |= bits_at<0>(code) << 32 * h;
+      plane[1] |= bits_at<1>(code) << 32 * h;
+      plane[2] |= bits_at<2>(code) << 32 * h;
+      if (C == 4) plane[3] |= bits_at<3>(code) << 32 * h;
+      if (HALF) {
+        plane[C] |= bits_at<0>(top) << 32 * h;
+        plane[C + 1] |= bits_at<1>(top) << 32 * h;
+        plane[C + 2] |= bits_at<7>(top) << 32 * h;
+      }
+    }
+    for (int p = 0; p < planes_of<HALF, C>; ++p) t.planes[p * t.blocks + b] = plane[p];
+    for (; outside && escapes < t.limit; outside &= outside - 1)
+      *escapes++ = static_cast<uint8_t>(exponents[__builtin_ctzll(outside)] ^ (t.window + last));
+  }
+  return escapes;
+}
+#endif
+
+// `offsets` gets where each of the row's segments begins, counted from `start`.
+template <bool HALF, int C>
+void encode_row(const uint16_t* x, int64_t columns, const Target& t, int64_t start, int32_t* offsets,
+                Level l) {
+  uint8_t* escapes = t.escapes;
+  for (int64_t first = 0; first < t.blocks; first += SEGMENT_BLOCKS) {
+    *offsets++ = static_cast<int32_t>(start + (escapes - t.escapes));
+    const int64_t stop = std::min(t.blocks, first + SEGMENT_BLOCKS);
+    int64_t b = first;
+#ifdef GAUGEKIT_X86
+    if (l != Level::portable) {
+      const int64_t whole = std::min(stop, columns / BLOCK) - first;
+      const Target part{t.raw + first * BLOCK, t.planes + first, t.blocks, t.escapes, t.limit, t.window};
+      if (whole > 0)
+        escapes = encode_blocks_avx2<HALF, C>(x + first * BLOCK, whole, part, escapes), b += whole;
+    }
+#endif
+    for (; b < stop; ++b)
+      escapes =
+          encode_block_portable<HALF, C>(x + b * BLOCK, std::min(BLOCK, columns - b * BLOCK), t, b, escapes);
+  }
+}
+
+inline void encode_row(const uint16_t* x, int64_t columns, bool half, int code_bits, const Target& t,
+                       int64_t start, int32_t* offsets, Level l) {
+  if (half)
+    return code_bits == 3 ? encode_row<true, 3>(x, columns, t, start, offsets, l)
+                          : encode_row<true, 4>(x, columns, t, start, offsets, l);
+  return code_bits == 3 ? encode_row<false, 3>(x, columns, t, start, offsets, l)
+                        : encode_row<false, 4>(x, columns, t, start, offsets, l);
+}
+
+}  // namespace gaugekit::packed

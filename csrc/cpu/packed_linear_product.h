@@ -1,0 +1,261 @@
+// y = x Wᵀ for a few rows x, W packed: each segment is decoded once and multiplied with every x. Free of
+// torch.
+//
+// The order of summation is fixed, the same on every processor and for every batch. Weight p of a block is
+// added to one of 64 running float sums, (v, j) with p = position(v, j), block after block; at a row's end
+// t[j] = (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]), and then t is halved by t[j] += t[j + w], w = 8,
+// 4, 2, 1. Products of 16-bit numbers are exact in float, so there fused and separate multiply-adds agree bit
+// for bit.
+#pragma once
+
+#include <vector>
+
+#include "common/simd.h"
+#include "packed_linear_decode.h"
+
+namespace gaugekit::packed {
+
+constexpr int ROWS =
+    4;  // rows decoded together, so that x is read from the second-level cache once for all of them
+constexpr int MAX_BATCH = 16;
+
+// Which weight of a block stands in lane j of vector v, after words_of and the widening to float.
+constexpr int position(bool half, int v, int j) {
+  return half ? 16 * ((v & 1) * 2 + j / 8) + j % 8 + 8 * (v >> 1)
+              : 16 * (j / 4) + 2 * (j % 4) + (v & 1) + 8 * (v >> 1);
+}
+
+// x as float in the order of the sums, zero beyond its columns: [batch][blocks][4][16].
+template <class S>
+std::vector<float> arrange(const S* x, int64_t batch, int64_t columns, int64_t blocks, bool half) {
+  std::vector<float> arranged(batch * blocks * BLOCK, 0.0f);
+  int place[BLOCK];
+  for (int i = 0; i < BLOCK; ++i) place[i] = position(half, i / 16, i % 16);
+  for (int64_t t = 0; t < batch; ++t)
+    for (int64_t b = 0; b < blocks; ++b) {
+      float* to = arranged.data() + (t * blocks + b) * BLOCK;
+      const S* from = x + t * columns + b * BLOCK;
+      const int64_t count = std::min(BLOCK, columns - b * BLOCK);
+      for (int i = 0; i < BLOCK; ++i)
+        if (place[i] < count) to[i] = load<1>(from + place[i], 1)[0];
+    }
+  return arranged;
+}
+
+// One segment of R rows times T rows of x; sums are [R][T][64].
+template <int R, int T>
+struct Tile {
+  const uint8_t* raw[R];
+  const uint8_t* bytes[R];
+  const uint8_t* next[R];  // what will be read after this segment
+  const float* x[T];
+  float* sums[R];  // of row r: [T][64]
+  int64_t blocks;
+};
+
+inline void multiply_portable(bool half, const Tile<1, 1>& f) {
+  int place[BLOCK];
+  for (int i = 0; i < BLOCK; ++i) place[i] = position(half, i / 16, i % 16);
+  for (int64_t b = 0; b < f.blocks; ++b) {
+    float words[BLOCK];
+    for (int i = 0; i < BLOCK; ++i) {
+      const uint16_t word = word_of(half, f.raw[0][b * BLOCK + i], f.bytes[0][b * BLOCK + i]);
+      words[i] =
+          half ? widen<1>(Vector<uint16_t, 1>{word}, Float16{})[0] : bits_as<float>(uint32_t(word) << 16);
+    }
+    for (int i = 0; i < BLOCK; ++i) f.sums[0][i] = words[place[i]] * f.x[0][b * BLOCK + i] + f.sums[0][i];
+  }
+}
+
+#ifdef GAUGEKIT_X86
+template <bool HALF>
+GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile<1, 1>& f) {
+  __m256 sum[8];
+  for (int i = 0; i < 8; ++i) sum[i] = _mm256_loadu_ps(f.sums[0] + 8 * i);
+  for (int64_t b = 0; b < f.blocks; ++b) {
+    const float* x = f.x[0] + b * BLOCK;
+    _mm_prefetch(reinterpret_cast<const char*>(f.next[0] + b * BLOCK), _MM_HINT_T0);
+    for (int h = 0; h < 2; ++h) {
+      __m256i lo, hi;
+      words_of<HALF>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(f.raw[0] + b * BLOCK + 32 * h)),
+                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f.bytes[0] + b * BLOCK + 32 * h)),
+                     lo, hi);
+      // Half h of the block fills lanes 8h.. of the four vectors (bfloat16), or vectors h and h + 2
+      // (float16).
+      if (HALF) {
+        const int v = 2 * h;
+        const auto add = [&](int i, __m128i word) GAUGEKIT_PACKED_AVX2 {
+          sum[i] = _mm256_fmadd_ps(_mm256_cvtph_ps(word), _mm256_loadu_ps(x + 8 * i), sum[i]);
+        };
+        add(v, _mm256_castsi256_si128(lo));
+        add(v + 1, _mm256_extracti128_si256(lo, 1));
+        add(v + 4, _mm256_castsi256_si128(hi));
+        add(v + 5, _mm256_extracti128_si256(hi, 1));
+      } else {
+        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+        const auto add = [&](int i, __m256i word) GAUGEKIT_PACKED_AVX2 {
+          sum[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(word), _mm256_loadu_ps(x + 8 * i), sum[i]);
+        };
+        add(h, _mm256_slli_epi32(lo, 16));
+        add(2 + h, _mm256_and_si256(lo, upper));
+        add(4 + h, _mm256_slli_epi32(hi, 16));
+        add(6 + h, _mm256_and_si256(hi, upper));
+      }
+    }
+  }
+  for (int i = 0; i < 8; ++i) _mm256_storeu_ps(f.sums[0] + 8 * i, sum[i]);
+}
+
+template <bool HALF, int R, int T>
+GAUGEKIT_PACKED_AVX512 void multiply_avx512(const Tile<R, T>& f) {
+  __m512 sum[R][T][4];
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < 4; ++v) sum[r][t][v] = _mm512_loadu_ps(f.sums[r] + (t * 4 + v) * 16);
+  for (int64_t b = 0; b < f.blocks; ++b) {
+    for (int r = 0; r < R; ++r) {
+      _mm_prefetch(reinterpret_cast<const char*>(f.next[r] + b * BLOCK), _MM_HINT_T0);
+      __m512i lo, hi;
+      words_of<HALF>(_mm512_loadu_si512(f.raw[r] + b * BLOCK), _mm512_loadu_si512(f.bytes[r] + b * BLOCK), lo,
+                     hi);
+      __m512 w[4];
+      if (HALF) {
+        w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(lo));
+        w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(lo, 1));
+        w[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(hi));
+        w[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(hi, 1));
+      } else {
+        const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+        w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(lo, 16));
+        w[1] = _mm512_castsi512_ps(_mm512_and_si512(lo, upper));
+        w[2] = _mm512_castsi512_ps(_mm512_slli_epi32(hi, 16));
+        w[3] = _mm512_castsi512_ps(_mm512_and_si512(hi, upper));
+      }
+      for (int t = 0; t < T; ++t)
+        for (int v = 0; v < 4; ++v)
+          sum[r][t][v] = _mm512_fmadd_ps(w[v], _mm512_loadu_ps(f.x[t] + b * BLOCK + 16 * v), sum[r][t][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < 4; ++v) _mm512_storeu_ps(f.sums[r] + (t * 4 + v) * 16, sum[r][t][v]);
+}
+#endif
+
+// What a call needs to multiply one segment of up to ROWS rows with the whole batch.
+struct Work {
+  const uint8_t *raw[ROWS], *bytes[ROWS], *next[ROWS];
+  const float* x;    // of batch row 0, at this segment
+  int64_t x_stride;  // to the next batch row
+  float* sums[ROWS];
+  int64_t blocks;
+  int rows;
+  bool half;
+};
+
+template <int R, int T>
+Tile<R, T> tile(const Work& w, int row, int64_t first) {
+  Tile<R, T> f;
+  for (int r = 0; r < R; ++r) {
+    f.raw[r] = w.raw[row + r], f.bytes[r] = w.bytes[row + r], f.next[r] = w.next[row + r];
+    f.sums[r] = w.sums[row + r] + first * BLOCK;
+  }
+  for (int t = 0; t < T; ++t) f.x[t] = w.x + (first + t) * w.x_stride;
+  f.blocks = w.blocks;
+  return f;
+}
+
+#ifdef GAUGEKIT_X86
+template <int R, int T>
+void multiply_avx512(const Work& w, int64_t first) {
+  int row = 0;
+  for (; row + R <= w.rows; row += R)
+    w.half ? multiply_avx512<true>(tile<R, T>(w, row, first))
+           : multiply_avx512<false>(tile<R, T>(w, row, first));
+  for (; row < w.rows; ++row)
+    w.half ? multiply_avx512<true>(tile<1, T>(w, row, first))
+           : multiply_avx512<false>(tile<1, T>(w, row, first));
+}
+#endif
+
+inline void multiply(const Work& w, int64_t batch, Level l) {
+#ifdef GAUGEKIT_X86
+  if (l >= Level::avx512) {
+    for (int64_t t = 0; t < batch;) {
+      const int64_t left = batch - t;
+      if (left >= 4) {
+        multiply_avx512<1, 4>(w, t), t += 4;
+      } else if (left == 3) {
+        multiply_avx512<2, 3>(w, t), t += 3;
+      } else if (left == 2) {
+        multiply_avx512<2, 2>(w, t), t += 2;
+      } else {
+        multiply_avx512<4, 1>(w, t), t += 1;
+      }
+    }
+    return;
+  }
+#endif
+  for (int row = 0; row < w.rows; ++row)
+    for (int64_t t = 0; t < batch; ++t) {
+      const Tile<1, 1> f = tile<1, 1>(w, row, t);
+#ifdef GAUGEKIT_X86
+      if (l == Level::avx2) {
+        w.half ? multiply_avx2<true>(f) : multiply_avx2<false>(f);
+        continue;
+      }
+#endif
+      multiply_portable(w.half, f);
+    }
+}
+
+inline float total(const float* sums) {
+  float t[16];
+  for (int j = 0; j < 16; ++j) t[j] = (sums[j] + sums[16 + j]) + (sums[32 + j] + sums[48 + j]);
+  for (int w = 8; w; w /= 2)
+    for (int j = 0; j < w; ++j) t[j] += t[j + w];
+  return t[0];
+}
+
+inline void prefetch_planes(const Weight& w, int64_t row, int64_t s) {
+#ifdef GAUGEKIT_X86
+  const uint64_t* planes = w.planes_at(row, s);
+  for (int64_t p = 0; p < w.plane_count; ++p)
+    for (int64_t b = 0; b < SEGMENT_BLOCKS; b += 8)
+      _mm_prefetch(reinterpret_cast<const char*>(planes + p * w.blocks + b), _MM_HINT_T0);
+#endif
+}
+
+// Rows [begin, end) of W: give(batch row, row, sum) is called once for each sum.
+template <class Give>
+void product(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t batch, Level l,
+             const Give& give) {
+  alignas(64) uint8_t bytes[ROWS][SEGMENT + SLACK], tails[ROWS][SEGMENT + SLACK];
+  alignas(64) float sums[ROWS][MAX_BATCH * BLOCK];
+  for (int64_t row = begin; row < end; row += ROWS) {
+    Work work{};
+    work.rows = static_cast<int>(std::min<int64_t>(ROWS, end - row));
+    work.half = w.half();
+    work.x_stride = w.blocks * BLOCK;
+    for (int r = 0; r < work.rows; ++r) std::memset(sums[r], 0, batch * BLOCK * sizeof(float));
+    for (int64_t s = 0; s < w.segments(); ++s) {
+      const bool last = s + 1 == w.segments();
+      for (int r = 0; r < work.rows; ++r) {
+        const int64_t next_row = last ? std::min(row + r + ROWS, w.rows - 1) : row + r,
+                      next = last ? 0 : s + 1;
+        const Segment segment = segment_of(w, row + r, s, tails[r]);
+        prefetch_planes(w, next_row, next);
+        bytes_of(w, segment, bytes[r], l);
+        work.raw[r] = segment.raw, work.bytes[r] = bytes[r], work.sums[r] = sums[r];
+        work.next[r] = w.raw_at(next_row, next);
+        work.blocks = segment.blocks;
+      }
+      work.x = x + s * SEGMENT;
+      multiply(work, batch, l);
+    }
+    for (int r = 0; r < work.rows; ++r)
+      for (int64_t t = 0; t < batch; ++t) give(t, row + r, total(sums[r] + t * BLOCK));
+  }
+}
+
+}  // namespace gaugekit::packed

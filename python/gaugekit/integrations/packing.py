@@ -1,0 +1,57 @@
+"""Packs each matrix as transformers reads it, so that loading needs little more memory than the packed model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+
+from ..nn.packed_matrix import PackedMatrix
+from ..nn.packing import packable, place
+from ..ops.rans import crc32c
+
+
+class Packing(ConversionOps):
+    """Packs the matrices of plain linear layers and embeddings, one at a time, while a checkpoint is read.
+
+    Until all are there, a stand-in of the matrix' shape and no memory takes its place, so that transformers ties a head
+    to its embedding as it always does; ``finish`` then puts the packed layers in, with one matrix where they are tied.
+    """
+
+    def __init__(self):
+        self.matrices: dict[int, tuple[nn.Parameter, PackedMatrix]] = {}
+
+    def check(self, dtype: torch.dtype, converted: bool) -> None:
+        """ValueError unless the model is loaded in a dtype that packs, from a plain directory."""
+        if converted:
+            raise ValueError(
+                "quantization_config: expected a plain directory for packed=True, got a converted one"
+            )
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: expected torch.bfloat16 or torch.float16 for packed=True, got {dtype}")
+
+    def takes(self, model: nn.Module, name: str) -> bool:
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        return (
+            last == "weight" and packable(module) and module.weight.dtype in (torch.bfloat16, torch.float16)
+        )
+
+    def convert(self, input_dict: dict, full_layer_name: str, model: nn.Module, **_) -> dict[str, Tensor]:
+        (value,) = input_dict.values()
+        value = value[0] if isinstance(value, list) else value
+        kind = model.get_submodule(full_layer_name.rpartition(".")[0]).weight.dtype
+        matrix = PackedMatrix.of(value.to(kind))
+        # Equal stand-ins mean equal matrices: transformers compares them before it ties two that both are in the file.
+        check = crc32c(matrix.raw.cpu().flatten(), crc32c(matrix.planes.cpu().flatten().view(torch.uint8)))
+        made = torch.tensor(check, dtype=torch.float64, device=value.device).expand(value.shape)
+        made = nn.Parameter(made, requires_grad=False)
+        self.matrices[id(made)] = (made, matrix)
+        return {full_layer_name: made}
+
+    def finish(self, model: nn.Module) -> None:
+        """Puts the packed layers in the place of those that hold stand-ins."""
+        for path, module in list(model.named_modules()):
+            if packable(module) and id(module.weight) in self.matrices:
+                place(model, path, self.matrices[id(module.weight)][1])
+        self.matrices.clear()

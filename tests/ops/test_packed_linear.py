@@ -1,0 +1,159 @@
+"""packed_linear against its oracle, its gradients, and what torch asks of an operator."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+import gaugekit as gk
+from gaugekit.ops import packed_linear as ops
+from gaugekit.ops.packed_linear import packed_linear
+from gaugekit.ops.packed_linear_weight import pack_weight
+from gaugekit.reference import packed_linear as reference
+from helpers import assert_accurate
+
+DTYPES = [torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (3, 64), (5, 70), (9, 1030)]
+
+
+def normal(n, k, dtype):
+    return (torch.randn(n, k) * 0.02).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 16, 17])
+def test_product(dtype, n, k, batch):
+    weight = normal(n, k, dtype)
+    packed = pack_weight(weight)
+    for kind in (dtype, torch.float32, torch.float64):
+        x, bias = torch.randn(batch, k).to(kind), torch.randn(n).to(kind)
+        y = packed_linear(x, packed, bias)
+        assert y.dtype == kind and y.is_contiguous()
+        assert_accurate(y, reference.packed_linear(x, *packed[:5], bias), linear(x, weight.to(kind), bias))
+
+
+def test_same_bits_for_every_batch_and_without_escapes():
+    """The order of summation is one: a row of x gives the same bits alone and among sixteen, however it was packed."""
+    weight, x = normal(7, 1500, torch.bfloat16), torch.randn(16, 1500).bfloat16()
+    together = packed_linear(x, pack_weight(weight))
+    for code_bits in (3, 4):
+        packed = pack_weight(weight, code_bits=code_bits)
+        assert torch.equal(packed_linear(x, packed), together)
+        assert torch.equal(torch.cat([packed_linear(x[i : i + 1], packed) for i in range(16)]), together)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3), (0,)])
+def test_leading_axes(shape):
+    weight = normal(5, 70, torch.bfloat16)
+    x = torch.randn(*shape, 70).bfloat16()
+    y = packed_linear(x, pack_weight(weight))
+    assert y.shape == (*shape, 5)
+    flat = packed_linear(x.reshape(-1, 70), pack_weight(weight))
+    assert torch.equal(y.reshape(-1, 5), flat)
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 5), (5, 0), (0, 0)])
+def test_empty(n, k):
+    packed = pack_weight(torch.zeros(n, k, dtype=torch.bfloat16))
+    bias = torch.ones(n, dtype=torch.bfloat16)
+    assert torch.equal(packed_linear(torch.ones(3, k).bfloat16(), packed, bias), bias.expand(3, n))
+
+
+def test_special_numbers_reach_the_output():
+    weight = torch.zeros(4, 70, dtype=torch.bfloat16)
+    weight[0, 3], weight[1, 65], weight[2, 69] = float("inf"), float("nan"), -float("inf")
+    y = packed_linear(torch.ones(1, 70).bfloat16(), pack_weight(weight))[0]
+    assert y[0] == float("inf") and y[1].isnan() and y[2] == -float("inf") and y[3] == 0
+
+
+def test_gradients():
+    weight = normal(5, 70, torch.bfloat16)
+    packed = pack_weight(weight)
+    x = torch.randn(3, 70, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, b: packed_linear(x, packed, b), (x, bias))
+    x16 = torch.randn(3, 70).bfloat16().requires_grad_()
+    packed_linear(x16, packed).sum().backward()
+    plain = x16.detach().clone().requires_grad_()
+    linear(plain, weight).sum().backward()
+    assert_accurate(x16.grad, weight.double().sum(0).expand(3, 70), plain.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("batch", [0, 2, 20])
+def test_opcheck_linear(dtype, biased, batch):
+    packed = pack_weight(normal(5, 70, dtype))
+    x = torch.randn(2, batch, 70).to(dtype).requires_grad_()
+    bias = torch.zeros(5, dtype=dtype, requires_grad=True) if biased else None
+    torch.library.opcheck(torch.ops.gaugekit.packed_linear.default, (x, *packed[:5], bias, batch < 4))
+    grad = torch.randn(2, batch, 5).to(dtype)
+    torch.library.opcheck(torch.ops.gaugekit.packed_linear_backward.default, (grad, *packed[:5], 70))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_layout(dtype):
+    weight = normal(5, 70, dtype)
+    packed, found = pack_weight(weight), torch.ops.gaugekit.packed_survey(weight)
+    begins = torch.nn.functional.pad(found[:, 0, 1].cumsum(0), (1, 0))
+    count = packed.escapes.numel()
+    torch.library.opcheck(torch.ops.gaugekit.packed_survey.default, (weight,))
+    torch.library.opcheck(torch.ops.gaugekit.packed_encode.default, (weight, packed.window, begins, 3, count))
+    for index in (None, torch.tensor([4, 0, 4]), torch.zeros(0, dtype=torch.int64)):
+        torch.library.opcheck(torch.ops.gaugekit.packed_rows.default, (index, *packed))
+
+
+def test_compiles():
+    weight = normal(5, 70, torch.bfloat16)
+    packed = pack_weight(weight)
+    graphs = []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(packed_linear, fullgraph=True, backend=backend)
+    for batch in (1, 3, 40):
+        x = torch.randn(batch, 70).bfloat16().requires_grad_()
+        y = compiled(x, packed)
+        assert torch.equal(y, packed_linear(x, packed))
+        y.sum().backward()
+        assert x.grad is not None
+    assert graphs
+
+
+BAD = [
+    (dict(x=torch.zeros(2, 69).bfloat16()), "x: expected \\[..., 70\\], got \\[2, 69\\]"),
+    (dict(x=torch.zeros(2, 70).half()), "x: expected torch.bfloat16, float32 or float64"),
+    (dict(x=torch.zeros(2, 70, device="meta").bfloat16()), "x: expected it on cpu"),
+    (dict(bias=torch.zeros(4).bfloat16()), "bias: expected \\[5\\]"),
+    (dict(bias=torch.zeros(5)), "bias: expected \\[5\\] of torch.bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input(change, message):
+    packed = pack_weight(normal(5, 70, torch.bfloat16))
+    with pytest.raises(ValueError, match=message):
+        packed_linear(**({"x": torch.zeros(2, 70).bfloat16(), "packed": packed, "bias": None} | change))
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "message"),
+    [
+        (torch.zeros(2, 3), {}, "weight: expected bfloat16 or float16, got torch.float32"),
+        (torch.zeros(3).half(), {}, "weight: expected \\[N, K\\], got \\[3\\]"),
+        (torch.zeros(2, 3).half(), {"code_bits": 5}, "code_bits: expected 3, 4 or None, got 5"),
+    ],
+)
+def test_bad_weight(weight, options, message):
+    with pytest.raises(ValueError, match=message):
+        gk.pack_weight(weight, **options)
+
+
+def test_plan_is_a_table():
+    assert ops.plan(1, torch.bfloat16, "cpu") == ops.plan(16, torch.float32, "cpu") == "fused"
+    assert ops.plan(17, torch.bfloat16, "cpu") == ops.plan(1, torch.float64, "cpu") == "decode"
+    assert ops.plan(1, torch.bfloat16, "mps") == "decode"
