@@ -1,5 +1,9 @@
 """Packing loses no bit of any pattern, every path makes and reads the same bytes, and damage is refused or harmless."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,3 +121,31 @@ def test_parts_of_other_shapes_are_refused(name):
     if _library.implementation("packed_linear"):
         with pytest.raises(RuntimeError, match="expected"):
             torch.ops.gaugekit.packed_linear(torch.zeros(1, 130).bfloat16(), *broken[:5], None, True)
+
+
+SCRIPT = """
+import sys, torch, gaugekit as gk
+torch.manual_seed(0)
+out = []
+for dtype in (torch.bfloat16, torch.float16):
+    weight = (torch.randint(-999, 999, (37, 1500)) / 2**14).to(dtype)  # torch.randn differs between levels itself
+    weight[:, ::97] *= 1e3
+    for code in (3, 4):
+        packed = gk.pack_weight(weight, code_bits=code)
+        out += [*packed[:5], gk.unpack_weight(packed)]
+        out += [gk.packed_linear((torch.randint(-99, 99, (b, 1500)) / 16).to(dtype), packed) for b in (1, 2, 3, 5, 16)]
+torch.save(out, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(not _library.implementation("packed_linear"), reason="needs the CPU binary")
+def test_instruction_sets_agree(tmp_path):
+    """The portable, AVX2 and widest paths make the same bytes, and the same bits of the product."""
+    results = []
+    for level in ("default", "avx2", "avx512"):
+        target = tmp_path / level
+        subprocess.run([sys.executable, "-c", SCRIPT, str(target)], check=True,
+                       env=os.environ | {"ATEN_CPU_CAPABILITY": level})  # fmt: skip
+        results.append(torch.load(target))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
