@@ -1,5 +1,8 @@
 // gaugekit::rans_encode, rans_open, rans_decode and crc32c on the CPU: chunks in parallel, then the
 // registration.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,7 +26,7 @@ using torch::stable::Tensor;
 // returns the bytes written. Chunks are coded a batch at a time, one a thread, so that each lands where the
 // one before it ends.
 uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, int chunk_log2,
-                     const int64_t* shape, int rank, uint8_t* out) {
+                     const int64_t* shape, int rank, uint8_t* out, Isa path) {
   const uint64_t width = element_bytes(element), chunks = chunk_count(count, chunk_log2);
   std::vector<ChunkEntry> entries(chunks);
   uint64_t cursor = padded(kHeaderBytes + 8 * uint64_t(rank)) + chunks * kIndexEntryBytes;
@@ -37,14 +40,14 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
     const uint64_t n = std::min(batch, chunks - first);
     if (n == 1) {
       entries[first] = encode_chunk(in + (first << chunk_log2) * width, symbols(first), element, model,
-                                    out + cursor, scratch[0]);
+                                    out + cursor, scratch[0], path);
     } else {
       torch::stable::parallel_for(0, int64_t(n), 1, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           const uint64_t i = first + k;
           staged[k].resize(padded(symbols(i) * width));
           entries[i] = encode_chunk(in + (i << chunk_log2) * width, symbols(i), element, model,
-                                    staged[k].data(), scratch[k]);
+                                    staged[k].data(), scratch[k], path);
         }
       });
     }
@@ -61,14 +64,14 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
 
 // Elements [start, stop) into `out`, chunks in parallel. Of several damaged chunks the first one's error is
 // returned.
-const char* decode_blob(const Blob& blob, uint64_t start, uint64_t stop, uint8_t* out) {
+const char* decode_blob(const Blob& blob, uint64_t start, uint64_t stop, uint8_t* out, Isa path) {
   if (start == stop) return nullptr;
   const uint64_t last_chunk = blob.chunks - 1;
   const uint64_t from = std::min(start >> blob.chunk_log2, last_chunk);
   const uint64_t to = std::min((stop - 1) >> blob.chunk_log2, last_chunk) + 1;
   std::vector<const char*> errors(to - from, nullptr);
   torch::stable::parallel_for(int64_t(from), int64_t(to), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) errors[i - from] = decode_overlap(blob, i, start, stop, out);
+    for (int64_t i = begin; i < end; ++i) errors[i - from] = decode_overlap(blob, i, start, stop, out, path);
   });
   for (const char* error : errors)
     if (error) return error;
@@ -80,6 +83,12 @@ void check_bytes(const Tensor& tensor, const char* name) {
                   name, ": expected a contiguous one-dimensional uint8 tensor");
 }
 
+// 0 portable, 1 AVX2, 2 AVX-512, or the widest the processor has where that is less; -1 that widest.
+Isa chosen(int64_t path) {
+  STD_TORCH_CHECK(-1 <= path && path <= 2, "path: expected -1 to 2");
+  return path < 0 ? isa() : std::min(Isa(path), isa());
+}
+
 Blob opened(const Tensor& blob) {
   check_bytes(blob, "blob");
   Blob result{};
@@ -88,8 +97,20 @@ Blob opened(const Tensor& blob) {
   return result;
 }
 
+// Filling new pages of 4 KiB takes longer than coding into them. Only allocations that the C library maps
+// anew are asked for, so that no other memory changes.
+void use_huge_pages(void* data, uint64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uint64_t kMapped = uint64_t(1) << 25, kPage = uint64_t(1) << 21;
+  if (bytes < kMapped) return;
+  const uint64_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uint64_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal costs speed only
+#endif
+}
+
 Tensor rans_encode(const Tensor& data, const Tensor& shape, int64_t element, int64_t model,
-                   int64_t chunk_log2) {
+                   int64_t chunk_log2, int64_t path) {
   check_bytes(data, "data");
   STD_TORCH_CHECK(shape.scalar_type() == ScalarType::Long && shape.dim() == 1 && shape.is_contiguous() &&
                       shape.numel() <= kMaxRank,
@@ -103,10 +124,11 @@ Tensor rans_encode(const Tensor& data, const Tensor& shape, int64_t element, int
   const uint64_t chunks = chunk_count(count, int(chunk_log2));
   const uint64_t bound = padded(kHeaderBytes + 8 * shape.numel()) + chunks * (kIndexEntryBytes + 16) + bytes;
   Tensor out = torch::stable::empty({int64_t(bound)}, ScalarType::Byte);
+  use_huge_pages(out.mutable_data_ptr(), bound);
   const uint64_t size =
       encode_blob(static_cast<const uint8_t*>(data.const_data_ptr()), count, int(element), int(model),
                   int(chunk_log2), static_cast<const int64_t*>(shape.const_data_ptr()), int(shape.numel()),
-                  static_cast<uint8_t*>(out.mutable_data_ptr()));
+                  static_cast<uint8_t*>(out.mutable_data_ptr()), chosen(path));
   return torch::stable::narrow(out, 0, 0, int64_t(size));
 }
 
@@ -122,13 +144,14 @@ Tensor rans_open(const Tensor& tensor) {
   return out;
 }
 
-void rans_decode(const Tensor& tensor, int64_t start, int64_t stop, Tensor out) {
+void rans_decode(const Tensor& tensor, int64_t start, int64_t stop, Tensor out, int64_t path) {
   const Blob blob = opened(tensor);
   check_bytes(out, "out");
   STD_TORCH_CHECK(0 <= start && start <= stop && uint64_t(stop) <= blob.count,
                   "start, stop: not a range of the blob");
   STD_TORCH_CHECK(out.numel() == (stop - start) * blob.width, "out: expected the bytes of the range");
-  const char* error = decode_blob(blob, start, stop, static_cast<uint8_t*>(out.mutable_data_ptr()));
+  const char* error =
+      decode_blob(blob, start, stop, static_cast<uint8_t*>(out.mutable_data_ptr()), chosen(path));
   STD_TORCH_CHECK(error == nullptr, "corrupt blob: ", error);
 }
 

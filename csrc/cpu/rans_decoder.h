@@ -1,117 +1,101 @@
-// One chunk of a coded blob to elements: portable C++, bounds-checked, free of torch and of exceptions.
+// One chunk of a coded blob to elements, bounds-checked, free of torch and of exceptions: symbols by the
+// widest kernel the processor has, merged with their planes while both are in cache. Every path gives the
+// same bytes and the same errors.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "rans_format.h"
+#include "rans_decoder_avx2.h"
+#include "rans_decoder_avx512.h"
+#include "rans_decoder_table.h"
 #include "rans_planes.h"
 
 namespace gaugekit::rans {
 
-// What decoding a slot needs: the frequency of its symbol, its rank among that symbol's slots, and the
-// symbol.
-struct Slots {
-  struct {
-    uint16_t frequency, rank;
-  } step[kSlots];
-  uint8_t symbol[kSlots];
-};
-
-inline const char* read_table(const uint8_t* p, int size, Slots& slots) {
-  Table table;
-  table.size = size;
-  uint32_t sum = 0;
-  for (int i = 0; i < size; ++i, p += 4) {
-    table.symbol[i] = load<uint16_t>(p);
-    table.frequency[i] = load<uint16_t>(p + 2);
-    if (table.symbol[i] > 255 || (i && table.symbol[i] <= table.symbol[i - 1]))
-      return "a table's symbols are not ascending bytes";
-    if (table.frequency[i] == 0 || table.frequency[i] > kSlots) return "a frequency is not in 1..4096";
-    sum += table.frequency[i];
-  }
-  if (sum != kSlots) return "a table's frequencies do not sum to 4096";
-  uint8_t owner[kSlots];
-  make_owners(table, owner);
-  uint16_t rank[kMaxSymbols] = {};
-  for (uint32_t slot = 0; slot < kSlots; ++slot) {
-    const int i = owner[slot];
-    slots.step[slot] = {table.frequency[i], rank[i]++};
-    slots.symbol[slot] = uint8_t(table.symbol[i]);
-  }
-  return nullptr;
-}
-
-// The words of one segment not yet read.
-struct Words {
-  const uint8_t* next;
-  const uint8_t* end;
-};
-
-// The state after the symbol of `slot`, before a word is read.
-inline uint32_t advance(const Slots& slots, uint32_t slot, uint32_t state) {
-  return slots.step[slot].frequency * (state >> kProbabilityBits) + slots.step[slot].rank;
-}
-
-// One step of one lane. The caller knows that a word is left; whether it is taken is a mask, for it cannot be
-// predicted.
-inline uint8_t decode_step(uint32_t& state, const Slots& slots, const uint8_t*& next) {
-  const uint32_t slot = state & (kSlots - 1);
-  const int64_t x = advance(slots, slot, state);
+// One step of one lane. Whether a word is taken is a mask, for it cannot be predicted; the caller knows that
+// one may be read.
+inline uint8_t decode_step(uint32_t& state, const DecoderTable& table, const uint8_t*& next) {
+  const uint32_t slot = table.slot[state & (kSlots - 1)];
+  const uint32_t high = state >> kProbabilityBits;
+  const int64_t x = int64_t((slot >> 20) * high + high + (slot >> 8 & (kSlots - 1)));
   const int64_t mask = (x - int64_t(kStateLower)) >> 63;
   const int64_t refilled = x << 16 | load<uint16_t>(next);
   state = uint32_t(x ^ ((x ^ refilled) & mask));
   next -= 2 * mask;
-  return slots.symbol[slot];
+  return uint8_t(slot);
 }
 
-// One step of the first `lanes` elements of a segment, checking every word.
-inline bool decode_segment_checked(uint32_t* states, const Slots& slots, Words& words, int elements,
-                                   uint8_t* symbols) {
-  for (int lane = 0; lane < kSegmentLanes; ++lane) {
-    const int e = lane_element(lane);
-    if (e >= elements) continue;
-    const uint32_t slot = states[lane] & (kSlots - 1);
-    uint32_t x = advance(slots, slot, states[lane]);
-    if (x < kStateLower) {
-      if (words.next == words.end) return false;
-      x = x << 16 | load<uint16_t>(words.next);
-      words.next += 2;
+inline int portable_groups(Decoder& d, int groups, const uint8_t*, uint8_t* symbols) {
+  const uint8_t *a = d.words[0].next, *b = d.words[1].next;
+  uint32_t* states = d.states;
+  int done = 0;
+  for (; done < groups && a <= d.words[0].safe && b <= d.words[1].safe; ++done, symbols += kLanes)
+    for (int odd = 0; odd < 2; ++odd)
+      for (int i = 0; i < 16; ++i) {
+        const int lane = 16 * odd + i, e = 2 * i + odd;
+        symbols[e] = decode_step(states[lane], d.table, a);
+        symbols[kSegmentLanes + e] = decode_step(states[kSegmentLanes + lane], d.table, b);
+      }
+  d.words[0].next = a;
+  d.words[1].next = b;
+  return done;
+}
+
+// The group at the end that is not whole: lanes whose element does not exist take no step.
+inline bool decode_last_group(Decoder& d, int elements, uint8_t* symbols) {
+  for (int s = 0; s < kSegments; ++s) {
+    if (!d.words[s].prepare()) return false;
+    for (int lane = 0; lane < kSegmentLanes; ++lane) {
+      const int e = s * kSegmentLanes + lane_element(lane);
+      if (e < elements)
+        symbols[e] = decode_step(d.states[s * kSegmentLanes + lane], d.table, d.words[s].next);
     }
-    states[lane] = x;
-    symbols[e] = slots.symbol[slot];
   }
   return true;
 }
 
-// `groups` whole groups of 64 symbols, both segments side by side.
-inline bool decode_groups(uint32_t* states, const Slots& slots, Words* words, int groups, uint8_t* symbols) {
-  for (int g = 0; g < groups; ++g, symbols += kLanes) {
-    const uint8_t* a = words[0].next;
-    const uint8_t* b = words[1].next;
-    if (words[0].end - a >= 2 * kSegmentLanes && words[1].end - b >= 2 * kSegmentLanes) {
-      for (int odd = 0; odd < 2; ++odd)
-        for (int i = 0; i < 16; ++i) {
-          const int lane = 16 * odd + i, e = 2 * i + odd;
-          symbols[e] = decode_step(states[lane], slots, a);
-          symbols[kSegmentLanes + e] = decode_step(states[kSegmentLanes + lane], slots, b);
-        }
-      words[0].next = a;
-      words[1].next = b;
-    } else {
-      for (int s = 0; s < kSegments; ++s)
-        if (!decode_segment_checked(states + s * kSegmentLanes, slots, words[s], kSegmentLanes,
-                                    symbols + s * kSegmentLanes))
-          return false;
-    }
+inline Output output_of(int width, int model) {
+  if (width != 2) return Output::symbols;
+  return model == kExponent ? Output::exponent16 : Output::high16;
+}
+
+template <Output output>
+GroupsFunction vector_groups(Isa path, bool in_registers) {
+#ifdef GAUGEKIT_X86
+  if (path == Isa::avx512) return in_registers ? avx512::groups<true, output> : avx512::groups<false, output>;
+  if (path == Isa::avx2) return avx2::groups<output>;
+#endif
+  return nullptr;
+}
+
+// The kernel of `path` for elements of this kind, and in `output` what it writes.
+inline GroupsFunction groups_function(Isa path, bool in_registers, int width, int model, Output& output) {
+  output = path == Isa::portable ? Output::symbols : output_of(width, model);
+  if (path == Isa::portable) return portable_groups;
+  if (output == Output::exponent16) return vector_groups<Output::exponent16>(path, in_registers);
+  if (output == Output::high16) return vector_groups<Output::high16>(path, in_registers);
+  return vector_groups<Output::symbols>(path, in_registers);
+}
+
+// `groups` whole groups; false if a segment's words run out.
+inline bool decode_groups(Decoder& d, GroupsFunction kernel, int groups, const uint8_t* plane, uint8_t* out,
+                          int symbol_bytes) {
+  while (groups) {
+    for (Words& w : d.words)
+      if (!w.prepare()) return false;
+    const int done = kernel(d, groups, plane, out);
+    groups -= done;
+    plane += done * kLanes;
+    out += done * kLanes * symbol_bytes;
   }
   return true;
 }
 
 // Chunk i of a blob that open_blob accepted, into `out` of symbols(i) * width bytes. Nothing but `out` is
-// written.
-inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out) {
+// written. `path` must be one that this processor has.
+inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa path = isa()) {
   const ChunkEntry e = blob.entry(i);
   const uint64_t n = blob.symbols(i), bytes = n * blob.width;
   const uint8_t* p = blob.data + e.offset;
@@ -120,17 +104,21 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out) {
     return crc32c(out, bytes) == e.crc_decoded ? nullptr : "a raw chunk's checksum is wrong";
   }
 
-  uint32_t states[kLanes];
-  std::memcpy(states, p, sizeof(states));
-  p += sizeof(states);
-  for (uint32_t state : states)
+  Decoder d;
+  std::memcpy(d.states, p, sizeof(d.states));
+  p += sizeof(d.states);
+  for (uint32_t state : d.states)
     if (state < kStateLower || state >= kStateUpper) return "a state is not in [2^15, 2^31)";
-  Slots slots;
-  if (const char* error = read_table(p, e.symbols, slots)) return error;
+  Table table;
+  if (const char* error = read_table(p, e.symbols, table)) return error;
   p += padded(4 * e.symbols);
-  Words words[kSegments];
+  Buckets buckets;
+  make_buckets(table, buckets);
+  const bool in_registers = path == Isa::avx512 && table.size <= kRegisterSymbols;
+  if (in_registers) fill_registers(table, buckets, d.table);
+  if (!in_registers || n % kLanes) fill_slots(table, buckets, d.table);
   for (int s = 0; s < kSegments; ++s) {
-    words[s] = {p, p + 2 * uint64_t(e.words[s])};
+    d.words[s].open(p, e.words[s]);
     p += padded(2 * uint64_t(e.words[s]));
   }
   constexpr int kBlockGroups = 32, kBlock = kBlockGroups * kLanes;
@@ -143,34 +131,42 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out) {
     p += padded(constant ? 1 : n);
   }
 
-  const MergeFunction merge_block = merger(blob.width, blob.model);
+  Output output;
+  const GroupsFunction kernel = groups_function(path, in_registers, blob.width, blob.model, output);
+  const bool merged = output != Output::symbols;  // else the symbols of a block are merged with its planes
+  const MergeFunction merge_block = merger(blob.width, blob.model, path);
+  uint32_t crc = 0;
   for (uint64_t done = 0; done < n;) {
-    const uint64_t block = std::min<uint64_t>(kBlock, n - done);
-    if (!decode_groups(states, slots, words, int(block / kLanes), symbols))
+    const uint64_t block = std::min<uint64_t>(kBlock, n - done), whole = block - block % kLanes;
+    uint8_t* place = out + done * blob.width;
+    if (!decode_groups(d, kernel, int(whole / kLanes), planes[0], merged ? place : symbols, merged ? 2 : 1))
       return "a segment's words run out";
-    const int rest = int(block % kLanes);
-    for (int s = 0; rest && s < kSegments; ++s)
-      if (!decode_segment_checked(states + s * kSegmentLanes, slots, words[s], rest - s * kSegmentLanes,
-                                  symbols + block - rest + s * kSegmentLanes))
-        return "a segment's words run out";
-    merge_block(symbols, planes, block, out + done * blob.width);
+    const uint64_t from = merged ? whole : 0;
+    if (whole < block && !decode_last_group(d, int(block - whole), symbols + whole))
+      return "a segment's words run out";
+    const uint8_t* rest[kMaxPlanes];
+    for (int plane = 0; plane < kMaxPlanes; ++plane)
+      rest[plane] = planes[plane] ? planes[plane] + from : nullptr;
+    if (from < block) merge_block(symbols + from, rest, block - from, place + from * blob.width);
+    crc = crc32c(place, block * blob.width, crc);
     done += block;
     for (int plane = 0; plane < blob.width - 1; ++plane)
       if (!(e.constant >> plane & 1)) planes[plane] += block;
   }
-  for (uint32_t state : states)
+  for (uint32_t state : d.states)
     if (state != kStateLower) return "a segment does not end in the state it began with";
-  for (const Words& w : words)
+  for (const Words& w : d.words)
     if (w.next != w.end) return "a segment's words are not used up";
-  return crc32c(out, bytes) == e.crc_decoded ? nullptr : "a chunk's checksum is wrong";
+  return crc == e.crc_decoded ? nullptr : "a chunk's checksum is wrong";
 }
 
 // The part of chunk i inside elements [start, stop), into `out`, which begins at element `start`.
-inline const char* decode_overlap(const Blob& blob, uint64_t i, uint64_t start, uint64_t stop, uint8_t* out) {
+inline const char* decode_overlap(const Blob& blob, uint64_t i, uint64_t start, uint64_t stop, uint8_t* out,
+                                  Isa path = isa()) {
   const uint64_t first = blob.first(i), last = first + blob.symbols(i), width = blob.width;
-  if (start <= first && last <= stop) return decode_chunk(blob, i, out + (first - start) * width);
+  if (start <= first && last <= stop) return decode_chunk(blob, i, out + (first - start) * width, path);
   std::vector<uint8_t> whole(blob.symbols(i) * width);
-  if (const char* error = decode_chunk(blob, i, whole.data())) return error;
+  if (const char* error = decode_chunk(blob, i, whole.data(), path)) return error;
   const uint64_t from = std::max(start, first), to = std::min(stop, last);
   std::memcpy(out + (from - start) * width, whole.data() + (from - first) * width, (to - from) * width);
   return nullptr;

@@ -1,29 +1,15 @@
-// Elements of one chunk to its coded bytes: portable C++, free of torch and of exceptions.
+// Elements of one chunk to its coded bytes, free of torch and of exceptions. Every path makes the same bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "rans_format.h"
+#include "rans_encoder_avx512.h"
+#include "rans_encoder_table.h"
 #include "rans_planes.h"
 
 namespace gaugekit::rans {
-
-// What coding one symbol needs. A state x < 2^19 * frequency divides by the frequency through `reciprocal` =
-// ceil(2^43 / frequency): the product stays below 2^63 and its error below 1 / frequency, so the quotient is
-// exact.
-struct SymbolCode {
-  uint64_t reciprocal;
-  uint32_t limit;
-  uint16_t frequency;
-  uint16_t start;
-};
-
-// Both tables of a chunk. Symbol s owns slot_of[start .. start + frequency), ascending.
-struct Codes {
-  SymbolCode symbol[256];
-  uint16_t slot_of[kSlots];
-};
 
 // Buffers that one thread uses again for chunk after chunk.
 struct EncoderScratch {
@@ -37,53 +23,109 @@ struct EncoderScratch {
   }
 };
 
+// A state x < 2^19 * frequency divides by the frequency through ceil(2^43 / frequency): the product stays
+// below 2^63 and its error below 1 / frequency, so the quotient is exact.
+struct Reciprocals {
+  uint64_t by_symbol[256];
+  explicit Reciprocals(const Table& table) {
+    for (int i = 0; i < table.size; ++i)
+      by_symbol[table.symbol[i]] = ((uint64_t(1) << 43) + table.frequency[i] - 1) / table.frequency[i];
+  }
+};
+
 // Whether a word is written is a mask, for it cannot be predicted: the word is stored in any case, and kept
 // or not.
-inline void encode_step(uint32_t& state, uint8_t symbol, const Codes& codes, uint16_t*& words) {
-  const SymbolCode& code = codes.symbol[symbol];
-  const int64_t mask = (int64_t(code.limit) - 1 - int64_t(state)) >> 63;
+inline void encode_step(uint32_t& state, uint8_t symbol, const EncoderTable& table, const Reciprocals& by,
+                        uint16_t*& words) {
+  const uint32_t code = table.by_symbol[symbol], f = code & 0xFFFF;
+  const int64_t mask = (int64_t(f << 19) - 1 - int64_t(state)) >> 63;
   words[-1] = uint16_t(state);
   words += mask;
   const uint32_t x = state >> (mask & 16);
-  const uint32_t quotient = uint32_t((x * code.reciprocal) >> 43);
-  state = quotient << kProbabilityBits | codes.slot_of[code.start + x - quotient * code.frequency];
+  const uint32_t quotient = uint32_t((x * by.by_symbol[symbol]) >> 43);
+  state = quotient << kProbabilityBits | table.slot_of[(code >> 16) + x - quotient * f];
 }
 
 // Runs the coder from the last symbol to the first, so that a decoder reads first to last. words[s] comes in
 // as the end of a buffer with room for every symbol of the segment and one more, and leaves as the first word
 // to read.
-inline void encode_symbols(const uint8_t* symbols, uint64_t n, const Codes& codes, uint32_t* states,
-                           uint16_t** words) {
+inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTable& table, uint32_t* states,
+                           uint16_t** words, Isa path) {
   for (int i = 0; i < kLanes; ++i) states[i] = kStateLower;
+  const Reciprocals by(table.table);
   const uint64_t whole = n - n % kLanes;
+  for (int s = 0; s < kSegments; ++s)
+    for (int lane = kSegmentLanes - 1; lane >= 0; --lane) {
+      const uint64_t e = whole + s * kSegmentLanes + lane_element(lane);
+      if (e < n) encode_step(states[s * kSegmentLanes + lane], symbols[e], table, by, words[s]);
+    }
+#ifdef GAUGEKIT_X86
+  if (path == Isa::avx512) {
+    const bool in_registers = table.table.size <= 32;
+    const auto groups = in_registers ? avx512::encode_groups<true> : avx512::encode_groups<false>;
+    return groups(symbols, whole / kLanes, table, states, words);
+  }
+#endif
   for (int s = 0; s < kSegments; ++s) {
     uint32_t* state = states + s * kSegmentLanes;
     const uint8_t* segment = symbols + s * kSegmentLanes;
     uint16_t* next = words[s];
-    for (int lane = kSegmentLanes - 1; lane >= 0; --lane) {
-      const uint64_t e = whole + lane_element(lane);
-      if (e + s * kSegmentLanes < n) encode_step(state[lane], segment[e], codes, next);
-    }
     for (uint64_t group = whole; group;) {
       group -= kLanes;
       for (int odd = 1; odd >= 0; --odd)
         for (int i = 15; i >= 0; --i)
-          encode_step(state[16 * odd + i], segment[group + 2 * i + odd], codes, next);
+          encode_step(state[16 * odd + i], segment[group + 2 * i + odd], table, by, next);
     }
     words[s] = next;
   }
 }
 
-inline void count_symbols(const uint8_t* symbols, uint64_t n, uint32_t (&counts)[256]) {
-  uint32_t parts[4][256] = {};  // four, so that runs of one symbol do not wait for their own stores
-  uint64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const uint64_t eight = load<uint64_t>(symbols + i);
-    for (int k = 0; k < 8; ++k) ++parts[k % 4][eight >> (8 * k) & 255];
+// How often each symbol occurs, block by block.
+class Histogram {
+ public:
+  explicit Histogram(Isa path) : vector_(path == Isa::avx512) {}
+
+  void add(const uint8_t* symbols, uint64_t n) {
+#ifdef GAUGEKIT_X86
+    // A compare and a population count for each symbol seen so far is faster than a count in memory for each
+    // element, as long as these symbols are few and no other turns up.
+    if (vector_ && known_size_ && n % 64 == 0) {
+      uint32_t counts[kMostKnown];
+      if (avx512::count_known(symbols, n, known_, known_size_, counts) == n) {
+        for (int i = 0; i < known_size_; ++i) parts_[0][known_[i]] += counts[i];
+        return;
+      }
+    }
+#endif
+    uint64_t i = 0;  // four parts, so that runs of one symbol do not wait for their own stores
+    for (; i + 8 <= n; i += 8) {
+      const uint64_t eight = load<uint64_t>(symbols + i);
+      for (int k = 0; k < 8; ++k) ++parts_[k % 4][eight >> (8 * k) & 255];
+    }
+    for (; i < n; ++i) ++parts_[0][symbols[i]];
+    if (!vector_) return;
+    known_size_ = 0;
+    for (int s = 0; s < 256 && vector_; ++s) {
+      if (!(parts_[0][s] | parts_[1][s] | parts_[2][s] | parts_[3][s])) continue;
+      if (known_size_ == kMostKnown)
+        vector_ = false;
+      else
+        known_[known_size_++] = uint8_t(s);
+    }
+    if (!vector_) known_size_ = 0;
   }
-  for (; i < n; ++i) ++parts[0][symbols[i]];
-  for (int s = 0; s < 256; ++s) counts[s] = parts[0][s] + parts[1][s] + parts[2][s] + parts[3][s];
-}
+
+  void total(uint32_t (&counts)[256]) const {
+    for (int s = 0; s < 256; ++s) counts[s] = parts_[0][s] + parts_[1][s] + parts_[2][s] + parts_[3][s];
+  }
+
+ private:
+  static constexpr int kMostKnown = 40;
+  bool vector_;
+  int known_size_ = 0;
+  uint8_t known_[kMostKnown];
+  uint32_t parts_[4][256] = {};
+};
 
 inline bool is_constant(const uint8_t* p, uint64_t n) { return n < 2 || std::memcmp(p, p + 1, n - 1) == 0; }
 
@@ -97,41 +139,39 @@ inline uint8_t* put_section(uint8_t* out, const void* data, uint64_t bytes) {
 // Codes n > 0 elements of `in` into `out`, which has room for padded(n * width) bytes; what would not be
 // shorter than that is stored raw. Everything in the entry but its offset is set.
 inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int model, uint8_t* out,
-                               EncoderScratch& scratch) {
+                               EncoderScratch& scratch, Isa path = isa()) {
   const int width = element_bytes(element);
   const uint64_t bytes = n * width;
   ChunkEntry entry{};
-  entry.crc_decoded = crc32c(in, bytes);
-
   scratch.reserve(n, width);
   uint8_t* symbols = scratch.symbols.data();
   uint8_t* planes[kMaxPlanes];
   for (int plane = 0; plane < kMaxPlanes; ++plane) planes[plane] = scratch.planes[plane].data();
-  splitter(width, model)(in, n, symbols, planes);
+  // The elements are read from memory once: checksum, planes and histogram of a block while it is in cache.
+  constexpr uint64_t kBlock = 4096;
+  const SplitFunction split_block = splitter(width, model, path);
+  Histogram histogram(path);
+  for (uint64_t done = 0; done < n; done += kBlock) {
+    const uint64_t block = std::min(kBlock, n - done);
+    entry.crc_decoded = crc32c(in + done * width, block * width, entry.crc_decoded);
+    uint8_t* parts[kMaxPlanes];
+    for (int plane = 0; plane < kMaxPlanes; ++plane)
+      parts[plane] = plane < width - 1 ? planes[plane] + done : nullptr;
+    split_block(in + done * width, block, symbols + done, parts);
+    histogram.add(symbols + done, block);
+  }
   uint32_t counts[256];
-  count_symbols(symbols, n, counts);
-  Table table;
+  histogram.total(counts);
+  EncoderTable codes;
+  Table& table = codes.table;
   normalize(counts, n, table);
-
-  uint8_t owner[kSlots];
-  make_owners(table, owner);
-  Codes codes;
-  uint16_t filled[kMaxSymbols] = {};
-  for (int i = 0, start = 0; i < table.size; start += table.frequency[i++]) {
-    const uint32_t f = table.frequency[i];
-    codes.symbol[table.symbol[i]] = {((uint64_t(1) << 43) + f - 1) / f, f << 19, uint16_t(f),
-                                     uint16_t(start)};
-  }
-  for (uint32_t slot = 0; slot < kSlots; ++slot) {
-    const int i = owner[slot];
-    codes.slot_of[codes.symbol[table.symbol[i]].start + filled[i]++] = uint16_t(slot);
-  }
+  fill(codes);
 
   uint32_t states[kLanes];
   uint16_t* words[kSegments];
   const uint16_t* ends[kSegments];
   for (int s = 0; s < kSegments; ++s) ends[s] = words[s] = scratch.words[s].data() + scratch.words[s].size();
-  encode_symbols(symbols, n, codes, states, words);
+  encode_symbols(symbols, n, codes, states, words, path);
 
   entry.method = kCoded;
   entry.symbols = uint16_t(table.size);

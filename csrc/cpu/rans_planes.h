@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
 #include "rans_format.h"
 
 namespace gaugekit::rans {
@@ -29,7 +30,8 @@ constexpr T restored(T y) {
 }
 
 template <class T, int model>
-void split(const uint8_t* __restrict in, uint64_t n, uint8_t* __restrict symbols, uint8_t* const* planes) {
+GAUGEKIT_INLINE void split(const uint8_t* __restrict in, uint64_t n, uint8_t* __restrict symbols,
+                           uint8_t* const* planes) {
   uint8_t* __restrict p0 = planes[0];
   uint8_t* __restrict p1 = sizeof(T) > 2 ? planes[1] : nullptr;
   uint8_t* __restrict p2 = sizeof(T) > 2 ? planes[2] : nullptr;
@@ -45,8 +47,8 @@ void split(const uint8_t* __restrict in, uint64_t n, uint8_t* __restrict symbols
 }
 
 template <class T, int model>
-void merge(const uint8_t* __restrict symbols, const uint8_t* const* planes, uint64_t n,
-           uint8_t* __restrict out) {
+GAUGEKIT_INLINE void merge(const uint8_t* __restrict symbols, const uint8_t* const* planes, uint64_t n,
+                           uint8_t* __restrict out) {
   const uint8_t* __restrict p0 = planes[0];
   const uint8_t* __restrict p1 = sizeof(T) > 2 ? planes[1] : nullptr;
   const uint8_t* __restrict p2 = sizeof(T) > 2 ? planes[2] : nullptr;
@@ -60,14 +62,63 @@ void merge(const uint8_t* __restrict symbols, const uint8_t* const* planes, uint
 using SplitFunction = void (*)(const uint8_t*, uint64_t, uint8_t*, uint8_t* const*);
 using MergeFunction = void (*)(const uint8_t*, const uint8_t* const*, uint64_t, uint8_t*);
 
-inline SplitFunction splitter(int width, int model) {
-  if (width == 2) return model == kExponent ? split<uint16_t, kExponent> : split<uint16_t, kHighByte>;
-  return model == kExponent ? split<uint32_t, kExponent> : split<uint32_t, kHighByte>;
+// One loop, compiled for each instruction set.
+template <class T, int model>
+struct Planes {
+  static void split_portable(const uint8_t* in, uint64_t n, uint8_t* symbols, uint8_t* const* planes) {
+    split<T, model>(in, n, symbols, planes);
+  }
+  static void merge_portable(const uint8_t* symbols, const uint8_t* const* planes, uint64_t n, uint8_t* out) {
+    merge<T, model>(symbols, planes, n, out);
+  }
+#ifdef GAUGEKIT_X86
+  GAUGEKIT_AVX2 static void split_avx2(const uint8_t* in, uint64_t n, uint8_t* symbols,
+                                       uint8_t* const* planes) {
+    split<T, model>(in, n, symbols, planes);
+  }
+  GAUGEKIT_AVX2 static void merge_avx2(const uint8_t* symbols, const uint8_t* const* planes, uint64_t n,
+                                       uint8_t* out) {
+    merge<T, model>(symbols, planes, n, out);
+  }
+  GAUGEKIT_AVX512 static void split_avx512(const uint8_t* in, uint64_t n, uint8_t* symbols,
+                                           uint8_t* const* planes) {
+    split<T, model>(in, n, symbols, planes);
+  }
+  GAUGEKIT_AVX512 static void merge_avx512(const uint8_t* symbols, const uint8_t* const* planes, uint64_t n,
+                                           uint8_t* out) {
+    merge<T, model>(symbols, planes, n, out);
+  }
+#endif
+  static SplitFunction split_on(Isa path) {
+#ifdef GAUGEKIT_X86
+    if (path == Isa::avx512) return split_avx512;
+    if (path == Isa::avx2) return split_avx2;
+#endif
+    return split_portable;
+  }
+  static MergeFunction merge_on(Isa path) {
+#ifdef GAUGEKIT_X86
+    if (path == Isa::avx512) return merge_avx512;
+    if (path == Isa::avx2) return merge_avx2;
+#endif
+    return merge_portable;
+  }
+};
+
+inline SplitFunction splitter(int width, int model, Isa path) {
+  if (width == 2)
+    return model == kExponent ? Planes<uint16_t, kExponent>::split_on(path)
+                              : Planes<uint16_t, kHighByte>::split_on(path);
+  return model == kExponent ? Planes<uint32_t, kExponent>::split_on(path)
+                            : Planes<uint32_t, kHighByte>::split_on(path);
 }
 
-inline MergeFunction merger(int width, int model) {
-  if (width == 2) return model == kExponent ? merge<uint16_t, kExponent> : merge<uint16_t, kHighByte>;
-  return model == kExponent ? merge<uint32_t, kExponent> : merge<uint32_t, kHighByte>;
+inline MergeFunction merger(int width, int model, Isa path) {
+  if (width == 2)
+    return model == kExponent ? Planes<uint16_t, kExponent>::merge_on(path)
+                              : Planes<uint16_t, kHighByte>::merge_on(path);
+  return model == kExponent ? Planes<uint32_t, kExponent>::merge_on(path)
+                            : Planes<uint32_t, kHighByte>::merge_on(path);
 }
 
 }  // namespace gaugekit::rans

@@ -58,32 +58,44 @@ inline void normalize(const uint32_t (&counts)[256], uint64_t total, Table& tabl
   for (int i = 0; i < table.size; ++i) table.frequency[i] = uint16_t(f[i]);
 }
 
-// owner[slot]: the index in `table` of the symbol that owns the slot. Buckets of equal width; a bucket's
-// first divider[b] slots belong to symbol b, the others to alias[b].
-inline void make_owners(const Table& table, uint8_t (&owner)[kSlots]) {
-  int buckets = 32;
-  while (buckets < table.size) buckets *= 2;
-  const int width = int(kSlots) / buckets;
-  int rest[kMaxSymbols], alias[kMaxSymbols], divider[kMaxSymbols], small[kMaxSymbols], large[kMaxSymbols];
+// Walker's aliases: `count` buckets of `width` slots; a bucket's first divider[b] slots belong to symbol b of
+// the table, the others to symbol alias[b].
+struct Buckets {
+  int count, width;
+  int divider[kMaxSymbols], alias[kMaxSymbols];
+};
+
+inline void make_buckets(const Table& table, Buckets& b) {
+  b.count = 32;
+  while (b.count < table.size) b.count *= 2;
+  b.width = int(kSlots) / b.count;
+  int rest[kMaxSymbols], small[kMaxSymbols], large[kMaxSymbols];
   int smalls = 0, larges = 0;
-  for (int b = 0; b < buckets; ++b) {
-    rest[b] = b < table.size ? table.frequency[b] : 0;
-    alias[b] = b;
-    divider[b] = width;
-    if (rest[b] < width) small[smalls++] = b;
-    if (rest[b] > width) large[larges++] = b;
+  for (int i = 0; i < b.count; ++i) {
+    rest[i] = i < table.size ? table.frequency[i] : 0;
+    b.alias[i] = i;
+    b.divider[i] = b.width;
+    if (rest[i] < b.width) small[smalls++] = i;
+    if (rest[i] > b.width) large[larges++] = i;
   }
   while (smalls) {
     const int s = small[--smalls], l = large[larges - 1];
-    divider[s] = rest[s];
-    alias[s] = l;
-    rest[l] -= width - rest[s];
-    if (rest[l] <= width) --larges;
-    if (rest[l] < width) small[smalls++] = l;
+    b.divider[s] = rest[s];
+    b.alias[s] = l;
+    rest[l] -= b.width - rest[s];
+    if (rest[l] <= b.width) --larges;
+    if (rest[l] < b.width) small[smalls++] = l;
   }
-  for (int b = 0; b < buckets; ++b) {
-    std::memset(owner + b * width, b, divider[b]);
-    std::memset(owner + b * width + divider[b], alias[b], width - divider[b]);
+}
+
+// Calls run(symbol index, first slot, slots) for every run of slots that one symbol owns, in the order of the
+// slots.
+template <class Run>
+void each_run(const Buckets& b, Run run) {
+  for (int i = 0; i < b.count; ++i) {
+    const int first = i * b.width;
+    if (b.divider[i]) run(i, first, b.divider[i]);
+    if (b.divider[i] < b.width) run(b.alias[i], first + b.divider[i], b.width - b.divider[i]);
   }
 }
 

@@ -20,20 +20,34 @@ namespace {
 // A valid file may hold far more than its own size (a constant tensor); that is slow to fuzz, not wrong.
 constexpr uint64_t kMaxDecodedBytes = uint64_t(1) << 26;
 
+const std::vector<gaugekit::Isa> kPaths = [] {
+  std::vector<gaugekit::Isa> paths;
+  for (int path = 0; path <= int(gaugekit::isa()); ++path) paths.push_back(gaugekit::Isa(path));
+  return paths;
+}();
+
+void require(bool holds) {
+  if (!holds) std::abort();
+}
+
+// Through every path; all must agree on whether the blob is sound, and on every byte of what it holds.
 const char* open_and_decode(const uint8_t* data, size_t size) {
   Blob blob{};
   if (const char* error = open_blob(data, size, blob)) return error;
   if (blob.count * blob.width > kMaxDecodedBytes) return nullptr;
   for (uint64_t i = 0; i < blob.chunks; ++i) {
     const uint64_t n = blob.symbols(i);
-    std::unique_ptr<uint8_t[]> out(new uint8_t[n * blob.width]);
-    if (const char* error = decode_chunk(blob, i, out.get())) return error;
+    const uint64_t bytes = n * blob.width;
+    std::unique_ptr<uint8_t[]> first(new uint8_t[bytes]), other(new uint8_t[bytes]);
+    const char* error = decode_chunk(blob, i, first.get(), kPaths[0]);
+    for (size_t path = 1; path < kPaths.size(); ++path) {
+      const char* also = decode_chunk(blob, i, other.get(), kPaths[path]);
+      require((error == nullptr) == (also == nullptr));
+      require(error || std::memcmp(first.get(), other.get(), bytes) == 0);
+    }
+    if (error) return error;
   }
   return nullptr;
-}
-
-void require(bool holds) {
-  if (!holds) std::abort();
 }
 
 void encode_and_decode(const uint8_t* data, size_t size, int element, int model) {
@@ -41,17 +55,26 @@ void encode_and_decode(const uint8_t* data, size_t size, int element, int model)
   const uint64_t n = size / width;
   if (n == 0 || chunk_count(n, kMaxChunkLog2) != 1) return;
   const uint64_t first = padded(kHeaderBytes + 8) + kIndexEntryBytes;
-  std::vector<uint8_t> coded(first + padded(n * width)), decoded(n * width);
-  EncoderScratch scratch;
-  ChunkEntry entry = encode_chunk(data, n, element, model, coded.data() + first, scratch);
-  entry.offset = first;
-  coded.resize(first + entry.length);
-  const int64_t shape = int64_t(n);
-  write_header(coded.data(), coded.size(), element, model, kMaxChunkLog2, &shape, 1, n, &entry, 1);
-  Blob blob{};
-  require(open_blob(coded.data(), coded.size(), blob) == nullptr);
-  require(decode_chunk(blob, 0, decoded.data()) == nullptr);
-  require(std::memcmp(decoded.data(), data, n * width) == 0);
+  std::vector<uint8_t> coded[2];
+  for (gaugekit::Isa path : kPaths) {
+    std::vector<uint8_t>& blob_bytes = coded[path != kPaths[0]];
+    blob_bytes.assign(first + padded(n * width), 0);
+    EncoderScratch scratch;
+    ChunkEntry entry = encode_chunk(data, n, element, model, blob_bytes.data() + first, scratch, path);
+    entry.offset = first;
+    blob_bytes.resize(first + entry.length);
+    const int64_t shape = int64_t(n);
+    write_header(blob_bytes.data(), blob_bytes.size(), element, model, kMaxChunkLog2, &shape, 1, n, &entry,
+                 1);
+    require(path == kPaths[0] || coded[0] == coded[1]);
+  }
+  for (gaugekit::Isa path : kPaths) {
+    Blob blob{};
+    std::vector<uint8_t> decoded(n * width);
+    require(open_blob(coded[0].data(), coded[0].size(), blob) == nullptr);
+    require(decode_chunk(blob, 0, decoded.data(), path) == nullptr);
+    require(std::memcmp(decoded.data(), data, n * width) == 0);
+  }
 }
 
 }  // namespace

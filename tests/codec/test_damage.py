@@ -11,7 +11,7 @@ import torch
 
 from damaged_blobs import base, every, put, seal
 from gaugekit import codec
-from gaugekit.ops import rans_numpy
+from gaugekit.ops import rans, rans_numpy
 from gaugekit.reference import rans as oracle
 
 DAMAGED = every()
@@ -29,6 +29,11 @@ def test_damage_is_refused(name):
         codec.decode(DAMAGED[name])
     with pytest.raises(RuntimeError, match=rans_numpy.CORRUPT):
         numpy_decode(DAMAGED[name])
+    for path in (0, 1, 2):
+        with pytest.raises(codec.CorruptFile, match="not a sound coded blob: "):
+            blob = codec.blob.as_byte_tensor(DAMAGED[name])
+            count = rans.open_blob(blob)[1].numel()
+            rans.decode(blob, 0, count, torch.empty(count, dtype=torch.bfloat16), path)
 
 
 def test_the_damaged_are_many_and_the_base_is_sound():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import warnings
 
 import numpy as np
 import torch
 
 from ..ops import rans
+
+MAPPED_BYTES = 1 << 25  # from here on the C library maps memory anew for each allocation, too
 
 
 def encode(tensor: torch.Tensor, *, model: int | None = None, chunk_log2: int = 17) -> bytes:
@@ -82,9 +86,22 @@ def as_byte_tensor(data) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
+def fresh(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised CPU tensor. A large one is mapped in huge pages where the system has them: filling new
+    pages of 4 KiB takes longer than decoding into them.
+    """
+    size = shape.numel() * dtype.itemsize
+    if size < MAPPED_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages maps small ones
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
 def _target(out: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     if out is None:
-        return torch.empty(shape, dtype=dtype)
+        return fresh(shape, dtype)
     given = (
         f"{out.dtype} {list(out.shape)} on {out.device}"
         if isinstance(out, torch.Tensor)

@@ -27,7 +27,7 @@ class CorruptFile(ValueError):
     """The bytes are damaged, or made by a version this one cannot read. The only error that damage raises."""
 
 
-def _encode(data, shape, element, model, chunk_log2):
+def _encode(data, shape, element, model, chunk_log2, path=-1):
     blob = rans_numpy.encode(data.numpy(), tuple(shape.tolist()), element, model, chunk_log2)
     return torch.from_numpy(blob)
 
@@ -37,7 +37,7 @@ def _open(blob):
     return torch.tensor([opened.element, opened.model, opened.chunk_log2, opened.count, *opened.shape])
 
 
-def _decode(blob, start, stop, out):
+def _decode(blob, start, stop, out, path=-1):
     rans_numpy.decode(blob.numpy(), start, stop, out.numpy())
 
 
@@ -50,17 +50,17 @@ def _unbacked():
 
 
 _library.define(
-    "rans_encode(Tensor data, Tensor shape, int element, int model, int chunk_log2) -> Tensor",
+    "rans_encode(Tensor data, Tensor shape, int element, int model, int chunk_log2, int path=-1) -> Tensor",
     _encode,
-    lambda data, shape, element, model, chunk_log2: data.new_empty((_unbacked(),)),
+    lambda data, shape, element, model, chunk_log2, path=-1: data.new_empty((_unbacked(),)),
 )
 _library.define(
     "rans_open(Tensor blob) -> Tensor", _open, lambda blob: blob.new_empty((_unbacked(),), dtype=torch.int64)
 )
 _library.define(
-    "rans_decode(Tensor blob, int start, int stop, Tensor(a!) out) -> ()",
+    "rans_decode(Tensor blob, int start, int stop, Tensor(a!) out, int path=-1) -> ()",
     _decode,
-    lambda blob, start, stop, out: None,
+    lambda blob, start, stop, out, path=-1: None,
 )
 _library.define(
     "crc32c(Tensor data, int crc=0) -> Tensor",
@@ -84,10 +84,12 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def encode(tensor: torch.Tensor, model: int, chunk_log2: int) -> torch.Tensor:
+def encode(tensor: torch.Tensor, model: int, chunk_log2: int, path: int = -1) -> torch.Tensor:
     """The coded blob [bytes] uint8 of a bf16, fp16 or fp32 CPU tensor of any shape and strides.
 
-    ``model`` is 0 (exponent) or 1 (high byte), ``chunk_log2`` 14 to 20. ValueError for anything else.
+    ``model`` is 0 (exponent) or 1 (high byte), ``chunk_log2`` 14 to 20. ``path``
+    (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, -1 the widest there is; a wider one than the processor has
+    is the widest) changes the speed, never a byte. ValueError for anything else.
     """
     if tensor.dtype not in ELEMENTS:
         raise ValueError(f"tensor: expected bfloat16, float16 or float32, got {tensor.dtype}")
@@ -98,7 +100,7 @@ def encode(tensor: torch.Tensor, model: int, chunk_log2: int) -> torch.Tensor:
     if not isinstance(chunk_log2, int) or not 14 <= chunk_log2 <= 20:
         raise ValueError(f"chunk_log2: expected 14 to 20, got {chunk_log2!r}")
     shape = torch.tensor(tuple(tensor.shape), dtype=torch.int64)
-    return torch.ops.gaugekit.rans_encode(_as_bytes(tensor), shape, ELEMENTS[tensor.dtype], model, chunk_log2)
+    return torch.ops.gaugekit.rans_encode(_as_bytes(tensor), shape, ELEMENTS[tensor.dtype], model, chunk_log2, path)
 
 
 def open_blob(blob: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
@@ -109,11 +111,11 @@ def open_blob(blob: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
     return DTYPES[element], torch.Size(shape)
 
 
-def decode(blob: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> None:
+def decode(blob: torch.Tensor, start: int, stop: int, out: torch.Tensor, path: int = -1) -> None:
     """Elements [start, stop) of the blob, counted in row-major order, into contiguous ``out``;
     CorruptFile.
     """
-    _checked(torch.ops.gaugekit.rans_decode, blob, start, stop, _as_bytes(out))
+    _checked(torch.ops.gaugekit.rans_decode, blob, start, stop, _as_bytes(out), path)
 
 
 def crc32c(data: torch.Tensor, crc: int = 0) -> int:

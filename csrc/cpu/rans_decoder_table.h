@@ -1,0 +1,113 @@
+// What decoding a slot needs, in two forms: one number a slot, and, for at most 32 symbols, one bucket of
+// docs/format.md a register lane.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "rans_format.h"
+
+namespace gaugekit::rans {
+
+constexpr int kRegisterSymbols = 32;
+
+struct alignas(64) DecoderTable {
+  // (frequency - 1) << 20 | rank << 8 | symbol
+  uint32_t slot[kSlots];
+  // (divider - 1) << 25 | second symbol << 8 | first symbol: whether (x mod 128) << 25 is above it says
+  // which.
+  uint32_t bucket[kRegisterSymbols];
+  // (rank - position in the bucket) << 16 | frequency, for the first and the second symbol
+  uint32_t part[2][kRegisterSymbols];
+};
+
+// Reads and checks the K pairs at `p`.
+inline const char* read_table(const uint8_t* p, int size, Table& table) {
+  table.size = size;
+  uint32_t sum = 0;
+  for (int i = 0; i < size; ++i, p += 4) {
+    table.symbol[i] = load<uint16_t>(p);
+    table.frequency[i] = load<uint16_t>(p + 2);
+    if (table.symbol[i] > 255 || (i && table.symbol[i] <= table.symbol[i - 1]))
+      return "a table's symbols are not ascending bytes";
+    if (table.frequency[i] == 0 || table.frequency[i] > kSlots) return "a frequency is not in 1..4096";
+    sum += table.frequency[i];
+  }
+  return sum == kSlots ? nullptr : "a table's frequencies do not sum to 4096";
+}
+
+inline void fill_slots(const Table& table, const Buckets& buckets, DecoderTable& out) {
+  uint32_t rank[kMaxSymbols] = {};
+  each_run(buckets, [&](int i, int first, int slots) {
+    uint32_t value = uint32_t(table.frequency[i] - 1) << 20 | rank[i] << 8 | table.symbol[i];
+    for (int k = 0; k < slots; ++k) out.slot[first + k] = value + (uint32_t(k) << 8);
+    rank[i] += slots;
+  });
+}
+
+inline void fill_registers(const Table& table, const Buckets& b, DecoderTable& out) {
+  uint32_t rank[kMaxSymbols] = {};
+  for (int i = 0; i < kRegisterSymbols; ++i) {
+    // A bucket whose first part is empty is all its alias; one whose second part is empty never looks there.
+    const int divider = b.divider[i] ? b.divider[i] : b.width, first = b.divider[i] ? i : b.alias[i];
+    const int second = divider < b.width ? b.alias[i] : first;
+    out.bucket[i] = uint32_t(divider - 1) << 25 | uint32_t(table.symbol[second]) << 8 | table.symbol[first];
+    out.part[0][i] = rank[first] << 16 | table.frequency[first];
+    rank[first] += divider;
+    out.part[1][i] = (rank[second] - divider) << 16 | table.frequency[second];
+    rank[second] += b.width - divider;
+  }
+}
+
+// The words of one segment not yet read. 64 bytes (the most that a group takes) may be read while next <=
+// safe; before the section's end a copy of what is left is read instead, with zeros behind it.
+struct Words {
+  static constexpr int64_t kGroupBytes = 2 * kSegmentLanes;
+  const uint8_t* next;
+  const uint8_t* end;
+  const uint8_t* safe;
+  bool copied = false;
+  uint8_t rest[3 * kGroupBytes];
+
+  void open(const uint8_t* p, uint64_t words) {
+    next = p;
+    end = p + 2 * words;
+    safe = next;
+    if (2 * words >= uint64_t(kGroupBytes))
+      safe = end - kGroupBytes;
+    else
+      copy_rest();
+  }
+  // False if the words ran out.
+  bool prepare() {
+    if (next <= safe) return true;
+    if (copied) return false;
+    copy_rest();
+    return true;
+  }
+
+ private:
+  void copy_rest() {
+    const size_t left = size_t(end - next);
+    std::memset(rest, 0, sizeof(rest));
+    std::memcpy(rest, next, left);
+    next = rest;
+    safe = end = rest + left;
+    copied = true;
+  }
+};
+
+// How a decoded group leaves: as symbols, or as elements of two bytes, merged with their plane.
+enum class Output { symbols, exponent16, high16 };
+
+struct Decoder {
+  alignas(64) uint32_t states[kLanes];
+  Words words[kSegments];
+  DecoderTable table;
+};
+
+// Decodes up to `groups` groups while words may be read, and returns how many. `plane` is plane 0 of these
+// groups; nothing reads it when symbols are asked for.
+using GroupsFunction = int (*)(Decoder&, int groups, const uint8_t* plane, uint8_t* out);
+
+}  // namespace gaugekit::rans
