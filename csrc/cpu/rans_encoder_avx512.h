@@ -22,8 +22,11 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i codes_of(__m512i index, const __m512i (&
 
 // One step of 16 lanes. The quotient is that of floats rounded towards zero: x < 2^31 and it is below 2^19,
 // so it is right or one too small.
-GAUGEKIT_AVX512 GAUGEKIT_INLINE void encode_step(__m512i& x, __m512i code, const uint32_t* slot_of,
-                                                 uint16_t*& next) {
+struct Step {
+  __m512i quotient, place;
+};
+
+GAUGEKIT_AVX512 GAUGEKIT_INLINE Step encode_step(__m512i x, __m512i code, uint16_t*& next) {
   constexpr int kTruncate = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
   const __mmask16 spill = _mm512_cmpge_epu32_mask(x, _mm512_slli_epi32(code, 19));
   const int spilled = __builtin_popcount(spill);
@@ -39,10 +42,7 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE void encode_step(__m512i& x, __m512i code, const
   quotient = _mm512_mask_sub_epi32(quotient, more, quotient, _mm512_set1_epi32(-1));
   rest = _mm512_mask_sub_epi32(rest, more, rest, f);
   const __m512i place = _mm512_add_epi32(rest, _mm512_srli_epi32(code, 16));
-  const __m512i slot =
-      _mm512_inserti64x4(_mm512_castsi256_si512(avx2::look_up(slot_of, _mm512_castsi512_si256(place))),
-                         avx2::look_up(slot_of, _mm512_extracti64x4_epi64(place, 1)), 1);
-  x = _mm512_or_si512(_mm512_slli_epi32(quotient, kProbabilityBits), slot);
+  return {_mm512_slli_epi32(quotient, kProbabilityBits), place};
 }
 
 // Symbols to their indices in the table, for tables of at most 32: a 16-byte lookup for each row of 16
@@ -94,10 +94,15 @@ GAUGEKIT_AVX512 void encode_groups(const uint8_t* symbols, uint64_t groups, cons
     const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(index));
     const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(index, 1));
     const uint32_t* memory = t.by_symbol;
-    encode_step(x1, codes_of<in_registers>(_mm512_srli_epi32(first, 8), table, memory), t.slot_of, a);
-    encode_step(x3, codes_of<in_registers>(_mm512_srli_epi32(second, 8), table, memory), t.slot_of, b);
-    encode_step(x0, codes_of<in_registers>(first, table, memory), t.slot_of, a);
-    encode_step(x2, codes_of<in_registers>(second, table, memory), t.slot_of, b);
+    // Arithmetic of all four before the loads: more than one vector's chain then fits the processor's window.
+    const Step s1 = encode_step(x1, codes_of<in_registers>(_mm512_srli_epi32(first, 8), table, memory), a);
+    const Step s3 = encode_step(x3, codes_of<in_registers>(_mm512_srli_epi32(second, 8), table, memory), b);
+    const Step s0 = encode_step(x0, codes_of<in_registers>(first, table, memory), a);
+    const Step s2 = encode_step(x2, codes_of<in_registers>(second, table, memory), b);
+    x1 = _mm512_or_si512(s1.quotient, _mm512_i32gather_epi32(s1.place, t.slot_of, 4));
+    x3 = _mm512_or_si512(s3.quotient, _mm512_i32gather_epi32(s3.place, t.slot_of, 4));
+    x0 = _mm512_or_si512(s0.quotient, _mm512_i32gather_epi32(s0.place, t.slot_of, 4));
+    x2 = _mm512_or_si512(s2.quotient, _mm512_i32gather_epi32(s2.place, t.slot_of, 4));
   }
   _mm512_storeu_si512(states, x0);
   _mm512_storeu_si512(states + 16, x1);

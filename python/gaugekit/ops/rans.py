@@ -100,7 +100,9 @@ def encode(tensor: torch.Tensor, model: int, chunk_log2: int, path: int = -1) ->
     if not isinstance(chunk_log2, int) or not 14 <= chunk_log2 <= 20:
         raise ValueError(f"chunk_log2: expected 14 to 20, got {chunk_log2!r}")
     shape = torch.tensor(tuple(tensor.shape), dtype=torch.int64)
-    return torch.ops.gaugekit.rans_encode(_as_bytes(tensor), shape, ELEMENTS[tensor.dtype], model, chunk_log2, path)
+    return torch.ops.gaugekit.rans_encode(
+        _as_bytes(tensor), shape, ELEMENTS[tensor.dtype], model, chunk_log2, path
+    )
 
 
 def open_blob(blob: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
