@@ -108,7 +108,11 @@ def test_strides(kind, dtype):
     assert torch.equal(out, shaped_combine(**same, causal=True, key_lengths=LENGTHS))
     found = backward(weight, *given.values(), *mask)
     expected = backward(weight.contiguous(), *same.values(), *mask)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    for x, y in zip(found, expected, strict=True):
+        if _library.implementation("shaped_combine_backward"):
+            assert torch.equal(x, y)
+        else:  # the composition's sums follow the layout
+            assert_accurate(x, y.double(), y)
 
 
 @pytest.mark.parametrize("call", ["causal", "no mask", "window, start and lengths", "packed"])
