@@ -13,7 +13,8 @@ from transformers import (
     StaticCache,
 )
 
-import gaugekit.integrations.transformers  # noqa: F401 (registers the models)
+import gaugekit as gk
+import gaugekit.integrations.transformers
 from gaugekit.integrations.sas import SASConfig, SASForCausalLM, SASForMaskedLM, SASModel
 from helpers import assert_accurate
 
@@ -200,3 +201,9 @@ def test_a_head_and_its_direction_must_agree():
         SASForMaskedLM(SASConfig(causal=True))
     config = SASConfig(vocab_size=5, n_embd=8, n_layer=1, n_head=1)
     assert SASForMaskedLM(config).config.causal is False and config.causal is None
+
+
+def test_a_saved_directory_is_verified(tmp_path):
+    """verify opens a directory by the class in its config, ours as well as transformers' own."""
+    model(dtype=torch.float32).save_pretrained(tmp_path)
+    assert gk.verify(tmp_path, tmp_path)["ok"]

@@ -77,8 +77,10 @@ def architecture(path: Path) -> type:
     """The model class named first under ``architectures`` in config.json, else the class AutoModel would take."""
     package = transformers()
     names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    from gaugekit.integrations import sas
+
     for name in names:
-        if (found := getattr(package, name, None)) is not None:
+        if (found := getattr(package, name, None) or getattr(sas, name, None)) is not None:
             return found
     if names:
         raise ValueError(f"{path}: transformers {package.__version__} has no class {' or '.join(names)}")
