@@ -38,7 +38,7 @@ demo: build
 	@$(VENV)/bin/gaugekit demo
 
 test: build
-	@$(VENV)/bin/python -m pytest -q
+	@$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: build
 	@$(VENV)/bin/ruff check .

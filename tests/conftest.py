@@ -8,6 +8,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:  # more threads than cores wait for each other; child processes inherit this
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+    torch.set_num_threads(int(threads))
+
 
 @pytest.fixture(autouse=True)
 def deterministic_and_poisoned():
