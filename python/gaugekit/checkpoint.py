@@ -14,26 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .codec import CorruptFile, container, safe_open
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CERTIFICATE = "gaugekit_certificate.json"
 MANIFEST = "gaugekit_manifest.json"
 LOCK = "gaugekit_lock"
 SCRATCH = "gaugekit_scratch"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def safetensors_package():
@@ -42,15 +30,15 @@ def safetensors_package():
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("reading a checkpoint needs safetensors: pip install gaugekit[hf]") from error
+        raise ImportError("writing a checkpoint needs safetensors: pip install gaugekit[hf]") from error
     return safetensors
 
 
 class Checkpoint:
-    """A directory with ``config.json`` and ``model.safetensors``, or shards and their index.
+    """A directory with ``config.json`` and ``model.safetensors``, or shards and their index; packed or not.
 
-    Nothing is read before it is asked for; a tensor asked for is read through a memory map. Raises ValueError, saying
-    what was expected, for a directory, config or weights that are missing or damaged.
+    Nothing is read before it is asked for; a tensor asked for is read alone (``gaugekit.codec.safe_open``). Raises
+    ValueError, saying what was expected, for a directory, config or weights that are missing or damaged.
     """
 
     def __init__(self, path: str | Path):
@@ -60,8 +48,7 @@ class Checkpoint:
                 f"checkpoint: expected a directory with config.json and safetensors, got {str(path)!r}"
             )
         self.config: dict = _json(self.path / "config.json")
-        self._package = safetensors_package()
-        self._open: dict[str, object] = {}
+        self._open: dict[str, safe_open] = {}
         self.files: list[str]
         self._where: dict[str, str]
         if (self.path / INDEX).is_file():
@@ -85,7 +72,7 @@ class Checkpoint:
         return sorted(self._where)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as stored."""
+        """One tensor, as stored or as it was before it was packed."""
         return self._file(self._find(name)).get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -95,16 +82,14 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, without reading it."""
         kind = self._file(self._find(name)).get_slice(name).get_dtype()
-        if kind not in DTYPES:
-            raise ValueError(f"checkpoint: {name} has dtype {kind}; expected one of {', '.join(DTYPES)}")
-        return DTYPES[kind]
+        return container.DTYPES[kind]
 
     def file(self, name: str) -> str:
         """The file a tensor stands in."""
         return self._find(name)
 
     def bytes(self, name: str) -> int:
-        """The bytes a tensor takes in its file."""
+        """The bytes a tensor takes in memory."""
         return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
 
     def size_bytes(self) -> int:
@@ -128,18 +113,15 @@ class Checkpoint:
             f"checkpoint: expected {WEIGHTS} or {INDEX} in {str(self.path)!r}, got neither{hint}"
         )
 
-    def _file(self, file: str):
+    def _file(self, file: str) -> safe_open:
         if file not in self._open:
             path = self.path / file
             if not path.is_file():
                 raise ValueError(f"checkpoint: expected the file {file} in {str(self.path)!r}, got none")
             try:
-                self._open[file] = self._package.safe_open(path, "pt")
-                packed = "gaugekit" in (self._open[file].metadata() or {})
-            except (self._package.SafetensorError, OSError) as error:
+                self._open[file] = safe_open(path)
+            except (CorruptFile, OSError) as error:
                 raise ValueError(f"checkpoint: {file} is no intact safetensors file: {error}") from error
-            if packed:
-                raise ValueError(f"checkpoint: {file} is packed; `gaugekit unpack` it first")
         return self._open[file]
 
     def _find(self, name: str) -> str:

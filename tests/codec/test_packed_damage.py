@@ -46,13 +46,57 @@ def test_every_flipped_byte_is_detected(files, tmp_path):
             unpack(bytes(damaged), tmp_path)
 
 
+def read(data: bytes, folder) -> dict[str, tuple]:
+    """What the readers say is in the file: whole tensors, and rows of each."""
+    path = folder / "in.safetensors"
+    path.write_bytes(data)
+    try:
+        whole = codec.load_file(path)
+        with codec.safe_open(path) as file:
+            rows = {name: file.get_slice(name)[1:3] for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+    except codec.CorruptFile as error:
+        assert str(error).startswith(str(path))
+        raise
+    return {name: (t.tolist(), rows[name].tolist(), t.dtype, metadata) for name, t in whole.items()}
+
+
+def test_readers_detect_every_flipped_byte_or_it_is_harmless(files, tmp_path):
+    original, packed = files
+    expected, harmless = read(original, tmp_path), 0
+    assert read(packed, tmp_path) == expected
+    for place in range(len(packed)):
+        damaged = bytearray(packed)
+        damaged[place] ^= 0x15
+        try:
+            assert read(bytes(damaged), tmp_path) == expected, f"byte {place}"
+        except codec.CorruptFile:
+            continue
+        harmless += 1
+    assert harmless < 16 * 6, "only padding between the sections of a chunk may be flipped without being seen"
+
+
+def test_a_slice_alone_detects_damage(files, tmp_path):
+    """Rows of a tensor stored raw have no checksum of their own: the tensor's is looked at first."""
+    data = bytearray(files[1])
+    data[-1] ^= 1  # the last byte of "tiny"
+    (tmp_path / "x").write_bytes(data)
+    with codec.safe_open(tmp_path / "x") as file:
+        assert file.get_slice("ids")[:2].tolist() == [0, 1]
+        for _ in range(2):
+            with pytest.raises(codec.CorruptFile, match="x: tensor 'tiny': the checksum"):
+                file.get_slice("tiny")[:1]
+
+
 def test_every_truncation_is_detected(files, tmp_path):
     _, packed = files
     for size in [*range(64), *range(64, len(packed), 41), len(packed) - 1]:
+        for verb in (unpack, read):
+            with pytest.raises(codec.CorruptFile):
+                verb(packed[:size], tmp_path)
+    for verb in (unpack, read):
         with pytest.raises(codec.CorruptFile):
-            unpack(packed[:size], tmp_path)
-    with pytest.raises(codec.CorruptFile):
-        unpack(packed + b"\0", tmp_path)
+            verb(packed + b"\0", tmp_path)
 
 
 def change(packed: bytes, outer=None, inner=None) -> bytes:
@@ -124,8 +168,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_header(name, files, tmp_path):
-    with pytest.raises(codec.CorruptFile):
-        unpack(change(files[1], **HOSTILE[name]), tmp_path)
+    for verb in (unpack, read):
+        with pytest.raises(codec.CorruptFile):
+            verb(change(files[1], **HOSTILE[name]), tmp_path)
 
 
 def test_duplicate_name(files, tmp_path):
@@ -136,15 +181,16 @@ def test_duplicate_name(files, tmp_path):
     zeroed = re.sub(rb'(header_crc32c\\":\\")[0-9a-f]{8}', rb"\g<1>00000000", doubled)
     digits = b"%08x" % crc32c(len(zeroed).to_bytes(8, "little") + zeroed)
     doubled = zeroed.replace(b'crc32c\\":\\"00000000', b'crc32c\\":\\"' + digits)
-    with pytest.raises(codec.CorruptFile, match="stands twice"):
-        unpack(len(doubled).to_bytes(8, "little") + doubled + packed[8 + len(raw) :], tmp_path)
+    for verb in (unpack, read):
+        with pytest.raises(codec.CorruptFile, match="stands twice"):
+            verb(len(doubled).to_bytes(8, "little") + doubled + packed[8 + len(raw) :], tmp_path)
 
 
 @pytest.mark.parametrize("announced", [1 << 63, 100_000_001, 500])
 def test_header_longer_than_the_file_or_the_limit(announced, tmp_path):
-    for verb in (codec.pack, codec.unpack):
-        (tmp_path / "x").write_bytes(announced.to_bytes(8, "little") + b"{}")
-        with pytest.raises(codec.CorruptFile, match="not a .safetensors file"):
+    (tmp_path / "x").write_bytes(announced.to_bytes(8, "little") + b"{}")
+    for verb in (codec.pack, codec.unpack, lambda x, _: codec.safe_open(x)):
+        with pytest.raises(codec.CorruptFile, match="x: not a .safetensors file"):
             verb(tmp_path / "x", tmp_path / "y")
 
 
@@ -161,6 +207,7 @@ def test_header_longer_than_the_file_or_the_limit(announced, tmp_path):
 )
 def test_not_safetensors(data, tmp_path):
     (tmp_path / "x").write_bytes(data)
-    with pytest.raises(codec.CorruptFile):
-        codec.pack(tmp_path / "x", tmp_path / "y")
+    for verb in (codec.pack, codec.unpack, lambda x, _: codec.load_file(x)):
+        with pytest.raises(codec.CorruptFile, match="x: "):
+            verb(tmp_path / "x", tmp_path / "y")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]

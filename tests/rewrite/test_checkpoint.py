@@ -7,6 +7,7 @@ import torch
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from gaugekit import codec  # noqa: E402
 from gaugekit.rewrite import Checkpoint  # noqa: E402
 
 CONFIG = {"model_type": "bert", "hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -27,10 +28,13 @@ def write(path, shards=False):
     return tensors
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
-def test_reads(tmp_path, shards):
+def test_reads(tmp_path, shards, packed):
     tensors = write(tmp_path / "m", shards)
-    checkpoint = Checkpoint(tmp_path / "m")
+    if packed:
+        codec.pack(tmp_path / "m", tmp_path / "p")
+    checkpoint = Checkpoint(tmp_path / ("p" if packed else "m"))
     assert checkpoint.config == CONFIG
     assert checkpoint.names() == ["a", "b"]
     for name, tensor in tensors.items():

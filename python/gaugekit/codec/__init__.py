@@ -3,5 +3,6 @@
 from ..ops.rans import CorruptFile
 from .blob import decode, decode_range, encode
 from .files import pack, unpack
+from .reader import load_file, safe_open
 
-__all__ = ["CorruptFile", "decode", "decode_range", "encode", "pack", "unpack"]
+__all__ = ["CorruptFile", "decode", "decode_range", "encode", "load_file", "pack", "safe_open", "unpack"]

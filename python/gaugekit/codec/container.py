@@ -7,23 +7,43 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
+import torch
 
+from ..ops import rans
 from ..ops.rans import CorruptFile, crc32c
 from .blob import as_byte_tensor
 
 VERSION = 1
 MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
 MAX_RANK = 64
-ITEM_BYTES = {
-    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"], 1),
-    **dict.fromkeys(["I16", "U16", "F16", "BF16"], 2),
-    **dict.fromkeys(["I32", "U32", "F32"], 4),
-    **dict.fromkeys(["I64", "U64", "F64", "C64"], 8),
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
 }
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 # A packed file's header begins with exactly these bytes, so the checksum's eight digits stand at a known
 # place.
 PREFIX = b'{"__metadata__":{"gaugekit":"{\\"header_crc32c\\":\\"'
@@ -51,10 +71,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header: its bytes as they stand, its metadata, its tensors in the order of their bytes."""
+    """A file's header: its bytes as they stand, its metadata (None where it has none), its tensors in the
+    order of their bytes.
+    """
 
     raw: bytes
-    metadata: dict[str, str]
+    metadata: dict[str, str] | None
     entries: list[Entry]
 
     @property
@@ -75,6 +97,20 @@ class Packed:
     stored: Header
     original: Header
     tensors: dict[str, tuple[str, int]]  # name -> (codec, crc32c of the stored bytes)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Errors about damage say which file is damaged."""
+    try:
+        yield
+    except CorruptFile as error:
+        raise CorruptFile(f"{Path(path)}: {error}") from None
+
+
+def codable(dtype: str) -> bool:
+    """Whether tensors of this dtype of the header can be coded."""
+    return DTYPES.get(dtype) in rans.ELEMENTS
 
 
 def read_raw(file: BinaryIO) -> bytes:
@@ -134,8 +170,10 @@ def parse_header(raw: bytes, data_bytes: int | None = None) -> Header:
     given.
     """
     fields = _parse(raw, "the header")
-    metadata = fields.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = fields.pop("__metadata__", None)
+    if metadata is not None and (
+        not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values())
+    ):
         raise CorruptFile("__metadata__ is not a map of strings")
     entries = sorted((_entry(name, value) for name, value in fields.items()), key=lambda e: (e.begin, e.end))
     cursor = 0
@@ -150,10 +188,18 @@ def parse_header(raw: bytes, data_bytes: int | None = None) -> Header:
     return Header(raw, metadata, entries)
 
 
-def read_header(file: BinaryIO) -> Header:
-    """The checked header of any .safetensors file, plain or packed."""
+def read(file: BinaryIO) -> Packed | Header:
+    """The checked header of any .safetensors file, packed or ordinary; CorruptFile for a damaged one."""
     raw = read_raw(file)
-    return parse_header(raw, os.fstat(file.fileno()).st_size - 8 - len(raw))
+    data_bytes = os.fstat(file.fileno()).st_size - 8 - len(raw)
+    if raw.startswith(PREFIX):
+        return _parse_packed(raw, data_bytes)
+    header = parse_header(raw, data_bytes)
+    metadata = header.metadata or {}
+    # One damaged byte at a packed file's beginning cannot hide both.
+    if "gaugekit" in metadata or any("header_crc32c" in value for value in metadata.values()):
+        raise CorruptFile("the header does not begin as a packed file's does")
+    return header
 
 
 def _header_crc32c(raw: bytes) -> int:
@@ -173,7 +219,7 @@ def render_packed(original: Header, stored: list[tuple[Entry, str, int]], length
         "tensors": {entry.name: [codec, crc] for entry, codec, crc in stored},
     }
     compact = {"ensure_ascii": False, "separators": (",", ":")}
-    metadata = {"gaugekit": json.dumps(inner, **compact), **original.metadata}
+    metadata = {"gaugekit": json.dumps(inner, **compact), **(original.metadata or {})}
     fields = {"__metadata__": metadata}
     for entry, _, _ in stored:
         fields[entry.name] = {
@@ -196,21 +242,10 @@ def packed_header_bytes(original: Header) -> int:
     return len(render_packed(original, [(e, "rans", 0xFFFFFFFF) for e in entries], 0))
 
 
-def read_packed(file: BinaryIO) -> Packed:
-    """The checked header of a packed file; ValueError for an ordinary one, CorruptFile for a damaged one."""
-    raw = read_raw(file)
-    if not raw.startswith(PREFIX):
-        if b"header_crc32c" not in raw and b'"gaugekit"' not in raw:  # one damaged byte cannot hide both
-            parse_header(raw)
-            raise ValueError("source: expected a packed file, got an ordinary .safetensors file")
-        raise CorruptFile("the header does not begin as a packed file's does")
-    try:
-        given = int(raw[DIGITS], 16)
-    except ValueError:
-        given = None
-    if raw[DIGITS] != b"%08x" % _header_crc32c(raw) or given is None:
+def _parse_packed(raw: bytes, data_bytes: int) -> Packed:
+    if raw[DIGITS] != b"%08x" % _header_crc32c(raw):
         raise CorruptFile("the header's checksum is wrong")
-    stored = parse_header(raw, os.fstat(file.fileno()).st_size - 8 - len(raw))
+    stored = parse_header(raw, data_bytes)
     inner = _parse(stored.metadata["gaugekit"], "the gaugekit entry")
     if inner.get("version") != VERSION:
         raise CorruptFile(f"its version is {inner.get('version')!r}, this gaugekit reads {VERSION}")
@@ -233,16 +268,7 @@ def read_packed(file: BinaryIO) -> Packed:
     for entry in stored.entries:
         source, codec = by_name[entry.name], tensors[entry.name][0]
         as_raw = (entry.dtype, entry.shape, entry.size) == (source.dtype, source.shape, source.size)
-        as_blob = (entry.dtype, entry.shape) == ("U8", (entry.size,)) and source.dtype in (
-            "BF16",
-            "F16",
-            "F32",
-        )
+        as_blob = (entry.dtype, entry.shape) == ("U8", (entry.size,)) and codable(source.dtype)
         if not (as_raw if codec == "raw" else as_blob):
             raise CorruptFile(f"tensor {entry.name!r}: what is stored does not fit the original header")
     return Packed(stored, original, tensors)
-
-
-def byte_array(size: int) -> np.ndarray:
-    """A buffer of ``size`` bytes to read into."""
-    return np.empty(size, np.uint8)

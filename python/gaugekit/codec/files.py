@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from ..ops import rans
 from ..report import Report
 from . import container
 from .blob import as_byte_tensor, encode_bytes
-from .container import CorruptFile, Entry
+from .container import CorruptFile, Entry, naming
 
 Progress = Callable[[int, int], None] | None
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -106,6 +107,8 @@ def _convert_directory(
                 step = (lambda part, _, base=before: progress(base + part, total)) if progress else None
                 try:
                     _add(report, convert(path, place, step))
+                except CorruptFile:
+                    raise
                 except ValueError as error:
                     raise type(error)(f"{path.name}: {error}") from None
             else:
@@ -166,7 +169,7 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 def _read(file: BinaryIO, start: int, size: int) -> torch.Tensor:
-    buffer = container.byte_array(size)
+    buffer = np.empty(size, np.uint8)
     file.seek(start)
     if file.readinto(buffer) != size:
         raise CorruptFile("the file ends within a tensor")
@@ -184,9 +187,9 @@ def _copy(source: BinaryIO, start: int, size: int, out: BinaryIO) -> int:
 
 
 def _pack_file(source: Path, target: Path, progress: Progress) -> tuple[int, int, int]:
-    with source.open("rb") as file:
-        original = container.read_header(file)
-        if "gaugekit" in original.metadata:
+    with source.open("rb") as file, naming(source):
+        original = container.read(file)
+        if isinstance(original, container.Packed):
             raise ValueError(f"source: expected an ordinary {SUFFIX} file, got one that is packed already")
         reserved = container.packed_header_bytes(original)
         _check_space(target, 8 + reserved + original.file_bytes - original.data_start)
@@ -227,8 +230,10 @@ def _pack_file(source: Path, target: Path, progress: Progress) -> tuple[int, int
 
 
 def _unpack_file(source: Path, target: Path, progress: Progress) -> tuple[int, int, int]:
-    with source.open("rb") as file:
-        packed = container.read_packed(file)
+    with source.open("rb") as file, naming(source):
+        packed = container.read(file)
+        if not isinstance(packed, container.Packed):
+            raise ValueError(f"source: expected a packed file, got an ordinary {SUFFIX} file")
         original, start = packed.original, packed.stored.data_start
         places = {entry.name: entry for entry in packed.stored.entries}
         _check_space(target, original.file_bytes)

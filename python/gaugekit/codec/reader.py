@@ -1,0 +1,174 @@
+"""Reading .safetensors files, packed or ordinary, as safetensors' own functions read ordinary ones."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from ..ops import rans
+from . import container
+from .blob import fresh
+from .container import CorruptFile, Entry, Packed, naming
+from .pieces import StoredBlob, read_at
+
+PIECE_BYTES = 1 << 24  # decoded bytes handled at once: the coded bytes of no more than that are in memory
+
+
+class safe_open:
+    """Opens a .safetensors file, packed or ordinary, and returns the original's tensors as asked.
+
+    A drop-in for ``safetensors.safe_open(path, framework="pt", device="cpu")``: keys, metadata, get_tensor, get_slice,
+    with or without ``with``. A tensor is read when it is asked for, through no mapping; memory: that tensor and 16 MiB
+    of coded bytes. Any thread may read. Bytes of a packed file are checked as they are read: damage raises CorruptFile,
+    which names the file. ValueError for another framework, FileNotFoundError where there is no file.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, framework: str = "pt", device: str | int | torch.device = "cpu"
+    ):
+        if framework not in ("pt", "torch", "pytorch"):
+            raise ValueError(f"framework: expected 'pt', got {framework!r}")
+        self.path, self.device = os.fspath(path), device
+        self._file = open(path, "rb")  # noqa: SIM115 - open until __exit__
+        try:
+            with naming(path):
+                found = container.read(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        self.packed = isinstance(found, Packed)
+        self._original = found.original if self.packed else found
+        self._stored = found.stored if self.packed else found
+        self._codecs = found.tensors if self.packed else {}
+        self._entries = {entry.name: entry for entry in self._original.entries}
+        self._places = {entry.name: entry for entry in self._stored.entries}
+        self._blobs: dict[str, StoredBlob] = {}
+        self._sound: set[str] = set()  # tensors stored raw whose checksum was seen to be right
+
+    def __enter__(self) -> safe_open:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def keys(self) -> list[str]:
+        """The names of the tensors, sorted."""
+        return sorted(self._entries)
+
+    def offset_keys(self) -> list[str]:
+        """The names of the tensors in the order in which the original file stores them."""
+        return [entry.name for entry in self._original.entries]
+
+    def metadata(self) -> dict[str, str] | None:
+        """The original's ``__metadata__``; None where it has none."""
+        return self._original.metadata
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """The tensor, as the original file has it. ValueError for a name or a dtype that is not known."""
+        entry = self._entry(name)
+        return self._elements(entry, 0, entry.weights).view(entry.shape).to(self.device)
+
+    def get_slice(self, name: str) -> Slice:
+        """The tensor, not read yet: ``get_slice(name)[rows]`` decodes only the chunks that hold those rows."""
+        return Slice(self, self._entry(name))
+
+    def stored_bytes(self, name: str) -> int:
+        """The bytes the tensor takes in this file."""
+        self._entry(name)
+        return self._places[name].size
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise ValueError(f"{self.path}: expected the name of one of its tensors, got {name!r}")
+        entry = self._entries[name]
+        if entry.dtype not in container.DTYPES:
+            raise ValueError(f"{self.path}: tensor {name!r} has dtype {entry.dtype}, which torch lacks")
+        return entry
+
+    def _elements(self, entry: Entry, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        dtype, place = container.DTYPES[entry.dtype], self._places[entry.name]
+        begin = self._stored.data_start + place.begin
+        codec, crc = self._codecs.get(entry.name, ("raw", None))
+        with naming(self.path):
+            try:
+                if codec == "rans":
+                    return self._decoded(entry, place, start, stop)
+                if crc is not None and (start, stop) != (0, entry.weights):
+                    self._check(entry.name, begin, place.size, crc)
+                out = fresh(torch.Size([stop - start]), dtype)
+                raw = out.view(torch.uint8)
+                read_at(self._file, begin + start * dtype.itemsize, raw.numel(), raw.numpy())
+                if crc is not None and entry.name not in self._sound and rans.crc32c(raw) != crc:
+                    raise CorruptFile("the checksum of its stored bytes is wrong")
+                return out
+            except CorruptFile as error:
+                raise CorruptFile(f"tensor {entry.name!r}: {error}") from None
+
+    def _decoded(self, entry: Entry, place: Entry, start: int, stop: int) -> torch.Tensor:
+        blob = self._blobs.get(entry.name)
+        if blob is None:
+            begin = self._stored.data_start + place.begin
+            dtype = container.DTYPES[entry.dtype]
+            blob = StoredBlob(self._file, begin, place.size, dtype, entry.shape)
+            self._blobs[entry.name] = blob
+        out = fresh(torch.Size([stop - start]), blob.dtype)
+        for first, end, chunk, until in blob.parts(start, stop, PIECE_BYTES):
+            blob.decode(first, end, chunk, until, out[first - start : end - start])
+        return out
+
+    def _check(self, name: str, begin: int, size: int, crc: int) -> None:
+        """Reads a tensor stored raw once through its checksum: a part of it has none of its own."""
+        if name in self._sound:
+            return
+        found = 0
+        for offset in range(0, size, PIECE_BYTES):
+            piece = read_at(self._file, begin + offset, min(PIECE_BYTES, size - offset))
+            found = rans.crc32c(torch.from_numpy(piece), found)
+        if found != crc:
+            raise CorruptFile("the checksum of its stored bytes is wrong")
+        self._sound.add(name)
+
+
+class Slice:
+    """A tensor of an open file that is read when it is indexed, its first dimension only as far as asked for."""
+
+    def __init__(self, file: safe_open, entry: Entry):
+        self._file, self._entry = file, entry
+
+    def get_shape(self) -> list[int]:
+        """The tensor's shape."""
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        """The tensor's dtype, in the header's words ("BF16", "F32", ...)."""
+        return self._entry.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """What the tensor gives for ``index``; a number or a slice of rows in front limits what is read."""
+        parts = index if isinstance(index, tuple) else (index,)
+        shape = self._entry.shape
+        rows = range(shape[0]) if shape else range(1)
+        if shape and parts and isinstance(parts[0], slice) and (parts[0].step or 1) > 0:
+            chosen = rows[parts[0]]
+            rows = range(chosen.start, max(chosen.start, chosen.stop))
+            parts = (slice(None, None, chosen.step), *parts[1:])
+        elif shape and parts and isinstance(parts[0], int) and not isinstance(parts[0], bool):
+            if not -shape[0] <= parts[0] < shape[0]:
+                raise IndexError(f"row {parts[0]} of tensor {self._entry.name!r}, which has {shape[0]}")
+            rows = range(parts[0] % shape[0], parts[0] % shape[0] + 1)
+            parts = (0, *parts[1:])
+        width = math.prod(shape[1:])
+        start, stop = rows.start * width, rows.stop * width
+        part = self._file._elements(self._entry, start, stop)
+        part = part.view((len(rows), *shape[1:]) if shape else ())
+        return part[parts].to(self._file.device)
+
+
+def load_file(path: str | os.PathLike, device: str | int | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """{name: tensor} of a .safetensors file, packed or ordinary; errors as ``safe_open`` raises them."""
+    with safe_open(path, device=device) as file:
+        return {name: file.get_tensor(name) for name in file.offset_keys()}
