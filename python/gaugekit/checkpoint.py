@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .codec import CorruptFile, container, safe_open
+from .staging import MANIFEST, Staging, copy, dump, sha256, sync, write
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CERTIFICATE = "gaugekit_certificate.json"
-MANIFEST = "gaugekit_manifest.json"
-LOCK = "gaugekit_lock"
 SCRATCH = "gaugekit_scratch"
 
 
@@ -162,40 +158,29 @@ def _weight_map(path: Path) -> dict[str, str]:
 class Writer:
     """Writes a checkpoint beside its final place, so that a kill loses little and nothing half-done looks whole.
 
-    Tensors go into shards of about ``shard_bytes`` in the folder ``<target>.partial``; a manifest there says what is
-    done, for which job (``identity``, JSON). A new Writer of the same identity goes on after ``done`` units; another
-    identity, or ``resume=False``, starts over. ``finish`` names the shards, writes index and config, and renames the
-    folder. Every file is flushed to the disk before the manifest or a rename speaks of it.
+    Tensors go into shards of about ``shard_bytes`` in the folder ``<target>.partial`` (``staging.Staging``), whose
+    manifest says what is done, for which job (``identity``, JSON). A new Writer of the same identity goes on after
+    ``done`` units; another identity, or ``resume=False``, starts over. ``finish`` names the shards, writes index and
+    config, and renames the folder. Every file is flushed to the disk before the manifest or a rename speaks of it.
 
     Raises ValueError where ``<target>.partial`` is not ours, or another process is writing there.
     """
 
     def __init__(self, target: Path, identity: dict, *, resume: bool = True, shard_bytes: int = 10**9):
-        self.target, self.shard_bytes = target, shard_bytes
-        self.folder = target.with_name(target.name + ".partial")
-        manifest = self.folder / MANIFEST
-        if self.folder.exists() and not manifest.is_file() and any(self.folder.iterdir()):
-            raise ValueError(
-                f"target: expected {str(self.folder)!r} to be free for the work in progress; it is taken"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - held until close()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ValueError(f"target: another process is writing {str(self.folder)!r}") from None
-        self._state = {"identity": identity, "done": 0, "shards": [], "records": []}
-        keep = set()
-        if resume and manifest.is_file():
-            with contextlib.suppress(ValueError):
-                state = _json(manifest)
-                if state.get("identity") == identity and self._restore(state):
-                    self._state, keep = state, {SCRATCH}
-        self._clean(keep)
-        self._save()
+        self.shard_bytes = shard_bytes
+        start = {"done": 0, "shards": [], "records": []}
+        self._staging = Staging(target, identity, start, resume=resume, sound=_restore)
         self._tensors: dict[str, Tensor] = {}
         self._waiting: list[dict] = []
+        if not self._staging.published:
+            kept = {shard["file"] for shard in self._state["shards"]}
+            self._staging.clean(kept | ({SCRATCH} if self._staging.resumed else set()))
+            self._staging.save()
+
+    @property
+    def folder(self) -> Path:
+        """Where the result grows."""
+        return self._staging.folder
 
     @property
     def scratch(self) -> Path:
@@ -212,6 +197,10 @@ class Writer:
         """What ``add`` was told of every unit so far."""
         return [*self._state["records"], *self._waiting]
 
+    @property
+    def _state(self) -> dict:
+        return self._staging.state
+
     def add(self, tensors: dict[str, Tensor], record: dict) -> None:
         """The next unit: its tensors, and what to remember of it (JSON)."""
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -227,39 +216,34 @@ class Writer:
         self, config: dict, certificate: Callable[[dict[str, str]], dict], copies: dict[str, Path]
     ) -> None:
         """Writes the rest and moves everything into place; ``certificate`` is given the SHA-256 of every shard."""
-        self._flush()
+        if not self._staging.published:
+            self._flush()
+            self._complete(config, certificate, copies)
+        self._staging.publish()
+
+    def close(self) -> None:
+        """Lets another process at the folder; what is on disk stays for it to go on from."""
+        self._staging.close()
+
+    def _complete(self, config: dict, certificate: Callable, copies: dict[str, Path]) -> None:
         shards = self._state["shards"]
         names = [WEIGHTS]
         if len(shards) > 1:
             names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         for name, source in copies.items():
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(source, "rb") as stream:
-                _write(self.folder / name, stream.read())
+            copy(source, self.folder / name)
         for shard, name in zip(shards, names, strict=True):
             os.replace(self.folder / shard["file"], self.folder / name)
         sums = {name: shard["sha256"] for shard, name in zip(shards, names, strict=True)}
-        _write(self.folder / CERTIFICATE, _dump(certificate(sums)))
+        write(self.folder / CERTIFICATE, dump(certificate(sums)))
         if len(shards) > 1:
             where = {
                 tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard["names"]
             }
             total = sum(shard["bytes"] for shard in shards)
-            _write(self.folder / INDEX, _dump({"metadata": {"total_size": total}, "weight_map": where}))
-        _write(self.folder / "config.json", _dump(config))
+            write(self.folder / INDEX, dump({"metadata": {"total_size": total}, "weight_map": where}))
+        write(self.folder / "config.json", dump(config))
         shutil.rmtree(self.scratch, ignore_errors=True)
-        _sync(self.folder)
-        if self.target.exists():
-            self.target.rmdir()  # empty: the engine refused any other
-        os.rename(self.folder, self.target)
-        (self.target / MANIFEST).unlink()
-        (self.target / LOCK).unlink()
-        _sync(self.target)
-        _sync(self.target.parent)
-
-    def close(self) -> None:
-        """Lets another process at the folder; what is on disk stays for it to go on from."""
-        self._lock.close()
 
     def _flush(self) -> None:
         if self._tensors:
@@ -267,7 +251,7 @@ class Writer:
             path = self.folder / file
             safetensors_package().torch.save_file(self._tensors, path.with_suffix(".tmp"), {"format": "pt"})
             shutil.copymode(self.folder / MANIFEST, path.with_suffix(".tmp"))  # safetensors makes it private
-            _sync(path.with_suffix(".tmp"))
+            sync(path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
             size = sum(tensor.nbytes for tensor in self._tensors.values())
             shard = {"file": file, "names": list(self._tensors), "bytes": size, "sha256": sha256(path)}
@@ -275,59 +259,14 @@ class Writer:
         self._state["records"] += self._waiting
         self._state["done"] += len(self._waiting)
         self._tensors, self._waiting = {}, []
-        self._save()
-
-    def _save(self) -> None:
-        _write(self.folder / (MANIFEST + ".tmp"), _dump(self._state))
-        os.replace(self.folder / (MANIFEST + ".tmp"), self.folder / MANIFEST)
-        _sync(self.folder)
-
-    def _restore(self, state: dict) -> bool:
-        """Whether every shard the manifest names is there; those already given their final name get the first back."""
-        shards = state["shards"]
-        for number, shard in enumerate(shards, 1):
-            final = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            if not (self.folder / shard["file"]).is_file() and (self.folder / final).is_file():
-                os.replace(self.folder / final, self.folder / shard["file"])
-        return all((self.folder / shard["file"]).is_file() for shard in shards)
-
-    def _clean(self, keep: set[str]) -> None:
-        keep = {MANIFEST, LOCK, *keep, *(shard["file"] for shard in self._state["shards"])}
-        for path in self.folder.iterdir():
-            if path.name not in keep:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._staging.save()
 
 
-def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-        if progress:
-            progress(len(block))
-    return digest.hexdigest()
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            yield block
-
-
-def _dump(content: dict) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _restore(folder: Path, state: dict) -> bool:
+    """Whether every shard the manifest names is there; those already given their final name get the first back."""
+    shards = state["shards"]
+    for number, shard in enumerate(shards, 1):
+        final = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        if not (folder / shard["file"]).is_file() and (folder / final).is_file():
+            os.replace(folder / final, folder / shard["file"])
+    return all((folder / shard["file"]).is_file() for shard in shards)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CERTIFICATE, INDEX, Checkpoint, Writer, sha256
+from .checkpoint import CERTIFICATE, INDEX, Checkpoint, Writer
 from .models import AttentionView, Compact, Layers, Stored
 from .report import Report
+from .staging import check_target, free_bytes, sha256
 
 VERSION = 1  # of what config.json says about compact modules
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
@@ -93,7 +93,7 @@ def convert(
     start = time.perf_counter()
     checkpoint, target = Checkpoint(source), Path(target)
     job = _Job(checkpoint, list(rewrites), dense, _dtype(dtype))
-    _check_target(checkpoint.path, target)
+    check_target(checkpoint.path, target)
     plans = [rewrite.plan(checkpoint.config) for rewrite in job.rewrites]
     copies, left = _copies(checkpoint)
     _check_space(job, target, copies)
@@ -285,16 +285,6 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return (names | short)[dtype]
 
 
-def _check_target(source: Path, target: Path) -> None:
-    here, there = source.resolve(), target.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ValueError(
-            f"target: expected a directory beside the source, got {str(target)!r} for {str(source)!r}"
-        )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"target: expected a new or empty directory, got {str(target)!r}, which is not")
-
-
 def _check_space(job: _Job, target: Path, copies: dict[str, Path]) -> None:
     """The result is at most as large as the source in the new dtype; what an earlier run left counts as free."""
     needed = sum(path.stat().st_size for path in copies.values()) + (1 << 20)
@@ -302,14 +292,9 @@ def _check_space(job: _Job, target: Path, copies: dict[str, Path]) -> None:
         dtype = job.checkpoint.dtype(name)
         ratio = job.dtype.itemsize / dtype.itemsize if job.dtype and dtype.is_floating_point else 1
         needed += int(job.checkpoint.bytes(name) * ratio)
-    parent = next(folder for folder in target.resolve().parents if folder.is_dir())
-    partial = target.with_name(target.name + ".partial")
-    held = (
-        sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.is_dir() else 0
-    )
-    free = shutil.disk_usage(parent).free + held
+    free = free_bytes(target)
     if free < needed:
-        raise ValueError(f"target: expected {needed:,} bytes free in {str(parent)!r}, got {free:,}")
+        raise ValueError(f"target: expected {needed:,} bytes free in {str(target.parent)!r}, got {free:,}")
 
 
 def _copies(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:

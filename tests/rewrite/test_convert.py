@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from gaugekit import rewrite  # noqa: E402
-from gaugekit.checkpoint import CERTIFICATE, MANIFEST, Writer, sha256  # noqa: E402
+from gaugekit.checkpoint import CERTIFICATE, Writer  # noqa: E402
 from gaugekit.rewrite import Checkpoint, convert  # noqa: E402
+from gaugekit.staging import MANIFEST, sha256  # noqa: E402
 from gaugekit.symmetry import GaugeFix  # noqa: E402
 
 

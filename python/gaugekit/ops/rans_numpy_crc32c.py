@@ -58,3 +58,12 @@ def crc32c(data: np.ndarray, crc: int = 0) -> int:
     for byte in data.tolist():
         register = (register >> 8) ^ int(one[(register ^ byte) & 255])
     return register ^ 0xFFFFFFFF
+
+
+def joined(first: int, second: int, size: int) -> int:
+    """The CRC-32C of two pieces, the second of ``size`` bytes, from the CRC-32C of each."""
+    register = np.array([first], np.uint32)
+    for log2 in range(size.bit_length()):
+        if size >> log2 & 1:
+            register = _crc_apply(_crc_zeros(log2), register)
+    return int(register[0]) ^ second
