@@ -3,11 +3,12 @@
 import importlib
 
 from . import _library, ops
+from .ops.nonlocal_energy import nonlocal_energy
 from .ops.shaped_attention import shaped_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["ops", "shaped_attention"]
+__all__ = ["nonlocal_energy", "ops", "shaped_attention"]
 
 _library.load()
 

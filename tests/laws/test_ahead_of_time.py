@@ -28,6 +28,9 @@ def configurations(arch: int):
     for dtype in ("bfloat16", "float32"):
         for width in (64, 128, 256):
             yield f"attention {dtype} {width}", {"dtype": dtype, "key_width": width, "width": width}
+            if width == 64 or (arch == 90 and width == 128):
+                energy = {"energy": True, "causal": width == 64}
+                yield f"energy {dtype} {width}", {"dtype": dtype, "key_width": width, "width": width} | energy
     yield (
         "attention bfloat16 128 window",
         {"dtype": "bfloat16", "key_width": 128, "width": 128, "window": 100},
@@ -47,13 +50,16 @@ def configurations(arch: int):
             "dtype": "bfloat16", "key_width": 64, "width": 128, "groups": 1, "packed": True, "terms": True}  # fmt: skip
 
 
-def launch(dtype, width, key_width=0, groups=2, causal=True, window=None, packed=False, terms=False):
+def launch(
+    dtype, width, key_width=0, groups=2, causal=True, window=None, packed=False, terms=False, energy=False
+):
     """Forward with every term, and backward, on operands that are never read.
 
     The backward pass of an attention gets β alone unless ``terms``: the sweep for the others is the combine's.
     """
     import torch
 
+    from gaugekit.triton_kernels.nonlocal_energy import nonlocal_energy, nonlocal_energy_backward
     from gaugekit.triton_kernels.shaped_attention import shaped_attention
     from gaugekit.triton_kernels.shaped_attention_backward import shaped_attention_backward
     from gaugekit.triton_kernels.shaped_combine import shaped_combine
@@ -70,6 +76,10 @@ def launch(dtype, width, key_width=0, groups=2, causal=True, window=None, packed
         shaped_combine_backward(a, a, v, *every, *mask, da=a, dv=a, dv0=a)
         return
     q, k, lse = rows(2, key_width), rows(groups, key_width), torch.empty(1, 2, 2048)
+    if energy:
+        nonlocal_energy(v, q, k, lse, causal, None, 0.125, lse, lse, a)
+        nonlocal_energy_backward(lse, lse, v, q, k, lse, lse, a, causal, None, 0.125, False, a, q, k)
+        return
     shaped_attention(q, k, v, *every, *mask, 0.125, a, a, lse)
     some = every if terms else (None, gain, None, None, None)
     shaped_attention_backward(a, q, k, v, a, lse, *some, *mask, 0.125, q, k, v, a if terms else None)
@@ -154,6 +164,7 @@ def test_every_configuration_compiles_and_fits(compiled, arch):
     assert {row["kernel"] for row in compiled[arch]} == {
         "_shaped_combine_sums", "_shaped_combine_fwd", "_shaped_combine_bwd",
         "_shaped_attention_fwd", "_shaped_attention_bwd_kv", "_shaped_attention_bwd_q",
+        "_nonlocal_energy_fwd", "_nonlocal_energy_bwd_kv", "_nonlocal_energy_bwd_q",
     }  # fmt: skip
     too_large = [row for row in compiled[arch] if row["shared"] > SHARED[arch]]
     assert not too_large, too_large
@@ -173,7 +184,9 @@ def test_no_spills_on_sm_90(compiled):
 def test_sixteen_bit_products_run_on_the_tensor_cores(compiled):
     if not triton_is_3_6():
         pytest.skip("HGMMA is asserted for triton 3.6; other versions need only compile")
-    products = [row for row in compiled[90] if "_attention" in row["kernel"] and "float32" not in row["case"]]
+    products = [
+        row for row in compiled[90] if "_combine" not in row["kernel"] and "float32" not in row["case"]
+    ]
     assert products and all(row["hgmma"] for row in products), [row for row in products if not row["hgmma"]]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear"]
+OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear", "nonlocal_energy"]
 CODES = ["rans"]
 
 FOLDERS = {
@@ -27,6 +27,11 @@ ABSENT = {
     ("shaped_attention", "cuda"): "planned in Triton only",
     ("packed_linear", "cuda"): "comes with the GPU kernels; the composition answers on GPUs until then",
     ("packed_linear", "triton"): "comes with the GPU kernels; the composition answers on GPUs until then",
+    (
+        "nonlocal_energy",
+        "cpu",
+    ): "its softmax core is torch's SDPA, with one more column; the rest is one product",
+    ("nonlocal_energy", "cuda"): "planned in Triton only",
     ("rans", "cuda"): "GPU decoding comes with the fast codec; files are decoded on the CPU until then",
     ("rans", "triton"): "a state machine on integers, planned in CUDA only",
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear"]
+OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear", "nonlocal_energy"]
 MEANS = {
     "gradcheck": "float64 gradients by finite differences",
     "opcheck": "schema, fake, autograd and compile registration",

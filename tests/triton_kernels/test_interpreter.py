@@ -11,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent
-FILES = sorted(path.name for path in FOLDER.glob("test_shaped_*.py"))
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py") if path.name != Path(__file__).name)
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the same files run on the GPU instead"),
     pytest.mark.skipif(

@@ -1,5 +1,11 @@
 """Operators: schema, composition of torch operators, fake, autograd and public function, one file a stem."""
 
-from gaugekit.ops import packed_linear, shaped_attention, shaped_attention_fused, shaped_combine
+from gaugekit.ops import (
+    nonlocal_energy,
+    packed_linear,
+    shaped_attention,
+    shaped_attention_fused,
+    shaped_combine,
+)
 
-__all__ = ["packed_linear", "shaped_attention", "shaped_attention_fused", "shaped_combine"]
+__all__ = ["nonlocal_energy", "packed_linear", "shaped_attention", "shaped_attention_fused", "shaped_combine"]

@@ -1,0 +1,93 @@
+"""The nonlocal energy beside what it is made of and what it replaces: plain attention and the T×T equation.
+
+``without_us`` on the CPU is the energy as a user of torch writes it, with the T×T array; plain attention at the same
+shape does less than the energy and bounds it. Compiled, the T×T array is still there.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+import gaugekit as gk
+from gaugekit.reference.nonlocal_energy import nonlocal_energy as reference
+from registry import Case, benchmark
+
+EAGER = "eager, T×T"
+PLAIN = "plain attention"
+
+
+def eager(u, q, k):
+    """The equation for a whole softmax matrix: ½ Σ_i (s_i + (A s)_i) − Σ_i u_i·(A u)_i, s = ‖u‖²."""
+    a = torch.softmax(q @ k.mT * q.shape[3] ** -0.5, -1)
+    square = u.float().square().sum(-1, keepdim=True)
+    spread = a.to(square.dtype) @ square
+    return ((square + spread).sum((2, 3)) / 2 - (u * (a @ u)).float().sum((2, 3))).float()
+
+
+def forward(function, operands):
+    def call():
+        with torch.no_grad():
+            return function(*operands)
+
+    return call
+
+
+def both_ways(function, operands):
+    def call():
+        out = function(*operands)
+        return torch.autograd.grad(out, operands, torch.ones_like(out))
+
+    return call
+
+
+def check(operands, found):
+    def call():
+        few = [x.detach()[:, :2, :256] for x in operands]
+        exact = reference(*(x.double().cpu() for x in few))
+        error = ((gk.nonlocal_energy(*few).cpu() - exact) / exact).abs().max()
+        bound = 1e-6 if few[0].dtype == torch.float32 else 1e-2
+        assert error <= bound, f"relative error {error:.1e}"
+        assert all(x.isfinite().all() for x in found())
+
+    return call
+
+
+@benchmark("nonlocal_energy")
+def cases(device: str, quick: bool):
+    gpu = device == "cuda"
+    if quick:
+        shapes = [(1, 12, 256, 64, True)]
+    elif gpu:
+        shapes = [(8, 16, 4096, 64, False), (8, 16, 4096, 128, False), (1, 12, 2048, 64, True)]
+    else:
+        shapes = [(1, 12, 2048, 64, True)]
+    for batch, heads, tokens, width, eager_too in shapes:
+        for dtype in (torch.bfloat16,) if gpu else (torch.float32,):
+            operands = [
+                torch.randn(batch, tokens, heads, width, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+                for _ in range(3)
+            ]  # fmt: skip
+            u, q, k = operands
+            products = 2 * batch * heads * tokens**2 * width
+            for name, way, count in (("forward", forward, 2), ("forward+backward", both_ways, 7)):
+                yield Case(
+                    op="nonlocal_energy",
+                    shape=f"B{batch} T{tokens} H{heads} K{width} {name}",
+                    dtype=str(dtype).removeprefix("torch."),
+                    device=device,
+                    ours=way(gk.nonlocal_energy, operands),
+                    rivals={
+                        PLAIN: way(attention, [q, k, u]),
+                        EAGER: way(eager, operands) if eager_too else None,
+                    },
+                    without_us=EAGER if eager_too else PLAIN,
+                    check=check(operands, way(gk.nonlocal_energy, operands)),
+                    flops=count * products,
+                )
+    if not gpu and not quick:
+        operands = [torch.randn(1, 12, 16384, 8).requires_grad_() for _ in range(3)]
+        yield Case(
+            op="nonlocal_energy", shape="B1 T16384 H12 K8 forward", dtype="float32", device=device,
+            ours=forward(gk.nonlocal_energy, operands), rivals={PLAIN: forward(attention, operands), EAGER: None},
+            without_us=PLAIN, check=check(operands, forward(gk.nonlocal_energy, operands)),
+            label=f"{EAGER} would need 12.9 GB",
+        )  # fmt: skip
