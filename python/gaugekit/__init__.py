@@ -21,6 +21,7 @@ _LAZY = {
     "nn": "gaugekit.nn",
     "pack_weight": "gaugekit.ops.packed_linear_weight:pack_weight",
     "packed_linear": "gaugekit.ops.packed_linear:packed_linear",
+    "rank": "gaugekit.rank",
     "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.samples",
     "statistics": "gaugekit.statistics",

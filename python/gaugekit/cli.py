@@ -11,8 +11,9 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def parser() -> argparse.ArgumentParser:
         default="max_volume",
         help="which rows become the identity: the best for each head (default), or one partition for a layer",
     )
+    ranks = one.add_mutually_exclusive_group()
+    ranks.add_argument("--rank", type=int, metavar="R", help="keep R query/key channels of every head")
+    ranks.add_argument("--energy", type=float, metavar="E", help="keep the share E of each head's scores")
+    ranks.add_argument(
+        "--min-cosine",
+        type=float,
+        metavar="C",
+        help="the smallest ranks that keep the mean cosine C of embeddings on every second sentence of --calibration",
+    )
+    one.add_argument("--calibration", metavar="FILE", help="UTF-8 text that says which channels matter")
     one.add_argument(
         "--dense", action="store_true", help="keep the plain layout, which loads without gaugekit"
     )
@@ -176,23 +187,48 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
 
 
 def convert(arguments: argparse.Namespace) -> Outcome:
-    if not arguments.gauge:
-        raise UsageError("convert: expected a rewrite (--gauge)")
+    goals = {name: getattr(arguments, name) for name in ("rank", "energy", "min_cosine")}
+    if not arguments.gauge and all(goal is None for goal in goals.values()):
+        raise UsageError("convert: expected a rewrite (--gauge, --rank, --energy, --min-cosine)")
+    from .rewrite import Checkpoint
     from .rewrite import convert as run
     from .symmetry import GaugeFix
 
-    rewrites = [GaugeFix(rows=arguments.rows)]
-    with bar("convert") as progress:
-        return _shown(
-            run(
+    rewrites, ranks, calibration = [], None, None
+    with contextlib.ExitStack() as stack:
+        if any(goal is not None for goal in goals.values()):
+            from .rank import prepare
+
+            calibration = arguments.calibration
+            work = stack.enter_context(_scratch(arguments.out))
+            with bar("calibrate") as progress:
+                truncate = prepare(
+                    arguments.model, calibration, **goals, work_directory=work, progress=progress
+                )
+            rewrites, ranks = [truncate], truncate.of(Checkpoint(arguments.model).config)
+        elif arguments.calibration:
+            raise UsageError("convert: --calibration goes with --rank, --energy or --min-cosine")
+        if arguments.gauge:
+            rewrites.append(GaugeFix(rows=arguments.rows, key_ranks=ranks))
+        with bar("convert") as progress:
+            report = run(
                 arguments.model,
                 arguments.out,
                 rewrites,
                 dense=arguments.dense,
                 dtype=arguments.dtype,
+                calibration=calibration,
                 progress=progress,
             )
-        )
+    return _shown(report)
+
+
+@contextlib.contextmanager
+def _scratch(out: str) -> Iterator[Path]:
+    """A folder beside ``out`` that an interruption leaves, so that the next call goes on; gone once all is done."""
+    work = Path(out).with_name(Path(out).name + ".calibration")
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def verify(arguments: argparse.Namespace) -> Outcome:

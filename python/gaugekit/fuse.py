@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .models import Live
 from .nn import forms, packing
+from .rank import compact
 from .report import Report
 from .rewrite import VERSION
 from .symmetry import GaugeFix
@@ -41,7 +42,7 @@ def fuse(
 
     ``gauge`` (the default unless ``packed``): in every layer the key and value projections become compact forms
     without what nobody can observe (see ``symmetry.GaugeFix``; float64, rounded once), and the query and output
-    projections take up the rest.
+    projections take up the rest; query and key channels that ``rank.truncate`` left at zero are no longer stored.
     ``attention``: the model attends through ``gaugekit.shaped_attention`` (transformers' interface, named "gaugekit").
     The originals are kept on the instance for ``unfuse``: fusing saves memory in what is saved and loaded again, not in
     this process. A fused model saves with ``save_pretrained`` and loads like a converted one. Move it or train it
@@ -132,7 +133,7 @@ def _fuse_gauge(model: nn.Module, fields: dict, undo: _Undo) -> None:
             for path, original in originals.items():
                 _check_plain(path, original)
             view = rewrite.layer(live.attention(layer))
-            stored = live.family.store(live.config, layer, view, rewrite.form(view))
+            stored = live.family.store(live.config, layer, view, compact(view) | rewrite.form(view))
             made = {path: _make(path, original, stored) for path, original in originals.items()}
         except (ValueError, AttributeError) as reason:
             fields["left"].append({"module": live.prefix + live.family.block(layer), "reason": str(reason)})

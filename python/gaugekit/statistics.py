@@ -17,7 +17,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,7 @@ import torch
 
 from . import models, samples
 from .checkpoint import Checkpoint
-
-PARTS = ("q", "k", "v", "o")
-
-
-@dataclass
-class Moments:
-    """Of the rows x [D] that entered a module at real tokens: how many, Σ x [D] and Σ x xᵀ [D, D], float64."""
-
-    count: int
-    total: torch.Tensor
-    products: torch.Tensor
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """E x [D]."""
-        return self.total / self.count
-
-    @property
-    def second(self) -> torch.Tensor:
-        """E x xᵀ [D, D]."""
-        return self.products / self.count
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """E x xᵀ − E x E xᵀ [D, D]."""
-        return self.second - torch.outer(self.mean, self.mean)
+from .moments import Moments, add, observe, watched
 
 
 def collect(
@@ -186,18 +160,7 @@ class _Pass:
         self.path = {module: f"{name}." if name else "" for module, name in names.items()}
         # The file may name the base model's tensors with or without the prefix the live model has.
         self.prefix = (layers.family.prefix(name for name, _ in self.model.named_parameters()), layers.prefix)
-        self.watched = []
-        for layer, block in enumerate(self.blocks):
-            parts = layers.family.projections(checkpoint.config, layer)
-            inside = {
-                name: (self.prefix[0] + parts[name]).removeprefix(self.path[block]) if name in PARTS else name
-                for name in modules
-            }
-            known = dict(block.named_modules())
-            for name, path in inside.items():
-                if path not in known:
-                    raise ValueError(f"modules: expected q, k, v, o or a module of a block, got {name!r}")
-            self.watched.append({name: known[path] for name, path in inside.items()})
+        self.watched = watched(self.model, self.blocks, layers.family, checkpoint.config, modules)
 
     def load(self, module: torch.nn.Module, recurse: bool = True) -> None:
         """Gives the parameters of ``module`` their stored numbers, in the pass's dtype."""
@@ -272,14 +235,7 @@ class _Pass:
                         f"modules: expected {name!r} to take [B, T, D] = {list(real[-1].shape)} tokens, "
                         f"got {list(x.shape)}"
                     )
-                rows = x[real[-1]].double()
-                size = rows.shape[1]
-                if name not in found:
-                    zeros = torch.zeros(size, dtype=torch.float64)
-                    found[name] = Moments(0, zeros, torch.zeros(size, size, dtype=torch.float64))
-                found[name].count += len(rows)
-                found[name].total += rows.sum(0)
-                found[name].products += rows.mT @ rows
+                add(found, name, x[real[-1]])
 
             return hook
 
@@ -347,3 +303,6 @@ def _replacing(path: Path) -> Iterator[Any]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+__all__ = ["Moments", "collect", "observe"]

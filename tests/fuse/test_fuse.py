@@ -139,12 +139,20 @@ def test_what_cannot_be_replaced_is_left_with_the_reason():
 
 
 def test_an_unknown_family_is_left_alone():
-    config = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    config = transformers.OPTConfig(
+        vocab_size=8,
+        hidden_size=8,
+        ffn_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=8,
     )
-    model = transformers.LlamaModel(config)
+    model = transformers.OPTModel(config)
     report = fuse(model, attention=False)
-    assert report["replaced"] == [] and "bert, gpt2; got 'llama'" in report["left"][0]["reason"]
+    assert (
+        report["replaced"] == []
+        and "bert, gpt2, llama, mistral, qwen2; got 'opt'" in report["left"][0]["reason"]
+    )
     assert RECORD not in model.__dict__
     plain = fuse(torch.nn.Linear(2, 2))
     assert len(plain["left"]) == 2 and plain["parameters_after"] == 6

@@ -16,6 +16,7 @@ FLOORS = [
     {"ops"},
     {"codec"},
     {"models", "checkpoint", "nn"},
+    {"moments"},
     {"statistics"},
     {"rewrite"},
     {"symmetry", "rank", "slicing"},
@@ -32,6 +33,8 @@ ALLOWED = {
     ("verify", "integrations"): "a directory we wrote loads only once our quantizer is registered",
     ("fuse", "integrations"): "fused attention runs through the attention function registered there",
     ("inspect", "integrations"): "a directory we wrote loads only once our quantizer is registered",
+    ("moments", "integrations"): "text is read by the tokenizer beside the weights, found there",
+    ("rank", "integrations"): "the search for ranks runs a whole directory's model",
     ("statistics", "integrations"): "a directory we wrote loads only once our quantizer is registered",
 }
 FOREIGN = {  # who may import which foreign package; torch and numpy are free

@@ -56,6 +56,26 @@ def test_view_computes_what_the_module_computes(make):
         torch.testing.assert_close(view.attend(x), out, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", models.llama.NAMES)
+def test_rotary_view_computes_what_the_module_computes(name):
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=60, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=32, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, head_dim=8,
+    )  # fmt: skip
+    model = randomise(transformers.AutoModel.from_config(config, attn_implementation="eager"))
+    live, x = models.Live(model), torch.randn(2, 7, 24, dtype=torch.float64)
+    positions = model.rotary_emb(x, torch.arange(7)[None])
+    mask = torch.full((7, 7), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    for layer in range(2):
+        view = live.attention(layer)
+        out = model.layers[layer].self_attn(x, position_embeddings=positions, attention_mask=mask)[0]
+        torch.testing.assert_close(
+            view.attend(x), out, rtol=1e-5, atol=1e-5
+        )  # angles are float32 in the module
+        for tensor, value in live.family.store(live.config, layer, view).tensors.items():
+            assert torch.equal(value, live.read(tensor)), tensor
+
+
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_store_inverts_attention(make):
     live = models.Live(make())
@@ -121,8 +141,8 @@ BERT = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama"}, "bert, gpt2; got 'llama'"),
-        ({}, "bert, gpt2; got None"),
+        ({"model_type": "opt"}, "bert, gpt2, llama, mistral, qwen2; got 'opt'"),
+        ({}, "qwen2; got None"),
         ({"model_type": "bert"}, "hidden_size"),
         ({**BERT, "position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({**BERT, "add_cross_attention": True}, "add_cross_attention"),

@@ -36,8 +36,8 @@ def refused(source, target, message, rewrites=None, **arguments):
 def test_source(source, tmp_path):
     out = tmp_path / "out"
     refused(tmp_path / "nowhere", out, "expected a directory")
-    (source / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama"}))
-    refused(source, out, "bert, gpt2; got 'llama'")
+    (source / "config.json").write_text(json.dumps({**CONFIG, "model_type": "opt"}))
+    refused(source, out, "llama, mistral, qwen2; got 'opt'")
     (source / "config.json").write_text(
         json.dumps({**CONFIG, "quantization_config": {"quant_method": "awq"}})
     )

@@ -76,11 +76,16 @@ def test_bad_input():
         symmetry.fix(bert(), rows="first")
     with pytest.raises(ValueError, match="transformers model"):
         symmetry.fix(torch.nn.Linear(2, 2))
-    llama = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    opt = transformers.OPTConfig(
+        vocab_size=8,
+        hidden_size=8,
+        ffn_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=8,
     )
-    with pytest.raises(ValueError, match="bert, gpt2; got 'llama'"):
-        symmetry.fix(transformers.LlamaModel(llama))
+    with pytest.raises(ValueError, match="llama, mistral, qwen2; got 'opt'"):
+        symmetry.fix(transformers.OPTModel(opt))
 
 
 @minilm

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from .bert import Bert
 from .family import Family, Read
 from .gpt2 import Gpt2
-from .view import AttentionView, Compact, Projection, Stored, parameters
+from .llama import NAMES, Llama
+from .view import AttentionView, Compact, Projection, Stored, parameters, used_channels
 
-FAMILIES: dict[str, Family] = {adapter.name: adapter for adapter in (Bert(), Gpt2())}
+FAMILIES: dict[str, Family] = {
+    adapter.name: adapter for adapter in (Bert(), Gpt2(), *(Llama(name) for name in NAMES))
+}
+NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone between them"
+POSITIONS = "it adds position to the scores, and the key/query symmetry no longer holds"
+REFUSED = {
+    **dict.fromkeys(("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2", "olmo3", "chameleon"), NORMS),
+    **dict.fromkeys(("t5", "mt5", "umt5", "deberta", "deberta-v2", "bloom", "mpt", "mpnet"), POSITIONS),
+}
 
 
 def family(config: dict) -> Family:
     """The adapter for ``config`` (the content of ``config.json``).
 
     Raises ValueError for a family that is not known (naming those that are) and for a config of a known family that the
-    mathematics does not cover (naming the entry).
+    mathematics does not cover (naming the entry or the reason: normalised queries and keys, position in the scores).
     """
     kind = config.get("model_type")
+    if kind in REFUSED:
+        raise ValueError(f"model_type: {kind!r} is not covered: {REFUSED[kind]}")
     if kind not in FAMILIES:
         raise ValueError(f"model_type: expected one of {', '.join(sorted(FAMILIES))}; got {kind!r}")
     adapter = FAMILIES[kind]
@@ -56,7 +68,8 @@ class Layers:
 
     def attention(self, layer: int) -> AttentionView:
         """The float64 view of one layer's attention."""
-        return self.family.attention(self.config, layer, self.read)
+        view = replace(self.family.attention(self.config, layer, self.read), layer=layer)
+        return view if view.q.weight.is_meta else replace(view, channels=used_channels(view))
 
 
 class Live(Layers):
@@ -100,4 +113,5 @@ __all__ = [
     "Stored",
     "family",
     "parameters",
+    "used_channels",
 ]

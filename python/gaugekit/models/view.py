@@ -27,7 +27,9 @@ class AttentionView:
     """The attention of one layer: q [H, D, K], k [G, D, K], v [G, D, V], o [H, V, D].
 
     Query head h reads group h // (H/G). ``scale`` multiplies the scores; ``rotary`` is the number of channels turned
-    by position (0: none); ``causal``: no token sees a later one.
+    by position (0: none), channel i < rotary/2 paired with i + rotary/2 and turned by position · base^(−2i/rotary);
+    ``causal``: no token sees a later one. ``layer`` is its place in the model. ``channels`` [G][R_g] lists, where some
+    are zero in queries and keys alike, those of the K channels that are not (ascending; None: all are in use).
     """
 
     q: Projection
@@ -37,6 +39,9 @@ class AttentionView:
     scale: float
     rotary: int = 0
     causal: bool = False
+    rotary_base: float = 10_000.0
+    layer: int = 0
+    channels: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def heads(self) -> int:
@@ -53,14 +58,22 @@ class AttentionView:
         """H/G, how many query heads share a key/value head."""
         return self.heads // self.groups
 
+    @property
+    def ranks(self) -> list[int]:
+        """[G] how many of the K channels each key head uses."""
+        if self.channels is None:
+            return [self.k.weight.shape[2]] * self.groups
+        return [len(kept) for kept in self.channels]
+
     def attend(self, x: Tensor) -> Tensor:
         """softmax(scale·q kᵀ) v Wₒ + bₒ for ``x`` [B, T, D] in the view's dtype: the layer as its formula says, T×T.
 
-        It is the measure of what a rewrite does to a layer; it raises ValueError for a rotary view.
+        It is the measure of what a rewrite does to a layer. Rotary channels are turned by the base alone, without the
+        corrections a config may ask for at long contexts: those change angles, not what a rewrite may do.
         """
-        if self.rotary:
-            raise ValueError(f"attend: expected a view without rotary positions, got rotary={self.rotary}")
         q, k, v = (_project(x, part) for part in (self.q, self.k, self.v))
+        if self.rotary:
+            q, k = (_turn(part, self.rotary, self.rotary_base) for part in (q, k))
         k, v = (part.repeat_interleave(self.repeats, dim=1) for part in (k, v))
         scores = self.scale * q @ k.mT
         if self.causal:
@@ -73,6 +86,35 @@ class AttentionView:
 def _project(x: Tensor, part: Projection) -> Tensor:
     y = torch.einsum("btd,hdk->bhtk", x, part.weight)
     return y if part.bias is None else y + part.bias[:, None]
+
+
+def _turn(x: Tensor, rotary: int, base: float) -> Tensor:
+    """x [B, heads, T, K], its first ``rotary`` channels turned by the position."""
+    half = rotary // 2
+    steps = torch.arange(half, dtype=x.dtype, device=x.device)
+    angle = torch.arange(x.shape[2], dtype=x.dtype, device=x.device)[:, None] * base ** (-steps / half)
+    left, right, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
+    turned = left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()
+    return torch.cat([*turned, rest], -1)
+
+
+def used_channels(view: AttentionView) -> tuple[tuple[int, ...], ...] | None:
+    """``channels`` as the numbers show them: a channel is idle where queries and keys of a group are all exactly zero.
+
+    Rotary channels count in pairs, and every group keeps at least its first. None where all are in use.
+    """
+    weights = [torch.cat([p.weight, p.weight[:, :1] * 0 if p.bias is None else p.bias[:, None]], 1)
+               for p in (view.q, view.k)]  # fmt: skip
+    q, k = ((weight != 0).any(1) for weight in weights)
+    used = q.unflatten(0, (view.groups, -1)).any(1) | k
+    half = view.rotary // 2
+    pairs = used[:, :half] | used[:, half : view.rotary]
+    used = torch.cat([pairs, pairs, used[:, view.rotary :]], 1)
+    first = [0, half] if view.rotary else [0]
+    used[:, first] |= ~used.any(1, keepdim=True)
+    if bool(used.all()):
+        return None
+    return tuple(tuple(row.nonzero().flatten().tolist()) for row in used)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from .cache import LayerCache
 from .concat import Concat
 from .gauge_projection import GaugeProjection
 from .identity_linear import IdentityLinear
+from .low_rank_projection import LowRankProjection
 from .mlp import MLP
 from .packed_embedding import PackedEmbedding
 from .packed_linear import PackedLinear
@@ -18,6 +19,7 @@ __all__ = [
     "GaugeProjection",
     "IdentityLinear",
     "LayerCache",
+    "LowRankProjection",
     "PackedEmbedding",
     "PackedLinear",
     "PreLNBlock",

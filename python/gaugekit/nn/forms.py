@@ -11,6 +11,7 @@ from torch import nn
 
 from .concat import Concat
 from .gauge_projection import GaugeProjection
+from .low_rank_projection import LowRankProjection
 from .packed_embedding import PackedEmbedding
 from .packed_linear import PackedLinear
 
@@ -27,6 +28,7 @@ FORMS: dict[str, Callable[..., nn.Module]] = {
     "concat": _concat,
     "gauge_projection": GaugeProjection,
     "linear": _linear,
+    "low_rank_projection": LowRankProjection,
     "packed_embedding": PackedEmbedding,
     "packed_linear": PackedLinear,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -26,16 +28,17 @@ class GaugeFix(Rewrite):
     Keys lose their bias and W_K[P] = I, values theirs and W_V[P] = I; queries, output and output bias take it up.
     Counts are exact: (V² + K² + K + V) numbers a key/value head (without rotary positions, with biases).
     ``rows`` chooses P: "max_volume" (per head, entries ≤ 1.02) or "shared_partition" (one partition of the inputs a
-    layer; needs heads·width = D). Source: arXiv 2412.14543; rows: see ``symmetry.rows``.
+    layer; needs heads·width = D). After a truncation of the keys to rank R (``rank.Truncate``) the freedom is R², not
+    K², a head; ``key_ranks`` [L][G] tells the plan so. Source: arXiv 2412.14543; rows: see ``symmetry.rows``.
     """
 
     name = "gauge"
     claim = "exact"
 
-    def __init__(self, rows: str = "max_volume"):
+    def __init__(self, rows: str = "max_volume", key_ranks: list[list[int]] | None = None):
         if rows not in ROWS:
             raise ValueError(f"rows: expected one of {', '.join(ROWS)}; got {rows!r}")
-        self.rows = rows
+        self.rows, self.key_ranks = rows, key_ranks
 
     @property
     def arguments(self) -> dict:
@@ -45,7 +48,12 @@ class GaugeFix(Rewrite):
         adapter = family(config)
         removed = dict.fromkeys(SYMMETRIES, 0)
         for layer in range(adapter.layers(config)):
-            for name, size in count(adapter.outline(config, layer)).items():
+            view = adapter.outline(config, layer)
+            if self.key_ranks is not None:
+                kept = tuple(tuple(range(rank)) for rank in self.key_ranks[layer])
+                bias = None if self.key_ranks[layer] != view.ranks else view.k.bias
+                view = replace(view, k=replace(view.k, bias=bias), channels=kept)
+            for name, size in count(view).items():
                 removed[name] += size
         return {**removed, "total": sum(removed.values())}
 
@@ -60,16 +68,22 @@ class GaugeFix(Rewrite):
 
 
 def compact(part: Projection) -> Compact:
-    """A fixed projection as the form "gauge_projection": ``free`` [heads, D − K, K], ``rows`` [heads, K]."""
-    heads, inputs, width = part.weight.shape
+    """A fixed projection as the form "gauge_projection": ``free`` [heads, D − K, K], ``rows`` [heads, K].
+
+    K is the number of rows; channels of the view beyond it are zero and become the form's padding.
+    """
+    heads, inputs, padded = part.weight.shape
+    width = part.rows.shape[1]
     index = free_rows(part.rows, inputs)
     tensors = {
-        "free": part.weight.gather(1, index[..., None].expand(-1, -1, width)),
+        "free": part.weight[..., :width].gather(1, index[..., None].expand(-1, -1, width)),
         "rows": part.rows.to(torch.int32),
     }
     if part.bias is not None:
         tensors["bias"] = part.bias.flatten()
     arguments = {"heads": heads, "inputs": inputs, "width": width, "bias": part.bias is not None}
+    if padded != width:
+        arguments["padded"] = padded
     return Compact("gauge_projection", arguments, tensors)
 
 

@@ -97,13 +97,16 @@ class ValueOutput(Symmetry):
 
 
 class QueryKey(Symmetry):
-    """GL(K) between queries and keys of each key/value head, without rotary positions; elements [G, K, K]."""
+    """GL(K) between queries and keys of each key/value head, without rotary positions; elements [G, K, K].
+
+    Where only R of the K channels are in use, R² numbers a head can be fixed; where R differs among the heads, none
+    are: no compact form holds identity blocks of different sizes.
+    """
 
     name = "query_key"
 
     def dimension(self, view: AttentionView) -> int:
-        groups, _, width = view.k.weight.shape
-        return 0 if view.rotary else groups * width**2
+        return 0 if view.rotary or len(set(view.ranks)) > 1 else view.groups * view.ranks[0] ** 2
 
     def random(self, view: AttentionView, generator: Generator | None = None) -> Tensor:
         return _random_matrices(view.groups, view.k.weight.shape[2], generator)
@@ -112,14 +115,22 @@ class QueryKey(Symmetry):
         width = view.k.weight.shape[2]
         self._check(view, element, (view.groups, width, width))
         inverse = torch.linalg.inv(element).mT
-        return replace(view, q=_times(view.q, _per_head(element, view)), k=_times(view.k, inverse))
+        q, k = _times(view.q, _per_head(element, view)), _times(view.k, inverse)
+        return replace(view, q=q, k=k, channels=None)
 
     def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
-        """W_K[P] = I; the chosen block M = W_K[P] goes into W_Q and b_Q as Mᵀ."""
-        if view.rotary:
+        """W_K[P] = I; the chosen block M = W_K[P] goes into W_Q and b_Q as Mᵀ. Channels in use come to the front."""
+        if self.dimension(view) == 0:
             return view
-        fixed, basis = _fix(view.k, rows, self.name)
-        return replace(view, q=_times(view.q, _per_head(basis, view).mT), k=fixed)
+        if view.channels is None:
+            fixed, basis = _fix(view.k, rows, self.name)
+            return replace(view, q=_times(view.q, _per_head(basis, view).mT), k=fixed)
+        kept = torch.tensor(view.channels)
+        fixed, basis = _fix(_narrow(view.k, kept), "max_volume", self.name)  # they no longer fill a partition
+        q = _times(_narrow(view.q, _per_head(kept, view)), _per_head(basis, view).mT)
+        rank, width = kept.shape[1], view.k.weight.shape[2]
+        front = (tuple(range(rank)),) * view.groups
+        return replace(view, q=_widen(q, width), k=_widen(fixed, width), channels=front)
 
     def invariant(self, view: AttentionView, probe: Tensor) -> tuple[Tensor, Tensor]:
         queries, keys = _with_bias(view.q), _per_head(_with_bias(view.k), view)
@@ -203,6 +214,21 @@ def _per_head(tensor: Tensor, view: AttentionView) -> Tensor:
 def _times(part: Projection, element: Tensor) -> Projection:
     bias = None if part.bias is None else (part.bias[:, None] @ element)[:, 0]
     return Projection(part.weight @ element, bias)
+
+
+def _narrow(part: Projection, channels: Tensor) -> Projection:
+    """The projection to ``channels`` [heads, R] alone."""
+    index = channels[:, None].expand(-1, part.weight.shape[1], -1)
+    return Projection(
+        part.weight.gather(2, index), None if part.bias is None else part.bias.gather(1, channels)
+    )
+
+
+def _widen(part: Projection, width: int) -> Projection:
+    """Zero channels behind those of ``part``, ``width`` in all."""
+    more = (0, width - part.weight.shape[2])
+    bias = None if part.bias is None else torch.nn.functional.pad(part.bias, more)
+    return Projection(torch.nn.functional.pad(part.weight, more), bias, part.rows)
 
 
 def _through(bias: Tensor, view: AttentionView) -> Tensor:

@@ -1,0 +1,122 @@
+"""How much of W_Q W_Kᵀ each head needs: its singular values, as the weights say or as the activations feel them.
+
+The scores of a head are (x W_Q + b_Q)(x' W_K + b_K)ᵀ. b_K shifts a whole row of them and cannot be seen, so what
+counts is M = [W_Q; b_Q] W_Kᵀ, and with inputs of second moments C_q = E x̃ x̃ᵀ (x̃ = [x, 1]) and C_k = E x xᵀ − E x E xᵀ
+(a constant key cannot be seen either) the mean squared error of the scores under M' is ‖C_q^½ (M − M') C_k^½‖².
+Neither M nor the roots are ever inverted: with R_q and R_k from thin QRs of C_q^½ [W_Q; b_Q] and C_k^½ W_K and R_q
+R_kᵀ = U Σ Vᵀ, the best M' of rank r is (W_Q R_kᵀ V_r Σ_r^−½)(W_K R_qᵀ U_r Σ_r^−½)ᵀ. The heads that share a key take
+one factor: their queries are stacked. Channels turned by position commute with no such mixing; of them only whole
+pairs may go, and a pair is worth the energy of its part of the score, ½ E|q|² E|k|², at a random angle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models import AttentionView
+from ..moments import Moments
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What each key head of one layer is made of, float64.
+
+    ``pairs`` [G, rotary/2]: the energy of each rotary pair; ``values`` [G, K − rotary]: singular values of the rest,
+    descending; ``turn_q``, ``turn_k`` [G, K − rotary, K − rotary]: what turns those channels of W_Q and W_K into
+    components in that order.
+    """
+
+    pairs: Tensor
+    values: Tensor
+    turn_q: Tensor
+    turn_k: Tensor
+
+    @property
+    def energies(self) -> Tensor:
+        """[G, K] the energy of each channel: half its pair's, or its singular value squared."""
+        return torch.cat([self.pairs / 2, self.pairs / 2, self.values.square()], 1)
+
+    def kept(self, ranks: list[int]) -> list[list[int]]:
+        """[G][R_g] the channels to keep, the most energetic first that fit, ascending; a pair stays whole."""
+        half = self.pairs.shape[1]
+        chosen = []
+        for group, (energies, rank) in enumerate(zip(self.energies, ranks, strict=True)):
+            units = [[i, i + half] for i in range(half)] + [[i] for i in range(2 * half, len(energies))]
+            taken: list[int] = []
+            for unit in sorted(units, key=lambda unit: (-energies[unit[0]].item(), unit)):
+                if len(taken) + len(unit) <= rank:
+                    taken += unit
+            if len(taken) != rank:
+                raise ValueError(
+                    f"rank: expected an even number, since rotary channels go in whole pairs; got {rank} "
+                    f"(key head {group})"
+                )
+            chosen.append(sorted(taken))
+        return chosen
+
+    def needed(self, energy: float) -> list[int]:
+        """[G] the smallest ranks that keep at least the share ``energy`` of each head's energy."""
+        ranks = []
+        for pairs, values in zip(self.pairs, self.values.square(), strict=True):
+            units = [(e / 2, 2, e) for e in pairs.tolist()] + [(e, 1, e) for e in values.tolist()]
+            total, held, rank = sum(unit[2] for unit in units), 0.0, 0
+            for _, width, mass in sorted(units, reverse=True):
+                if rank and held >= energy * total:
+                    break
+                held, rank = held + mass, rank + width
+            ranks.append(rank)
+        return ranks
+
+
+def spectrum(view: AttentionView, moments: Moments | None = None) -> Spectrum:
+    """The components of one layer's scores, seen by the activations' ``moments``, or plain where None.
+
+    Plain means C = I: the singular values of [W_Q; b_Q] W_Kᵀ. Cost: two eigendecompositions of [D, D] a layer and QRs
+    of [D, K] a head, in float64.
+    """
+    plain = slice(view.rotary, None)
+    inputs = view.q.weight.shape[1]
+    eye = torch.eye(inputs + 1, dtype=torch.float64)
+    augmented = eye if moments is None else _augmented(moments)
+    root_q = eye if moments is None else _root(augmented)
+    root_k = eye[:-1, :-1] if moments is None else _root(moments.covariance)
+    queries, keys = _stacked(view.q), _stacked(view.k)
+    tall = (root_q @ queries[..., plain]).unflatten(0, (view.groups, -1)).flatten(1, 2)
+    r_q = torch.linalg.qr(tall, mode="r").R
+    r_k = torch.linalg.qr(root_k @ view.k.weight[..., plain], mode="r").R
+    u, values, v = torch.linalg.svd(r_q @ r_k.mT)
+    floor = values[:, :1] * torch.finfo(torch.float64).eps * inputs if values.shape[1] else values
+    scale = torch.where(values > floor, values, torch.inf).rsqrt()[:, None]
+    turn_q, turn_k = (r_k.mT @ v.mT) * scale, (r_q.mT @ u) * scale
+    half = view.rotary // 2
+    size_q, size_k = (
+        torch.einsum("hdk,de,hek->hk", part[..., : view.rotary], augmented, part[..., : view.rotary])
+        for part in (queries, keys)
+    )
+    size_q = size_q.unflatten(0, (view.groups, -1)).sum(1)
+    of_q, of_k = (size[:, :half] + size[:, half:] for size in (size_q, size_k))
+    return Spectrum(of_q * of_k / 2, values, turn_q, turn_k)
+
+
+def _stacked(part) -> Tensor:
+    """[W; b]: [heads, D + 1, K]."""
+    weight = part.weight
+    bias = weight.new_zeros(weight.shape[0], weight.shape[2]) if part.bias is None else part.bias
+    return torch.cat([weight, bias[:, None]], 1)
+
+
+def _augmented(moments: Moments) -> Tensor:
+    """E x̃ x̃ᵀ of x̃ = [x, 1]: [D + 1, D + 1]."""
+    mean = moments.mean
+    one = torch.ones(1, dtype=mean.dtype)
+    top = torch.cat([moments.second, mean[:, None]], 1)
+    return torch.cat([top, torch.cat([mean, one])[None]])
+
+
+def _root(moment: Tensor) -> Tensor:
+    """Some L with Lᵀ L = ``moment``; directions that rounding left negative count as absent."""
+    values, vectors = torch.linalg.eigh(moment)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.mT

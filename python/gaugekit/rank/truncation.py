@@ -1,0 +1,150 @@
+"""Truncating the scores: fewer query and key channels a head, the others exactly zero and not stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import AttentionView, Compact, Projection, family
+from ..moments import Moments
+from ..rewrite import Rewrite
+from .spectra import Spectrum, spectrum
+
+Ranks = list[list[int]]  # [L][G]
+
+
+class Truncate(Rewrite):
+    """Keeps ``ranks`` of the K query/key channels of each key head: one number, or [L][G] of them.
+
+    Without ``aware`` the parts that go are the smallest of W_Q W_Kᵀ; with it, of the scores the activations make: True
+    lets the engine ask for calibration text, a list is what ``gaugekit.statistics`` found. Heads at full rank keep
+    their numbers; elsewhere W_Q and W_K become U√Σ and V√Σ (``rank.spectra``), and the key bias, which nobody can see,
+    goes. The scale of the scores stays that of the old K. Rotary channels go in whole pairs, chosen by energy: an odd
+    number of them raises ValueError. A fixed gauge would be lost: truncate first. The result is approximate. Source:
+    arXiv 2410.11500 (rank of W_Q W_Kᵀ).
+    """
+
+    name = "rank"
+    claim = "approximate"
+
+    def __init__(self, ranks: int | Ranks, aware: bool | Sequence[dict[str, Moments]] = False):
+        self.ranks, self.aware = ranks, aware
+        self.needs_statistics = ("q",) if aware is True else ()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"ranks": self.ranks, "aware": bool(self.aware)}
+
+    def plan(self, config: dict) -> dict[str, int]:
+        """{query, key, key_bias, total}: stored numbers that go."""
+        adapter = family(config)
+        gone = {"query": 0, "key": 0, "key_bias": 0}
+        for layer in range(adapter.layers(config)):
+            view = replace(adapter.outline(config, layer), layer=layer)
+            ranks = self._ranks(view)
+            width = view.k.weight.shape[2]
+            dropped = sum(width - rank for rank in ranks)
+            gone["query"] += dropped * view.repeats * _rows(view.q)
+            gone["key"] += dropped * view.k.weight.shape[1]
+            if view.k.bias is not None:
+                keeps = sum(ranks) if view.rotary or not dropped else 0
+                gone["key_bias"] += view.k.bias.numel() - keeps
+        return gone | {"total": sum(gone.values())}
+
+    def of(self, config: dict) -> Ranks:
+        """[L][G] the ranks a model of this config is left with; ValueError where they do not fit."""
+        adapter = family(config)
+        layers = range(adapter.layers(config))
+        return [self._ranks(replace(adapter.outline(config, layer), layer=layer)) for layer in layers]
+
+    def layer(self, view: AttentionView, statistics: dict[str, Moments] | None = None) -> AttentionView:
+        ranks = self._ranks(view)
+        if view.k.rows is not None:
+            raise ValueError("rank: expected keys whose gauge is not fixed yet; truncate first, then fix it")
+        if ranks == view.ranks:
+            return view
+        found = statistics if self.aware is True else self.aware[view.layer] if self.aware else None
+        return cut(view, spectrum(view, None if found is None else found["q"]), ranks)
+
+    def form(self, view: AttentionView) -> dict[str, Compact]:
+        return compact(view)
+
+    def _ranks(self, view: AttentionView) -> list[int]:
+        """[G] the ranks of this layer; ValueError where they do not fit it."""
+        width, ranks = view.k.weight.shape[2], self.ranks
+        if isinstance(ranks, int):
+            ranks = [ranks] * view.groups
+        elif not 0 <= view.layer < len(ranks) or len(ranks[view.layer]) != view.groups:
+            raise ValueError(f"rank: expected {view.groups} ranks for layer {view.layer}, got {ranks}")
+        else:
+            ranks = list(ranks[view.layer])
+        for rank in ranks:
+            if not isinstance(rank, int) or not 1 <= rank <= width:
+                raise ValueError(f"rank: expected 1 to {width}, the width of a head, got {rank!r}")
+            if view.rotary == width and rank % 2:
+                raise ValueError(
+                    f"rank: expected an even number, since rotary channels go in whole pairs; got {rank}"
+                )
+        return ranks
+
+
+def cut(view: AttentionView, found: Spectrum, ranks: Sequence[int]) -> AttentionView:
+    """The view with ``ranks`` [G] channels a key head, the others zero; heads at full rank keep their numbers."""
+    width, rotary = view.k.weight.shape[2], view.rotary
+    kept = found.kept(list(ranks))
+    full = torch.tensor([rank == width for rank in ranks])
+    mask = torch.zeros(view.groups, width, dtype=torch.float64)
+    for group, channels in enumerate(kept):
+        mask[group, channels] = 1.0
+    q = _turned(view.q, found.turn_q, mask, full, rotary, view.repeats)
+    k = _turned(view.k, found.turn_k, mask, full, rotary, 1)
+    if k.bias is not None:
+        bias = torch.cat([k.bias[:, :rotary], torch.zeros_like(k.bias[:, rotary:])], 1)
+        k = Projection(k.weight, bias if rotary else None)
+    return replace(view, q=q, k=k, channels=tuple(tuple(channels) for channels in kept))
+
+
+def _turned(
+    part: Projection, turn: Tensor, mask: Tensor, full: Tensor, rotary: int, repeats: int
+) -> Projection:
+    """The channels of ``part`` as components, those that ``mask`` [G, K] leaves out zero."""
+    turn, mask, full = (x.repeat_interleave(repeats, dim=0) for x in (turn, mask, full))
+
+    def apply(x: Tensor) -> Tensor:  # [heads, rows, K]
+        moved = torch.cat([x[..., :rotary], x[..., rotary:] @ turn], -1) * mask[:, None]
+        return torch.where(full[:, None, None], x, moved)
+
+    bias = None if part.bias is None else apply(part.bias[:, None])[:, 0]
+    return Projection(apply(part.weight), bias)
+
+
+def compact(view: AttentionView) -> dict[str, Compact]:
+    """{"q", "k"} as the form "low_rank_projection", where some channels are idle; else nothing."""
+    if view.channels is None or all(rank == view.k.weight.shape[2] for rank in view.ranks):
+        return {}
+    heads = [channels for channels in view.channels for _ in range(view.repeats)]
+    return {"q": _compact(view.q, heads), "k": _compact(view.k, view.channels)}
+
+
+def _compact(part: Projection, channels: Sequence[Sequence[int]]) -> Compact:
+    _, inputs, width = part.weight.shape
+    places = torch.cat([torch.tensor(kept) + width * head for head, kept in enumerate(channels)])
+    tensors = {"weight": part.weight.movedim(1, 2).flatten(0, 1)[places], "places": places.to(torch.int32)}
+    if part.bias is not None:
+        tensors["bias"] = part.bias.flatten()[places]
+    arguments = {
+        "inputs": inputs,
+        "width": width,
+        "ranks": [len(kept) for kept in channels],
+        "bias": part.bias is not None,
+        "leading": all(list(kept) == list(range(len(kept))) for kept in channels),
+    }
+    return Compact("low_rank_projection", arguments, tensors)
+
+
+def _rows(part: Projection) -> int:
+    return part.weight.shape[1] + (part.bias is not None)

@@ -1,0 +1,136 @@
+"""The mathematics of one layer: truncation is the best in the metric it claims, and rotary pairs stay whole."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gaugekit.models import AttentionView, Projection
+from gaugekit.rank import Truncate, compact, spectrum
+from gaugekit.rank.truncation import cut
+from gaugekit.statistics import Moments
+from gaugekit.symmetry import GaugeFix, count
+
+
+def random_view(heads=4, groups=2, inputs=20, width=6, rotary=0, biases=True):
+    def part(count, out):
+        bias = torch.randn(count, out, dtype=torch.float64) if biases else None
+        return Projection(torch.randn(count, inputs, out, dtype=torch.float64), bias)
+
+    o = Projection(torch.randn(heads, 5, inputs, dtype=torch.float64))
+    q, k, v = part(heads, width), part(groups, width), part(groups, 5)
+    return AttentionView(q, k, v, o, scale=0.2, rotary=rotary, causal=True)
+
+
+def moments(rows):
+    return Moments(len(rows), rows.sum(0), rows.mT @ rows)
+
+
+def scores(view, x):
+    """(x W_Q + b_Q)(x W_K)ᵀ of every head, each row less its mean: what the softmax sees."""
+    q = torch.einsum("nd,hdk->hnk", x, view.q.weight) + view.q.bias[:, None]
+    k = torch.einsum("nd,hdk->hnk", x, view.k.weight).repeat_interleave(view.repeats, 0)
+    found = q @ k.mT
+    return found - found.mean(-1, keepdim=True)
+
+
+def test_plain_spectrum_is_that_of_the_product():
+    view = random_view(groups=4)
+    product = torch.cat([view.q.weight, view.q.bias[:, None]], 1) @ view.k.weight.mT
+    torch.testing.assert_close(spectrum(view).values, torch.linalg.svdvals(product)[:, :6])
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_full_rank_is_the_same_function(aware):
+    """The factors of every component together are W_Q W_Kᵀ again, although none of the roots was inverted."""
+    view, x = random_view(), torch.randn(50, 20, dtype=torch.float64) * torch.logspace(0, -4, 20)
+    found = spectrum(view, moments(x) if aware else None)
+    q = torch.cat([view.q.weight, view.q.bias[:, None]], 1) @ found.turn_q.repeat_interleave(2, 0)
+    k = view.k.weight @ found.turn_k
+    before = torch.cat([view.q.weight, view.q.bias[:, None]], 1) @ view.k.weight.repeat_interleave(2, 0).mT
+    assert (q @ k.repeat_interleave(2, 0).mT - before).norm() < 1e-9 * before.norm()
+    assert Truncate(6).layer(view) is view
+
+
+def test_energy_is_the_squared_error_of_the_scores():
+    """What goes is the sum of the squares that go, on the very tokens that were counted: Eckart and Young."""
+    view, x = (
+        random_view(),
+        torch.randn(40, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64),
+    )
+    found = spectrum(view, moments(x))
+    for rank in (1, 3, 5):
+        after = cut(view, found, [rank, rank])
+        error = (scores(after, x) - scores(view, x)).square().sum((1, 2)).unflatten(0, (2, 2)).sum(1)
+        torch.testing.assert_close(error / 40**2, found.values[:, rank:].square().sum(1))
+        plain = cut(view, spectrum(view), [rank, rank])
+        assert (scores(plain, x) - scores(view, x)).norm() > (scores(after, x) - scores(view, x)).norm()
+
+
+def test_ranks_by_energy_are_the_smallest():
+    found = spectrum(random_view())
+    for energy in (0.5, 0.9, 1.0):
+        for rank, row in zip(found.needed(energy), found.values.square(), strict=True):
+            assert row[:rank].sum() >= energy * row.sum() * (1 - 1e-12)
+            assert rank == 1 or row[: rank - 1].sum() < energy * row.sum()
+
+
+def test_rotary_channels_go_in_whole_pairs_chosen_by_energy():
+    view = random_view(rotary=6)
+    for part, gain in ((view.q, 100.0), (view.k, 100.0)):
+        part.weight[..., [1, 4]] *= gain
+    after = Truncate(2).layer(view)
+    assert after.channels == ((1, 4), (1, 4))
+    assert torch.equal(after.q.weight[..., [1, 4]], view.q.weight[..., [1, 4]])  # the numbers themselves stay
+    assert torch.equal(after.k.bias[:, [1, 4]], view.k.bias[:, [1, 4]])  # a key bias turns, so it can be seen
+    assert after.q.weight[..., [0, 2, 3, 5]].count_nonzero() == 0
+    with pytest.raises(
+        ValueError, match="expected an even number, since rotary channels go in whole pairs; got 3"
+    ):
+        Truncate(3).layer(view)
+    assert Truncate(6).layer(view) is view
+    x = torch.randn(1, 9, 20, dtype=torch.float64)
+    close = (after.attend(x) - view.attend(x)).norm() / view.attend(x).norm()
+    assert close < 0.5
+
+
+def test_partial_rotary_keeps_its_plain_part_free():
+    view = random_view(rotary=4)
+    ranks = {rank: Truncate(rank).layer(view) for rank in (1, 3, 5)}
+    for rank, after in ranks.items():
+        for kept in after.channels:
+            assert len(kept) == rank
+            assert {c % 2 for c in kept if c < 4 and c % 2 == 0} in (set(), {0})
+            assert (0 in kept) == (2 in kept) and (1 in kept) == (3 in kept)
+    assert count(ranks[5])["query_key"] == 0
+
+
+def test_the_gauge_is_fixed_within_the_rank_that_is_left():
+    view, x = random_view(), torch.randn(1, 9, 20, dtype=torch.float64)
+    after = Truncate(4).layer(view)
+    fixed = GaugeFix().layer(after)
+    assert count(after)["query_key"] == 2 * 16
+    assert fixed.k.rows.shape == (2, 4) and fixed.k.bias is None
+    for group in range(2):
+        assert torch.equal(fixed.k.weight[group, fixed.k.rows[group], :4], torch.eye(4, dtype=torch.float64))
+    assert fixed.k.weight[..., 4:].count_nonzero() == 0
+    assert (fixed.attend(x) - after.attend(x)).norm() < 1e-12 * after.attend(x).norm()
+    ragged = Truncate([[4, 2]]).layer(view)
+    assert count(ragged)["query_key"] == 0 and GaugeFix().layer(ragged).k.rows is None
+    with pytest.raises(ValueError, match="truncate first, then fix it"):
+        Truncate(2).layer(fixed)
+
+
+def test_bad_ranks():
+    view = random_view()
+    for ranks, message in (
+        (0, "1 to 6"),
+        (7, "1 to 6"),
+        ([[2]], "expected 2 ranks for layer 0"),
+        ([], "2 ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Truncate(ranks).layer(view)
+    with pytest.raises(ValueError, match="2 ranks for layer 1"):
+        Truncate([[2, 2]]).layer(replace(view, layer=1))
+    assert compact(view) == {}

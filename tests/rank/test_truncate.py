@@ -1,0 +1,184 @@
+"""Truncation of models: in place, fused, converted, loaded again; each family, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config
+
+import gaugekit as gk
+from gaugekit import models, samples
+from gaugekit.cli import main
+from gaugekit.models import Live
+from gaugekit.rewrite import convert
+from gaugekit.symmetry import GaugeFix
+from tiny import add_tokenizer, bert, gpt2
+
+SIZES = dict(
+    vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+MAKE = {
+    "bert": bert,
+    "gpt2": gpt2,
+    "llama": lambda: LlamaModel(LlamaConfig(**SIZES)).eval(),
+    "qwen2": lambda: Qwen2Model(Qwen2Config(**SIZES)).eval(),
+}
+TEXT = samples.sentences(12)
+TOKENS = torch.arange(2, 26).view(2, 12)
+
+
+def made(kind):
+    model = MAKE[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 or parameter.mean().abs() < 0.1:
+                parameter.normal_(0, 0.3)
+    return model.double()
+
+
+def states(model):
+    with torch.no_grad():
+        return model.base_model(input_ids=TOKENS).last_hidden_state.double()
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(kind):
+        made(kind).save_pretrained(tmp_path / "model")
+        add_tokenizer(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_truncate_then_fuse_then_save_is_the_same_model(kind, tmp_path):
+    model = made(kind)
+    expected = states(model)
+    full = gk.rank.truncate(model, rank=8)
+    assert full["energy_kept"] == pytest.approx([1.0, 1.0]) and torch.equal(states(model), expected)
+    report = gk.rank.truncate(model, rank=6)
+    assert report["ranks"] == [[6] * len(report["ranks"][0])] * 2 and report["width"] == 8
+    truncated = states(model)
+    assert 1e-6 < distance(truncated, expected) < 1
+    assert all(view.ranks == report["ranks"][0] for view in map(Live(model).attention, range(2)))
+    before = sum(p.numel() for p in model.parameters())
+    fused = gk.fuse(model, attention=False)
+    forms = {one["form"] for one in fused["replaced"]}
+    assert forms & {"low_rank_projection", "concat"}, forms
+    assert fused["parameters_after"] < before
+    assert distance(states(model), truncated) < 1e-12
+    import gaugekit.integrations.transformers  # noqa: F401
+
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="sdpa").eval()
+    assert distance(states(again), truncated) < 1e-12
+    gk.unfuse(model)
+    assert distance(states(model), truncated) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [["--rank", "6"], ["--rank", "6", "--gauge"], ["--energy", ".7"], ["--dense"]]
+)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_convert_on_the_command_line(kind, options, saved, tmp_path, capsys):
+    if options == ["--dense"]:
+        options = ["--rank", "6", "--dense", "--gauge"]
+    source, out = saved(kind), tmp_path / "out"
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT), encoding="utf-8")
+    line = ["convert", source, out, *options, "--calibration", tmp_path / "text.txt", "--json"]
+    assert main([*map(str, line)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    gone = report["parameters_before"] - report["parameters_after"]
+    assert gone == (
+        0 if "--dense" in options else sum(step["removed"]["total"] for step in report["steps"])
+    ), report
+    assert not (tmp_path / "out.calibration").exists()
+    model = AutoModel.from_pretrained(source, dtype=torch.float64).eval()
+    loaded = AutoModel.from_pretrained(out, dtype=torch.float64, attn_implementation="sdpa").eval()
+    gk.rank.truncate(model, TEXT, rank=report["steps"][0]["ranks"])
+    assert (
+        distance(states(loaded), states(model)) < 1e-6
+    )  # the file was rounded to its dtype, float64 moments to none
+    if "--dense" in options:
+        assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_search_keeps_the_goal_and_restores_on_interruption(saved, monkeypatch):
+    path = saved("bert")
+    model = AutoModel.from_pretrained(path).eval()
+    before = states(model)
+    report = gk.rank.truncate(model, TEXT, min_cosine=0.99)
+    assert 0.99 <= report["mean_cosine"] < 1 and 1 <= report["mean_rank"] < 8
+    model = AutoModel.from_pretrained(path).eval()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    real, calls = gk.rank.search.embeddings, []
+    monkeypatch.setattr(
+        gk.rank.search, "embeddings", lambda *a: calls.append(1) or (real if len(calls) < 3 else stop)(*a)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        gk.rank.truncate(model, TEXT, min_cosine=0.99)
+    assert torch.equal(states(model), before)
+
+
+def test_memory_of_the_calibration_does_not_grow_with_the_text(saved, tmp_path, monkeypatch):
+    """Three hundred times the text: the moments and the largest batch of hidden states stay what they are."""
+    from gaugekit import statistics
+
+    source = saved("bert")
+    sizes = {}
+    for repeats in (1, 4):
+        text = [f"{sentence} {number}" for number in range(repeats) for sentence in TEXT]
+        found = statistics.collect(source, text)
+        sizes[repeats] = sum(m.products.numel() + m.total.numel() for layer in found for m in layer.values())
+    assert sizes[1] == sizes[4]
+
+
+def test_what_is_refused(saved, tmp_path, capsys):
+    model = made("bert")
+    for arguments, message in (
+        ({}, "expected one of them"),
+        ({"rank": 3, "energy": 0.5}, "expected one of them"),
+        ({"energy": 1.5}, "energy: expected a share"),
+        ({"min_cosine": 0.9}, "calibration: expected text for min_cosine"),
+        ({"rank": 3, "calibration": TEXT}, "text: expected a model loaded from a directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.rank.truncate(model, **arguments)
+    with pytest.raises(ValueError, match="even number, since rotary"):
+        gk.rank.truncate(made("llama"), rank=3)
+    with pytest.raises(ValueError, match="'qwen3' is not covered: it normalises queries and keys"):
+        models.family(Qwen3Config(**SIZES).to_dict())
+    source = saved("bert")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(
+        "Ein S\xe4tzchen, das nicht in UTF-8 geschrieben steht.".encode("latin-1")
+    )
+    for name, message in (
+        ("empty", "text: expected sentences"),
+        ("latin", "text: expected a UTF-8 text file"),
+    ):
+        for goal in (["--rank", "4"], ["--energy", "0.9"], ["--min-cosine", "0.9"]):
+            line = ["convert", source, tmp_path / "out", *goal, "--calibration", tmp_path / f"{name}.txt"]
+            assert main([*map(str, line)]) == 2
+            assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert AutoConfig.from_pretrained(source).model_type == "bert"
+
+
+def test_rank_then_gauge_through_the_engine(saved, tmp_path):
+    source = saved("gpt2")
+    truncate = gk.rank.Truncate(4)
+    report = convert(source, tmp_path / "out", [truncate, GaugeFix(key_ranks=[[4] * 4] * 2)])
+    assert report["steps"][1]["removed"]["query_key"] == 2 * 4 * 16
+    assert report["parameters_before"] - report["parameters_after"] == sum(
+        step["removed"]["total"] for step in report["steps"]
+    )
