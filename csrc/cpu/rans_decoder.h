@@ -58,6 +58,7 @@ inline bool decode_last_group(Decoder& d, int elements, uint8_t* symbols) {
 
 inline Output output_of(int width, int model) {
   if (width != 2) return Output::symbols;
+  if (model == kExponentAndTwo) return Output::exponent_and_two;
   return model == kExponent ? Output::exponent16 : Output::high16;
 }
 
@@ -76,19 +77,20 @@ inline GroupsFunction groups_function(Isa path, bool in_registers, int width, in
   if (path == Isa::portable) return portable_groups;
   if (output == Output::exponent16) return vector_groups<Output::exponent16>(path, in_registers);
   if (output == Output::high16) return vector_groups<Output::high16>(path, in_registers);
+  if (output == Output::exponent_and_two) return vector_groups<Output::exponent_and_two>(path, in_registers);
   return vector_groups<Output::symbols>(path, in_registers);
 }
 
 // `groups` whole groups; false if a segment's words run out.
 inline bool decode_groups(Decoder& d, GroupsFunction kernel, int groups, const uint8_t* plane, uint8_t* out,
-                          int symbol_bytes) {
+                          Output output) {
   while (groups) {
     for (Words& w : d.words)
       if (!w.prepare()) return false;
     const int done = kernel(d, groups, plane, out);
     groups -= done;
-    plane += done * kLanes;
-    out += done * kLanes * symbol_bytes;
+    plane += done * group_plane_bytes(output);
+    out += done * kLanes * output_bytes(output);
   }
   return true;
 }
@@ -98,6 +100,8 @@ inline bool decode_groups(Decoder& d, GroupsFunction kernel, int groups, const u
 inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa path = isa()) {
   const ChunkEntry e = blob.entry(i);
   const uint64_t n = blob.symbols(i), bytes = n * blob.width;
+  const int model = chunk_model(e, blob.model);
+  const bool six = model == kExponentAndTwo;
   const uint8_t* p = blob.data + e.offset;
   if (e.method == kRaw) {
     std::memcpy(out, p, bytes);
@@ -110,7 +114,8 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
   for (uint32_t state : d.states)
     if (state < kStateLower || state >= kStateUpper) return "a state is not in [2^15, 2^31)";
   Table table;
-  if (const char* error = read_table(p, e.symbols, table)) return error;
+  if (const char* error = read_table(p, e.symbols, model, table)) return error;
+  d.shift = table.shift;
   p += padded(4 * e.symbols);
   Buckets buckets;
   make_buckets(table, buckets);
@@ -122,24 +127,30 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
     p += padded(2 * uint64_t(e.words[s]));
   }
   constexpr int kBlockGroups = 32, kBlock = kBlockGroups * kLanes;
-  uint8_t symbols[kBlock], constants[kMaxPlanes][kBlock];
+  uint8_t symbols[kBlock], unpacked[kBlock], constants[kMaxPlanes][kBlock];
   const uint8_t* planes[kMaxPlanes] = {};
   for (int plane = blob.width - 2; plane >= 0; --plane) {
     const bool constant = e.constant >> plane & 1;
     planes[plane] = p;
+    if (constant && six && *p >= 64) return "a constant of six bits has more";
     if (constant) planes[plane] = static_cast<uint8_t*>(std::memset(constants[plane], *p, kBlock));
-    p += padded(constant ? 1 : n);
+    p += padded(constant ? 1 : plane_bytes(n, model));
+  }
+  if (six && e.constant) {  // the plane is that of 64 such values, over and over
+    uint8_t group[kSixBytes];
+    pack_six(constants[0], group);
+    for (int g = 0; g < kBlockGroups; ++g) std::memcpy(constants[0] + g * kSixBytes, group, kSixBytes);
   }
 
   Output output;
-  const GroupsFunction kernel = groups_function(path, in_registers, blob.width, blob.model, output);
+  const GroupsFunction kernel = groups_function(path, in_registers, blob.width, model, output);
   const bool merged = output != Output::symbols;  // else the symbols of a block are merged with its planes
-  const MergeFunction merge_block = merger(blob.width, blob.model, path);
+  const MergeFunction merge_block = merger(blob.width, model, path);
   uint32_t crc = 0;
   for (uint64_t done = 0; done < n;) {
     const uint64_t block = std::min<uint64_t>(kBlock, n - done), whole = block - block % kLanes;
     uint8_t* place = out + done * blob.width;
-    if (!decode_groups(d, kernel, int(whole / kLanes), planes[0], merged ? place : symbols, merged ? 2 : 1))
+    if (!decode_groups(d, kernel, int(whole / kLanes), planes[0], merged ? place : symbols, output))
       return "a segment's words run out";
     const uint64_t from = merged ? whole : 0;
     if (whole < block && !decode_last_group(d, int(block - whole), symbols + whole))
@@ -147,11 +158,16 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
     const uint8_t* rest[kMaxPlanes];
     for (int plane = 0; plane < kMaxPlanes; ++plane)
       rest[plane] = planes[plane] ? planes[plane] + from : nullptr;
-    if (from < block) merge_block(symbols + from, rest, block - from, place + from * blob.width);
+    if (six) {
+      for (uint64_t at = from; at < block; at += kLanes)
+        unpack_six(planes[0] + at / kLanes * kSixBytes, unpacked + at);
+      rest[0] = unpacked + from;
+    }
+    if (from < block) merge_block(symbols + from, rest, block - from, place + from * blob.width, table.shift);
     crc = crc32c(place, block * blob.width, crc);
     done += block;
     for (int plane = 0; plane < blob.width - 1; ++plane)
-      if (!(e.constant >> plane & 1)) planes[plane] += block;
+      if (!(e.constant >> plane & 1)) planes[plane] += plane_bytes(block, model);
   }
   for (uint32_t state : d.states)
     if (state != kStateLower) return "a segment does not end in the state it began with";

@@ -89,6 +89,16 @@ GAUGEKIT_AVX2 GAUGEKIT_INLINE void put(__m256i first, __m256i second, const uint
   }
 }
 
+// 16 elements from their symbols and six-bit remainders.
+GAUGEKIT_AVX2 GAUGEKIT_INLINE void put_with_six(__m256i symbols, __m128i six, __m256i shift, uint8_t* out) {
+  const __m256i raw = _mm256_cvtepu8_epi16(six), code = _mm256_and_si256(symbols, _mm256_set1_epi16(0xFF));
+  const __m256i high = _mm256_cmpgt_epi16(code, _mm256_set1_epi16(kZeroSymbols - 1));
+  __m256i y = _mm256_slli_epi16(_mm256_add_epi16(code, _mm256_and_si256(high, shift)), 5);
+  y = _mm256_or_si256(y, _mm256_and_si256(raw, _mm256_set1_epi16(0x1F)));
+  y = _mm256_or_si256(y, _mm256_and_si256(_mm256_slli_epi16(raw, 10), _mm256_set1_epi16(-0x8000)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), y);
+}
+
 template <Output output>
 GAUGEKIT_AVX2 int groups(Decoder& d, int groups, const uint8_t* plane, uint8_t* out) {
   const uint32_t* slots = d.table.slot;
@@ -97,7 +107,7 @@ GAUGEKIT_AVX2 int groups(Decoder& d, int groups, const uint8_t* plane, uint8_t* 
   for (int i = 0; i < 8; ++i) x[i] = _mm256_load_si256(states + i);
   const uint8_t *a = d.words[0].next, *b = d.words[1].next;
   const uint8_t *const a_safe = d.words[0].safe, *const b_safe = d.words[1].safe;
-  constexpr int bytes = output == Output::symbols ? 1 : 2;
+  constexpr int bytes = output_bytes(output);
   int done = 0;
   for (; done < groups && a <= a_safe && b <= b_safe; ++done) {
     __m256i s[8];
@@ -105,10 +115,25 @@ GAUGEKIT_AVX2 int groups(Decoder& d, int groups, const uint8_t* plane, uint8_t* 
       s[i] = step(x[i], slots, a);
       s[4 + i] = step(x[4 + i], slots, b);
     }
-    put<output>(in_order(s[0], s[2]), in_order(s[1], s[3]), plane, out);
-    put<output>(in_order(s[4], s[6]), in_order(s[5], s[7]), plane + kSegmentLanes,
-                out + kSegmentLanes * bytes);
-    plane += output == Output::symbols ? 0 : kLanes;
+    if constexpr (output == Output::exponent_and_two) {
+      const __m128i* p = reinterpret_cast<const __m128i*>(plane);
+      const __m128i a = _mm_loadu_si128(p), b = _mm_loadu_si128(p + 1), c = _mm_loadu_si128(p + 2);
+      const __m128i low = _mm_set1_epi8(0x3F);
+      const __m128i last =
+          _mm_or_si128(_mm_or_si128(_mm_and_si128(_mm_srli_epi16(a, 6), _mm_set1_epi8(0x03)),
+                                    _mm_and_si128(_mm_srli_epi16(b, 4), _mm_set1_epi8(0x0C))),
+                       _mm_and_si128(_mm_srli_epi16(c, 2), _mm_set1_epi8(0x30)));
+      const __m256i shift = _mm256_set1_epi16(short(d.shift));
+      put_with_six(in_order(s[0], s[2]), _mm_and_si128(a, low), shift, out);
+      put_with_six(in_order(s[1], s[3]), _mm_and_si128(b, low), shift, out + 32);
+      put_with_six(in_order(s[4], s[6]), _mm_and_si128(c, low), shift, out + 64);
+      put_with_six(in_order(s[5], s[7]), last, shift, out + 96);
+    } else {
+      put<output>(in_order(s[0], s[2]), in_order(s[1], s[3]), plane, out);
+      put<output>(in_order(s[4], s[6]), in_order(s[5], s[7]), plane + kSegmentLanes,
+                  out + kSegmentLanes * bytes);
+    }
+    plane += group_plane_bytes(output);
     out += kLanes * bytes;
   }
   __m256i* to = reinterpret_cast<__m256i*>(d.states);

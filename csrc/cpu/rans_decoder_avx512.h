@@ -54,6 +54,29 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i in_order(__m512i even, __m512i odd) {
   return _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, 16));
 }
 
+// The 64 six-bit remainders of a group: the first 48 are the bytes' low six bits, the last 16 their high two.
+GAUGEKIT_AVX512 GAUGEKIT_INLINE void six_bits(const uint8_t* plane, __m256i& first, __m256i& second) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane));
+  const __m128i last = _mm_loadu_si128(reinterpret_cast<const __m128i*>(plane + 32));
+  const __m128i a = _mm_srli_epi16(_mm256_castsi256_si128(low), 6);
+  const __m128i b = _mm_srli_epi16(_mm256_extracti128_si256(low, 1), 4), c = _mm_srli_epi16(last, 2);
+  const __m128i top =
+      _mm_or_si128(_mm_or_si128(_mm_and_si128(a, _mm_set1_epi8(0x03)), _mm_and_si128(b, _mm_set1_epi8(0x0C))),
+                   _mm_and_si128(c, _mm_set1_epi8(0x30)));
+  first = _mm256_and_si256(low, _mm256_set1_epi8(0x3F));
+  second = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_and_si128(last, _mm_set1_epi8(0x3F))), top, 1);
+}
+
+GAUGEKIT_AVX512 GAUGEKIT_INLINE void put_with_six(__m512i symbols, __m256i six, int shift, uint8_t* out) {
+  const __m512i raw = _mm512_cvtepu8_epi16(six);
+  __m512i y = _mm512_and_si512(symbols, _mm512_set1_epi16(0xFF));
+  const __mmask32 high = _mm512_cmpge_epu16_mask(y, _mm512_set1_epi16(kZeroSymbols));
+  y = _mm512_slli_epi16(_mm512_mask_add_epi16(y, high, y, _mm512_set1_epi16(short(shift))), 5);
+  y = _mm512_ternarylogic_epi32(y, raw, _mm512_set1_epi16(0x1F), 0xF8);
+  y = _mm512_ternarylogic_epi32(y, _mm512_slli_epi16(raw, 10), _mm512_set1_epi16(-0x8000), 0xF8);
+  _mm512_storeu_si512(out, y);
+}
+
 template <Output output>
 GAUGEKIT_AVX512 GAUGEKIT_INLINE void put(__m512i symbols, const uint8_t* plane, uint8_t* out) {
   if constexpr (output == Output::symbols) {
@@ -83,14 +106,21 @@ GAUGEKIT_AVX512 int groups(Decoder& d, int groups, const uint8_t* plane, uint8_t
   __m512i x2 = _mm512_load_si512(d.states + 32), x3 = _mm512_load_si512(d.states + 48);
   const uint8_t *a = d.words[0].next, *b = d.words[1].next;
   const uint8_t *const a_safe = d.words[0].safe, *const b_safe = d.words[1].safe;
-  constexpr int bytes = output == Output::symbols ? 1 : 2;
+  constexpr int bytes = output_bytes(output);
   int done = 0;
   for (; done < groups && a <= a_safe && b <= b_safe; ++done) {
     const __m512i s0 = step<in_registers>(x0, r, slots, a), s2 = step<in_registers>(x2, r, slots, b);
     const __m512i s1 = step<in_registers>(x1, r, slots, a), s3 = step<in_registers>(x3, r, slots, b);
-    put<output>(in_order(s0, s1), plane, out);
-    put<output>(in_order(s2, s3), plane + kSegmentLanes, out + kSegmentLanes * bytes);
-    plane += output == Output::symbols ? 0 : kLanes;
+    if constexpr (output == Output::exponent_and_two) {
+      __m256i first, second;
+      six_bits(plane, first, second);
+      put_with_six(in_order(s0, s1), first, d.shift, out);
+      put_with_six(in_order(s2, s3), second, d.shift, out + kSegmentLanes * bytes);
+    } else {
+      put<output>(in_order(s0, s1), plane, out);
+      put<output>(in_order(s2, s3), plane + kSegmentLanes, out + kSegmentLanes * bytes);
+    }
+    plane += group_plane_bytes(output);
     out += kLanes * bytes;
   }
   _mm512_store_si512(d.states, x0);

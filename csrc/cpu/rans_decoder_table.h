@@ -22,14 +22,21 @@ struct alignas(64) DecoderTable {
 };
 
 // Reads and checks the K pairs at `p`.
-inline const char* read_table(const uint8_t* p, int size, Table& table) {
+inline const char* read_table(const uint8_t* p, int size, int model, Table& table) {
   table.size = size;
+  table.shift = 0;
   uint32_t sum = 0;
-  for (int i = 0; i < size; ++i, p += 4) {
-    table.symbol[i] = load<uint16_t>(p);
+  for (int i = 0, before = -1; i < size; ++i, p += 4) {
+    const int symbol = load<uint16_t>(p);
+    if (symbol <= before || symbol >= (model == kExponentAndTwo ? 1024 : 256))
+      return "a table's symbols are not ascending, or too large";
+    if (model == kExponentAndTwo && symbol >= kZeroSymbols && before < kZeroSymbols)
+      table.shift = symbol / 4 * 4 - kZeroSymbols;
+    before = symbol;
+    const int code = symbol < kZeroSymbols ? symbol : symbol - table.shift;
+    if (code > 255) return "a table's exponents are too far apart";
+    table.symbol[i] = uint16_t(code);
     table.frequency[i] = load<uint16_t>(p + 2);
-    if (table.symbol[i] > 255 || (i && table.symbol[i] <= table.symbol[i - 1]))
-      return "a table's symbols are not ascending bytes";
     if (table.frequency[i] == 0 || table.frequency[i] > kSlots) return "a frequency is not in 1..4096";
     sum += table.frequency[i];
   }
@@ -98,12 +105,19 @@ struct Words {
 };
 
 // How a decoded group leaves: as symbols, or as elements of two bytes, merged with their plane.
-enum class Output { symbols, exponent16, high16 };
+enum class Output { symbols, exponent16, high16, exponent_and_two };
+
+constexpr int output_bytes(Output output) { return output == Output::symbols ? 1 : 2; }
+// Bytes of plane 0 that a group uses.
+constexpr int group_plane_bytes(Output output) {
+  return output == Output::symbols ? 0 : output == Output::exponent_and_two ? int(kSixBytes) : kLanes;
+}
 
 struct Decoder {
   alignas(64) uint32_t states[kLanes];
   Words words[kSegments];
   DecoderTable table;
+  int shift;  // of the chunk's Table
 };
 
 // Decodes up to `groups` groups while words may be read, and returns how many. `plane` is plane 0 of these

@@ -136,6 +136,17 @@ inline uint8_t* put_section(uint8_t* out, const void* data, uint64_t bytes) {
   return out + padded(bytes);
 }
 
+// The same for six bits of each byte of data[0, n); a whole number of groups is a multiple of 16 bytes.
+inline uint8_t* put_six(uint8_t* out, const uint8_t* data, uint64_t n) {
+  const uint64_t whole = n - n % kLanes;
+  for (uint64_t i = 0; i < whole; i += kLanes, out += kSixBytes) pack_six(data + i, out);
+  if (whole == n) return out;
+  uint8_t last[kLanes] = {};
+  std::memcpy(last, data + whole, n - whole);
+  pack_six(last, out);
+  return out + kSixBytes;
+}
+
 // Codes n > 0 elements of `in` into `out`, which has room for padded(n * width) bytes; what would not be
 // shorter than that is stored raw. Everything in the entry but its offset is set.
 inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int model, uint8_t* out,
@@ -143,6 +154,12 @@ inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int m
   const int width = element_bytes(element);
   const uint64_t bytes = n * width;
   ChunkEntry entry{};
+  entry.method = kCoded;
+  int shift = 0;
+  if (model == kExponentAndTwo) {
+    shift = table_shift(in, n);
+    if (shift < 0) entry.method = kCodedByExponent, model = kExponent, shift = 0;
+  }
   scratch.reserve(n, width);
   uint8_t* symbols = scratch.symbols.data();
   uint8_t* planes[kMaxPlanes];
@@ -157,7 +174,7 @@ inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int m
     uint8_t* parts[kMaxPlanes];
     for (int plane = 0; plane < kMaxPlanes; ++plane)
       parts[plane] = plane < width - 1 ? planes[plane] + done : nullptr;
-    split_block(in + done * width, block, symbols + done, parts);
+    split_block(in + done * width, block, symbols + done, parts, shift);
     histogram.add(symbols + done, block);
   }
   uint32_t counts[256];
@@ -173,12 +190,11 @@ inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int m
   for (int s = 0; s < kSegments; ++s) ends[s] = words[s] = scratch.words[s].data() + scratch.words[s].size();
   encode_symbols(symbols, n, codes, states, words, path);
 
-  entry.method = kCoded;
   entry.symbols = uint16_t(table.size);
   for (int plane = 0; plane < width - 1; ++plane)
     entry.constant |= uint8_t(is_constant(planes[plane], n) << plane);
   for (int s = 0; s < kSegments; ++s) entry.words[s] = uint32_t(ends[s] - words[s]);
-  const uint64_t length = coded_length(entry, n, width);
+  const uint64_t length = coded_length(entry, n, width, model);
   if (length >= padded(bytes)) {
     entry = ChunkEntry{0, uint32_t(padded(bytes)), 0, kRaw, 0, {0, 0}, 0, entry.crc_decoded};
     put_section(out, in, bytes);
@@ -187,13 +203,16 @@ inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int m
     uint8_t* p = put_section(out, states, sizeof(states));
     uint16_t pairs[2 * kMaxSymbols];
     for (int i = 0; i < table.size; ++i) {
-      pairs[2 * i] = table.symbol[i];
+      pairs[2 * i] = uint16_t(table.symbol[i] + (table.symbol[i] < kZeroSymbols ? 0 : shift));
       pairs[2 * i + 1] = table.frequency[i];
     }
     p = put_section(p, pairs, 4 * uint64_t(table.size));
     for (int s = 0; s < kSegments; ++s) p = put_section(p, words[s], 2 * uint64_t(entry.words[s]));
     for (int plane = width - 2; plane >= 0; --plane)
-      p = put_section(p, planes[plane], entry.constant >> plane & 1 ? 1 : n);
+      if (model == kExponentAndTwo && !entry.constant)
+        p = put_six(p, planes[plane], n);
+      else
+        p = put_section(p, planes[plane], entry.constant >> plane & 1 ? 1 : n);
   }
   entry.crc_coded = crc32c(out, entry.length);
   return entry;

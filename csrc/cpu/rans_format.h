@@ -29,7 +29,7 @@ enum Element : uint8_t {
   kInt8 = 6
 };
 enum Model : uint8_t { kExponent = 0, kHighByte = 1, kExponentAndTwo = 2 };
-enum Method : uint8_t { kRaw = 0, kCoded = 1 };
+enum Method : uint8_t { kRaw = 0, kCoded = 1, kCodedByExponent = 2 };
 
 template <class T>
 T load(const uint8_t* p) {
@@ -47,11 +47,14 @@ constexpr uint64_t padded(uint64_t bytes) { return (bytes + 15) & ~uint64_t(15);
 
 // Bytes of an element, 0 for an id that this version does not read.
 constexpr int element_bytes(int element) {
-  return element == kBFloat16 || element == kFloat16 ? 2 : element == kFloat32 ? 4 : 0;
+  constexpr int bytes[] = {0, 2, 2, 4, 1, 1, 1};
+  return 0 <= element && element <= kInt8 ? bytes[element] : 0;
 }
 
 constexpr bool model_applies(int element, int model) {
-  return model == kHighByte || (model == kExponent && (element == kBFloat16 || element == kFloat32));
+  if (model == kHighByte) return element_bytes(element) != 0;
+  if (model == kExponent) return element == kBFloat16 || element == kFloat32;
+  return model == kExponentAndTwo && element == kBFloat16;
 }
 
 // Chunks of 2^log2 symbols; what is left after the last one joins it when it is at most half a chunk.
@@ -95,25 +98,38 @@ constexpr uint64_t segment_symbols(uint64_t n, int segment) {
   return n / kLanes * kSegmentLanes + (last < kSegmentLanes ? last : uint64_t(kSegmentLanes));
 }
 
+// The model of one chunk's symbols: a blob of model 2 may have chunks of model 0.
+constexpr int chunk_model(const ChunkEntry& e, int model) {
+  return e.method == kCodedByExponent ? int(kExponent) : model;
+}
+
+// Bytes of a plane of n elements: one each, or with model 2 six bits.
+constexpr uint64_t plane_bytes(uint64_t n, int model) {
+  return model == kExponentAndTwo ? (n + kLanes - 1) / kLanes * kSixBytes : n;
+}
+
 // Bytes that a coded chunk's own numbers ask for.
-inline uint64_t coded_length(const ChunkEntry& e, uint64_t n, int width) {
+inline uint64_t coded_length(const ChunkEntry& e, uint64_t n, int width, int model) {
   uint64_t length = 4 * kLanes + padded(4 * uint64_t(e.symbols));
   for (uint32_t words : e.words) length += padded(2 * uint64_t(words));
-  for (int plane = 0; plane < width - 1; ++plane) length += padded(e.constant >> plane & 1 ? 1 : n);
+  for (int plane = 0; plane < width - 1; ++plane)
+    length += padded(e.constant >> plane & 1 ? 1 : plane_bytes(n, chunk_model(e, model)));
   return length;
 }
 
-inline const char* check_entry(const ChunkEntry& e, uint64_t n, int width) {
+inline const char* check_entry(const ChunkEntry& e, uint64_t n, int width, int model) {
   if (e.method == kRaw) {
     if (e.symbols || e.constant || e.words[0] || e.words[1]) return "a raw chunk has fields of a coded one";
     return e.length == padded(n * width) ? nullptr : "a raw chunk's length is not that of its elements";
   }
-  if (e.method != kCoded) return "a chunk's method is not one this version reads";
+  if (e.method != kCoded && (e.method != kCodedByExponent || model != kExponentAndTwo))
+    return "a chunk's method is not one this version reads";
   if (e.symbols == 0 || e.symbols > kMaxSymbols) return "a chunk's number of symbols is not in 1..256";
   if (e.constant >> (width - 1)) return "a chunk names a constant plane that its elements lack";
   for (int s = 0; s < kSegments; ++s)
     if (e.words[s] > segment_symbols(n, s)) return "a segment has more words than symbols";
-  return e.length == coded_length(e, n, width) ? nullptr : "a chunk's length is not the sum of its sections";
+  return e.length == coded_length(e, n, width, model) ? nullptr
+                                                      : "a chunk's length is not the sum of its sections";
 }
 
 // Fills `blob` from data[0, size) after checking header, index and the place of every chunk.
@@ -164,7 +180,7 @@ inline const char* open_blob(const uint8_t* data, uint64_t size, Blob& blob) {
   for (uint64_t i = 0; i < blob.chunks; ++i) {
     const ChunkEntry e = blob.entry(i);
     if (e.offset != cursor) return "a chunk does not start where the one before it ends";
-    if (const char* error = check_entry(e, blob.symbols(i), blob.width)) return error;
+    if (const char* error = check_entry(e, blob.symbols(i), blob.width, blob.model)) return error;
     if (e.length > size - cursor) return "a chunk runs past the end";
     cursor += e.length;
   }

@@ -15,10 +15,17 @@ constexpr int kSegments = 2;
 constexpr int kSegmentLanes = 32;
 constexpr int kLanes = kSegments * kSegmentLanes;
 constexpr int kMaxSymbols = 256;
+// Model 2: symbols of 10 bits, of which a chunk uses the four of exponent 0 and those of 63 exponents in a
+// row.
+constexpr int kZeroSymbols = 4;
+constexpr int kMaxExponents = 63;
+constexpr uint64_t kSixBytes = 48;  // of 64 six-bit remainders
 
-// The symbols of one chunk, ascending, each with a frequency of 1 to 4096; the frequencies sum to 4096.
+// The symbols of one chunk, ascending, each with a frequency of 1 to 4096; the frequencies sum to 4096. A
+// symbol of 10 bits is held as a byte: itself below kZeroSymbols, else less `shift`.
 struct Table {
   int size = 0;
+  int shift = 0;
   uint16_t symbol[kMaxSymbols];
   uint16_t frequency[kMaxSymbols];
 };

@@ -85,6 +85,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   encode_and_decode(data, size, kFloat16, kHighByte);
   encode_and_decode(data, size, kFloat32, kExponent);
   encode_and_decode(data, size, kFloat32, kHighByte);
+  encode_and_decode(data, size, kBFloat16, kExponentAndTwo);
+  encode_and_decode(data, size, kInt8, kHighByte);
   return 0;
 }
 

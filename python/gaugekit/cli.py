@@ -139,6 +139,9 @@ def parser() -> argparse.ArgumentParser:
         one = verb(name, run, summary)
         one.add_argument("source", metavar="IN", help="a .safetensors file, or a directory that holds some")
         one.add_argument("target", metavar="OUT", help="the file or directory to write")
+        if run is pack:
+            what = "of bfloat16: 0 exponent (default), 1 high byte, 2 exponent and two mantissa bits (smaller, slower)"
+            one.add_argument("--model", type=int, choices=(0, 1, 2), help=what)
 
     one = verb("bench", bench, "time every operator beside its rivals (needs a source checkout)")
     one.add_argument("--op", action="append", help="an operator to time, repeatable (default: all)")
@@ -250,7 +253,7 @@ def pack(arguments: argparse.Namespace) -> Outcome:
     from .codec import pack as run
 
     with bar("pack") as progress:
-        return _shown(run(arguments.source, arguments.target, progress=progress))
+        return _shown(run(arguments.source, arguments.target, model=arguments.model, progress=progress))
 
 
 def unpack(arguments: argparse.Namespace) -> Outcome:

@@ -10,20 +10,21 @@ from hypothesis import strategies as st
 
 import gaugekit as gk
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
+INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
-        and torch.equal(a.contiguous().view(INTEGER[a.dtype]), b.contiguous().view(INTEGER[b.dtype]))
+        and torch.equal(*(t.contiguous().view(INTEGER[t.element_size()]) for t in (a, b)))
     )
 
 
 def normal(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.02).to(dtype)
+    scale = 0.02 if dtype.is_floating_point else 20
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * scale).to(dtype)
 
 
 @settings(max_examples=80, deadline=None)
@@ -41,10 +42,9 @@ def test_every_exponent_every_kind_of_number(dtype):
     infinities.
     """
     upper = torch.arange(1 << 16, dtype=torch.int32)
-    tensor = (
-        (upper << 16 | 0x1234).view(dtype) if dtype == torch.float32 else upper.to(torch.int16).view(dtype)
-    )
-    skewed = torch.cat([tensor, tensor[16000:16512].repeat(400)])  # compressible, so that it is coded
+    patterns = upper << 16 | 0x1234 if dtype == torch.float32 else upper.to(INTEGER[dtype.itemsize])
+    tensor = patterns.view(dtype)
+    skewed = torch.cat([tensor, tensor[16000:16064].repeat(3200)])  # compressible, so that it is coded
     for case in (tensor, skewed):
         blob = gk.codec.encode(case)
         assert same(gk.codec.decode(blob), case)
@@ -66,15 +66,12 @@ def test_chunk_sizes(chunk_log2):
     assert same(gk.codec.decode(gk.codec.encode(tensor, chunk_log2=chunk_log2)), tensor)
 
 
-@pytest.mark.parametrize("model", [0, 1])
+@pytest.mark.parametrize("model", [0, 1, 2])
 def test_models_of_bfloat16(model):
     tensor = normal(50_000)
     assert same(gk.codec.decode(gk.codec.encode(tensor, model=model)), tensor)
-    assert (
-        len(gk.codec.encode(tensor))
-        == len(gk.codec.encode(tensor, model=0))
-        < len(gk.codec.encode(tensor, model=1))
-    )
+    sizes = [len(gk.codec.encode(tensor, model=m)) for m in (2, 0, 1)]
+    assert sizes == sorted(set(sizes)) and len(gk.codec.encode(tensor)) == sizes[1]
 
 
 def test_normal_weights_take_the_entropy():

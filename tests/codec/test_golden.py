@@ -39,6 +39,8 @@ def vectors() -> dict[str, tuple[torch.Tensor, int, int]]:
     fp32 = (125 - skewed(600)) << 23 | draw(600) << 8 | n[:600] % 256
     many = (np.where(n % 3, 127, n % 256) << 7) | 0x55
     chunks = (127 - (skewed(24577) > 9)) << 7
+    byte = (skewed(2100) * 37 + 17) % 256
+    as_byte = lambda dtype: torch.from_numpy(byte.astype(np.uint8)).view(dtype)  # noqa: E731
     as_bf16 = lambda x: torch.from_numpy(x.astype(np.uint16).view(np.int16)).view(torch.bfloat16)  # noqa: E731
     return {
         "bf16": (as_bf16(bf16).view(20, 50), 0, 17),
@@ -48,6 +50,14 @@ def vectors() -> dict[str, tuple[torch.Tensor, int, int]]:
         "bf16_two_chunks": (as_bf16(chunks), 0, 14),
         "bf16_raw": (as_bf16(draw(64) * 2), 1, 17),
         "fp32_constant": (torch.full((70, 3), 1.0), 0, 17),
+        "bf16_model_2": (as_bf16(bf16), 2, 17),
+        "bf16_model_2_zeros": (as_bf16(np.where(n % 5 == 2, n % 2 << 15, bf16)), 2, 14),
+        "bf16_model_2_far_exponents": (as_bf16(np.where(n % 50 == 2, 0x7F80, bf16)), 2, 17),
+        "bf16_model_2_constant": (as_bf16(np.full(999, 0xBFE5)), 2, 17),
+        "float8_e4m3": (as_byte(torch.float8_e4m3fn), 1, 17),
+        "float8_e5m2": (as_byte(torch.float8_e5m2).view(7, 300), 1, 14),
+        "int8": (as_byte(torch.int8), 1, 20),
+        "int8_raw": (as_byte(torch.int8)[:64], 1, 17),
         "empty": (torch.empty(0, 7, dtype=torch.float16), 1, 17),
     }
 

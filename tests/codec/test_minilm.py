@@ -30,9 +30,12 @@ def checkpoints(tmp_path_factory):
     return {"fp32": fp32, "bf16": bf16}
 
 
-@pytest.mark.parametrize(("dtype", "bits", "ratio"), [("bf16", 10.64, 0.668), ("fp32", 26.56, 0.831)])
-def test_size_and_identity(dtype, bits, ratio, checkpoints, tmp_path):
-    report = gk.codec.pack(checkpoints[dtype], tmp_path / "packed.safetensors")
+@pytest.mark.parametrize(
+    ("dtype", "model", "bits", "ratio"),
+    [("bf16", None, 10.64, 0.668), ("bf16", 2, 10.57, 0.661), ("fp32", None, 26.56, 0.831)],
+)
+def test_size_and_identity(dtype, model, bits, ratio, checkpoints, tmp_path):
+    report = gk.codec.pack(checkpoints[dtype], tmp_path / "packed.safetensors", model=model)
     gk.codec.unpack(tmp_path / "packed.safetensors", tmp_path / "restored.safetensors")
     assert sha256(tmp_path / "restored.safetensors") == sha256(checkpoints[dtype])
     assert report["bits_per_weight"] <= bits

@@ -21,7 +21,8 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 
 
 def normal(count: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+    scale = 0.02 if dtype.is_floating_point else 20
+    return (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def check_all_paths(tensor: torch.Tensor, model: int, with_oracle: bool = True) -> bytes:
@@ -82,6 +83,46 @@ def test_alphabets_of_every_bucket_count(size):
     exponents[1000:] = size // 2
     blob = check_all_paths((exponents << 7).to(torch.int16).view(torch.bfloat16), rans.EXPONENT, size == 33)
     assert int.from_bytes(blob[64 + 12 : 64 + 14], "little") == size
+
+
+def bf16_exponents(*exponents: int) -> torch.Tensor:
+    """5,000 elements of few exponents, every sign and mantissa."""
+    n = torch.arange(5000)
+    bits = torch.tensor(exponents)[n * n % 97 % len(exponents)] << 7 | n * 37 % 128 | (n % 3 % 2) << 15
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("exponents", "method"),
+    [
+        ((120, 121), 1),
+        ((0, 1), 1),
+        ((0,), 1),
+        ((0, 254, 255), 1),
+        ((0, 60, 122), 1),
+        ((60, 123), 2),
+        ((1, 64), 2),
+        ((0, 100, 255), 2),
+    ],
+)
+def test_model_2_takes_63_exponents_and_zero(exponents, method):
+    """A chunk with exponents further apart is coded by its exponents alone."""
+    tensor = bf16_exponents(*exponents)
+    assert check_all_paths(tensor, rans.EXPONENT_AND_TWO)[64 + 14] == method
+
+
+def test_model_2_of_a_constant():
+    blob = check_all_paths(torch.full((5000,), -1.75, dtype=torch.bfloat16), rans.EXPONENT_AND_TWO)
+    assert len(blob) == 64 + 32 + 256 + 16 + 16
+
+
+def test_model_2_saves_the_two_bits_it_codes():
+    """Order-0 entropy of exponent and two mantissa bits of N(0, 0.02^2) is 4.4704 bits, six are raw."""
+    tensor = normal(1 << 18, torch.bfloat16)
+    size = rans.encode(tensor, rans.EXPONENT_AND_TWO, 18).numel()
+    assert (
+        10.47 < 8 * size / (1 << 18) < 10.51 < 8 * rans.encode(tensor, rans.EXPONENT, 18).numel() / (1 << 18)
+    )
 
 
 def test_a_constant_takes_no_words():
@@ -150,9 +191,10 @@ def test_binary_registers_every_operator(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(3, dtype=torch.float64), 0, 17), "tensor: expected bfloat16"),
+        ((torch.zeros(3, dtype=torch.float64), 0, 17), "tensor: expected one of bfloat16"),
         ((torch.zeros(3, dtype=torch.float16), 0, 17), "model: expected one of"),
         ((torch.zeros(3), 2, 17), "model: expected one of"),
+        ((torch.zeros(3, dtype=torch.int8), 0, 17), "model: expected one of"),
         ((torch.zeros(3), 0, 13), "chunk_log2: expected 14 to 20, got 13"),
         ((torch.zeros(3), 0, 21), "chunk_log2: expected 14 to 20, got 21"),
         ((torch.zeros(3, device="meta"), 0, 17), "tensor: expected a CPU tensor"),

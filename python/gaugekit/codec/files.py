@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,30 +17,33 @@ import numpy as np
 import torch
 
 from ..ops import rans
+from ..ops.rans import MODELS
 from ..report import Report
 from . import container
 from .blob import as_byte_tensor, encode_bytes
 from .container import CorruptFile, Entry, naming
 
 Progress = Callable[[int, int], None] | None
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PIECE_BYTES = 1 << 24  # what is copied rather than coded is copied in pieces of this size
 SUFFIX = ".safetensors"
 
 
-def pack(source, target, *, progress: Progress = None) -> Report:
+def pack(source, target, *, model: int | None = None, progress: Progress = None) -> Report:
     """Packs the .safetensors file ``source`` into ``target``, or every one in a directory, the rest being
     copied.
 
-    bfloat16, float16 and float32 tensors are coded where that makes them smaller, everything else is stored
-    as it is; ``unpack`` restores each file byte for byte. A packed file is a valid .safetensors file
-    (docs/format.md). Nothing is written over the input: a directory goes to a new or empty one outside it.
+    bfloat16, float16, float32, float8 and int8 tensors are coded where that makes them smaller, everything
+    else is stored as it is; ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower).
+    ``unpack`` restores each file byte for byte. A packed file is a valid .safetensors file (docs/format.md).
+    Nothing is written over the input: a directory goes to a new or empty one outside it.
     ``progress(done_bytes, total_bytes)``. Memory: the largest tensor twice. Report: bytes_before,
     bytes_after and ratio of the .safetensors files, bits_per_weight over them (headers included), seconds.
     ValueError for a source that is missing, packed already or holds no .safetensors, CorruptFile for one
     that is damaged, OSError when the disk is too small.
     """
-    report = _run("pack", _pack_file, source, target, progress)
+    if model not in (None, *MODELS[torch.bfloat16]):
+        raise ValueError(f"model: expected None or one of {MODELS[torch.bfloat16]}, got {model!r}")
+    report = _run("pack", partial(_pack_file, model=model), source, target, progress)
     weights, after = report.fields.pop("weights"), report["bytes_after"]
     report.fields["ratio"] = after / report["bytes_before"]
     report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
@@ -186,7 +190,7 @@ def _copy(source: BinaryIO, start: int, size: int, out: BinaryIO) -> int:
     return crc
 
 
-def _pack_file(source: Path, target: Path, progress: Progress) -> tuple[int, int, int]:
+def _pack_file(source: Path, target: Path, progress: Progress, model: int | None) -> tuple[int, int, int]:
     with source.open("rb") as file, naming(source):
         original = container.read(file)
         if isinstance(original, container.Packed):
@@ -209,11 +213,13 @@ def _pack_file(source: Path, target: Path, progress: Progress) -> tuple[int, int
             out.seek(8 + reserved)
             for entry in original.entries:
                 blob = None
-                if entry.dtype in DTYPES and entry.size:
+                if container.codable(entry.dtype) and entry.size:
                     data = _read(file, original.data_start + entry.begin, entry.size).view(
-                        DTYPES[entry.dtype]
+                        container.DTYPES[entry.dtype]
                     )
-                    blob = encode_bytes(data.view(entry.shape))
+                    blob = encode_bytes(
+                        data.view(entry.shape), model=model if entry.dtype == "BF16" else None
+                    )
                 if blob is None or blob.numel() >= entry.size:
                     rest.append(entry)
                     continue
@@ -260,7 +266,7 @@ def _unpack_file(source: Path, target: Path, progress: Progress) -> tuple[int, i
 def _decoded(blob: torch.Tensor, entry: Entry) -> torch.Tensor:
     """The tensor's bytes; nothing is allocated before the blob agrees with the original header."""
     dtype, shape = rans.open_blob(as_byte_tensor(blob))
-    if dtype != DTYPES[entry.dtype] or tuple(shape) != entry.shape:
+    if dtype != container.DTYPES[entry.dtype] or tuple(shape) != entry.shape:
         raise CorruptFile(
             f"tensor {entry.name!r}: the header says {entry.dtype} {list(entry.shape)}, "
             f"its blob {dtype} {list(shape)}"

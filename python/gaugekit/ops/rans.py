@@ -1,8 +1,8 @@
 """``gaugekit::rans_*`` and ``gaugekit::crc32c``: exact bytes in, exact bytes out; no autograd, the same bits
 everywhere.
 
-A coded blob is docs/format.md's: 64 interleaved rANS lanes over one byte of each element, the others stored
-raw.
+A coded blob is docs/format.md's: 64 interleaved rANS lanes over one byte of each element (with model 2, ten bits),
+the others stored raw.
 """
 
 from __future__ import annotations
@@ -12,13 +12,23 @@ import torch
 from .. import _library
 from . import rans_numpy
 
-ELEMENTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+ELEMENTS = {
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float32: 3,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 5,
+    torch.int8: 6,
+}
 DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
-EXPONENT, HIGH_BYTE = 0, 1
+EXPONENT, HIGH_BYTE, EXPONENT_AND_TWO = 0, 1, 2
 MODELS = {
-    torch.bfloat16: (EXPONENT, HIGH_BYTE),
+    torch.bfloat16: (EXPONENT, HIGH_BYTE, EXPONENT_AND_TWO),
     torch.float16: (HIGH_BYTE,),
     torch.float32: (EXPONENT, HIGH_BYTE),
+    torch.float8_e4m3fn: (HIGH_BYTE,),
+    torch.float8_e5m2: (HIGH_BYTE,),
+    torch.int8: (HIGH_BYTE,),
 }
 CORRUPT = rans_numpy.CORRUPT
 
@@ -85,14 +95,15 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def encode(tensor: torch.Tensor, model: int, chunk_log2: int, path: int = -1) -> torch.Tensor:
-    """The coded blob [bytes] uint8 of a bf16, fp16 or fp32 CPU tensor of any shape and strides.
+    """The coded blob [bytes] uint8 of a CPU tensor of one of ``MODELS``' dtypes, of any shape and strides.
 
-    ``model`` is 0 (exponent) or 1 (high byte), ``chunk_log2`` 14 to 20. ``path``
-    (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, -1 the widest there is; a wider one than the processor has
-    is the widest) changes the speed, never a byte. ValueError for anything else.
+    ``model`` is 0 (exponent), 1 (high byte) or 2 (exponent and the two highest mantissa bits), ``chunk_log2`` 14 to
+    20. ``path`` (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, -1 the widest there is; a wider one than the
+    processor has is the widest) changes the speed, never a byte. ValueError for anything else.
     """
     if tensor.dtype not in ELEMENTS:
-        raise ValueError(f"tensor: expected bfloat16, float16 or float32, got {tensor.dtype}")
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in ELEMENTS)
+        raise ValueError(f"tensor: expected one of {expected}, got {tensor.dtype}")
     if tensor.device.type != "cpu":
         raise ValueError(f"tensor: expected a CPU tensor, got one on {tensor.device}")
     if model not in MODELS[tensor.dtype]:

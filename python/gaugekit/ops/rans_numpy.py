@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from .rans_numpy_crc32c import crc32c
-from .rans_numpy_tables import SLOTS, frequencies, from_planes, slots_by_symbol, to_planes
+from .rans_numpy_tables import (
+    SLOTS,
+    frequencies,
+    from_planes,
+    pack_six,
+    slots_by_symbol,
+    table_shift,
+    to_planes,
+    unpack_six,
+)
 
 CORRUPT = "corrupt blob: "
 MAGIC = b"GKRANS\x1a\n"
@@ -29,8 +38,8 @@ ENTRY = np.dtype(
         ("crc_decoded", "<u4"),
     ]
 )
-WIDTHS = {1: 2, 2: 2, 3: 4}
-MODELS = {1: (0, 1), 2: (1,), 3: (0, 1)}
+WIDTHS = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1, 6: 1}
+MODELS = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
 LOWER, UPPER = 1 << 15, 1 << 31
 LANES = 64
 # The element of a group of 64 that each lane codes: even elements first, then odd ones, in either half.
@@ -115,7 +124,9 @@ def _section(array: np.ndarray) -> np.ndarray:
 
 
 def _encode_chunks(pieces: list[np.ndarray], width: int, model: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    planes = [to_planes(piece, width, model) for piece in pieces]
+    shifts = [table_shift(piece) if model == 2 else 0 for piece in pieces]
+    models = [model if shift >= 0 else 0 for shift in shifts]
+    planes = [to_planes(*piece) for piece in zip(pieces, itertools.repeat(width), models, shifts)]
     tables = []
     for p in planes:
         counts = np.bincount(p[-1], minlength=256)
@@ -124,18 +135,24 @@ def _encode_chunks(pieces: list[np.ndarray], width: int, model: int) -> list[tup
         tables.append((names, f, slots_by_symbol(f)[1]))
     result = []
     coded = _code_symbols([p[-1] for p in planes], tables)
-    for piece, p, (names, f, _), (states, words) in zip(pieces, planes, tables, coded, strict=True):
+    for piece, p, (names, f, _), (states, words), own, shift in zip(
+        pieces, planes, tables, coded, models, shifts, strict=True
+    ):
         entry = np.zeros((), ENTRY)
-        sections = [_section(states), _section(np.stack([names, f], 1).astype("<u2")), *map(_section, words)]
+        symbols = np.where(names < 4, names, names + max(shift, 0))
+        sections = [_section(states), _section(np.stack([symbols, f], 1).astype("<u2"))]
+        sections += map(_section, words)
         for plane in range(width - 2, -1, -1):
             constant = bool((p[plane] == p[plane, 0]).all())
             entry["constant"] |= constant << plane
-            sections.append(_section(p[plane, :1] if constant else p[plane]))
+            values = pack_six(p[plane]) if own == 2 and not constant else p[plane]
+            sections.append(_section(values[:1] if constant else values))
         body = np.concatenate(sections)
         if body.size >= _padded(piece.size):
             body, entry["constant"] = _section(piece), 0
         else:
-            entry["symbols"], entry["method"], entry["words"] = f.size, 1, [w.size for w in words]
+            method = 1 if own == model else 2
+            entry["symbols"], entry["method"], entry["words"] = f.size, method, [w.size for w in words]
         entry["length"], entry["crc_coded"], entry["crc_decoded"] = body.size, crc32c(body), crc32c(piece)
         result.append((body, entry))
     return result
@@ -249,6 +266,14 @@ def open_blob(data: np.ndarray) -> Blob:
     return blob
 
 
+def _chunk_model(blob: Blob, entry) -> int:
+    return 0 if entry["method"] == 2 else blob.model
+
+
+def _plane_bytes(n: int, model: int) -> int:
+    return (n + 63) // 64 * 48 if model == 2 else n
+
+
 def _check_entries(blob: Blob, cursor: int) -> None:
     width = blob.width
     for e, a, b in zip(blob.entries, blob.starts[:-1], blob.starts[1:], strict=True):
@@ -260,13 +285,14 @@ def _check_entries(blob: Blob, cursor: int) -> None:
             if symbols or constant or any(words):
                 raise _corrupt("a raw chunk has fields of a coded one")
             length = _padded(n * width)
-        elif e["method"] == 1:
+        elif e["method"] == 1 or (e["method"] == 2 and blob.model == 2):
             if not 1 <= symbols <= 256 or constant >> (width - 1):
                 raise _corrupt("a chunk's symbols or constant planes are out of range")
             if words[0] > 32 * groups + min(rest, 32) or words[1] > 32 * groups + max(rest - 32, 0):
                 raise _corrupt("a segment has more words than symbols")
             length = 256 + _padded(4 * symbols) + _padded(2 * words[0]) + _padded(2 * words[1])
-            length += sum(_padded(1 if constant >> plane & 1 else n) for plane in range(width - 1))
+            size = _plane_bytes(n, _chunk_model(blob, e))
+            length += sum(_padded(1 if constant >> plane & 1 else size) for plane in range(width - 1))
         else:
             raise _corrupt("a chunk's method is not one this version reads")
         if int(e["length"]) != length or length > blob.data.size - cursor:
@@ -277,7 +303,7 @@ def _check_entries(blob: Blob, cursor: int) -> None:
 
 
 def _read_chunk(blob: Blob, i: int) -> tuple:
-    """(states, names, frequencies, words of both segments, planes) of a coded chunk, its table and states
+    """(states, names, frequencies, words of both segments, shift, planes) of a coded chunk, its table and states
     checked.
     """
     e, place = blob.entries[i], int(blob.entries[i]["offset"])
@@ -292,15 +318,25 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
     if (states < LOWER).any() or (states >= UPPER).any():
         raise _corrupt("a state is not in [2^15, 2^31)")
     names, f = section(4 * int(e["symbols"])).copy().view("<u2").astype(np.int64).reshape(-1, 2).T
-    if names[-1] > 255 or (np.diff(names) <= 0).any():
-        raise _corrupt("a table's symbols are not ascending bytes")
+    model, shift = _chunk_model(blob, e), 0
+    if names[-1] > (1023 if model == 2 else 255) or (np.diff(names) <= 0).any():
+        raise _corrupt("a table's symbols are not ascending, or too large")
+    if model == 2 and names[-1] >= 4:
+        shift = int(names[names >= 4][0]) // 4 * 4 - 4
+        names = np.where(names < 4, names, names - shift)
+        if names[-1] > 255:
+            raise _corrupt("a table's exponents are too far apart")
     if (f < 1).any() or (f > SLOTS).any() or f.sum() != SLOTS:
         raise _corrupt("a table's frequencies are not in 1..4096 or do not sum to 4096")
     words = [section(2 * w).copy().view("<u2") for w in e["words"].tolist()]
     planes = np.empty((blob.width, n), np.uint8)
     for plane in range(blob.width - 2, -1, -1):
-        planes[plane] = section(1 if int(e["constant"]) >> plane & 1 else n)
-    return states, names, f, words, planes
+        constant = bool(int(e["constant"]) >> plane & 1)
+        values = section(1 if constant else _plane_bytes(n, model))
+        if constant and model == 2 and values[0] > 63:
+            raise _corrupt("a constant of six bits has more")
+        planes[plane] = unpack_six(values, n) if model == 2 and not constant else values
+    return states, names, f, words, shift, planes
 
 
 def _decode_symbols(chunks: list[tuple]) -> None:
@@ -309,12 +345,12 @@ def _decode_symbols(chunks: list[tuple]) -> None:
     _, live = _by_lane([np.empty(size, np.uint8) for size in sizes])
     groups, partial = len(live), ~live.all((1, 2))
     step, symbol = np.empty((count, SLOTS), np.int64), np.empty((count, SLOTS), np.uint8)
-    for c, (_, names, f, _, _) in enumerate(chunks):
+    for c, (_, names, f, *_) in enumerate(chunks):
         owners, order = slots_by_symbol(f)
         symbol[c], step[c] = names[owners], f[owners] << 12
         step[c, order] += np.arange(SLOTS) - np.repeat(np.cumsum(f) - f, f)  # the slot's rank
     step, symbol = step.reshape(-1), symbol.reshape(-1)
-    streams = [words for *_, both, _ in chunks for words in both]
+    streams = [words for chunk in chunks for words in chunk[3]]
     ends = np.cumsum([words.size for words in streams])
     next_word = ends - [words.size for words in streams]
     stream = np.concatenate([*streams, np.zeros(1, np.uint16)]).astype(np.int64)
@@ -368,7 +404,8 @@ def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
             offset = int(blob.entries[i]["offset"])
             piece = blob.data[offset : offset + (b - a) * width]
             if i in coded:
-                piece = from_planes(coded[i][4], width, blob.model)
+                *_, shift, planes = coded[i]
+                piece = from_planes(planes, width, _chunk_model(blob, blob.entries[i]), shift)
             if crc32c(piece) != int(blob.entries[i]["crc_decoded"]):
                 raise _corrupt("a chunk's checksum is wrong")
             low, high = max(a, start), min(b, stop)

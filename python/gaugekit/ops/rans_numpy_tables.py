@@ -18,16 +18,48 @@ def _masks(width: int) -> tuple:
     return tuple(map(np.dtype(f"<u{width}").type, (1, 8, sign, sign - 1 - mantissa, mantissa)))
 
 
-def to_planes(data: np.ndarray, width: int, model: int) -> np.ndarray:
-    """uint8 [width, n]: the symbols last, the raw planes before them."""
+def table_shift(data: np.ndarray) -> int:
+    """What model 2 takes from a chunk's symbols of 4 and above so that they are bytes; -1 if that cannot be."""
+    exponents = np.unique(data.view("<u2") >> np.uint16(7) & np.uint16(255)).astype(int)
+    exponents = exponents[exponents > 0]
+    if not exponents.size:
+        return 0
+    return 4 * int(exponents[0]) - 4 if exponents[-1] - exponents[0] < 63 else -1
+
+
+def pack_six(values: np.ndarray) -> np.ndarray:
+    """uint8 [n], six bits each -> uint8 [48 for each 64 or part of it]."""
+    v = np.zeros((-(-values.size // 64), 64), np.uint8)
+    v.reshape(-1)[: values.size] = values
+    last = v[:, None, 48:] >> np.array([0, 2, 4], np.uint8)[:, None] & np.uint8(3)
+    return (v[:, :48] | last.reshape(-1, 48) << np.uint8(6)).reshape(-1)
+
+
+def unpack_six(packed: np.ndarray, n: int) -> np.ndarray:
+    b = packed.reshape(-1, 3, 16)
+    last = (b >> np.uint8(6) << np.array([0, 2, 4], np.uint8)[:, None]).sum(1, dtype=np.uint8)
+    return np.concatenate([(b & np.uint8(63)).reshape(-1, 48), last], 1).reshape(-1)[:n]
+
+
+def to_planes(data: np.ndarray, width: int, model: int, shift: int) -> np.ndarray:
+    """uint8 [width, n]: the symbols last (with model 2 as bytes), the raw planes before them."""
     x = data.view(f"<u{width}")
+    if model == 2:
+        symbol = x >> np.uint16(5) & np.uint16(1023)
+        symbol = np.where(symbol < 4, symbol, symbol - np.uint16(shift))
+        return np.stack([x >> np.uint16(10) & np.uint16(32) | x & np.uint16(31), symbol]).astype(np.uint8)
     if model == 0:
         one, eight, sign, exponent, mantissa = _masks(width)
         x = (x & exponent) << one | (x & sign) >> eight | x & mantissa
     return np.ascontiguousarray(x.view(np.uint8).reshape(-1, width).T)
 
 
-def from_planes(planes: np.ndarray, width: int, model: int) -> np.ndarray:
+def from_planes(planes: np.ndarray, width: int, model: int, shift: int) -> np.ndarray:
+    if model == 2:
+        six, symbol = planes.astype(np.uint16)
+        symbol = np.where(symbol < 4, symbol, symbol + np.uint16(shift))
+        sign = (six & np.uint16(32)) << np.uint16(10)
+        return (sign | symbol << np.uint16(5) | six & np.uint16(31)).astype("<u2").view(np.uint8)
     y = np.ascontiguousarray(planes.T).reshape(-1).view(f"<u{width}")
     if model == 0:
         one, eight, sign, exponent, mantissa = _masks(width)

@@ -12,8 +12,9 @@ import struct
 
 MAGIC = b"GKRANS\x1a\n"
 VERSION = 1
-ELEMENT_BYTES = {1: 2, 2: 2, 3: 4}  # bf16, fp16, fp32
-MODELS = {1: (0, 1), 2: (1,), 3: (0, 1)}  # element -> symbol models: 0 exponent, 1 high byte
+ELEMENT_BYTES = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1, 6: 1}  # bf16, fp16, fp32, float8 e4m3, float8 e5m2, int8
+# element -> symbol models: 0 exponent, 1 high byte, 2 exponent and the two highest mantissa bits
+MODELS = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
 HEADER = "<8sHBBBBBBQQIIII"
 ENTRY = "<QIHBBIIII"
 SLOTS, LOWER, UPPER = 1 << 12, 1 << 15, 1 << 31
@@ -45,9 +46,11 @@ def chunk_sizes(count: int, log2: int) -> list[int]:
 
 
 def to_symbol(x: int, width: int, model: int) -> int:
-    """Element bits -> y, whose top byte is the symbol and whose other bytes are the raw planes."""
+    """Element bits -> y, whose top byte (ten bits with model 2) is the symbol, the other bits being stored raw."""
     if model == 1:
         return x
+    if model == 2:
+        return (x & 0x7FE0) << 1 | x >> 15 << 5 | x & 31
     mantissa_bits = 8 * width - 9
     sign, exponent = x >> (8 * width - 1), (x >> mantissa_bits) & 255
     return (exponent << (mantissa_bits + 1)) | (sign << mantissa_bits) | (x & ((1 << mantissa_bits) - 1))
@@ -56,6 +59,8 @@ def to_symbol(x: int, width: int, model: int) -> int:
 def from_symbol(y: int, width: int, model: int) -> int:
     if model == 1:
         return y
+    if model == 2:
+        return (y >> 5 & 1) << 15 | y >> 1 & 0x7FE0 | y & 31
     mantissa_bits = 8 * width - 9
     exponent, sign = y >> (mantissa_bits + 1), (y >> mantissa_bits) & 1
     return (sign << (8 * width - 1)) | (exponent << mantissa_bits) | (y & ((1 << mantissa_bits) - 1))
@@ -158,13 +163,44 @@ def decode_symbols(n: int, f: dict[int, int], states: list[list[int]], words: li
     return symbols
 
 
+def raw_bits(width: int, model: int) -> int:
+    """Bits of y below the symbol."""
+    return 6 if model == 2 else 8 * width - 8
+
+
+def fits_model_2(elements: list[int]) -> bool:
+    """Whether the exponents that are not 0 are among 63 that follow each other."""
+    exponents = {x >> 7 & 255 for x in elements} - {0}
+    return not exponents or max(exponents) - min(exponents) < 63
+
+
+def pack_six(values: bytes) -> bytes:
+    """64 values of six bits -> 48 bytes: the first 48 in the low bits, the others two bits at a time above them."""
+    packed = b""
+    for start in range(0, len(values), 64):
+        v = values[start : start + 64].ljust(64, bytes(1))
+        packed += bytes(v[k] | (v[48 + k % 16] >> 2 * (k // 16) & 3) << 6 for k in range(48))
+    return packed
+
+
+def unpack_six(packed: bytes, n: int) -> bytes:
+    values = b""
+    for start in range(0, len(packed), 48):
+        b = packed[start : start + 48]
+        values += bytes(byte & 63 for byte in b)
+        values += bytes(b[k] >> 6 | b[16 + k] >> 6 << 2 | b[32 + k] >> 6 << 4 for k in range(16))
+    return values[:n]
+
+
 def encode_chunk(data: bytes, width: int, model: int) -> tuple[bytes, tuple]:
     """A chunk's bytes, and of its index entry (symbols, method, constant planes, words, words)."""
     n = len(data) // width
-    y = [
-        to_symbol(int.from_bytes(data[i * width : (i + 1) * width], "little"), width, model) for i in range(n)
-    ]
-    symbols = [v >> (8 * width - 8) for v in y]
+    elements = [int.from_bytes(data[i * width : (i + 1) * width], "little") for i in range(n)]
+    method = 1
+    if model == 2 and not fits_model_2(elements):
+        method, model = 2, 0
+    y = [to_symbol(x, width, model) for x in elements]
+    symbols = [v >> raw_bits(width, model) for v in y]
     f = frequencies(symbols)
     states, words = encode_symbols(symbols, f)
     coded = struct.pack("<64I", *states[0], *states[1])
@@ -174,14 +210,16 @@ def encode_chunk(data: bytes, width: int, model: int) -> tuple[bytes, tuple]:
     )
     constant = 0
     for plane in reversed(range(width - 1)):
-        values = bytes(v >> (8 * plane) & 255 for v in y)
+        values = bytes(v >> (8 * plane) & (63 if model == 2 else 255) for v in y)
         if len(set(values)) == 1:
             constant |= 1 << plane
             values = values[:1]
+        elif model == 2:
+            values = pack_six(values)
         coded += padded(values)
     if len(coded) >= len(padded(data)):
         return padded(data), (0, 0, 0, 0, 0)
-    return coded, (len(f), 1, constant, len(words[0]), len(words[1]))
+    return coded, (len(f), method, constant, len(words[0]), len(words[1]))
 
 
 def encode(data: bytes, shape: tuple[int, ...], element: int, model: int, chunk_log2: int) -> bytes:
@@ -242,7 +280,9 @@ def decode(blob: bytes) -> tuple[bytes, tuple[int, ...], int]:
         if crc32c(coded) != coded_crc:
             raise ValueError("a chunk's coded bytes are damaged")
         piece = (
-            decode_chunk(coded, n, width, model, symbols, constant, words) if method else coded[: n * width]
+            decode_chunk(coded, n, width, 0 if method == 2 else model, symbols, constant, words)
+            if method
+            else coded[: n * width]
         )
         if crc32c(piece) != decoded_crc:
             raise ValueError("a chunk's checksum is wrong")
@@ -265,8 +305,11 @@ def decode_chunk(
     streams = [list(struct.unpack(f"<{w}H", section(2 * w))) for w in words]
     f = dict(zip(pairs[::2], pairs[1::2], strict=True))
     symbols = decode_symbols(n, f, [list(states[:32]), list(states[32:])], streams)
-    y = [s << (8 * width - 8) for s in symbols]
+    y = [s << raw_bits(width, model) for s in symbols]
     for plane in reversed(range(width - 1)):
-        values = section(1) * n if constant >> plane & 1 else section(n)
+        if constant >> plane & 1:
+            values = section(1) * n
+        else:
+            values = unpack_six(section((n + 63) // 64 * 48), n) if model == 2 else section(n)
         y = [v | b << (8 * plane) for v, b in zip(y, values, strict=True)]
     return b"".join(from_symbol(v, width, model).to_bytes(width, "little") for v in y)
