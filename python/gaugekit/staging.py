@@ -94,6 +94,10 @@ class Staging:
         (self.target / MANIFEST).unlink()
         sync(self.target)
 
+    def discard(self) -> None:
+        """Removes the folder: the job cannot be finished."""
+        shutil.rmtree(self.folder)
+
     def close(self) -> None:
         """Lets another process at the folder; what is on disk stays for it to go on from."""
         self._lock.close()

@@ -2,7 +2,17 @@
 
 from ..ops.rans import CorruptFile
 from .blob import decode, decode_range, encode
-from .files import pack, unpack
+from .files import pack, save_file, unpack
 from .reader import load_file, safe_open
 
-__all__ = ["CorruptFile", "decode", "decode_range", "encode", "load_file", "pack", "safe_open", "unpack"]
+__all__ = [
+    "CorruptFile",
+    "decode",
+    "decode_range",
+    "encode",
+    "load_file",
+    "pack",
+    "safe_open",
+    "save_file",
+    "unpack",
+]

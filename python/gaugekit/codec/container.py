@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -22,15 +21,16 @@ from .blob import as_byte_tensor
 VERSION = 1
 MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
 MAX_RANK = 64
-DTYPES = {
+SUFFIX = ".safetensors"
+DTYPES = {  # in the order of safetensors' own enumeration: it stores the last ones first
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I16": torch.int16,
     "U16": torch.uint16,
     "F16": torch.float16,
@@ -38,10 +38,10 @@ DTYPES = {
     "I32": torch.int32,
     "U32": torch.uint32,
     "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
     "I64": torch.int64,
     "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
 }
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 # A packed file's header begins with exactly these bytes, so the checksum's eight digits stand at a known
@@ -84,8 +84,12 @@ class Header:
         return 8 + len(self.raw)
 
     @property
+    def data_bytes(self) -> int:
+        return self.entries[-1].end if self.entries else 0
+
+    @property
     def file_bytes(self) -> int:
-        return self.data_start + (self.entries[-1].end if self.entries else 0)
+        return self.data_start + self.data_bytes
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,12 @@ class Packed:
 
 
 @contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Errors about damage say which file is damaged."""
+def naming(what: str | os.PathLike) -> Iterator[None]:
+    """Errors about damage say which file, or what in it, is damaged."""
     try:
         yield
     except CorruptFile as error:
-        raise CorruptFile(f"{Path(path)}: {error}") from None
+        raise CorruptFile(f"{what}: {error}") from None
 
 
 def codable(dtype: str) -> bool:
@@ -200,6 +204,19 @@ def read(file: BinaryIO) -> Packed | Header:
     if "gaugekit" in metadata or any("header_crc32c" in value for value in metadata.values()):
         raise CorruptFile("the header does not begin as a packed file's does")
     return header
+
+
+def render_plain(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None) -> bytes:
+    """The header that safetensors itself writes for tensors of these (dtype, shape): by dtype, then by name."""
+    fields = {} if metadata is None else {"__metadata__": dict(metadata)}
+    rank = {dtype: -place for place, dtype in enumerate(DTYPES)}
+    cursor = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (rank[item[1][0]], item[0])):
+        end = cursor + math.prod(shape) * ITEM_BYTES[dtype]
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [cursor, end]}
+        cursor = end
+    raw = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    return raw + b" " * (-len(raw) % 8)
 
 
 def _header_crc32c(raw: bytes) -> int:

@@ -1,68 +1,168 @@
-"""pack and unpack: .safetensors files and directories of them, a tensor at a time, never over the input."""
+"""pack, unpack and save_file: .safetensors files and directories of them, never over the input."""
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 
+from .. import staging
 from ..ops import rans
-from ..ops.rans import MODELS
 from ..report import Report
-from . import container
-from .blob import as_byte_tensor, encode_bytes
-from .container import CorruptFile, Entry, naming
+from . import container, directory, stream
+from .container import SUFFIX, CorruptFile, Packed, naming
+from .pieces import read_at
+from .stream import MEMORY_BYTES, Crew
 
 Progress = Callable[[int, int], None] | None
-PIECE_BYTES = 1 << 24  # what is copied rather than coded is copied in pieces of this size
-SUFFIX = ".safetensors"
 
 
-def pack(source, target, *, model: int | None = None, progress: Progress = None) -> Report:
-    """Packs the .safetensors file ``source`` into ``target``, or every one in a directory, the rest being
-    copied.
+def pack(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    model: int | None = None,
+    verify: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
+    resume: bool = True,
+    progress: Progress = None,
+) -> Report:
+    """Packs the .safetensors file ``source`` into ``target``, or every one in a directory, the rest being copied.
 
-    bfloat16, float16, float32, float8 and int8 tensors are coded where that makes them smaller, everything
-    else is stored as it is; ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower).
-    ``unpack`` restores each file byte for byte. A packed file is a valid .safetensors file (docs/format.md).
-    Nothing is written over the input: a directory goes to a new or empty one outside it.
-    ``progress(done_bytes, total_bytes)``. Memory: the largest tensor twice. Report: bytes_before,
-    bytes_after and ratio of the .safetensors files, bits_per_weight over them (headers included), seconds.
-    ValueError for a source that is missing, packed already or holds no .safetensors, CorruptFile for one
-    that is damaged, OSError when the disk is too small.
+    Tensors of a dtype that ``encode`` takes are coded where that makes them smaller, everything else is stored as it is;
+    ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower). ``unpack`` restores each file byte for
+    byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads after ``import
+    gaugekit.integrations.transformers``. With ``verify`` each packed file is restored again in memory and its SHA-256
+    compared with the source's before it is given its name.
+
+    Memory: ``memory_bytes`` of buffers (64 MiB or more), whatever the tensors' sizes. Nothing is written over the
+    input. A file is written beside its place, flushed and renamed. A directory grows in ``<target>.partial``; after a
+    kill the same call goes on behind the last whole file, unless ``resume`` is False. ``progress(done, total)`` counts
+    the source's bytes, twice with ``verify``.
+
+    Report: bytes_before, bytes_after and ratio of the .safetensors files, bits_per_weight over them (headers included),
+    verified, seconds. ValueError for a source that is missing, packed already or holds no .safetensors, CorruptFile for
+    one that is damaged, OSError when the disk is too small.
     """
-    if model not in (None, *MODELS[torch.bfloat16]):
-        raise ValueError(f"model: expected None or one of {MODELS[torch.bfloat16]}, got {model!r}")
-    report = _run("pack", partial(_pack_file, model=model), source, target, progress)
+    if model not in (None, *rans.MODELS[torch.bfloat16]):
+        raise ValueError(f"model: expected None or one of {rans.MODELS[torch.bfloat16]}, got {model!r}")
+    job = {"verb": "pack", "format": container.VERSION, "model": model, "verify": verify}
+    with Crew(memory_bytes) as crew:
+        one = partial(_pack_file, crew=crew, model=model, verify=verify)
+        report = _run(job, _packable, one, source, target, resume, 2 if verify else 1, progress)
     weights, after = report.fields.pop("weights"), report["bytes_after"]
     report.fields["ratio"] = after / report["bytes_before"]
     report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
+    report.fields["verified"] = verify
     report.fields["seconds"] = report.fields.pop("seconds")
     return report
 
 
-def unpack(source, target, *, progress: Progress = None) -> Report:
+def unpack(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    resume: bool = True,
+    progress: Progress = None,
+) -> Report:
     """Restores what ``pack`` was given, byte for byte: a file, or a directory of files.
 
-    Every checksum is verified; damage raises CorruptFile and leaves no output behind. ValueError for an
-    ordinary .safetensors file. Report: bytes_before, bytes_after (of the .safetensors files), seconds.
+    Every checksum is verified; damage raises CorruptFile and leaves no output behind. Memory, resuming and progress as
+    for ``pack``. ValueError for an ordinary .safetensors file. Report: bytes_before, bytes_after (of the .safetensors
+    files), seconds.
     """
-    report = _run("unpack", _unpack_file, source, target, progress)
+    job = {"verb": "unpack", "format": container.VERSION}
+    with Crew(memory_bytes) as crew:
+        one = partial(_unpack_file, crew=crew)
+        report = _run(job, _unpackable, one, source, target, resume, 1, progress)
     del report.fields["weights"]
     return report
 
 
-def _run(verb: str, convert: Callable, source, target, progress: Progress) -> Report:
+def save_file(
+    tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes ``tensors`` to a packed file: ``safetensors.torch.save_file``, and ``pack`` of what that wrote.
+
+    ``unpack`` of it gives the file that safetensors would have written. The file is written beside its place, flushed
+    and renamed. ValueError for what is no {name: tensor}, for metadata that is no {str: str}, for a dtype that
+    .safetensors lacks, and for tensors that share memory: they would not when they are loaded.
+    """
+    flat = {name: _stored(name, tensor) for name, tensor in _checked(tensors, metadata).items()}
+    names = {dtype: name for name, dtype in container.DTYPES.items()}
+    raw = container.render_plain({n: (names[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, metadata)
+    path = Path(path).resolve()
+    with Crew() as crew, written(path) as out:
+        stream.pack(
+            container.parse_header(raw),
+            lambda entry, start, stop: flat[entry.name][start:stop].numpy(),
+            out,
+            crew,
+            None,
+            lambda size: None,
+        )
+
+
+def _checked(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> dict[str, torch.Tensor]:
+    if not isinstance(tensors, dict) or not all(
+        isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()
+    ):
+        raise ValueError(f"tensors: expected a dict of tensors by name, got {type(tensors).__name__}")
+    if "__metadata__" in tensors:
+        raise ValueError("tensors: expected names other than '__metadata__', got it")
+    if metadata is not None and (
+        not isinstance(metadata, dict)
+        or "gaugekit" in metadata
+        or not all(isinstance(text, str) for item in metadata.items() for text in item)
+    ):
+        raise ValueError(f"metadata: expected a dict of strings without 'gaugekit', got {metadata!r}")
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in container.DTYPES.values():
+            raise ValueError(f"tensors: {name!r} has dtype {tensor.dtype}, which .safetensors lacks")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"tensors: expected dense tensors with data, {name!r} is none")
+        if tensor.numel():
+            last = sum(
+                (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            begin = tensor.data_ptr()
+            spans.append((str(tensor.device), begin, begin + (last + 1) * tensor.itemsize, name))
+    spans.sort()
+    for (device, _, end, name), (other_device, begin, _, other) in pairwise(spans):
+        if device == other_device and begin < end:
+            raise ValueError(f"tensors: {name!r} and {other!r} share memory; leave one out, or clone it")
+    return tensors
+
+
+def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, as they stand in a file."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _run(
+    job: dict,
+    plan: Callable,
+    convert: Callable,
+    source,
+    target,
+    resume: bool,
+    passes: int,
+    progress: Progress,
+) -> Report:
+    """One file or a directory; ``plan(path)`` reads and checks a file's header and says how many bytes may be written,
+    ``convert(path, place, advance)`` does the work and returns (bytes before, after, weights).
+    """
     started = time.perf_counter()
     source, target = Path(source), Path(target)
     if not source.exists():
@@ -70,207 +170,101 @@ def _run(verb: str, convert: Callable, source, target, progress: Progress) -> Re
     whole, place = source.resolve(), target.resolve()
     if place == whole or (target.exists() and source.samefile(target)):
         raise ValueError(f"target: expected another path than source, got {target} for both")
-    if whole.is_dir() and whole in place.parents:
-        raise ValueError(f"target: expected a path outside {source}, got {target}")
-    report = Report(verb, {"bytes_before": 0, "bytes_after": 0, "weights": 0})
     if whole.is_dir():
-        _convert_directory(convert, whole, place, progress, report)
-    else:
-        if place.is_dir():
-            raise ValueError(f"target: expected a file name, got the directory {target}")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _add(report, convert(whole, place, progress))
-    report.fields["seconds"] = time.perf_counter() - started
-    return report
+        return directory.convert(job, plan, convert, whole, place, resume, passes, progress, started)
+    if place.is_dir():
+        raise ValueError(f"target: expected a file name, got the directory {target}")
+    needed = plan(whole)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    directory.check_space(place, needed, shutil.disk_usage(place.parent).free)
+    counts = convert(whole, place, directory.counter(passes * whole.stat().st_size, progress))
+    fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
+    return Report(job["verb"], {**fields, "seconds": time.perf_counter() - started})
 
 
-def _add(report: Report, counts: tuple[int, int, int]) -> None:
-    for field, count in zip(("bytes_before", "bytes_after", "weights"), counts, strict=True):
-        report.fields[field] += count
+def _packable(path: Path) -> int:
+    with path.open("rb") as file, naming(path):
+        found = container.read(file)
+    if isinstance(found, Packed):
+        raise ValueError(f"source: expected an ordinary {SUFFIX} file, but {path} is packed already")
+    return 8 + container.packed_header_bytes(found) + found.file_bytes - found.data_start
 
 
-def _convert_directory(
-    convert: Callable, source: Path, target: Path, progress: Progress, report: Report
-) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"target: expected a new or empty directory, got {target}")
-    paths = sorted(path for path in source.rglob("*") if path.is_file())
-    total = sum(path.stat().st_size for path in paths)
-    if not any(path.suffix == SUFFIX for path in paths):
-        raise ValueError(f"source: expected a directory with {SUFFIX} files, found none in {source}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    copied, done = 0, 0
-    try:
-        shutil.copymode(source, partial)
-        for path in paths:
-            place = partial / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == SUFFIX:
-                before = done
-                step = (lambda part, _, base=before: progress(base + part, total)) if progress else None
-                try:
-                    _add(report, convert(path, place, step))
-                except CorruptFile:
-                    raise
-                except ValueError as error:
-                    raise type(error)(f"{path.name}: {error}") from None
-            else:
-                _copy_file(path, place)
-                copied += 1
-            done += path.stat().st_size
-            if progress:
-                progress(done, total)
-        os.rename(partial, target)
-        _sync_directory(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if copied:
-        report.notes.append(f"{copied} other files were copied as they are.")
+def _unpackable(path: Path) -> int:
+    return _packed(path).original.file_bytes
 
 
-def _copy_file(source: Path, target: Path) -> None:
-    with _written(target, like=source) as out, source.open("rb") as file:
-        shutil.copyfileobj(file, out, PIECE_BYTES)
+def _packed(path: Path) -> Packed:
+    with path.open("rb") as file, naming(path):
+        found = container.read(file)
+    if not isinstance(found, Packed):
+        raise ValueError(f"source: expected a packed file, but {path} is an ordinary {SUFFIX} file")
+    return found
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _pack_file(
+    source: Path, target: Path, advance: Callable, *, crew: Crew, model: int | None, verify: bool
+) -> tuple[int, int, int]:
+    with source.open("rb") as file, naming(source), written(target, like=source) as out:
+        original = container.read(file)
+
+        def read(entry: container.Entry, start: int, stop: int):
+            return read_at(file, original.data_start + entry.begin + start, stop - start)
+
+        advance(original.data_start)
+        after = stream.pack(original, read, out, crew, model, advance)
+        out.flush()
+        if verify:
+            _verify(source, out, crew, advance)
+    return original.file_bytes, after, sum(entry.weights for entry in original.entries)
+
+
+def _verify(source: Path, packed: BinaryIO, crew: Crew, advance: Callable) -> None:
+    """CorruptFile unless what was written to ``packed`` restores ``source``: nothing is published then."""
+    expected = crew.beside(staging.sha256, source)
+    with open(packed.name, "rb") as file:
+        header = container.read(file)
+        found = stream.sha256(stream.restored(file, header, crew, lambda size: None))
+    advance(header.original.file_bytes)
+    if found != expected.result():
+        raise CorruptFile("what was written does not restore it: the disk, the memory or the processor erred")
+
+
+def _unpack_file(source: Path, target: Path, advance: Callable, *, crew: Crew) -> tuple[int, int, int]:
+    with source.open("rb") as file, naming(source), written(target, like=source) as out:
+        packed = container.read(file)
+        advance(packed.stored.data_start)
+        for piece in stream.restored(file, packed, crew, advance):
+            out.write(piece)
+    weights = sum(entry.weights for entry in packed.original.entries)
+    return packed.stored.file_bytes, packed.original.file_bytes, weights
 
 
 @contextmanager
-def _written(target: Path, like: Path) -> Iterator[BinaryIO]:
-    """A temporary sibling that becomes ``target`` when all was written and reached the disk, and is removed
-    otherwise.
+def written(target: Path, like: Path | None = None) -> Iterator[BinaryIO]:
+    """A hidden sibling that becomes ``target`` when all was written and reached the disk, and is removed otherwise;
+    what a killed process left of one is written over. ``like`` is the file whose permissions it takes.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    path = target.with_name(f".{target.name}.gaugekit-partial")
+    with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(
+                path.stat(), os.fstat(file.fileno())
+            )  # not when a process that had the lock just gave it its name
+        except OSError:
+            mine = False
+        if not mine:
+            raise ValueError(f"target: another process is writing {str(path)!r}")
+        try:
+            file.truncate(0)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        shutil.copymode(like, name)
-        os.replace(name, target)
-        _sync_directory(target.parent)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"{needed} bytes are needed beside {target.name}, {free} are free",
-            str(target.parent),
-        )
-
-
-def _read(file: BinaryIO, start: int, size: int) -> torch.Tensor:
-    buffer = np.empty(size, np.uint8)
-    file.seek(start)
-    if file.readinto(buffer) != size:
-        raise CorruptFile("the file ends within a tensor")
-    return torch.from_numpy(buffer)
-
-
-def _copy(source: BinaryIO, start: int, size: int, out: BinaryIO) -> int:
-    """Copies [start, start + size) to where ``out`` stands; returns the crc32c."""
-    crc = 0
-    for offset in range(0, size, PIECE_BYTES):
-        piece = _read(source, start + offset, min(PIECE_BYTES, size - offset))
-        crc = rans.crc32c(piece, crc)
-        out.write(piece.numpy())
-    return crc
-
-
-def _pack_file(source: Path, target: Path, progress: Progress, model: int | None) -> tuple[int, int, int]:
-    with source.open("rb") as file, naming(source):
-        original = container.read(file)
-        if isinstance(original, container.Packed):
-            raise ValueError(f"source: expected an ordinary {SUFFIX} file, got one that is packed already")
-        reserved = container.packed_header_bytes(original)
-        _check_space(target, 8 + reserved + original.file_bytes - original.data_start)
-        stored: list[tuple[Entry, str, int]] = []
-        rest: list[Entry] = []
-        total, done, cursor = original.file_bytes, original.data_start, 0
-
-        def store(entry: Entry, dtype: str, shape: tuple, size: int, codec: str, crc: int) -> None:
-            nonlocal cursor, done
-            stored.append((Entry(entry.name, dtype, shape, cursor, cursor + size), codec, crc))
-            cursor += size
-            done += entry.size
-            if progress:
-                progress(done, total)
-
-        with _written(target, like=source) as out:
-            out.seek(8 + reserved)
-            for entry in original.entries:
-                blob = None
-                if container.codable(entry.dtype) and entry.size:
-                    data = _read(file, original.data_start + entry.begin, entry.size).view(
-                        container.DTYPES[entry.dtype]
-                    )
-                    blob = encode_bytes(
-                        data.view(entry.shape), model=model if entry.dtype == "BF16" else None
-                    )
-                if blob is None or blob.numel() >= entry.size:
-                    rest.append(entry)
-                    continue
-                out.write(blob.numpy())
-                store(entry, "U8", (blob.numel(),), blob.numel(), "rans", rans.crc32c(blob))
-            # Blobs are multiples of 16 bytes: with the widest first, every tensor is aligned to its own elements.
-            for entry in sorted(rest, key=lambda e: -container.ITEM_BYTES.get(e.dtype, 1)):
-                crc = _copy(file, original.data_start + entry.begin, entry.size, out)
-                store(entry, entry.dtype, entry.shape, entry.size, "raw", crc)
-            header = container.render_packed(original, stored, reserved)
-            out.seek(0)
-            out.write(len(header).to_bytes(8, "little") + header)
-    return original.file_bytes, 8 + reserved + cursor, sum(entry.weights for entry in original.entries)
-
-
-def _unpack_file(source: Path, target: Path, progress: Progress) -> tuple[int, int, int]:
-    with source.open("rb") as file, naming(source):
-        packed = container.read(file)
-        if not isinstance(packed, container.Packed):
-            raise ValueError(f"source: expected a packed file, got an ordinary {SUFFIX} file")
-        original, start = packed.original, packed.stored.data_start
-        places = {entry.name: entry for entry in packed.stored.entries}
-        _check_space(target, original.file_bytes)
-        total, done = packed.stored.file_bytes, start
-        with _written(target, like=source) as out:
-            out.write(len(original.raw).to_bytes(8, "little") + original.raw)
-            for entry in original.entries:
-                place, (codec, crc) = places[entry.name], packed.tensors[entry.name]
-                if codec == "raw":
-                    found = _copy(file, start + place.begin, place.size, out)
-                else:
-                    blob = _read(file, start + place.begin, place.size)
-                    found = rans.crc32c(blob)
-                if found != crc:
-                    raise CorruptFile(f"tensor {entry.name!r}: the checksum of its stored bytes is wrong")
-                if codec == "rans":
-                    out.write(_decoded(blob, entry).numpy())
-                done += place.size
-                if progress:
-                    progress(done, total)
-    return packed.stored.file_bytes, original.file_bytes, sum(entry.weights for entry in original.entries)
-
-
-def _decoded(blob: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """The tensor's bytes; nothing is allocated before the blob agrees with the original header."""
-    dtype, shape = rans.open_blob(as_byte_tensor(blob))
-    if dtype != container.DTYPES[entry.dtype] or tuple(shape) != entry.shape:
-        raise CorruptFile(
-            f"tensor {entry.name!r}: the header says {entry.dtype} {list(entry.shape)}, "
-            f"its blob {dtype} {list(shape)}"
-        )
-    out = torch.empty(shape, dtype=dtype)
-    rans.decode(blob, 0, out.numel(), out)
-    return out.reshape(-1).view(torch.uint8)
+            if like is not None:
+                shutil.copymode(like, path)
+            os.replace(path, target)
+            staging.sync(target.parent)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise

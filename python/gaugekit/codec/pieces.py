@@ -16,6 +16,7 @@ import torch
 
 from ..ops import rans
 from ..ops.rans import CorruptFile
+from ..ops.rans_numpy_crc32c import joined
 from .blob import as_byte_tensor
 
 MAGIC, VERSION = b"GKRANS\x1a\n", 1
@@ -109,7 +110,8 @@ class StoredBlob:
                 f"the header says {self.dtype} {list(self.shape)}, its blob {rans.DTYPES.get(element)} {list(found)}"
             )
         index = read_at(self.file, self.start + begin, end - begin)
-        if rans.crc32c(torch.from_numpy(index)) != crc:
+        index_crc = rans.crc32c(torch.from_numpy(index))
+        if index_crc != crc:
             raise CorruptFile("not a sound coded blob: the index's checksum is wrong")
         entries = index.view(ENTRY)
         lengths = entries["length"].astype(np.uint64)
@@ -120,6 +122,7 @@ class StoredBlob:
             or end + int(lengths.sum()) != size
         ):
             raise CorruptFile("not a sound coded blob: its chunks do not follow each other to its end")
+        self.head_crc = joined(rans.crc32c(as_byte_tensor(header + dims)), index_crc, index.size)
         return header, entries
 
     def parts(self, start: int, stop: int, piece_bytes: int) -> Iterator[tuple[int, int, int, int]]:
@@ -136,16 +139,57 @@ class StoredBlob:
             beyond = self.count if until > last else until << self.log2
             yield max(start, chunk << self.log2), min(stop, beyond), chunk, until
 
-    def decode(self, start: int, stop: int, first: int, until: int, out: torch.Tensor) -> None:
-        """Elements [start, stop), which chunks [first, until) hold, into the flat tensor ``out``."""
+    def load(self, first: int, until: int) -> tuple[torch.Tensor, int]:
+        """Chunks [first, until) as a blob of their own, and the bytes of its header and index."""
         chosen = self.entries[first:until]
         beyond = self.count if until == len(self.entries) else until << self.log2
-        base = first << self.log2
-        head = render(self.header, (beyond - base,), chosen)
+        head = render(self.header, (beyond - (first << self.log2),), chosen)
         size = int(chosen["length"].sum(dtype=np.uint64))
         blob = np.empty(len(head) + size, np.uint8)
         blob[: len(head)] = np.frombuffer(head, np.uint8)
         read_at(self.file, self.start + int(chosen["offset"][0]), size, blob[len(head) :])
-        blob = torch.from_numpy(blob)
+        return torch.from_numpy(blob), len(head)
+
+    def decode(self, start: int, stop: int, first: int, until: int, out: torch.Tensor) -> None:
+        """Elements [start, stop), which chunks [first, until) hold, into the flat tensor ``out``."""
+        blob, base = self.load(first, until)[0], first << self.log2
         rans.open_blob(blob)
         rans.decode(blob, start - base, stop - base, out)
+
+
+class BlobWriter:
+    """A blob of ``shape`` written at ``start`` of an open file from blobs of its pieces, in order.
+
+    Each piece but the last has a multiple of 2^20 elements and the last more than 2^19, unless it is the only one: so
+    chunks of any size end where they do in the whole.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, shape: tuple[int, ...]):
+        self.file, self.start, self.shape = file, start, shape
+        self.header, self.entries = b"", []
+        self.size = self.crc = 0  # of the chunks so far
+
+    def add(self, blob: np.ndarray) -> None:
+        """The next piece."""
+        header, entries, chunks = split(blob)
+        if not self.header:
+            self.header = header
+            count = chunk_count(torch.Size(self.shape).numel(), header[14])
+            self.file.seek(self.start + 48 + 16 * -(-8 * len(self.shape) // 16) + count * ENTRY.itemsize)
+        self.entries.append(entries)
+        self.crc = joined(self.crc, rans.crc32c(torch.from_numpy(chunks)), chunks.size)
+        self.size += chunks.size
+        self.file.write(chunks)
+
+    def finish(self) -> tuple[int, int]:
+        """Writes header and index; (bytes of the whole blob, their crc32c)."""
+        head = render(self.header, self.shape, np.concatenate(self.entries))
+        self.file.seek(self.start)
+        self.file.write(head)
+        return len(head) + self.size, joined(rans.crc32c(as_byte_tensor(head)), self.crc, self.size)
+
+
+def cuts(count: int, step: int) -> list[tuple[int, int]]:
+    """[0, count) in pieces of ``step`` elements, a multiple of 2^20, and what BlobWriter asks of the last."""
+    pieces = max(1, count // step + (count % step > 1 << 19))
+    return [(i * step, count if i + 1 == pieces else (i + 1) * step) for i in range(pieces)]

@@ -93,20 +93,17 @@ class safe_open:
         dtype, place = container.DTYPES[entry.dtype], self._places[entry.name]
         begin = self._stored.data_start + place.begin
         codec, crc = self._codecs.get(entry.name, ("raw", None))
-        with naming(self.path):
-            try:
-                if codec == "rans":
-                    return self._decoded(entry, place, start, stop)
-                if crc is not None and (start, stop) != (0, entry.weights):
-                    self._check(entry.name, begin, place.size, crc)
-                out = fresh(torch.Size([stop - start]), dtype)
-                raw = out.view(torch.uint8)
-                read_at(self._file, begin + start * dtype.itemsize, raw.numel(), raw.numpy())
-                if crc is not None and entry.name not in self._sound and rans.crc32c(raw) != crc:
-                    raise CorruptFile("the checksum of its stored bytes is wrong")
-                return out
-            except CorruptFile as error:
-                raise CorruptFile(f"tensor {entry.name!r}: {error}") from None
+        with naming(self.path), naming(f"tensor {entry.name!r}"):
+            if codec == "rans":
+                return self._decoded(entry, place, start, stop)
+            if crc is not None and (start, stop) != (0, entry.weights):
+                self._check(entry.name, begin, place.size, crc)
+            out = fresh(torch.Size([stop - start]), dtype)
+            raw = out.view(torch.uint8)
+            read_at(self._file, begin + start * dtype.itemsize, raw.numel(), raw.numpy())
+            if crc is not None and entry.name not in self._sound and rans.crc32c(raw) != crc:
+                raise CorruptFile("the checksum of its stored bytes is wrong")
+            return out
 
     def _decoded(self, entry: Entry, place: Entry, start: int, stop: int) -> torch.Tensor:
         blob = self._blobs.get(entry.name)
