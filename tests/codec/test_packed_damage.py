@@ -31,7 +31,7 @@ def unpack(data: bytes, folder) -> bytes:
         codec.unpack(folder / "in.safetensors", folder / "out" / "out.safetensors")
         return (folder / "out" / "out.safetensors").read_bytes()
     except ValueError:
-        assert list((folder / "out").iterdir()) == []
+        assert not list((folder / "out").glob("*"))
         raise
 
 
