@@ -4,6 +4,7 @@
 
 #include "common/check.h"
 #include "cpu/shaped_combine_backward.h"
+#include "cpu/shaped_combine_chunks.h"
 #include "cpu/shaped_combine_forward.h"
 
 namespace gaugekit {
@@ -69,10 +70,16 @@ void write_gain(const Tensor& to, const std::vector<double>& values) {
   }
 }
 
-std::vector<Sequence> sequences(int64_t batch, int64_t queries, int64_t keys, bool causal,
+std::vector<Sequence> sequences(const Shape& shape, int64_t batch, int64_t queries, int64_t keys,
                                 const Optional& query_start, const Optional& key_lengths,
                                 const Optional& cu_seqlens) {
   std::vector<Sequence> found;
+  int64_t chunks = 0;
+  const auto put = [&](Sequence one) {
+    one.chunks_before = chunks;
+    chunks += shape.chunks(one);
+    found.push_back(one);
+  };
   if (cu_seqlens) {
     check_dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
     STD_TORCH_CHECK(batch == 1 && queries == keys && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
@@ -84,7 +91,7 @@ std::vector<Sequence> sequences(int64_t batch, int64_t queries, int64_t keys, bo
     for (int64_t i = 0; i < count; ++i) {
       const int64_t length = int64_t(bounds[i + 1]) - bounds[i];
       STD_TORCH_CHECK(length >= 0, "cu_seqlens: expected values that never fall");
-      found.push_back({0, bounds[i], length, bounds[i], length, 0});
+      put({0, bounds[i], length, bounds[i], length, 0, 0});
     }
     return found;
   }
@@ -97,11 +104,11 @@ std::vector<Sequence> sequences(int64_t batch, int64_t queries, int64_t keys, bo
     }
     return values;
   };
-  const std::vector<int64_t> start = entries("query_start", query_start, causal ? keys - queries : 0);
+  const std::vector<int64_t> start = entries("query_start", query_start, shape.causal ? keys - queries : 0);
   const std::vector<int64_t> length = entries("key_lengths", key_lengths, keys);
   for (int64_t b = 0; b < batch; ++b)
-    found.push_back({b, 0, queries, 0, std::min(std::max<int64_t>(length[b], 0), keys),
-                     std::min(std::max(start[b], -FAR), FAR)});
+    put({b, 0, queries, 0, std::min(std::max<int64_t>(length[b], 0), keys),
+         std::min(std::max(start[b], -FAR), FAR), 0});
   return found;
 }
 
@@ -129,7 +136,8 @@ struct Arguments {
     return {a.size(1), v.size(1), a.size(3), causal, window ? std::min(*window, FAR) : 0};
   }
   std::vector<Sequence> sequences() const {
-    return gaugekit::sequences(a.size(0), a.size(2), v.size(2), causal, query_start, key_lengths, cu_seqlens);
+    return gaugekit::sequences(shape(), a.size(0), a.size(2), v.size(2), query_start, key_lengths,
+                               cu_seqlens);
   }
   template <class A>
   Gains<A> gains() const {
@@ -143,20 +151,61 @@ struct Arguments {
   }
 };
 
-// Runs task(sequence, index, first, last) over every sequence and `units` heads or groups of it, side by side
-// where they are neighbours in memory: rows of several heads are then read as one stream.
+// One chunk of a sequence, or all of them.
+struct Item {
+  const Sequence* sequence;
+  Span chunks;
+};
+
+std::vector<Item> items(const Shape& shape, const std::vector<Sequence>& all, bool split) {
+  std::vector<Item> found;
+  for (const Sequence& s : all) {
+    const int64_t chunks = shape.chunks(s);
+    for (int64_t c = 0; split && c < chunks; ++c) found.push_back({&s, {c, c + 1}});
+    if (!split) found.push_back({&s, {0, chunks}});
+  }
+  return found;
+}
+
+int64_t count_chunks(const Shape& shape, const std::vector<Sequence>& all) {
+  return all.empty() ? 0 : all.back().chunks_before + shape.chunks(all.back());
+}
+
+// Runs task(sequence, chunks, units) over every item and `units` heads or groups of it, side by side where
+// they are neighbours in memory: rows of several heads are then read as one stream.
 template <class Task>
-void over_sequences(const std::vector<Sequence>& all, int64_t units, int64_t elements_a_unit,
-                    const Task& task) {
-  const int64_t count = static_cast<int64_t>(all.size()) * units;
-  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_a_unit));
+void over_items(const std::vector<Item>& items, int64_t units, int64_t elements, const Task& task) {
+  const int64_t count = static_cast<int64_t>(items.size()) * units;
+  const int64_t grain = std::max<int64_t>(1, GRAIN * count / std::max<int64_t>(1, elements));
   parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t index = begin / units, first = begin % units, last = std::min(units, first + end - begin);
-      task(all[index], index, first, last);
+      const Item& item = items[begin / units];
+      const int64_t first = begin % units, last = std::min(units, first + end - begin);
+      task(*item.sequence, item.chunks, Span{first, last});
       begin += last - first;
     }
   });
+}
+
+// Whether chunks of one sequence are worked on side by side: where a mean is carried from chunk to chunk that
+// costs one more reading, so it is done where sequences and heads are too few for the threads.
+bool split_sequences(const Shape& shape, bool mean, int64_t sequences, int64_t units, int64_t elements) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (!mean || !shape.causal || shape.window) return true;
+  return threads > 1 && elements > GRAIN && sequences * units < 4 * threads;
+}
+
+// What the sweeps need to know of other chunks; empty where they carry it along.
+template <class S>
+std::vector<double> sums_of_chunks(ChunkSums<S> f, const std::vector<Sequence>& all, bool split,
+                                   int64_t elements) {
+  if (f.shape.window || !(split || f.shape.open())) return {};
+  std::vector<double> sums(count_chunks(f.shape, all) * f.units * f.shape.width);
+  f.sums = sums.data();
+  over_items(items(f.shape, all, true), f.units, elements,
+             [&](const Sequence& s, Span chunks, Span units) { chunk_sums(f, s, chunks, units); });
+  for (const Sequence& s : all) chunk_bases(f, s);
+  return sums;
 }
 
 template <class Run>
@@ -186,9 +235,13 @@ void combine_into(const Tensor& out, const Arguments& arguments) {
     Forward<S> f{shape,       arguments.gains<accumulator<S>>(), rows<const S>(a), rows<const S>(v), {},
                  rows<S>(out)};
     if (v0) f.v0 = rows<const S>(*v0);
-    over_sequences(
-        all, shape.heads, a.size(2) * shape.width,
-        [&](const Sequence& s, int64_t, int64_t first, int64_t last) { shaped_combine(f, s, first, last); });
+    const bool split = split_sequences(shape, f.gains.has_gamma, all.size(), shape.heads, out.numel());
+    std::vector<double> sums;
+    if (f.gains.has_gamma)
+      sums = sums_of_chunks(ChunkSums<S>{shape, f.v, false, shape.groups, nullptr}, all, split, v.numel());
+    f.sums = sums.empty() ? nullptr : sums.data();
+    over_items(items(shape, all, split), shape.heads, out.numel(),
+               [&](const Sequence& s, Span chunks, Span heads) { shaped_combine(f, s, chunks, heads); });
   });
 }
 
@@ -240,7 +293,8 @@ Gradients combine_backward(Tensor grad, Tensor a, Tensor v, Optional alpha, Opti
   };
   Tensor da = rows_like(a), dv = rows_like(v), dv0 = v0 ? rows_like(*v0) : like(v0);
   if (key_lengths) torch::stable::zero_(dv);  // padding keys are not visited
-  std::vector<double> partial(all.size() * shape.heads * GAIN_COUNT, 0.0);
+  const int64_t chunks = count_chunks(shape, all);
+  std::vector<double> partial(chunks * shape.heads * GAIN_COUNT, 0.0);
   if (a.numel() == 0) {
     torch::stable::zero_(dv);
     torch::stable::zero_(dv0);
@@ -258,18 +312,21 @@ Gradients combine_backward(Tensor grad, Tensor a, Tensor v, Optional alpha, Opti
                     {},
                     partial.data()};
       if (v0) f.v0 = rows<const S>(*v0_), f.dv0 = rows<S>(dv0);
-      const int64_t work = (a.size(2) + v.size(2)) * shape.width * shape.heads_of_group();
-      over_sequences(all, shape.groups, work,
-                     [&](const Sequence& s, int64_t index, int64_t first, int64_t last) {
-                       shaped_combine_backward(f, s, index, first, last);
-                     });
+      const int64_t work = a.numel() + v.numel() * shape.heads_of_group();
+      const bool split = split_sequences(shape, f.gains.has_gamma, all.size(), shape.groups, work);
+      std::vector<double> sums;
+      if (f.gains.has_gamma)
+        sums = sums_of_chunks(ChunkSums<S>{shape, f.grad, true, shape.heads, nullptr}, all, split, a.numel());
+      f.sums = sums.empty() ? nullptr : sums.data();
+      over_items(items(shape, all, split), shape.groups, work,
+                 [&](const Sequence& s, Span c, Span groups) { shaped_combine_backward(f, s, c, groups); });
     });
   }
   const auto total = [&](const Optional& x, Gain gain, double sign) {
     Tensor result = like(x);
     if (!x) return result;
     std::vector<double> sums(shape.heads, 0.0);
-    for (size_t i = 0; i < all.size(); ++i)
+    for (int64_t i = 0; i < chunks; ++i)
       for (int64_t h = 0; h < shape.heads; ++h)
         sums[h] += sign * partial[(i * shape.heads + h) * GAIN_COUNT + gain];
     write_gain(result, sums);

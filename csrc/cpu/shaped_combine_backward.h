@@ -1,7 +1,7 @@
 // The gradients of shaped_combine in one sweep over the keys, last to first. Free of torch.
 //
 // Key j receives -gamma sum grad_t / n_t over the queries t that see it; those queries form a window whose
-// ends only move backward, so the forward sweep's running sum serves again.
+// ends only move backward, so the forward sweep's running sum serves again, chunk by chunk from the last.
 #pragma once
 
 #include "cpu/shaped_combine_rows.h"
@@ -17,7 +17,8 @@ struct Backward {
   Gains<A> gains;
   Rows<const S> grad, a, v, v0;
   Rows<S> da, dv, dv0;
-  double* partial;  // [sequences, heads, GAIN_COUNT], each entry written by one thread
+  double* partial;               // [chunks, heads, GAIN_COUNT], each entry written by one thread
+  const double* sums = nullptr;  // [chunks, heads, V] of grad / n after each chunk, where they are known
 };
 
 // Dot products of one head, in lanes that are flushed into doubles.
@@ -116,13 +117,13 @@ GAUGEKIT_INLINE void backward_pair(const S* grad, const S* a, const S* v, A alph
   dots.add(GAMMA, gamma_dot);
 }
 
+// The keys of some chunks of a sequence and the queries that start to be seen there, for some groups.
 template <class S, int W>
-GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, int64_t index,
-                                     int64_t first_group, int64_t last_group) {
+GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, Span chunks, Span groups) {
   using A = accumulator<S>;
   const Shape& shape = f.shape;
   const int64_t width = shape.width, per_group = shape.heads_of_group(), b = s.batch;
-  const int64_t first_head = first_group * per_group, last_head = last_group * per_group;
+  const int64_t first_head = groups.first * per_group, last_head = groups.last * per_group;
   const bool mean = f.gains.has_gamma;
   const bool paired = mean && f.gains.has_alpha && f.gains.has_beta && !f.gains.has_lambda && shape.causal &&
                       !shape.window && per_group == 1;
@@ -133,7 +134,6 @@ GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, in
   const auto flush = [&]() __attribute__((always_inline)) {
     if (++since_flush < FLUSH) return;
     since_flush = 0;
-    if (mean) sums.flush();
     for (auto& d : dots) d.flush();
   };
   const auto zero_queries = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
@@ -141,68 +141,90 @@ GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, in
       for (int64_t h = first_head; h < last_head; ++h)
         std::fill_n(f.da.at(b, h, s.first_query + t), width, S{});
   };
-  Span live = queries_of(shape, s, s.keys - 1);
-  if (s.keys == 0) live = {s.queries, s.queries};
-  int64_t entered = live.last, left = live.last;
-  zero_queries(live.last, s.queries);
-  for (int64_t j = s.keys - 1; j >= 0; --j) {
-    const Span queries = queries_of(shape, s, j);
-    if (paired && queries.first == j - s.start && entered == queries.first + 1) {
-      const int64_t row = s.first_query + --entered, key = s.first_key + j;
-      const A inverse = A(1) / static_cast<A>(j + 1);
-      for (int64_t h = first_head; h < last_head; ++h) {
-        const int64_t column = (h - first_head) * width;
-        backward_pair<W, A, S>(f.grad.at(b, h, row), f.a.at(b, h, row), f.v.at(b, h, key), f.gains.alpha[h],
-                               f.gains.beta[h], f.gains.gamma[h], inverse, &sums.rounded[column],
-                               &sums.recent[column], f.da.at(b, h, row), f.dv.at(b, h, key),
-                               dots[h - first_head], width);
-      }
-      flush();
-      continue;
-    }
-    while (entered > queries.first) {
-      const int64_t t = --entered, seen = keys_of(shape, s, t).count(), row = s.first_query + t;
-      for (int64_t h = first_head; h < last_head; ++h) {
-        const int64_t i = h - first_head;
-        const A inverse = A(1) / static_cast<A>(seen);
-        if (mean && shape.window) sums.template add<W>(i * width, f.grad.at(b, h, row), inverse, width);
-        backward_query<W, A, S>(f.grad.at(b, h, row), f.a.at(b, h, row), f.da.at(b, h, row), f.gains.beta[h],
-                                inverse, mean && !shape.window ? &sums.recent[i * width] : nullptr,
-                                f.gains.has_beta ? &dots[i] : nullptr, width);
-      }
-      flush();
-    }
-    while (left > queries.last) {
-      const int64_t t = --left, seen = keys_of(shape, s, t).count();
-      for (int64_t h = first_head; mean && h < last_head; ++h)
-        sums.template add<W>((h - first_head) * width, f.grad.at(b, h, s.first_query + t),
-                             A(-1) / static_cast<A>(seen), width);
-      flush();
-    }
-    const int64_t t = j - s.start;
-    const bool own = t >= 0 && t < s.queries && (f.gains.has_alpha || f.gains.has_lambda);
-    const bool reference = own && f.gains.has_lambda;
+  // grad / n of query t into the sums, or out of them.
+  const auto share = [&](int64_t t, A sign) __attribute__((always_inline)) {
+    const A inverse = sign / static_cast<A>(keys_of(shape, s, t).count());
+    for (int64_t h = first_head; h < last_head; ++h)
+      sums.template add<W>((h - first_head) * width, f.grad.at(b, h, s.first_query + t), inverse, width);
+    sums.row_done();
+  };
+  // dA and dbeta of query t, and its share unless a window or all keys have it already.
+  const auto enter = [&](int64_t t) __attribute__((always_inline)) {
+    const int64_t row = s.first_query + t;
+    const A inverse = A(1) / static_cast<A>(keys_of(shape, s, t).count());
+    const bool add = mean && shape.causal && !shape.window;
+    if (mean && shape.window) share(t, A(1));
     for (int64_t h = first_head; h < last_head; ++h) {
-      const int64_t g = h / per_group, i = h - first_head, row = s.first_query + t, key = s.first_key + j;
-      backward_key<W, A, S>(own ? f.grad.at(b, h, row) : nullptr, f.v.at(b, g, key),
-                            reference ? f.v0.at(b, g, row) : nullptr, f.gains.alpha[h] - f.gains.lambda[h],
-                            f.gains.lambda[h], mean ? &sums.rounded[i * width] : nullptr,
-                            mean ? &sums.recent[i * width] : nullptr, f.gains.gamma[h], f.gains.has_alpha,
-                            f.dv.at(b, g, key), reference ? f.dv0.at(b, g, row) : nullptr, shared.data(),
-                            h % per_group == 0, (h + 1) % per_group == 0, dots[i], width);
+      const int64_t i = h - first_head;
+      backward_query<W, A, S>(f.grad.at(b, h, row), f.a.at(b, h, row), f.da.at(b, h, row), f.gains.beta[h],
+                              inverse, add ? &sums.recent[i * width] : nullptr,
+                              f.gains.has_beta ? &dots[i] : nullptr, width);
     }
+    if (add) sums.row_done();
     flush();
-  }
-  zero_queries(0, entered);
-  for (int64_t t = 0; f.dv0 && t < s.queries; ++t) {
-    const int64_t p = s.start + t;
-    for (int64_t g = first_group; (p < 0 || p >= s.keys) && g < last_group; ++g)
-      std::fill_n(f.dv0.at(b, g, s.first_query + t), width, S{});
-  }
-  for (int64_t h = first_head; h < last_head; ++h) {
-    Dots<A, W>& d = dots[h - first_head];
-    d.flush();
-    std::copy_n(d.total, GAIN_COUNT, f.partial + (index * shape.heads + h) * GAIN_COUNT);
+  };
+  for (int64_t c = chunks.last - 1; c >= chunks.first; --c) {
+    const Span keys = keys_of_chunk(shape, s, c), own_queries = queries_of_chunk(shape, s, c);
+    const int64_t item = s.chunks_before + c;
+    if (mean) sums.next_chunk(f.sums ? f.sums + (item * shape.heads + first_head) * width : nullptr);
+    int64_t entered = 0, left = 0;
+    if (shape.open()) {
+      if (s.keys == 0) zero_queries(own_queries.first, own_queries.last);
+      for (int64_t t = own_queries.last; s.keys && t-- > own_queries.first;) enter(t);
+    } else {
+      const bool newest = keys.last == s.keys;
+      entered = s.keys == 0 ? s.queries
+                : newest    ? queries_of(shape, s, s.keys - 1).last
+                            : queries_of(shape, s, keys.last).first;
+      if (newest) zero_queries(entered, s.queries);
+      left = s.keys ? queries_of(shape, s, keys.last - 1).last : entered;
+      for (int64_t t = left; mean && shape.window && t-- > entered;) share(t, A(1));
+    }
+    for (int64_t j = keys.last - 1; j >= keys.first; --j) {
+      const Span queries = queries_of(shape, s, j);
+      if (paired && queries.first == j - s.start && entered == queries.first + 1) {
+        const int64_t row = s.first_query + --entered, key = s.first_key + j;
+        const A inverse = A(1) / static_cast<A>(j + 1);
+        for (int64_t h = first_head; h < last_head; ++h) {
+          const int64_t column = (h - first_head) * width;
+          backward_pair<W, A, S>(f.grad.at(b, h, row), f.a.at(b, h, row), f.v.at(b, h, key), f.gains.alpha[h],
+                                 f.gains.beta[h], f.gains.gamma[h], inverse, &sums.rounded[column],
+                                 &sums.recent[column], f.da.at(b, h, row), f.dv.at(b, h, key),
+                                 dots[h - first_head], width);
+        }
+        sums.row_done();
+        flush();
+        continue;
+      }
+      while (entered > queries.first) enter(--entered);
+      while (mean && shape.window && left > queries.last) share(--left, A(-1));
+      const int64_t t = j - s.start;
+      const bool own = t >= 0 && t < s.queries && (f.gains.has_alpha || f.gains.has_lambda);
+      const bool reference = own && f.gains.has_lambda;
+      for (int64_t h = first_head; h < last_head; ++h) {
+        const int64_t g = h / per_group, i = h - first_head, row = s.first_query + t, key = s.first_key + j;
+        backward_key<W, A, S>(own ? f.grad.at(b, h, row) : nullptr, f.v.at(b, g, key),
+                              reference ? f.v0.at(b, g, row) : nullptr, f.gains.alpha[h] - f.gains.lambda[h],
+                              f.gains.lambda[h], mean ? &sums.rounded[i * width] : nullptr,
+                              mean ? &sums.recent[i * width] : nullptr, f.gains.gamma[h], f.gains.has_alpha,
+                              f.dv.at(b, g, key), reference ? f.dv0.at(b, g, row) : nullptr, shared.data(),
+                              h % per_group == 0, (h + 1) % per_group == 0, dots[i], width);
+      }
+      flush();
+    }
+    if (c == 0) zero_queries(0, entered);
+    for (int64_t t = own_queries.first; f.dv0 && t < own_queries.last; ++t) {
+      const int64_t p = s.start + t;
+      for (int64_t g = groups.first; (p < 0 || p >= s.keys) && g < groups.last; ++g)
+        std::fill_n(f.dv0.at(b, g, s.first_query + t), width, S{});
+    }
+    for (int64_t h = first_head; h < last_head; ++h) {
+      Dots<A, W>& d = dots[h - first_head];
+      d.flush();
+      std::copy_n(d.total, GAIN_COUNT, f.partial + (item * shape.heads + h) * GAIN_COUNT);
+      std::fill_n(d.total, GAIN_COUNT, 0.0);
+    }
+    since_flush = 0;
   }
 }
 

@@ -5,6 +5,10 @@
 // most FLUSH rows are added in the accumulator type before they go into a double, so its error does not grow
 // with the length. Under a window, where a row that leaves is subtracted, rows go into the double at once:
 // nothing would wash out the rounding.
+//
+// A sequence is cut into chunks of fixed length, and every sum is that of the chunks before plus that of the
+// rows since: the same additions in the same order whether one thread walks all chunks or each has its own
+// thread, so the number of threads never changes a bit. A window's sum is taken anew at each chunk.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +20,12 @@
 namespace gaugekit {
 
 constexpr int64_t FLUSH = 32;
+constexpr int64_t CHUNK = 128;  // rows; a multiple of FLUSH
 
-// One sequence: its queries, its real keys, and the position of its first query among them.
+// One sequence: its queries, its real keys, the position of its first query among them, and the number of
+// chunks in all sequences before it.
 struct Sequence {
-  int64_t batch, first_query, queries, first_key, keys, start;
+  int64_t batch, first_query, queries, first_key, keys, start, chunks_before;
 };
 
 // How far apart rows of a [B, heads, rows, V] array stand; the last axis is contiguous.
@@ -49,12 +55,35 @@ struct Shape {
   bool causal;
   int64_t window;  // 0: none
   int64_t heads_of_group() const { return heads / groups; }
+  // Every query sees every key. Else a query's chunk is that of its position.
+  bool open() const { return !causal && !window; }
+  // The first rows of a chunk under a window are read once more, so it is long beside the window.
+  int64_t chunk_rows() const { return window ? (4 * window + CHUNK - 1) / CHUNK * CHUNK : CHUNK; }
+  int64_t chunks(const Sequence& s) const {
+    const int64_t rows = open() ? std::max(s.keys, s.queries) : s.keys;
+    return std::max<int64_t>(1, (rows + chunk_rows() - 1) / chunk_rows());
+  }
 };
 
 struct Span {
   int64_t first, last;
   int64_t count() const { return last - first; }
 };
+
+inline Span keys_of_chunk(const Shape& shape, const Sequence& s, int64_t chunk) {
+  const int64_t first = std::min(chunk * shape.chunk_rows(), s.keys);
+  return {first, std::min(first + shape.chunk_rows(), s.keys)};
+}
+
+// Queries before the first and after the last key belong to the first and the last chunk.
+inline Span queries_of_chunk(const Shape& shape, const Sequence& s, int64_t chunk) {
+  const int64_t last = shape.chunks(s), start = shape.open() ? 0 : s.start;
+  const auto edge = [&](int64_t c) {
+    if (c == 0 || c == last) return c ? s.queries : 0;
+    return std::min(std::max<int64_t>(c * shape.chunk_rows() - start, 0), s.queries);
+  };
+  return {edge(chunk), edge(chunk + 1)};
+}
 
 // Keys that query t sees.
 GAUGEKIT_INLINE Span keys_of(const Shape& shape, const Sequence& s, int64_t t) {
@@ -116,10 +145,11 @@ GAUGEKIT_INLINE void accumulate(double* total, A* rounded, const S* row, A scale
       });
 }
 
-// Running sums of `count` columns.
+// Running sums of a row of columns: `base` of the chunks before, `total + recent` of this one.
 template <class A>
 struct RunningSum {
-  RunningSum(int64_t count, bool window) : recent(count), rounded(count), total(count), window(window) {}
+  RunningSum(int64_t columns, bool window)
+      : recent(columns), rounded(columns), total(columns), base(columns), window(window) {}
 
   template <int W, class S>
   GAUGEKIT_INLINE void add(int64_t column, const S* row, A scale, int64_t width) {
@@ -129,17 +159,34 @@ struct RunningSum {
       accumulate<W>(&recent[column], row, scale, width);
   }
 
+  // After each row, all its columns added.
+  GAUGEKIT_INLINE void row_done() {
+    if (!window && ++rows % FLUSH == 0) flush();
+  }
+
   GAUGEKIT_INLINE void flush() {
     for (size_t i = 0; i < total.size(); ++i) {
       total[i] += recent[i];
-      rounded[i] = static_cast<A>(total[i]);
+      rounded[i] = static_cast<A>(base[i] + total[i]);
       recent[i] = 0;
     }
   }
 
+  // A new chunk, whose base is given or what was summed so far; under a window nothing.
+  GAUGEKIT_INLINE void next_chunk(const double* given) {
+    if (!window) flush();
+    for (size_t i = 0; i < total.size(); ++i) {
+      base[i] = window ? 0 : given ? given[i] : base[i] + total[i];
+      rounded[i] = static_cast<A>(base[i]);
+      total[i] = 0;
+    }
+    rows = 0;
+  }
+
   std::vector<A> recent, rounded;
-  std::vector<double> total;
+  std::vector<double> total, base;
   bool window;
+  int64_t rows = 0;
 };
 
 // The kernel compiled for each instruction set, W accumulators to a register, and `name` choosing at run

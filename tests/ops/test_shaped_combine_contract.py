@@ -165,22 +165,6 @@ def test_result_is_new_memory():
     assert torch.equal(out, given["a"]) and out.data_ptr() != given["a"].data_ptr()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_backward_is_bit_identical_on_repetition(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        x = {name: t.float() for name, t in operands(queries=200, keys=200).items()}
-        arguments = (torch.randn_like(x["a"]), *x.values(), True, None, None, None, None)
-        first = OPERATORS.shaped_combine_backward(*arguments)
-        torch.set_num_threads(3 - threads)
-        for _ in range(20):
-            again = OPERATORS.shaped_combine_backward(*arguments)
-            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_padding_rows_ignore_what_the_core_left_there():
     given = operands(torch.float32)
     given["a"][0, :, 3:] = torch.nan
