@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +32,19 @@ class _Undo:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     packed: list[str] = field(default_factory=list)
     attention: str | None = None
+    taps: list[str] = field(default_factory=list)
+    neutreno: bool = False
     quantization_config: Any = None
 
 
 @torch.no_grad()
 def fuse(
-    model: nn.Module, *, gauge: bool | None = None, attention: bool = True, packed: bool = False
+    model: nn.Module,
+    *,
+    gauge: bool | None = None,
+    attention: bool = True,
+    packed: bool = False,
+    neutreno: float | Sequence[float] | None = None,
 ) -> Report:
     """Makes this instance lighter, the function it computes unchanged; no class and no other instance is touched.
 
@@ -54,17 +62,27 @@ def fuse(
     unpacks, so the memory is saved in this process; unfuse before ``save_pretrained``. The report then has
     ``bytes_before`` and ``bytes_after`` of what was packed.
 
+    ``neutreno``: λ, a number or one a layer (the first is not used): above the first layer attention becomes
+    softmax(Q Kᵀ) V + λ (V⁰ − V), V⁰ the first layer's values of the same token (docs/neutreno.md). This changes the
+    function unless λ = 0, ties the gauges of all layers, and so comes without ``gauge``. BERT, RoBERTa, GPT-2, Llama,
+    Mistral, Qwen2, ViT and DeiT; gradient checkpointing needs ``use_reentrant=False``.
+
     What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
     is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],
     ``rewritten`` [module: dense, new weights], ``attention`` (the implementation in use, None where not known),
     ``left`` [{module, reason}], ``parameters_before``, ``parameters_after``. Raises ValueError where ``model`` is no
-    nn.Module, or for ``gauge`` and ``packed`` together.
+    nn.Module, for ``gauge`` and ``packed`` together, and for ``neutreno`` with ``gauge``, without ``attention`` or not
+    finite numbers.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
     if gauge and packed:
         raise ValueError("gauge, packed: expected one of them, got both: compact forms are not packed")
-    gauge = not packed if gauge is None else gauge
+    if neutreno is not None and (gauge or not attention):
+        raise ValueError(
+            "neutreno: expected with attention and without gauge: it ties the values of all layers"
+        )
+    gauge = not packed and neutreno is None if gauge is None else gauge
     fields: dict[str, Any] = {"replaced": [], "rewritten": [], "attention": None, "left": []}
     fields["parameters_before"] = _count(model)
     undo = model.__dict__.get(RECORD)
@@ -77,8 +95,8 @@ def fuse(
         if packed:
             _fuse_packed(model, fields, undo)
         if attention:
-            _fuse_attention(model, fields)
-        if undo.modules or undo.packed or _attention(model) != undo.attention:
+            _fuse_attention(model, fields, undo, neutreno)
+        if undo.modules or undo.packed or undo.neutreno or _attention(model) != undo.attention:
             model.__dict__[RECORD] = undo
     fields["attention"] = _attention(model)
     fields["parameters_after"] = _count(model)
@@ -110,6 +128,11 @@ def unfuse(model: nn.Module) -> Report:
             del model.config.quantization_config
         else:
             model.config.quantization_config = undo.quantization_config
+    if undo.taps or undo.neutreno:
+        from .integrations import attention, neutreno
+
+        attention.remove_taps(model, undo.taps)
+        neutreno.detach(model)
     if undo.attention is not None and undo.attention != _attention(model):
         model.set_attn_implementation(undo.attention)
     return Report("unfuse", {"restored": [*undo.modules, *undo.packed], "attention": _attention(model)})
@@ -163,13 +186,21 @@ def _fuse_packed(model: nn.Module, fields: dict, undo: _Undo) -> None:
     fields["bytes_before"], fields["bytes_after"] = done.bytes_before, done.bytes_after
 
 
-def _fuse_attention(model: nn.Module, fields: dict) -> None:
+def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:
     if not hasattr(model, "set_attn_implementation"):
         reason = "attention: it is no transformers model, so there is no interface to set"
         fields["left"].append({"module": "", "reason": reason})
         return
     from .integrations import attention as ours
+    from .integrations import neutreno
 
+    if lam is not None:
+        try:
+            neutreno.check(model.config)
+        except ValueError as reason:
+            fields["left"].append({"module": "", "reason": str(reason)})
+            return
+        lam = neutreno.numbers(model.config, lam)
     try:
         ours.register()
         model.set_attn_implementation(ours.NAME)
@@ -179,6 +210,11 @@ def _fuse_attention(model: nn.Module, fields: dict) -> None:
     if _attention(model) != ours.NAME:
         reason = f"attention: {type(model).__name__} does not take another implementation"
         fields["left"].append({"module": "", "reason": reason})
+        return
+    undo.taps = ours.add_taps(model)
+    if lam is not None:
+        neutreno.attach(model, lam)
+        undo.neutreno = True
 
 
 def _check_plain(path: str, module: nn.Module) -> None:

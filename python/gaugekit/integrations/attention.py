@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from gaugekit.integrations.neutreno import SharedValues
+from gaugekit.nn.tap import Tap
 from gaugekit.ops.shaped_attention import shaped_attention
 
 try:
@@ -30,6 +32,7 @@ except ImportError as error:
     ) from error
 
 NAME = "gaugekit"
+TAP = "gaugekit_tap"
 # Arguments that change the scores or the probabilities; other keyword arguments only inform.
 UNCOVERED = ("softcap", "s_aux", "position_bias", "head_mask", "cache", "output_attentions")
 INSTEAD = "load the model with attn_implementation='sdpa' or 'eager'"
@@ -83,13 +86,15 @@ def attend(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    gaugekit_values: SharedValues | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """softmax(scaling · Q Kᵀ) V for query [B, H, T, K], key [B, G, S, K], value [B, G, S, V] -> ([B, T, H, V], None).
 
     ``attention_mask`` is what :func:`visible` made; None means that nothing is padded, and then the module (or
-    ``is_causal``) says whether it is causal, as with transformers' own sdpa. Padding rows may hold zeros. Raises
-    ValueError for what shaped attention does not cover.
+    ``is_causal``) says whether it is causal, as with transformers' own sdpa. Padding rows may hold zeros. With
+    ``gaugekit_values`` (neutreno.py) λ (V⁰ − V) is added above the first layer. A ``Tap`` the module has sees what is
+    attended to, whole sequences only. Raises ValueError for what shaped attention does not cover.
     """
     if dropout:
         raise ValueError(
@@ -117,6 +122,10 @@ def attend(
             f"attention_mask: made for {mask.keys} keys, but there are {key.shape[2]}; {INSTEAD}"
         )
 
+    tap = getattr(module, TAP, None) if query.shape[2] == key.shape[2] else None
+    row_by_row = gaugekit_values is not None or (tap is not None and tap._forward_hooks)
+    if row_by_row and not mask.causal and mask.query_start is None and mask.query_order is None:
+        mask = replace(mask, query_order=mask.key_order)  # each query then stands at the row of its own key
     there = query.device
     if mask.key_order is not None:
         order = mask.key_order.to(there)
@@ -124,6 +133,16 @@ def attend(
     if mask.query_order is not None:
         query_order = mask.query_order.to(there)
         query = _gather(query, query_order)
+    terms = {}
+    if gaugekit_values is not None:
+        own = _own(value, mask, query.shape[2])
+        if mask.query_order is not None:
+            own = _gather(own, query_order.argsort(1))
+        terms = gaugekit_values.of(module, value, own, query.shape[1])
+        if terms and mask.query_order is not None:
+            terms["v0"] = _gather(terms["v0"], query_order)
+    if tap is not None:
+        _show(tap, query, key, value, mask, scaling)
     out = shaped_attention(
         query,
         key,
@@ -134,6 +153,7 @@ def attend(
         key_lengths=None if mask.key_lengths is None else mask.key_lengths.to(there),
         cu_seqlens=None if mask.cu_seqlens is None else mask.cu_seqlens.to(there),
         scale=scaling,
+        **terms,
     )
     if mask.query_order is not None:
         out = _gather(out, query_order.argsort(1))
@@ -253,6 +273,41 @@ def _numbers(value: int | torch.Tensor, batch_size: int, device: torch.device | 
     if isinstance(value, torch.Tensor):
         return value.to(device, torch.int64).reshape(-1).expand(batch_size)
     return torch.full((batch_size,), value, dtype=torch.int64, device=device)
+
+
+def _own(value: torch.Tensor, mask: Visible, queries: int) -> torch.Tensor:
+    """The rows of ``value`` [B, G, S, V] that stand at the queries' positions: [B, G, T, V]."""
+    keys = value.shape[2]
+    if mask.query_start is None:
+        return value[:, :, keys - queries :] if mask.causal else value
+    position = mask.query_start.to(value.device)[:, None] + torch.arange(queries, device=value.device)
+    return _gather(value, position.clamp(0, keys - 1))
+
+
+def _show(tap: torch.nn.Module, query, key, value, mask: Visible, scaling: float | None) -> None:
+    """Calls the tap with queries at the rows of their keys."""
+    if mask.cu_seqlens is not None and tap._forward_hooks:
+        raise ValueError("cu_seqlens: the energy of packed sequences is not covered")
+    lengths = None if mask.key_lengths is None else mask.key_lengths.to(query.device)
+    if mask.query_start is not None:
+        row = torch.arange(key.shape[2], device=query.device) - mask.query_start.to(query.device)[:, None]
+        query = _gather(query, row.clamp(0, query.shape[2] - 1))
+    tap(value, query, key, causal=mask.causal, window=mask.window, key_lengths=lengths, scale=scaling)
+
+
+def add_taps(model: torch.nn.Module) -> list[str]:
+    """Gives every attention of a transformers model a ``Tap`` as a child; the paths of those that got one."""
+    found = [name for name, module in model.named_modules() if hasattr(module, "is_causal")]
+    added = [name for name in found if not hasattr(model.get_submodule(name), TAP)]
+    for name in added:
+        model.get_submodule(name).add_module(TAP, Tap())
+    return [f"{name}.{TAP}" for name in added]
+
+
+def remove_taps(model: torch.nn.Module, paths: list[str]) -> None:
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        delattr(model.get_submodule(parent), name)
 
 
 def _gather(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
