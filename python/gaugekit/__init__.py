@@ -16,6 +16,7 @@ _library.load()
 _LAZY = {
     "codec": "gaugekit.codec",
     "fuse": "gaugekit.fuse",
+    "heal": "gaugekit.heal",
     "inspect": "gaugekit.inspect",
     "models": "gaugekit.models",
     "nn": "gaugekit.nn",

@@ -123,6 +123,23 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--dtype", choices=DTYPES, help="store the weights so (default: as the model has them)")
 
+    one = verb("heal", heal, "distil back what an inexact rewrite lost")
+    one.add_argument("student", metavar="STUDENT", help="the rewritten model")
+    one.add_argument("teacher", metavar="TEACHER", help="the original")
+    one.add_argument("out", metavar="OUT", help="the directory to write")
+    one.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text to learn from, no labels")
+    one.add_argument(
+        "--steps", type=int, default=400, help="end to end, after a quarter as many by layer (400)"
+    )
+    one.add_argument("--batch-size", type=int, default=16, help="sentences a step (16)")
+    one.add_argument("--learning-rate", type=float, default=1e-3, help="at its highest (1e-3)")
+    one.add_argument(
+        "--parameters",
+        metavar="PATTERN",
+        action="append",
+        help="what to train, repeatable (queries and keys)",
+    )
+
     one = verb("verify", verify, "compare two models beside the noise of their dtype; exit status 0 or 1")
     one.add_argument("a", metavar="A", help="the original")
     one.add_argument("b", metavar="B", help="the result")
@@ -232,6 +249,25 @@ def _scratch(out: str) -> Iterator[Path]:
     work = Path(out).with_name(Path(out).name + ".calibration")
     yield work
     shutil.rmtree(work, ignore_errors=True)
+
+
+def heal(arguments: argparse.Namespace) -> Outcome:
+    from .heal import heal_directory
+
+    with bar("heal") as progress:
+        return _shown(
+            heal_directory(
+                arguments.student,
+                arguments.teacher,
+                arguments.out,
+                arguments.text,
+                parameters=arguments.parameters,
+                steps=arguments.steps,
+                batch_size=arguments.batch_size,
+                learning_rate=arguments.learning_rate,
+                progress=progress,
+            )
+        )
 
 
 def verify(arguments: argparse.Namespace) -> Outcome:

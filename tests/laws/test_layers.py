@@ -32,6 +32,7 @@ FLOORS = [
 ALLOWED = {
     ("verify", "integrations"): "a directory we wrote loads only once our quantizer is registered",
     ("fuse", "integrations"): "fused attention runs through the attention function registered there",
+    ("heal", "integrations"): "a directory we wrote loads only once our quantizer is registered",
     ("inspect", "integrations"): "a directory we wrote loads only once our quantizer is registered",
     ("moments", "integrations"): "text is read by the tokenizer beside the weights, found there",
     ("rank", "integrations"): "the search for ranks runs a whole directory's model",

@@ -7,6 +7,7 @@ from .concat import Concat
 from .gauge_projection import GaugeProjection
 from .identity_linear import IdentityLinear
 from .lam_schedule import LamSchedule
+from .low_rank_attention import LowRankAttention
 from .low_rank_projection import LowRankProjection
 from .mlp import MLP
 from .neutreno import NeutrenoBlock, ValueSharing
@@ -25,6 +26,7 @@ __all__ = [
     "IdentityLinear",
     "LamSchedule",
     "LayerCache",
+    "LowRankAttention",
     "LowRankProjection",
     "NeutrenoAttention",
     "NeutrenoBlock",

@@ -1,0 +1,363 @@
+"""Distils back what an inexact rewrite lost: the student is trained towards the teacher's hidden states, label-free.
+
+``gaugekit.heal(student, teacher, text)`` is the verb; this module is callable so that the name means the same whatever
+was imported.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import models, samples
+from .moments import evaluating, tokens
+from .report import Report
+from .staging import Staging, check_target, copy, sync
+
+QUERY_KEY = (
+    "*query*",
+    "*key*",
+    "*c_attn*",
+    "*q_proj*",
+    "*k_proj*",
+)  # what a truncation of the scores rewrote
+KEPT = {".json", ".txt", ".model", ".md"}  # what stands beside weights: tokenizer, pooling, card
+WARM_UP = 0.1  # of all steps; afterwards the rate falls to zero along a cosine
+
+
+def heal(
+    student: nn.Module,
+    teacher: nn.Module,
+    text: str | Path | list[str],
+    *,
+    parameters: Sequence[str] | None = None,
+    steps: int = 400,
+    layer_steps: int | None = None,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    work_directory: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Trains ``student`` in place towards ``teacher``, which it was rewritten from; returns the curve.
+
+    Two stages, each with AdamW (no weight decay), a warm-up and a cosine to zero, gradients clipped to norm 1:
+
+    1. ``layer_steps`` (default: a quarter of ``steps``) layer by layer: every block of the student is given what the
+       teacher's block was given and matches what that returned, min Σ_l ‖y_l − y_l*‖² / ‖y_l* − mean y_l*‖², so
+       that an error in one layer teaches no other;
+    2. ``steps`` end to end: the same sum over the hidden states of the student's own run, the last counted as much as
+       all others together.
+
+    Tokens that pad count for nothing. A truncation by calibration text is already the closed form of the scores' own
+    matching (``rank.spectra``), so nothing is left for it to do here; plain truncation is made up for by stage 1.
+
+    ``parameters`` are patterns of parameter names ("*query*", "encoder.layer.0.*"); by default the weights and biases
+    of queries and keys, or all where none is found. A pair of channels that is zero in queries and keys alike stays
+    zero: neither gets a gradient. ``text`` is a UTF-8 file or a list of strings; every eighth sentence is held out to
+    draw the curve. ``work_directory``: the state goes there eight times a stage, and a second call with the same
+    arguments goes on from it. Deterministic for a seed, resumed or not.
+
+    Returns a Report: ``parameters`` trained, ``steps``, ``curve`` [{stage, step, loss (held-out), mean_cosine,
+    min_cosine (of mean-pooled embeddings, held-out)}], ``mean_cosine_before``, ``mean_cosine_after``. Raises
+    ValueError for models of different blocks, patterns that match nothing, text that cannot be read, and arguments
+    that do not fit.
+    """
+    layer_steps = steps // 4 if layer_steps is None else layer_steps
+    for name, value, least in (
+        ("steps", steps, 0),
+        ("layer_steps", layer_steps, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+    strings = samples.read(text)
+    if len(strings) < 2:
+        raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
+    held_out, strings = strings[::8], [s for index, s in enumerate(strings) if index % 8]
+    run = _Run(student, teacher, parameters)
+    held = [(batch, run.states(teacher, batch)) for batch in tokens(teacher, held_out, 32)]
+    batches = tokens(teacher, strings, batch_size)
+    what = [strings, held_out, sorted(run.trained), steps, layer_steps, batch_size, learning_rate, seed]
+    identity = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    state = _State(work_directory, identity, run)
+    total = layer_steps + steps
+    if not state.curve:
+        state.curve.append({"stage": "before", "step": 0, **run.measure(held)})
+    was = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    student.requires_grad_(False)
+    for parameter in run.trained.values():
+        parameter.requires_grad_(True)
+    try:
+        for stage, first, count in (("layers", 0, layer_steps), ("end to end", layer_steps, steps)):
+            state.enter(first)
+            while first <= state.step < first + count:
+                order = torch.randperm(len(batches), generator=_generator(seed, state.step // len(batches)))
+                batch = batches[order[state.step % len(batches)]]
+                loss = run.layers_loss(batch) if stage == "layers" else run.end_loss(batch)
+                loss.backward()
+                nn.utils.clip_grad_norm_(list(run.trained.values()), 1.0)
+                state.advance(_rate(state.step - first, count) * learning_rate)
+                if progress is not None:
+                    progress(state.step, total)
+                if (state.step - first) % max(count // 8, 1) == 0 or state.step == first + count:
+                    state.curve.append({"stage": stage, "step": state.step, **run.measure(held)})
+                    state.save()
+    finally:
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(was[name])
+            parameter.grad = None
+    fields: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in run.trained.values()),
+        "steps": total,
+        "mean_cosine_before": state.curve[0]["mean_cosine"],
+        "mean_cosine_after": state.curve[-1]["mean_cosine"],
+        "curve": state.curve,
+    }
+    return Report("heal", fields)
+
+
+def heal_directory(
+    student: str | Path,
+    teacher: str | Path,
+    target: str | Path,
+    text: str | Path | list[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Heals the model directory ``student`` into a new directory ``target``; ``options`` as ``heal`` takes them.
+
+    Both models are in memory, in float32; the result is stored as the student was. The work happens in
+    ``<target>.partial``: after a kill the same call goes on where it stopped. Raises ValueError as ``heal`` does, and
+    for a target that is not empty or lies inside a source.
+    """
+    from .integrations import loading
+
+    paths, target = (
+        [loading.directory(student, "student"), loading.directory(teacher, "teacher")],
+        Path(target),
+    )
+    for path in paths:
+        check_target(path, target)
+    dtype = loading.stored_dtype(paths[0])
+    live, original = (loading.model(path, torch.float32) for path in paths)
+    strings = samples.read(text)
+    what = [[str(path.resolve()) for path in paths], strings, sorted(map(str, options.items()))]
+    staging = Staging(target, {"heal": hashlib.sha256(json.dumps(what).encode()).hexdigest()}, {})
+    try:
+        staging.save()
+        work = staging.folder / "healing"
+        report = heal(live, original, strings, work_directory=work, progress=progress, **options)
+        live.to(dtype).save_pretrained(staging.folder)
+        for path in sorted(paths[0].rglob("*")):
+            name = path.relative_to(paths[0])
+            if path.is_file() and path.suffix in KEPT and not (staging.folder / name).exists():
+                copy(path, staging.folder / name)
+        shutil.rmtree(work, ignore_errors=True)
+        for path in staging.folder.rglob("*"):
+            if path.is_file():
+                sync(path)
+        staging.publish()
+    finally:
+        staging.close()
+    return report
+
+
+class _Run:
+    """The two models, what is trained, and the losses."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, patterns: Sequence[str] | None):
+        self.student, self.teacher = student, teacher
+        found = models.Live(teacher)
+        self.blocks = {model: models.Live(model).family.blocks(model) for model in (student, teacher)}
+        if len(self.blocks[student]) != len(found):
+            raise ValueError(
+                f"student: expected {len(found)} blocks as in the teacher, got {len(self.blocks[student])}"
+            )
+        names = {name: p for name, p in student.named_parameters() if p.is_floating_point()}
+        self.trained = _matching(names, QUERY_KEY if patterns is None else patterns)
+        if patterns is None and not self.trained:
+            self.trained = names
+        if not self.trained:
+            raise ValueError(
+                f"parameters: expected patterns of parameter names, none matches: {list(patterns)}"
+            )
+
+    @torch.no_grad()
+    def states(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The hidden states after every block, [B, T, D] each."""
+        with evaluating(model):
+            return self._states(model, batch)
+
+    @staticmethod
+    def _states(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+        return list(model.base_model(**batch, output_hidden_states=True).hidden_states[1:])
+
+    def end_loss(self, batch: dict[str, Tensor], goals: list[Tensor] | None = None) -> Tensor:
+        goals = self.states(self.teacher, batch) if goals is None else goals
+        with evaluating(self.student):
+            found = self._states(self.student, batch)
+        errors = [_error(y, goal, batch["attention_mask"]) for y, goal in zip(found, goals, strict=True)]
+        return errors[-1] + sum(errors[:-1], errors[-1] * 0) / max(len(errors) - 1, 1)
+
+    def layers_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """One run of the student in which every block is given what the teacher's block was given."""
+        inputs, goals = self._watch(self.teacher, batch)
+        with evaluating(self.student):
+            _, found = self._watch(self.student, batch, inputs)
+        errors = [_error(y, goal, batch["attention_mask"]) for y, goal in zip(found, goals, strict=True)]
+        return sum(errors[1:], errors[0]) / len(errors)
+
+    def _watch(
+        self, model: nn.Module, batch: dict[str, Tensor], instead: list[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What enters and what leaves each block; ``instead`` replaces what enters (a block's mask stays its own)."""
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def before(module, arguments, named):
+            given = arguments[0] if arguments else named["hidden_states"]
+            inputs.append(given if instead is None else instead[len(inputs)])
+            if instead is None:
+                return None
+            if arguments:
+                return (inputs[-1], *arguments[1:]), named
+            return arguments, {**named, "hidden_states": inputs[-1]}
+
+        def after(module, arguments, out):
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+
+        hooks = []
+        for block in self.blocks[model]:
+            hooks += [
+                block.register_forward_pre_hook(before, with_kwargs=True),
+                block.register_forward_hook(after),
+            ]
+        try:
+            if instead is None:
+                self.states(model, batch)
+            else:
+                self._states(model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inputs, outputs
+
+    @torch.no_grad()
+    def measure(self, held: list[tuple[dict[str, Tensor], list[Tensor]]]) -> dict[str, float]:
+        loss, cosines = 0.0, []
+        for batch, goals in held:
+            loss += float(self.end_loss(batch, goals)) / len(held)
+            last = goals[-1], self.states(self.student, batch)[-1]
+            pooled = (_pooled(states, batch["attention_mask"]) for states in last)
+            cosines.append(nn.functional.cosine_similarity(*pooled, dim=-1))
+        found = torch.cat(cosines)
+        return {"loss": loss, "mean_cosine": float(found.mean()), "min_cosine": float(found.min())}
+
+
+class _State:
+    """The optimizer, the step and the curve; on disk where there is a work folder."""
+
+    def __init__(self, work: str | Path | None, identity: str, run: _Run):
+        self.run, self.identity, self.step, self.curve = run, identity, 0, []
+        self.file = None if work is None else Path(work) / "heal.pt"
+        self.optimizer = torch.optim.AdamW(list(run.trained.values()), weight_decay=0.0)
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self.file.is_file():
+            saved = torch.load(self.file, weights_only=True)
+            if saved["identity"] != identity:
+                raise ValueError(
+                    f"work_directory: {str(work)!r} holds a healing of other text or arguments; "
+                    "give another folder or delete it"
+                )
+            self.step, self.curve = saved["step"], saved["curve"]
+            with torch.no_grad():
+                for name, parameter in run.trained.items():
+                    parameter.copy_(saved["parameters"][name])
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def enter(self, first: int) -> None:
+        """A stage starts with fresh moments."""
+        if self.step == first:
+            self.optimizer.state.clear()
+
+    def advance(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def save(self) -> None:
+        if self.file is None:
+            return
+        parameters = {name: parameter.detach() for name, parameter in self.run.trained.items()}
+        temporary = self.file.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(
+                {
+                    "identity": self.identity,
+                    "step": self.step,
+                    "curve": self.curve,
+                    "parameters": parameters,
+                    "optimizer": self.optimizer.state_dict(),
+                },
+                file,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.file)
+
+
+def _error(found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
+    """‖found − goal‖² / ‖goal − mean goal‖² over real tokens, float32."""
+    real = mask[..., None].bool()
+    found, goal = found.float().masked_fill(~real, 0), goal.float().masked_fill(~real, 0)
+    mean = goal.sum((0, 1)) / mask.sum()
+    spread = ((goal - mean) * real).square().sum()
+    return (found - goal).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _pooled(states: Tensor, mask: Tensor) -> Tensor:
+    real = mask[..., None].double()
+    return (states.double() * real).sum(1) / real.sum(1)
+
+
+def _matching(names: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
+    return {n: p for n, p in names.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+
+
+def _rate(step: int, steps: int) -> float:
+    """1 after the warm-up, 0 at the end."""
+    warm = max(int(WARM_UP * steps), 1)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+class _Verb(types.ModuleType):
+    """Makes ``gaugekit.heal(student, ...)`` work although importing this module binds the name to the module."""
+
+    __call__ = staticmethod(heal)
+
+
+sys.modules[__name__].__class__ = _Verb

@@ -1,0 +1,124 @@
+"""Healing: it wins back what a truncation lost, leaves what is gone gone, and an interruption changes nothing."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import gaugekit as gk
+from gaugekit import samples
+from gaugekit.cli import main
+from gaugekit.heal import heal
+from gaugekit.models import Live
+from tiny import add_tokenizer, bert, gpt2
+
+TEXT = samples.sentences(24)
+FAST = {"steps": 8, "layer_steps": 4, "batch_size": 8, "learning_rate": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    def save(make):
+        torch.manual_seed(1)
+        path = tmp_path_factory.mktemp("models") / make.__name__
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.3)
+        model.save_pretrained(path)
+        add_tokenizer(path)
+        return path
+
+    return {make.__name__: save(make) for make in (bert, gpt2)}
+
+
+def pair(path, rank=2):
+    teacher = AutoModel.from_pretrained(path).eval()
+    student = AutoModel.from_pretrained(path).eval()
+    gk.rank.truncate(student, rank=rank)
+    return student, teacher
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_it_heals_and_what_is_gone_stays_gone(home, kind):
+    student, teacher = pair(home[kind])
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in student.parameters()]
+    report = heal(student, teacher, TEXT, **FAST)
+    curve = report["curve"]
+    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
+    assert report["mean_cosine_after"] > report["mean_cosine_before"]
+    assert [row["step"] for row in curve] == list(range(13))
+    assert [view.ranks for view in map(Live(student).attention, range(2))] == [[2] * 4] * 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert [parameter.requires_grad for parameter in student.parameters()] == flags
+    trained = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
+    assert trained and all("query" in name or "key" in name or "c_attn" in name for name in trained)
+
+
+def test_a_fused_student_heals(home):
+    student, teacher = pair(home["bert"])
+    gk.fuse(student)
+    report = heal(student, teacher, TEXT, **FAST)
+    assert report["curve"][-1]["loss"] < report["curve"][0]["loss"]
+    assert heal(student, teacher, TEXT, **{**FAST, "parameters": ["encoder.layer.1.*"]})["parameters"] > 0
+
+
+class Stop(BaseException):
+    """Ends a call in the middle."""
+
+
+@pytest.mark.parametrize("at", [2, 7])
+def test_interrupted_and_resumed_is_uninterrupted(home, tmp_path, at):
+    student, teacher = pair(home["bert"])
+    other, whole = copy.deepcopy(student), copy.deepcopy(student)
+    for model in (other, whole):
+        model.name_or_path = student.name_or_path
+    expected = heal(whole, teacher, TEXT, **FAST)
+
+    def stop(done, total):
+        if done == at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        heal(student, teacher, TEXT, **FAST, work_directory=tmp_path / "work", progress=stop)
+    found = heal(other, teacher, TEXT, **FAST, work_directory=tmp_path / "work")
+    assert found.fields == expected.fields
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), whole.parameters(), strict=True))
+    with pytest.raises(ValueError, match="holds a healing of other text or arguments"):
+        heal(other, teacher, TEXT, **{**FAST, "seed": 1}, work_directory=tmp_path / "work")
+
+
+def test_on_the_command_line(home, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT), encoding="utf-8")
+    assert main(["convert", str(home["bert"]), str(tmp_path / "small"), "--rank", "2", "--json"]) == 0
+    capsys.readouterr()
+    line = ["heal", tmp_path / "small", home["bert"], tmp_path / "out", "--text", tmp_path / "text.txt"]
+    assert main([*map(str, line), "--steps", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["curve"][-1]["step"] == report["steps"] == 5
+    healed = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert healed.encoder.layer[0].attention.self.query.ranks == [2] * 4
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and not (tmp_path / "out.partial").exists()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if "gaugekit" in p.name) in (
+        [],
+        ["gaugekit_certificate.json"],
+    )
+
+
+def test_bad_arguments(home):
+    student, teacher = pair(home["bert"])
+    for changes, message in (
+        ({"steps": -1}, "steps: expected an integer from 0"),
+        ({"parameters": ["nothing"]}, "parameters: expected patterns"),
+        ({"text": []}, "text: expected sentences"),
+        ({"text": ["One."]}, "at least 2 sentences"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            heal(student, teacher, **{"text": TEXT, **changes})
+    shallow = bert(num_hidden_layers=1)
+    with pytest.raises(ValueError, match="student: expected 2 blocks"):
+        heal(shallow, teacher, TEXT)
