@@ -22,6 +22,7 @@ _LAZY = {
     "nn": "gaugekit.nn",
     "pack_weight": "gaugekit.ops.packed_linear_weight:pack_weight",
     "packed_linear": "gaugekit.ops.packed_linear:packed_linear",
+    "ragged_attention": "gaugekit.ops.ragged_attention:ragged_attention",
     "rank": "gaugekit.rank",
     "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.samples",

@@ -35,6 +35,9 @@ def configurations(arch: int):
         "attention bfloat16 128 window",
         {"dtype": "bfloat16", "key_width": 128, "width": 128, "window": 100},
     )
+    for dtype, width in (("bfloat16", 64), ("bfloat16", 128), ("float32", 64)):
+        if arch == 90 or width == 128:
+            yield f"ragged {dtype} {width}", {"dtype": dtype, "width": width, "ranks": [13, 32]}
     for dtype, width in (("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 128)):
         if arch == 90 or width == 128:
             yield f"combine {dtype} {width}", {"dtype": dtype, "width": width}
@@ -43,6 +46,9 @@ def configurations(arch: int):
             window = {"dtype": dtype, "width": width, "window": 100}
             yield f"attention {dtype} {width} window", window | {"key_width": width}
             yield f"combine {dtype} {width} window", window
+        for key_width, width in ((16, 64), (32, 128), (96, 256)):  # scores of low rank
+            yield f"attention bfloat16 {key_width} {width}", {
+                "dtype": "bfloat16", "key_width": key_width, "width": width}  # fmt: skip
         yield "combine bfloat16 100", {"dtype": "bfloat16", "width": 100}
         yield "attention float16 32 64, every key", {
             "dtype": "float16", "key_width": 32, "width": 64, "causal": False}  # fmt: skip
@@ -51,8 +57,9 @@ def configurations(arch: int):
 
 
 def launch(
-    dtype, width, key_width=0, groups=2, causal=True, window=None, packed=False, terms=False, energy=False
-):
+    dtype, width, key_width=0, groups=2, causal=True, window=None, packed=False, terms=False, energy=False,
+    ranks=None,
+):  # fmt: skip
     """Forward with every term, and backward, on operands that are never read.
 
     The backward pass of an attention gets β alone unless ``terms``: the sweep for the others is the combine's.
@@ -60,6 +67,8 @@ def launch(
     import torch
 
     from gaugekit.triton_kernels.nonlocal_energy import nonlocal_energy, nonlocal_energy_backward
+    from gaugekit.triton_kernels.ragged_attention import ragged_attention
+    from gaugekit.triton_kernels.ragged_attention_backward import ragged_attention_backward
     from gaugekit.triton_kernels.shaped_attention import shaped_attention
     from gaugekit.triton_kernels.shaped_attention_backward import shaped_attention_backward
     from gaugekit.triton_kernels.shaped_combine import shaped_combine
@@ -71,6 +80,11 @@ def launch(
     bounds = torch.tensor([0, 100, 2048], dtype=torch.int32) if packed else None
     a, v, v0, gain = rows(2, width), rows(groups, width), rows(groups, width), torch.ones(2)
     every, mask = (gain, gain, gain, v0, gain), (causal, window, None, None, bounds)
+    if ranks:
+        lse, (q, k) = torch.empty(1, 2, 2048), (rows(1, sum(ranks))[:, 0] for _ in range(2))
+        ragged_attention(q, k, v, ranks, *mask, 0.125, a, lse)
+        ragged_attention_backward(a, q, k, v, a, lse, ranks, *mask, 0.125, q, k, v)
+        return
     if not key_width:
         shaped_combine(a, a, v, *every, *mask)
         shaped_combine_backward(a, a, v, *every, *mask, da=a, dv=a, dv0=a)
@@ -165,6 +179,7 @@ def test_every_configuration_compiles_and_fits(compiled, arch):
         "_shaped_combine_sums", "_shaped_combine_fwd", "_shaped_combine_bwd",
         "_shaped_attention_fwd", "_shaped_attention_bwd_kv", "_shaped_attention_bwd_q",
         "_nonlocal_energy_fwd", "_nonlocal_energy_bwd_kv", "_nonlocal_energy_bwd_q",
+        "_ragged_attention_fwd", "_ragged_attention_bwd_kv", "_ragged_attention_bwd_q",
     }  # fmt: skip
     too_large = [row for row in compiled[arch] if row["shared"] > SHARED[arch]]
     assert not too_large, too_large

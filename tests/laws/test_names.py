@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear", "nonlocal_energy"]
+OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear", "nonlocal_energy", "ragged_attention"]
 CODES = ["rans"]
 
 FOLDERS = {
@@ -25,6 +25,8 @@ ABSENT = {
     ): "memory-bound sweep: Triton reaches the bandwidth, so no CUDA twin is planned",
     ("shaped_attention", "cpu"): "its softmax core is torch's SDPA and the rest is shaped_combine",
     ("shaped_attention", "cuda"): "planned in Triton only",
+    ("ragged_attention", "cpu"): "its softmax core is torch's SDPA, with zeros up to the values' width",
+    ("ragged_attention", "cuda"): "planned in Triton only",
     ("packed_linear", "cuda"): "comes with the GPU kernels; the composition answers on GPUs until then",
     ("packed_linear", "triton"): "comes with the GPU kernels; the composition answers on GPUs until then",
     (

@@ -36,6 +36,8 @@ CASES = {
     "packed, window, GQA": {"groups": 1, "queries": 60, "keys": 60, "mask": {
         "causal": True, "window": 9, "cu_seqlens": bounds(0, 0, 13, 60)}},
     "widths 72 and 136": {"key_width": 72, "width": 136, "heads": 1, "groups": 1, "mask": {"causal": True}},
+    "widths 48 and 32": {"key_width": 48, "width": 32, "gains": "b", "queries": 20, "keys": 20},
+    "widths 8 and 256": {"key_width": 8, "width": 256, "gains": "b", "queries": 20, "keys": 20},
     "beta alone": {"gains": "b", "queries": 20, "keys": 10, "mask": {"causal": True}},
     "no gain": {"gains": "", "mask": {"causal": True}},
 }  # fmt: skip

@@ -14,9 +14,8 @@ class LowRankProjection(nn.Module):
     """y[..., h·width + c] = x w + b for the R_h channels c of head h that are in use, 0 elsewhere.
 
     x [..., D] -> [..., heads·width]. ``weight`` [ΣR, D] and ``bias`` [ΣR] hold the channels in use, head by head; the
-    buffer ``places`` [ΣR] int32 says where among the outputs each stands. ``ranks`` is [heads] of R_h. The zeros let
-    any attention that expects ``width`` channels run unchanged; where every head uses its first channels
-    (``leading``), all behind the first ``key_width`` are zero and attention may leave them out.
+    buffer ``places`` [ΣR] int32 says where among the outputs each stands. ``ranks`` is [heads] of R_h; ``leading``:
+    every head uses its first channels. The zeros let any attention that expects ``width`` channels run unchanged.
     """
 
     form = "low_rank_projection"
@@ -39,11 +38,6 @@ class LowRankProjection(nn.Module):
         """What ``config.json`` keeps of this module."""
         found = {"inputs": self.inputs, "width": self.width, "ranks": self.ranks}
         return found | {"bias": self.bias is not None, "leading": self.leading}
-
-    @property
-    def key_width(self) -> int:
-        """The channels of a head behind which all are zero."""
-        return max(self.ranks) if self.leading else self.width
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight, self.bias)

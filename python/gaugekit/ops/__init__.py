@@ -3,9 +3,17 @@
 from gaugekit.ops import (
     nonlocal_energy,
     packed_linear,
+    ragged_attention,
     shaped_attention,
     shaped_attention_fused,
     shaped_combine,
 )
 
-__all__ = ["nonlocal_energy", "packed_linear", "shaped_attention", "shaped_attention_fused", "shaped_combine"]
+__all__ = [
+    "nonlocal_energy",
+    "packed_linear",
+    "ragged_attention",
+    "shaped_attention",
+    "shaped_attention_fused",
+    "shaped_combine",
+]
