@@ -132,7 +132,7 @@ def plot(models: list[dict], rows: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     axes[0].plot([m["rank"] for m in models], [m["held_out_loss"] for m in models], "o-")
     axes[0].set(
         xlabel="rank of the scores, of 32", ylabel="held-out loss (nats a byte)", title="language model"
@@ -141,14 +141,13 @@ def plot(models: list[dict], rows: list[dict], file: Path) -> None:
     for n in sorted({row["n"] for row in rows}):
         for axis, what in ((axes[1], "held_out"), (axes[2], "gap")):
             axis.plot(ranks, [mean(rows, what, n=n, rank=r) for r in ranks], "o-", label=f"n = {n}")
-    n = min(row["n"] for row in rows)
+    n = max(row["n"] for row in rows)
     bounds = [mean(rows, "bound", n=n, rank=r) for r in ranks]
     scale = mean(rows, "gap", n=n, rank=ranks[-1]) / bounds[-1]
     axes[2].plot(ranks, [scale * b for b in bounds], "k--", label=f"bound, n = {n}, times {scale:.1e}")
     axes[1].set(xlabel="rank", ylabel="held-out error", title="one layer, teacher of rank 2", xscale="log")
     axes[2].set(xlabel="rank", ylabel="held-out − training error", title="the gap", xscale="log")
-    for axis in axes[1:]:
-        axis.legend(frameon=False)
+    axes[2].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(file, dpi=110)
     print("plot:", file)
 

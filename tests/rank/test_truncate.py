@@ -130,7 +130,7 @@ def test_search_keeps_the_goal_and_restores_on_interruption(saved, monkeypatch):
 
 
 def test_memory_of_the_calibration_does_not_grow_with_the_text(saved, tmp_path, monkeypatch):
-    """Three hundred times the text: the moments and the largest batch of hidden states stay what they are."""
+    """Four times the text, the same sums: what is kept of it is [D, D] a layer, whatever its length."""
     from gaugekit import statistics
 
     source = saved("bert")
