@@ -112,6 +112,13 @@ def naming(what: str | os.PathLike) -> Iterator[None]:
         raise CorruptFile(f"{what}: {error}") from None
 
 
+def seems_packed(path: str | os.PathLike) -> bool:
+    """Whether the file begins as packed files do, or as one would whose beginning is damaged."""
+    with open(path, "rb") as file:
+        head = file.read(8 + len(PREFIX))
+    return b"gaugekit" in head or b"header_crc32c" in head
+
+
 def codable(dtype: str) -> bool:
     """Whether tensors of this dtype of the header can be coded."""
     return DTYPES.get(dtype) in rans.ELEMENTS

@@ -38,10 +38,10 @@ def pack(
 ) -> Report:
     """Packs the .safetensors file ``source`` into ``target``, or every one in a directory, the rest being copied.
 
-    Tensors of a dtype that ``encode`` takes are coded where that makes them smaller, everything else is stored as it is;
-    ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower). ``unpack`` restores each file byte for
-    byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads after ``import
-    gaugekit.integrations.transformers``. With ``verify`` each packed file is restored again in memory and its SHA-256
+    Tensors of a dtype that ``encode`` takes are coded where that makes them smaller, everything else is stored as it
+    is; ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower). ``unpack`` restores each file byte
+    for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads once
+    ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is restored again in memory and its SHA-256
     compared with the source's before it is given its name.
 
     Memory: ``memory_bytes`` of buffers (64 MiB or more), whatever the tensors' sizes. Nothing is written over the

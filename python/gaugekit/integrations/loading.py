@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import struct
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..codec import safe_open
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
@@ -40,34 +42,15 @@ def directory(path: str | Path, argument: str = "model") -> Path:
     return path
 
 
-def headers(path: Path) -> dict[str, dict]:
-    """The JSON header of every .safetensors file in ``path``, by file name; ValueError where one cannot be read."""
-    found = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            size = stream.read(8)
-            length = struct.unpack("<Q", size)[0] if len(size) == 8 else -1
-            if not 2 <= length <= file.stat().st_size - 8:
-                raise ValueError(f"{file}: not a safetensors file")
-            try:
-                found[file.name] = json.loads(stream.read(length))
-            except ValueError as error:
-                raise ValueError(f"{file}: its header is not JSON") from error
-    return found
-
-
 def stored_dtype(path: Path) -> torch.dtype:
-    """The floating type most numbers in ``path`` are stored in; ValueError where the files are packed."""
+    """The floating type most numbers in ``path`` are stored in, packed or not; ValueError for a damaged file."""
     bytes_of: Counter[torch.dtype] = Counter()
-    for name, header in headers(path).items():
-        if "gaugekit" in header.get("__metadata__", {}):
-            raise ValueError(
-                f"{path / name} is packed: `gaugekit unpack` restores the files a model loads from"
-            )
-        for tensor in header.values():
-            if (dtype := STORED.get(tensor.get("dtype", ""))) is not None:
-                start, stop = tensor["data_offsets"]
-                bytes_of[dtype] += (stop - start) // dtype.itemsize
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                stored = opened.get_slice(name)
+                if (dtype := STORED.get(stored.get_dtype())) is not None:
+                    bytes_of[dtype] += math.prod(stored.get_shape())
     if not bytes_of:
         raise ValueError(f"{path}: expected weights stored as {', '.join(STORED)}, found none")
     return bytes_of.most_common(1)[0][0]

@@ -3,7 +3,8 @@
 It registers a quantizer named "gaugekit" (transformers' word for "modules of another shape"): before the weights are
 read, the modules that ``config.json`` lists under ``quantization_config`` are replaced by their forms; the weights then
 load by name. ``save_pretrained`` writes the same layout again. It also registers the attention function "gaugekit",
-which a loaded model uses unless ``attn_implementation`` asks for another, and the models of ``integrations.sas``.
+which a loaded model uses unless ``attn_implementation`` asks for another, the models of ``integrations.sas``, and the
+reading of packed files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ except ImportError as error:
 
 from ..nn import forms
 from ..rewrite import VERSION
-from . import attention, sas
+from . import attention, packed_files, sas
 from .packing import Packing
 
 NAME = "gaugekit"
@@ -130,4 +131,5 @@ def install(model: PreTrainedModel, modules: dict[str, dict], dtype: torch.dtype
 
 
 attention.register()
+packed_files.register()
 sas.register()

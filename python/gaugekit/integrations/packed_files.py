@@ -1,0 +1,31 @@
+"""Lets transformers read packed files: ``from_pretrained`` of a packed directory decodes each tensor as it loads it.
+
+transformers has no registry for the format of weight files; it opens each by the name ``safe_open`` in its own module.
+``register`` puts ``open_file`` there, which hands ordinary files to what stood there before and packed ones to
+``gaugekit.codec.safe_open``. Whatever transformers does with a file's tensors then works as before: dtypes, devices,
+shards of tensor parallelism (only their rows are decoded), quantizers, threads.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import modeling_utils
+
+from ..codec import safe_open
+from ..codec.container import seems_packed
+
+_ordinary = modeling_utils.safe_open
+
+
+def register() -> None:
+    """Makes transformers read packed files; doing it again changes nothing."""
+    modeling_utils.safe_open = open_file
+
+
+def open_file(filename: str | os.PathLike, framework: str = "pt", device: Any = "cpu", **options: Any) -> Any:
+    """The opened file: through gaugekit where it is packed, else as transformers opens it."""
+    if seems_packed(filename):
+        return safe_open(filename, framework, device)
+    return _ordinary(filename, framework=framework, device=device, **options)
