@@ -44,10 +44,14 @@ def main() -> None:
         if options.source is None:
             random_checkpoint(source, *((256, 2) if options.quick else (1024, 4)))
         packed, restored = Path(folder) / "packed", Path(folder) / "restored"
-        print(gk.codec.pack(source, packed))
+        print(gk.codec.pack(source, packed, verify=True))
         print(gk.codec.unpack(packed, restored))
         assert digest(restored) == digest(source)
         print("restored byte for byte (SHA-256)")
+        first = packed if packed.is_file() else next(packed.glob("*.safetensors"))
+        with gk.codec.safe_open(first) as file:
+            name = file.keys()[0]
+            print(f"read from the packed file: the first rows of {name}, {file.get_slice(name)[:2].shape}")
 
 
 if __name__ == "__main__":

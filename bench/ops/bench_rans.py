@@ -98,6 +98,40 @@ def coding(name: str, tensor: torch.Tensor, device: str):
         )
 
 
+def transfer(mebibytes: int, device: str):
+    """A key/value cache as it would be sent: the fixed-length layout beside the entropy coder and a plain copy."""
+    generator = torch.Generator().manual_seed(1)
+    cache = torch.randn(mebibytes << 19, generator=generator).bfloat16().view(-1, 128).to(device)
+    on_cpu = device == "cpu"
+    fixed, coded = gk.codec.encode(cache, layout="fixed"), encode_bytes(cache.cpu())
+
+    def check():
+        assert torch.equal(gk.codec.decode(fixed), cache)
+
+    for what, ours, rans in (
+        ("encode", lambda: gk.codec.encode(cache, layout="fixed"), lambda: encode_bytes(cache)),
+        ("decode", lambda: gk.codec.decode(fixed), lambda: gk.codec.decode(coded)),
+    ):
+        yield Case(
+            op="rans",
+            shape=f"{what} fixed, cache of {mebibytes} MiB",
+            dtype="bfloat16",
+            device=device,
+            ours=ours,
+            rivals={"copy": cache.clone, "rans": rans if on_cpu else None},
+            without_us="copy",
+            check=check,
+            bytes_moved=cache.nbytes + fixed.numel(),
+            threads=1 if on_cpu else None,
+            label="fixed layout, fresh buffer",
+            extra={
+                "bytes_before": cache.nbytes,
+                "coded_bytes": fixed.numel(),
+                "coded_bytes_rans": coded.numel(),
+            },
+        )
+
+
 def files(tensors: dict[str, torch.Tensor], device: str, folder: Path):
     """A whole checkpoint: file to file, both ways, onto the disk."""
     from safetensors.torch import save_file
@@ -156,9 +190,10 @@ def files(tensors: dict[str, torch.Tensor], device: str, folder: Path):
 
 @benchmark("rans")
 def cases(device: str, quick: bool):
+    mebibytes = 8 if quick else 64
+    yield from transfer(mebibytes, device)
     if device != "cpu":  # GPU decoding comes with the CUDA kernel
         return
-    mebibytes = 8 if quick else 64
     generator = torch.Generator().manual_seed(0)
     normal = (torch.randn(mebibytes << 19, generator=generator) * 0.02).bfloat16()
     yield from coding(f"N(0,0.02²) {mebibytes} MiB", normal, device)

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -122,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
         "--dense", action="store_true", help="keep the plain layout, which loads without gaugekit"
     )
     one.add_argument("--dtype", choices=DTYPES, help="store the weights so (default: as the model has them)")
+    one.add_argument("--pack", action="store_true", help="pack the result, without loss")
 
     one = verb("heal", heal, "distil back what an inexact rewrite lost")
     one.add_argument("student", metavar="STUDENT", help="the rewritten model")
@@ -156,7 +158,12 @@ def parser() -> argparse.ArgumentParser:
         one = verb(name, run, summary)
         one.add_argument("source", metavar="IN", help="a .safetensors file, or a directory that holds some")
         one.add_argument("target", metavar="OUT", help="the file or directory to write")
+        memory = "buffers to work in, 64MiB or more, as 500MB or 2GiB (default: 256MiB)"
+        one.add_argument("--memory", type=_bytes, default=256 << 20, metavar="SIZE", help=memory)
         if run is pack:
+            one.add_argument(
+                "--verify", action="store_true", help="decode again and compare before it is published"
+            )
             what = "of bfloat16: 0 exponent (default), 1 high byte, 2 exponent and two mantissa bits (smaller, slower)"
             one.add_argument("--model", type=int, choices=(0, 1, 2), help=what)
 
@@ -170,6 +177,15 @@ def parser() -> argparse.ArgumentParser:
     one = verb("demo", demo, "the whole path on a real model, with a report page")
     one.add_argument("--directory", metavar="DIR", default="build/demo", help="default: build/demo")
     return root
+
+
+def _bytes(size: str) -> int:
+    """A number of bytes as people write it: 500MB, 2GiB, 1000000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", size.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GiB, got {size!r}")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
 
 
 def _shown(report: Report, status: int = 0) -> Outcome:
@@ -238,6 +254,7 @@ def convert(arguments: argparse.Namespace) -> Outcome:
                 dense=arguments.dense,
                 dtype=arguments.dtype,
                 calibration=calibration,
+                pack=arguments.pack,
                 progress=progress,
             )
     return _shown(report)
@@ -289,14 +306,25 @@ def pack(arguments: argparse.Namespace) -> Outcome:
     from .codec import pack as run
 
     with bar("pack") as progress:
-        return _shown(run(arguments.source, arguments.target, model=arguments.model, progress=progress))
+        return _shown(
+            run(
+                arguments.source,
+                arguments.target,
+                model=arguments.model,
+                verify=arguments.verify,
+                memory_bytes=arguments.memory,
+                progress=progress,
+            )
+        )
 
 
 def unpack(arguments: argparse.Namespace) -> Outcome:
     from .codec import unpack as run
 
     with bar("unpack") as progress:
-        return _shown(run(arguments.source, arguments.target, progress=progress))
+        return _shown(
+            run(arguments.source, arguments.target, memory_bytes=arguments.memory, progress=progress)
+        )
 
 
 def bench(arguments: argparse.Namespace) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -70,6 +71,7 @@ def convert(
     dense: bool = False,
     dtype: str | torch.dtype | None = None,
     calibration: str | Path | None = None,
+    pack: bool = False,
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -78,7 +80,8 @@ def convert(
     Both are Hugging Face directories. All arithmetic is float64, rounded once at the end to the dtype a tensor had, or
     to ``dtype`` (float64, float32, bfloat16, float16). The result is compact (it loads after ``import
     gaugekit.integrations.transformers``), or with ``dense`` in the family's plain layout, which needs no gaugekit.
-    ``calibration`` is a text file for rewrites that ask for statistics. Memory: one layer and 1 GB. The work happens in
+    ``calibration`` is a text file for rewrites that ask for statistics. ``pack`` packs the result
+    (``gaugekit.codec.pack``), for which the disk must hold it twice. Memory: one layer and 1 GB. The work happens in
     ``<target>.partial``; after a kill the same call goes on where it stopped, unless ``resume`` is False.
     ``progress(done_bytes, total_bytes)`` is called as the source is hashed, then rewritten (so the total is twice its
     size). A certificate, ``gaugekit_certificate.json``, is left in ``target``.
@@ -90,6 +93,17 @@ def convert(
     name, a target that is not empty or lies inside the source (or holds it), too little free disk, a missing
     ``calibration``, or numbers that do not fit ``dtype``.
     """
+    if pack:
+        return _convert_and_pack(
+            source,
+            Path(target),
+            rewrites,
+            dense=dense,
+            dtype=dtype,
+            calibration=calibration,
+            resume=resume,
+            progress=progress,
+        )
     start = time.perf_counter()
     checkpoint, target = Checkpoint(source), Path(target)
     job = _Job(checkpoint, list(rewrites), dense, _dtype(dtype))
@@ -158,6 +172,26 @@ def convert(
     fields["bytes_after"] = Checkpoint(target).size_bytes()
     fields["seconds"] = time.perf_counter() - start
     return Report("convert", fields, [f"not copied: {name} (other weights)" for name in left])
+
+
+def _convert_and_pack(source: str | Path, target: Path, rewrites: Sequence[Rewrite], **arguments) -> Report:
+    """``convert`` into ``<target>.unpacked``, which is packed into ``target`` and removed."""
+    from . import codec
+
+    check_target(Path(source), target)
+    plain = target.with_name(target.name + ".unpacked")
+    if (plain / CERTIFICATE).is_file():
+        shutil.rmtree(plain)  # an earlier call ended while it packed; its report is lost, so it is made again
+    report = convert(source, plain, rewrites, **arguments)
+    packed = codec.pack(plain, target, resume=False)
+    shutil.rmtree(plain)
+    report.fields["bytes_after"] = packed["bytes_after"]
+    report.fields["steps"] = [
+        *report["steps"],
+        {"rewrite": "pack", "claim": "exact", "bits_per_weight": packed["bits_per_weight"]},
+    ]
+    report.fields["seconds"] = report["seconds"] + packed["seconds"]
+    return report
 
 
 @dataclass(frozen=True)

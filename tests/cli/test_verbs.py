@@ -101,6 +101,20 @@ def test_pack_and_unpack(run, model, tmp_path, whole):
         assert again.read_bytes() == path.read_bytes()
 
 
+def test_pack_options(run, capsys, model, tmp_path):
+    status, found = run("pack", model, tmp_path / "p", "--verify", "--memory", "0.1GiB", "--model", "2")
+    assert status == 0 and found["verified"] is True
+    for size, expected in (("9x", "a size such as 500MB"), ("1MB", "67,108,864")):
+        assert main(["pack", str(model), str(tmp_path / "q"), "--memory", size]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"expected {expected}" in err
+    status, found = run("convert", tmp_path / "p", tmp_path / "c", "--gauge", "--pack")
+    assert status == 0 and [step["rewrite"] for step in found["steps"]] == ["gauge", "pack"]
+    assert found["bytes_after"] == (tmp_path / "c" / "model.safetensors").stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "p"]
+    assert run("verify", model, tmp_path / "c")[1]["ok"]
+
+
 def test_an_output_inside_the_input_is_refused(capsys, model):
     assert main(["convert", str(model), str(model / "inside"), "--gauge"]) == 2
     err = capsys.readouterr().err

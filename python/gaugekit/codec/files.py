@@ -41,8 +41,8 @@ def pack(
     Tensors of a dtype that ``encode`` takes are coded where that makes them smaller, everything else is stored as it
     is; ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower). ``unpack`` restores each file byte
     for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads once
-    ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is restored again in memory and its SHA-256
-    compared with the source's before it is given its name.
+    ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is restored again in memory and
+    its SHA-256 compared with the source's before it is given its name.
 
     Memory: ``memory_bytes`` of buffers (64 MiB or more), whatever the tensors' sizes. Nothing is written over the
     input. A file is written beside its place, flushed and renamed. A directory grows in ``<target>.partial``; after a

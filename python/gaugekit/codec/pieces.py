@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -28,11 +28,18 @@ ENTRY = np.dtype(
 )
 
 
+Room = Callable[[int], np.ndarray]
+
+
+def _new(size: int) -> np.ndarray:
+    return np.empty(size, np.uint8)
+
+
 def read_at(file: BinaryIO, start: int, size: int, into: np.ndarray | None = None) -> np.ndarray:
     """``size`` bytes of ``file`` from ``start``, uint8; any thread may ask at any time. CorruptFile where the file ends
     before.
     """
-    data = np.empty(size, np.uint8) if into is None else into
+    data = _new(size) if into is None else into
     done = 0
     while done < size:
         got = os.preadv(file.fileno(), [memoryview(data)[done:]], start + done)
@@ -139,20 +146,24 @@ class StoredBlob:
             beyond = self.count if until > last else until << self.log2
             yield max(start, chunk << self.log2), min(stop, beyond), chunk, until
 
-    def load(self, first: int, until: int) -> tuple[torch.Tensor, int]:
-        """Chunks [first, until) as a blob of their own, and the bytes of its header and index."""
+    def load(self, first: int, until: int, room: Room = _new) -> tuple[torch.Tensor, int]:
+        """Chunks [first, until) as a blob of their own, and the bytes of its header and index. ``room(size)`` gives the
+        bytes to hold it.
+        """
         chosen = self.entries[first:until]
         beyond = self.count if until == len(self.entries) else until << self.log2
         head = render(self.header, (beyond - (first << self.log2),), chosen)
         size = int(chosen["length"].sum(dtype=np.uint64))
-        blob = np.empty(len(head) + size, np.uint8)
+        blob = room(len(head) + size)
         blob[: len(head)] = np.frombuffer(head, np.uint8)
         read_at(self.file, self.start + int(chosen["offset"][0]), size, blob[len(head) :])
         return torch.from_numpy(blob), len(head)
 
-    def decode(self, start: int, stop: int, first: int, until: int, out: torch.Tensor) -> None:
+    def decode(
+        self, start: int, stop: int, first: int, until: int, out: torch.Tensor, room: Room = _new
+    ) -> None:
         """Elements [start, stop), which chunks [first, until) hold, into the flat tensor ``out``."""
-        blob, base = self.load(first, until)[0], first << self.log2
+        blob, base = self.load(first, until, room)[0], first << self.log2
         rans.open_blob(blob)
         rans.decode(blob, start - base, stop - base, out)
 

@@ -1,0 +1,124 @@
+"""The fixed-length layout of docs/packed.md as one run of bytes: for transfers, where speed matters more than ratio.
+
+    header   48 bytes: magic "GKFIXD\\x1a\\n"; u16 version 1; u8 element (1 bf16, 2 fp16); u8 bits of the code (3, 4);
+             u8 rank; u8 kind of checksum; u16 0; u64 elements; u64 escapes; u64 checksum of what follows the header and
+             the shape; u32 0; u32 crc32c of header and shape, these four bytes taken as zeros
+    shape    u64 each
+    planes, offsets, raw, window, escapes: the five tensors of the layout, for rows of 1,024 elements of the flattened
+             tensor, the last row filled up with zeros
+
+Each part is padded with zeros to 16 bytes. Checksum kind 1 is crc32c, which processors have an instruction for; kind 2,
+made on a GPU, is Σ (2i + 1) w_i mod 2^64 over the 64-bit words w_i.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import torch
+
+from ..ops import packed_linear_layout as layout
+from ..ops import rans
+from ..ops.packed_linear_weight import PackedWeight, pack_weight
+from ..ops.rans import CorruptFile
+from .blob import as_byte_tensor
+
+MAGIC, VERSION, ROW = b"GKFIXD\x1a\n", 1, layout.SEGMENT
+FIELDS = struct.Struct("<8sHBBBBHQQQII")
+ELEMENTS = {torch.bfloat16: 1, torch.float16: 2}
+CRC32C, WORD_SUM = 1, 2
+SLAB = 1 << 20  # words summed at once
+
+
+def encode(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 [bytes] on the tensor's device; ValueError unless it is bfloat16 or float16."""
+    if tensor.dtype not in ELEMENTS:
+        raise ValueError(f"tensor: expected bfloat16 or float16 for layout='fixed', got {tensor.dtype}")
+    flat = tensor.detach().reshape(-1)
+    rows = torch.nn.functional.pad(flat, (0, -flat.numel() % ROW)).view(-1, ROW)
+    packed = pack_weight(rows)
+    parts = (packed.planes, packed.offsets, packed.raw, packed.window, packed.escapes)
+    body = torch.cat([_padded(part.reshape(-1).view(torch.uint8)) for part in parts])
+    code_bits = layout.layout(packed.planes)[1]
+    kind = CRC32C if tensor.device.type == "cpu" else WORD_SUM
+    fields = [MAGIC, VERSION, ELEMENTS[tensor.dtype], code_bits, tensor.dim(), kind, 0, flat.numel()]
+    fields += [packed.escapes.numel(), _checksum(body, kind), 0]
+    shape = struct.pack(f"<{tensor.dim()}Q", *tensor.shape)
+    shape += bytes(-len(shape) % 16)
+    crc = rans.crc32c(as_byte_tensor(FIELDS.pack(*fields, 0) + shape))
+    head = torch.frombuffer(bytearray(FIELDS.pack(*fields, crc) + shape), dtype=torch.uint8)
+    return torch.cat([head.to(tensor.device), body])
+
+
+def is_fixed(blob: torch.Tensor) -> bool:
+    """Whether ``blob`` begins as ``encode`` begins."""
+    return blob.numel() >= FIELDS.size and bytes(blob[:8].tolist()) == MAGIC
+
+
+def decode(blob: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """The tensor on the blob's device, or flat its elements [start, stop); CorruptFile for damage."""
+    packed, shape = _opened(blob)
+    count = math.prod(shape)
+    if stop is None:
+        rows = torch.ops.gaugekit.packed_rows(None, *packed)
+        return rows.reshape(-1)[:count].view(shape)
+    if not 0 <= start <= stop <= count:
+        raise ValueError(f"start, stop: expected 0 <= start <= stop <= {count}, got {start} and {stop}")
+    first = start // ROW
+    index = torch.arange(first, -(-stop // ROW), device=blob.device)
+    return torch.ops.gaugekit.packed_rows(index, *packed).reshape(-1)[
+        start - first * ROW : stop - first * ROW
+    ]
+
+
+def _opened(blob: torch.Tensor) -> tuple[PackedWeight, torch.Size]:
+    head = bytes(blob[: FIELDS.size].tolist())
+    _, version, element, code_bits, rank, kind, zero, count, escapes, checksum, none, crc = FIELDS.unpack(
+        head
+    )
+    begin = FIELDS.size + 16 * -(-8 * rank // 16)
+    dims = bytes(blob[FIELDS.size : begin].tolist())
+    known = version == VERSION and element in ELEMENTS.values() and code_bits in (3, 4) and not zero | none
+    if not known or kind not in (CRC32C, WORD_SUM) or rank > 64 or len(dims) != begin - FIELDS.size:
+        raise CorruptFile("not a sound transfer blob: its header is not one this version reads")
+    if rans.crc32c(as_byte_tensor(head[:-4] + bytes(4) + dims)) != crc:
+        raise CorruptFile("not a sound transfer blob: the header's checksum is wrong")
+    shape = torch.Size(struct.unpack(f"<{rank}Q", dims[: 8 * rank]))
+    rows = -(-count // ROW)
+    planes = code_bits + (3 if element == ELEMENTS[torch.float16] else 0)
+    sizes = [rows * planes * ROW // 8, 4 * (rows + 1), rows * ROW, rows, escapes]
+    ends = [begin]
+    for size in sizes:
+        ends.append(ends[-1] + size + -size % 16)
+    if count != math.prod(shape) or ends[-1] != blob.numel():
+        raise CorruptFile("not a sound transfer blob: its length is not the sum of its parts")
+    if blob.data_ptr() % 16 or blob.storage_offset() % 16:
+        blob = blob.clone()
+    if _checksum(blob[begin:], kind) != checksum:
+        raise CorruptFile("not a sound transfer blob: the checksum of its parts is wrong")
+    parts = [blob[end : end + size] for end, size in zip(ends, sizes, strict=False)]
+    return PackedWeight(
+        parts[2].view(rows, ROW),
+        parts[0].view(torch.int64).view(rows, planes, ROW // 64),
+        parts[4],
+        parts[1].view(torch.int32),
+        parts[3],
+        ROW,
+    ), shape
+
+
+def _padded(part: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(part, (0, -part.numel() % 16))
+
+
+def _checksum(body: torch.Tensor, kind: int) -> int:
+    if kind == CRC32C:
+        return rans.crc32c(body.cpu())
+    total = torch.zeros((), dtype=torch.int64, device=body.device)
+    words = body.view(torch.int64)
+    for start in range(0, words.numel(), SLAB):
+        part = words[start : start + SLAB]
+        factors = torch.arange(2 * start + 1, 2 * (start + part.numel()), 2, device=body.device)
+        total += (part * factors).sum()
+    return total.item() & (1 << 64) - 1
