@@ -11,6 +11,7 @@ from transformers import T5Config, T5EncoderModel
 
 import gaugekit.inspect
 from gaugekit import samples
+from gaugekit.reference.nonlocal_energy import nonlocal_energy
 from helpers import minilm
 from tiny import add_tokenizer, bert, gpt2
 
@@ -99,6 +100,37 @@ def test_token_cosine_is_the_mean_over_pairs_of_tokens(saved):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_energy_is_that_of_the_values_of_each_head(saved):
+    """With the equation and transformers' own projections, one text at a time; the model stays as it was."""
+    live = gpt2().from_pretrained(saved)
+    live.set_attn_implementation("eager")
+    report = gaugekit.inspect(live, text=TEXT)
+    assert live.config._attn_implementation == "eager"
+    assert not any("tap" in name for name, _ in live.named_modules())
+    for layer, block in enumerate(live.transformer.h):
+        seen, found = [], []
+        handle = block.attn.c_attn.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        for text in TEXT:
+            ids = torch.tensor([[2 + ord(c) - ord("a") if c != " " else 1 for c in text]])
+            with torch.no_grad():
+                live(ids)
+            q, k, v = (x.unflatten(-1, (4, -1)).transpose(1, 2).double() for x in seen.pop().chunk(3, dim=-1))
+            found.append((nonlocal_energy(v, q, k, causal=True) / v.square().sum((2, 3))).mean())
+        handle.remove()
+        assert report["layers"][layer]["energy"] == pytest.approx(torch.stack(found).mean().item(), rel=1e-5)
+
+
+def test_a_model_that_over_smooths_is_reported(saved):
+    live = gpt2().from_pretrained(saved)
+    assert not any("over-smoothing" in note for note in gaugekit.inspect(live, text=TEXT).notes)
+    with torch.no_grad():
+        live.transformer.h[0].mlp.c_proj.bias.fill_(
+            100.0
+        )  # one vector, the same for all tokens, outweighs the rest
+    notes = gaugekit.inspect(live, text=TEXT).notes
+    assert any("over-smoothing: tokens entering layer 1 have a mean cosine of 1.00" in note for note in notes)
+
+
 def test_a_directory_gives_what_its_live_model_gives(saved):
     live = gpt2().from_pretrained(saved).train()
     directory = gaugekit.inspect(saved, text=TEXT)
@@ -148,3 +180,5 @@ def test_the_real_model_has_the_known_redundancy():
     assert cosines == pytest.approx([0.065, 0.137, 0.165, 0.202, 0.255, 0.349, 0.424], abs=0.01)
     assert report["exponent_entropy_bits"] == pytest.approx(2.65, abs=0.02)
     assert all(row["ranks"] == [32] * 12 for row in report["layers"])
+    energies = [row["energy"] for row in report["layers"]]
+    assert all(0.5 < energy < 1.5 for energy in energies) and not any("smoothing" in n for n in report.notes)

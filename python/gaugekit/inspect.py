@@ -6,10 +6,11 @@ another module: absolute imports reach it, here as everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ import torch
 from . import samples, symmetry
 from .checkpoint import Checkpoint
 from .models import AttentionView, Layers, Live
+from .nn import NonlocalRegularizer
 from .report import Report
 
 GROUPS = ("value_output", "query_key", "key_bias", "value_bias")
+SMOOTH = 0.9  # a token cosine from which on a model is said to over-smooth
 SENTENCES = 150  # as many as settle the token cosine to two digits
 
 
@@ -42,6 +45,10 @@ def inspect(
         effective_ranks   [H] exp of the entropy of σ/Σσ (Roy and Vetterli 2007)
         exponent_entropy_bits   of the weights of this layer
         token_cosine      of the tokens that enter this layer, None without text
+        energy            J/Σ‖v_i‖² of the layer's attention over its values, the mean over texts and heads: with
+                          J = ½ Σ_ij A_ij ‖v_i − v_j‖² (``gaugekit.nonlocal_energy``); 0 where all values agree
+
+    A model whose tokens come to a cosine of 0.9 is reported as over-smoothing, with the layer.
 
     ``text`` is a UTF-8 file or a list of strings; the default is 150 English sentences where the model has a tokenizer.
     ``progress(done, total)`` counts layers and batches of text. Raises ValueError for a family that is not known, for a
@@ -93,9 +100,10 @@ def inspect(
     for name in names:
         if name not in seen and len(sizes[name]) > 1:
             histogram += _exponents(read(name))
-    cosines = runs.token_cosines(len(layers) + 1, advance)
-    for row, cosine in zip(rows, cosines, strict=False):
-        row["token_cosine"] = cosine
+    cosines, energies = runs.look(len(layers) + 1, advance)
+    for row, cosine, energy in zip(rows, cosines, energies, strict=False):
+        row |= {"token_cosine": cosine, "energy": energy}
+    notes += _smoothing(cosines)
     unobservable["total"] = sum(unobservable.values())
     notes.insert(0, _meaning(unobservable["total"], parameters, view))
     fields = {
@@ -144,6 +152,18 @@ def _meaning(total: int, parameters: int, view: AttentionView) -> str:
     return f"{share}: fixing them makes the file that much smaller and changes no output"
 
 
+def _smoothing(cosines: list[float | None]) -> list[str]:
+    """What to say where tokens have become nearly parallel: the first such layer."""
+    for layer, cosine in enumerate(cosines):
+        if cosine is not None and cosine > SMOOTH:
+            where = f"entering layer {layer}" if layer < len(cosines) - 1 else "in the output"
+            return [
+                f"over-smoothing: tokens {where} have a mean cosine of {cosine:.2f}; see docs/neutreno.md (a few "
+                "channels far larger than the rest give the same number)"
+            ]
+    return []
+
+
 class _Text:
     """The text a model is run on to see its tokens, in batches; empty where there is no tokenizer to read it."""
 
@@ -168,13 +188,14 @@ class _Text:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def token_cosines(self, states: int, advance: Callable[[], None]) -> list[float | None]:
-        """The mean over texts of the mean cosine between two different tokens, for each hidden state.
+    def look(self, states: int, advance: Callable[[], None]) -> tuple[list, list]:
+        """(token cosine of each hidden state, energy of each layer), means over texts.
 
-        With u_i the n token vectors of a text scaled to length 1: (‖Σ u_i‖² − n) / (n(n−1)).
+        The cosine is the mean over two different tokens: with u_i the n token vectors of a text scaled to length 1,
+        (‖Σ u_i‖² − n) / (n(n−1)). Energies are None where our attention does not take the model.
         """
         if not self.batches:
-            return [None] * states
+            return [None] * states, [None] * (states - 1)
         from .integrations import loading
 
         if isinstance(self.model, torch.nn.Module):
@@ -182,10 +203,13 @@ class _Text:
         else:
             path = Path(self.model)
             live, was = loading.model(path, loading.stored_dtype(path)), []
+        stack = contextlib.ExitStack()
         sums, texts = torch.zeros(states, dtype=torch.float64), 0
+        energies = torch.zeros(states - 1, dtype=torch.float64)
         device = next(live.parameters()).device
         try:
             live.eval()
+            energy = stack.enter_context(_energies(live, states - 1))
             for ids, mask in self.batches:
                 inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
                 with torch.no_grad():
@@ -196,12 +220,42 @@ class _Text:
                     ) * mask.unsqueeze(-1)
                     n = mask.sum(1).double()
                     sums[index] += ((unit.sum(1).square().sum(-1) - n) / (n * (n - 1))).sum()
+                if energy is not None:
+                    found = [energy.energies[layer].double().mean(1).sum() for layer in range(states - 1)]
+                    energies += torch.stack(found).cpu()
                 texts += len(ids)
                 advance()
         finally:
+            stack.close()
             for module in was:
                 module.training = True
-        return (sums / texts).tolist()
+        means = [None] * (states - 1) if energy is None else (energies / texts).tolist()
+        return (sums / texts).tolist(), means
+
+
+@contextlib.contextmanager
+def _energies(model: torch.nn.Module, layers: int) -> Iterator[NonlocalRegularizer | None]:
+    """Collects the energies of a live model's attentions while it attends through ours; None where it cannot."""
+    from .integrations import attention
+
+    before = getattr(model.config, "_attn_implementation", None)
+    taps, collector = [], None
+    try:
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        taps = attention.add_taps(model)
+        collector = NonlocalRegularizer(model, relative=True)
+        yield collector if collector.count == layers else None
+    except ValueError:
+        if collector is not None:
+            raise
+        yield None
+    finally:
+        if collector is not None:
+            collector.remove()
+        attention.remove_taps(model, taps)
+        if before is not None:
+            model.set_attn_implementation(before)
 
 
 class _Verb(types.ModuleType):

@@ -104,5 +104,24 @@ def spectrum(row: dict) -> str:
     )
 
 
+def smoothing(report: dict) -> str:
+    """How alike the tokens are at the input of each layer, and the energy left in its values; "" without text."""
+    cosines, energies = ([row.get(name) for row in report["layers"]] for name in ("token_cosine", "energy"))
+    series = [Series(values, kind, marks=True) for values, kind in ((cosines, "noise"), (energies, "ours"))
+              if None not in values]  # fmt: skip
+    if not series:
+        return ""
+    return lines(
+        series,
+        title="Token cosine and energy by layer",
+        desc="; ".join(f"layer {place + 1}: cosine {value:.2f}" for place, value in enumerate(series[0].y)),
+        x_label="layer",
+        y_label="no unit",
+        x_ticks=[(place, str(place + 1)) for place in range(len(cosines))],
+        y_range=(min(0, *(min(one.y) for one in series)), 1.08 * max(max(one.y) for one in series)),
+        inset=0.15,
+    )
+
+
 def _spoken(rows: list[Bar]) -> str:
     return "; ".join(f"{row.group} {row.label}: {row.text}".strip() for row in rows)

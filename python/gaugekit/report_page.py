@@ -257,6 +257,7 @@ def _seen(report: dict) -> str:
         ]
         for row in layers
     ]
+    drawing = figures.smoothing(report)
     head = [
         "Layer",
         "Rank of W<sub>Q</sub>W<sub>K</sub>ᵀ, by head",
@@ -276,6 +277,15 @@ def _seen(report: dict) -> str:
         _table(head, rows, "123"),
         '<p class="note">Token cosine: the mean cosine between two tokens of a sentence at the input of the '
         "layer. The nearer to 1, the more alike the tokens have become (over-smoothing).</p>",
+        _figure(
+            "Do the tokens become alike?",
+            drawing,
+            "Dashed grey: the token cosine of the table. Solid: the energy of each layer’s values, ½ Σ "
+            "A<sub>ij</sub>‖v<sub>i</sub> − v<sub>j</sub>‖² over Σ‖v<sub>i</sub>‖², the mean over heads (no unit). "
+            "A model that over-smooths has a cosine near 1 and an energy near 0.",
+        )
+        if drawing
+        else "",
     )
 
 

@@ -180,7 +180,7 @@ def test_every_figure_has_a_drawing_and_a_caption(html):
     page = Page()
     page.feed(html)
     figures = page.tags.count("figure")
-    assert figures == page.tags.count("figcaption") == 7
+    assert figures == page.tags.count("figcaption") == 8
     assert page.tags.count("svg") == page.tags.count("desc") == figures - 1 + LAYERS
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gaugekit.nn.tap import Tap
-from gaugekit.ops.nonlocal_energy import centred, nonlocal_energy
+from gaugekit.ops.nonlocal_energy import nonlocal_energy
 
 
 class NonlocalRegularizer(nn.Module):
@@ -19,11 +19,11 @@ class NonlocalRegularizer(nn.Module):
 
         loss = criterion(model(x), y) + regularizer()
 
-    A negative ``weight`` rewards spread: over-smoothed tokens have little energy. ``relative``: J/Σ‖v_i − v̄‖² instead,
-    which scaling the values does not change and which is 1 for uniform attention. What a backward pass recomputes is
-    not collected (gradient checkpointing), and each call of the model starts anew (gradient accumulation: call this
-    once a batch). Energies are float32 under autocast. Under DistributedDataParallel or FSDP give it the model that is
-    wrapped. Attention windows are not covered. ``remove()`` takes the hooks off.
+    A negative ``weight`` rewards spread: over-smoothed tokens have no energy. ``relative``: J/Σ‖v_i‖² instead, which
+    scaling the values does not change; it is 0 where all tokens agree. What a backward pass recomputes is not collected
+    (gradient checkpointing), and each call of the model starts anew (gradient accumulation: call this once a batch).
+    Energies are float32 under autocast. Under DistributedDataParallel or FSDP give it the model that is wrapped.
+    Attention windows are not covered. ``remove()`` takes the hooks off.
 
     ``energies`` is the last call's: {layer: [B, H]}. ValueError for layers that are not there, where there is no Tap
     (a transformers model: fuse it first), and for a call without a forward pass before it.
@@ -38,7 +38,7 @@ class NonlocalRegularizer(nn.Module):
             raise ValueError(
                 f"layers: expected numbers of the {len(taps)} attentions with a Tap, got {list(wanted)}"
             )
-        self.weight, self.relative = weight, relative
+        self.weight, self.relative, self.count = weight, relative, len(wanted)
         self.options = {"kernel": kernel, "gradient": gradient}
         self.energies: dict[int, Tensor] = {}
         self._open = False
@@ -82,14 +82,12 @@ class NonlocalRegularizer(nn.Module):
             )
             mask = {"causal": causal, "key_lengths": key_lengths, "scale": scale}
             energy = nonlocal_energy(u, q, k, **mask, **self.options)
-            real = (
-                None
-                if key_lengths is None
-                else torch.arange(u.shape[2], device=u.device) < key_lengths[:, None]
-            )
+            real = None
+            if key_lengths is not None:
+                real = torch.arange(u.shape[2], device=u.device) < key_lengths[:, None]
             if not self.relative:
                 return energy / (u.shape[2] if real is None else real.sum(1, keepdim=True).clamp(min=1))
-            wide = u.to(energy.dtype)
-            spread = centred(wide, None if real is None else real[:, None]).square().sum((2, 3))
-            spread = spread.clamp(min=torch.finfo(wide.dtype).tiny)
-            return energy / spread.repeat_interleave(q.shape[1] // u.shape[1], dim=1)
+            square = u.to(energy.dtype).square().sum(-1)
+            size = (square if real is None else square.where(real[:, None], 0)).sum(-1)
+            size = size.clamp(min=torch.finfo(size.dtype).tiny)
+            return energy / size.repeat_interleave(q.shape[1] // u.shape[1], dim=1)
