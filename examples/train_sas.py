@@ -23,8 +23,8 @@ import torch
 
 from gaugekit.nn import parameter_groups
 
-# Learning rates at "cpu" are each block's best in runs of 200 steps: of 5e-4, 1e-3, 2e-3 and 3e-3 for Pre-LN, whose
-# loss rises from 1e-3 on, of 1e-3, 3e-3 and 6e-3 for SAS and SAS-P, whose loss falls.
+# Learning rates at "cpu" are each block's best in runs of 100 and 200 steps, half and twice of which are worse: of 5e-4
+# to 3e-3 for Pre-LN, of 1e-3 to 2.4e-2 for SAS and SAS-P. So are half and twice of β_FF's default.
 SIZES = {
     "quick": dict(layers=2, width=32, heads=2, rows=16, batch=4, steps=6, lr=1e-3, beta_ff=None),
     "cpu": dict(
@@ -100,7 +100,8 @@ def train(block: str, seed: int, size: dict, texts, options, directory: Path) ->
     cast = torch.autocast(device, torch.bfloat16) if options.bf16 else contextlib.nullcontext()
     every = max(1, size["steps"] // options.points)
     total, count = 0.0, 0
-    clock = time.perf_counter()
+    read = time.process_time if options.processor_time else time.perf_counter
+    clock = read()
     for step in range(begin, size["steps"]):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, size["steps"], peak)
@@ -115,7 +116,7 @@ def train(block: str, seed: int, size: dict, texts, options, directory: Path) ->
         if (step + 1) % every and step + 1 < size["steps"]:
             continue
         mean = float(total) / count  # waits for the GPU
-        seconds += time.perf_counter() - clock
+        seconds += read() - clock
         run["step"].append(step + 1)
         run["loss"].append(mean)
         run["seconds"].append(seconds)
@@ -129,7 +130,7 @@ def train(block: str, seed: int, size: dict, texts, options, directory: Path) ->
             "step": step + 1,
         }
         save(state | {"run": run}, file)
-        total, count, clock = 0.0, 0, time.perf_counter()
+        total, count, clock = 0.0, 0, read()
     return run
 
 
@@ -154,7 +155,7 @@ def save(state: dict, file: Path) -> None:
     beside.replace(file)
 
 
-def plot(runs: list[dict], file: Path, units: tuple[str, ...] = ("step", "seconds")) -> bool:
+def plot(runs: list[dict], file: Path, clock: str = "seconds of training") -> bool:
     """Validation loss against steps and against seconds, one line a run; False without matplotlib."""
     try:
         import matplotlib
@@ -163,16 +164,15 @@ def plot(runs: list[dict], file: Path, units: tuple[str, ...] = ("step", "second
         import matplotlib.pyplot as plt
     except ImportError:
         return False
-    shape = {"figsize": (0.6 + 4.2 * len(units), 3.6), "sharey": True, "squeeze": False}
-    figure, (axes,) = plt.subplots(1, len(units), layout="constrained", **shape)
+    figure, axes = plt.subplots(1, 2, layout="constrained", figsize=(9, 3.6), sharey=True)
     colours = dict(zip(BLOCKS, ("#4d4d4d", "#0072b2", "#d55e00"), strict=True))
-    for axis, unit in zip(axes, units, strict=True):
+    for axis, unit in zip(axes, ("step", "seconds"), strict=True):
         for run in runs:
             first = run["seed"] == min(r["seed"] for r in runs)
             label = f"{BLOCKS[run['block']]}, {run['parameters'] / 1e6:.2f} M parameters" if first else None
             axis.plot(run[unit], run["validation"], color=colours[run["block"]], label=label,
                       linestyle="--" if run["block"] == "sas_p" else "-", linewidth=1.5)  # fmt: skip
-        axis.set_xlabel({"step": "optimiser steps", "seconds": "seconds of training"}[unit])
+        axis.set_xlabel({"step": "optimiser steps", "seconds": clock}[unit])
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("validation loss (nats a byte)")
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=40, help="points on each curve, and checkpoints")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--processor-time", action="store_true", help="for a CPU that other work shares")
     parser.add_argument("--out", type=Path, default=Path("build/train_sas"))
     options = parser.parse_args()
     name = "quick" if options.quick else options.size
@@ -208,9 +209,11 @@ def main() -> None:
     ]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     record = {"size": name, **size, "bf16": options.bf16, "compile": options.compile, "device": device,
-              "threads": torch.get_num_threads(), "torch": torch.__version__, "runs": runs}  # fmt: skip
+              "threads": torch.get_num_threads(), "processor_time": options.processor_time,
+              "torch": torch.__version__, "runs": runs}  # fmt: skip
     (directory / "train_sas.json").write_text(json.dumps(record, indent=1))
-    drawn = plot(runs, directory / "train_sas.png")
+    clock = "processor seconds of training" if options.processor_time else "seconds of training"
+    drawn = plot(runs, directory / "train_sas.png", clock)
     print(f"\n{'block':8}{'seed':>5}{'parameters':>13}{'validation':>12}{'seconds':>9}")
     for run in runs:
         print(f"{BLOCKS[run['block']]:8}{run['seed']:5}{run['parameters']:13,}{run['validation'][-1]:12.3f}"

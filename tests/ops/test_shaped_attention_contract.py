@@ -88,17 +88,21 @@ def test_fullgraph_compile(options, gradient):
             assert_accurate(x, y.double(), y)
 
 
-def test_packed_sequences_compile_with_a_graph_break():
-    packed = torch.tensor([0, 4, 9], dtype=torch.int32)
-    operands = make(batch=1)
-    compiled = torch.compile(gk.shaped_attention, backend="aot_eager")
-    assert torch.equal(
-        compiled(**operands, cu_seqlens=packed), gk.shaped_attention(**operands, cu_seqlens=packed)
-    )
-    torch._dynamo.reset()
-    whole = torch.compile(gk.shaped_attention, backend="aot_eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        whole(**operands, cu_seqlens=packed)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 3}])
+def test_packed_sequences_compile_whole(options):
+    """Their bounds stay unknown to the graph: other bounds, the same frame."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gk.shaped_attention, backend=counter, fullgraph=True)
+    operands = make(batch=1, gradient=True)
+    for bounds in ([0, 4, 9], [0, 7, 9]):
+        options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
+        out, eager = compiled(**operands, **options), gk.shaped_attention(**operands, **options)
+        assert_accurate(out, eager.double(), eager)
+        weight = torch.randn_like(out)
+        found, expected = (torch.autograd.grad(x, operands.values(), weight) for x in (out, eager))
+        for x, y in zip(found, expected, strict=True):
+            assert_accurate(x, y.double(), y)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")

@@ -44,8 +44,8 @@ def shaped_attention(
     sees keys j < key_lengths[b] (int64 [B]; None: S); with ``causal`` j ≤ p; with ``window`` w p − w < j (and, without
     causal, j < p + w). When causal, a query with p < 0 or p ≥ key_lengths[b] is padding and sees nothing. A row that
     sees nothing gets zero from the softmax and from C; alpha and lam act on row p of v where 0 ≤ p < key_lengths[b],
-    and without causal need T = S. ``cu_seqlens`` (int32 [N+1], B = 1, T = S) packs N sequences; without the fused
-    operator its values are read on the host, so torch.compile breaks the graph there. Padding must hold finite numbers.
+    and without causal need T = S. ``cu_seqlens`` (int32 [N+1], B = 1, T = S) packs N sequences. Padding must hold
+    finite numbers.
 
     float32, float64, bfloat16, float16. Raises ValueError for arguments that do not fit. Sources: He and Hofmann,
     Simplifying Transformer Blocks (ICLR 2024), eq. 5; NeuTRENO (NeurIPS 2023) for lam.

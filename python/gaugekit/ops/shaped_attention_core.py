@@ -20,11 +20,12 @@ SMALLEST_BLOCK = 128  # shorter calls of the core cost more than the keys they s
 
 
 def mask_kind(queries: int, keys: int, mask: Mask) -> tuple[str, int]:
-    if mask.cu_seqlens is not None:
+    # While compiling, the bounds of packed sequences cannot be read on the host.
+    if mask.cu_seqlens is not None and not torch.compiler.is_compiling():
         return "sequences", queries
-    here = mask.query_start is None
+    here = mask.query_start is None and mask.cu_seqlens is None
     narrow = mask.window is not None and not (here and mask.window >= max(queries, keys))
-    if not narrow and not mask.causal:
+    if not narrow and not mask.causal and mask.cu_seqlens is None:
         return ("none" if mask.key_lengths is None else "keys"), queries
     if not narrow and here and queries == keys:
         return "is_causal", queries
@@ -98,7 +99,7 @@ def _pinned(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 
 def packed_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """One call of the core a sequence. Their bounds are read on the host: torch.compile breaks the graph here."""
+    """One call of the core a sequence, whose bounds are read on the host."""
     bounds = mask.cu_seqlens.tolist()
     parts = [
         softmax_core(*(x[:, :, begin:end] for x in (q, k, v)), Mask(mask.causal, mask.window), scale)
