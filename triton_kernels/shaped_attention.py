@@ -22,7 +22,7 @@ from .shaped_combine import (
     _weights,
     chunk_sums,
 )
-from .shaped_combine_launch import Mask, interpretable, named
+from .shaped_combine_launch import Mask, interpretable, named, small
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOW = tl.constexpr(-1.0e30)  # below every score, and finite: a row that has met no key yet stays free of NaN
@@ -204,15 +204,21 @@ TILES = {
     ("queries", 4, 64): (32, 32, 8, 1),
     ("queries", 4, 128): (16, 16, 8, 2),
     ("queries", 4, 256): (16, 16, 8, 2),
+    ("forward, small", 2, 256): (64, 32, 8, 2),
+    ("queries, small", 2, 256): (32, 32, 8, 2),
 }
 
 
-def tiles(part: str, key_width: int, width: int, dtype: torch.dtype, windowed: bool, grouped: bool) -> dict:
-    """The tile of ``part`` (forward, keys, queries): a pure function of its arguments."""
+def tiles(part: str, key_width: int, width: int, dtype: torch.dtype, windowed: bool, grouped: bool,
+          little_memory: bool = False) -> dict:  # fmt: skip
+    """The tile of ``part`` (forward, keys, queries): a pure function of its arguments.
+
+    ``little_memory``: what ``small`` says of the card; every tile then fits 99 KiB of shared memory.
+    """
     block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (key_width, width))
     key = (dtype.itemsize, max(64, block_k, block_v))
     m, n, warps, stages = TILES[(part, *key)]
-    for applies, kind in ((windowed, "window"), (grouped, "groups")):
+    for applies, kind in ((windowed, "window"), (grouped, "groups"), (little_memory, "small")):
         if applies:
             m, n, warps, stages = TILES.get((f"{part}, {kind}", *key), (m, n, warps, stages))
     sizes = {"BLOCK_K": block_k, "BLOCK_V": block_v, "BLOCK_M": m, "BLOCK_N": n}
@@ -248,7 +254,7 @@ def shaped_attention(
     if lse.numel() == 0:
         return
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
-    tile = tiles("forward", key_width, width, q.dtype, window is not None, heads > groups)
+    tile = tiles("forward", key_width, width, q.dtype, window is not None, heads > groups, small(q))
     programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
     with torch.cuda.device_of(q):
         sums = None if gamma is None else chunk_sums(v, queries, keys, mask, tile["BLOCK_M"], False)

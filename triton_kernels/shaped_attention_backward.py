@@ -13,7 +13,7 @@ import triton.language as tl
 from .shaped_attention import LOG2E, _load, _product, _reach, tiles
 from .shaped_combine import _gain, _head, _put, _seen, _sequence, _tile
 from .shaped_combine_backward import shaped_combine_backward
-from .shaped_combine_launch import Mask, interpretable, named
+from .shaped_combine_launch import Mask, interpretable, named, small
 
 
 @triton.jit
@@ -186,14 +186,14 @@ def shaped_attention_backward(
               "WIDTH": width, **mask.flags, **mask.tensors, **named("q", q), **named("k", k), **named("v", v),
               **named("do", grad)}  # fmt: skip
     with torch.cuda.device_of(q):
-        tile = tiles("keys", key_width, width, q.dtype, window is not None, group > 1)
+        tile = tiles("keys", key_width, width, q.dtype, window is not None, group > 1, small(q))
         programs, table, chunks = mask.split(batch, keys, tile["BLOCK_N"])
         if programs:
             _shaped_attention_bwd_kv[(programs, groups)](
                 q, k, v, grad, lse, delta, direct, dk, dv, beta, TABLE=table, chunks=chunks,
                 **named("direct", direct), **named("dk", dk), **named("dv", dv), **common, **tile,
             )  # fmt: skip
-        tile = tiles("queries", key_width, width, q.dtype, window is not None, group > 1)
+        tile = tiles("queries", key_width, width, q.dtype, window is not None, group > 1, small(q))
         programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
         if programs:
             _shaped_attention_bwd_q[(programs, heads)](

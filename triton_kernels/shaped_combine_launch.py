@@ -1,11 +1,23 @@
 """What the launchers share: tiles, chunks, the table of packed sequences, strides, the interpreter's bfloat16."""
 
+import functools
+
 import torch
 import triton
 
 PROGRAMS = 512  # fills the largest GPU; a constant, so that no result depends on the card
 INTERPRETED = triton.knobs.runtime.interpret  # @triton.jit looks at it at the same moment, the import
 FURTHEST = 1 << 29  # beyond every position, and four times it still fits 32 bits with its sign
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def small(x: torch.Tensor) -> bool:
+    """Whether ``x`` is on a card whose programs have less shared memory than an A100's (consumer cards: 99 KiB)."""
+    return x.device.type == "cuda" and _shared_bytes(x.device) < 163 << 10
 
 
 def interpretable(*outputs: str):

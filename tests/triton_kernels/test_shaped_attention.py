@@ -167,9 +167,9 @@ def test_interpreter_widens_bfloat16():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tiles_hold_the_operands_and_divide_each_other(dtype):
     for key_width, width in itertools.product((8, 16, 100, 256), (8, 64, 130, 256)):
-        for windowed, grouped in itertools.product((False, True), repeat=2):
+        for kind in itertools.product((False, True), repeat=3):
             found = {
-                part: kernels.tiles(part, key_width, width, dtype, windowed, grouped)
+                part: kernels.tiles(part, key_width, width, dtype, *kind)
                 for part in ("forward", "keys", "queries")
             }
             assert all(tile["BLOCK_K"] >= key_width and tile["BLOCK_V"] >= width for tile in found.values())

@@ -1,7 +1,8 @@
 """``shaped_attention``: a softmax core, then ``shaped_combine``; or, on GPUs, one fused operator.
 
-The core is torch's ``scaled_dot_product_attention`` with its own autograd (``shaped_attention_core``), the operator
-``gaugekit::shaped_attention`` (``shaped_attention_fused``); ``shaped_attention_plan`` chooses.
+The core is torch's ``scaled_dot_product_attention`` with its own autograd (``shaped_attention_core``) or its
+FlexAttention (``shaped_attention_flex``), the operator ``gaugekit::shaped_attention`` (``shaped_attention_fused``);
+``shaped_attention_plan`` chooses, and ``use_core`` overrules it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor
 
 from gaugekit.ops.shaped_attention_core import mask_kind, packed_core, softmax_core
-from gaugekit.ops.shaped_attention_plan import BACKENDS, FUSED, gpu_core
+from gaugekit.ops.shaped_attention_flex import flex_core
+from gaugekit.ops.shaped_attention_plan import BACKENDS, FLEX, FUSED, asked_core, gpu_core
+from gaugekit.ops.shaped_attention_plan import use_core as use_core
 from gaugekit.ops.shaped_combine_operands import Mask, check, keys_of_queries
+from gaugekit.ops.shaped_combine_triton import INSTALLED
 
 
 class Plan(NamedTuple):
-    """What a call uses: ``core``, torch's or "fused"; ``mask``: "none", "is_causal" (no array), "keys" ([B, 1, 1, S]),
-    "blocks" (an array a block of ``block`` queries) or "sequences" (one call a sequence), where "fused" needs no array
-    for any; ``width``: what K and V are zero-padded to; ``combine``: whether ``shaped_combine`` follows; ``tiles``: of
-    the fused kernels, {part: sizes, warps and stages}."""
+    """What a call uses: ``core``, torch's, "flex" or "fused"; ``mask``: "none", "is_causal" (no array), "keys"
+    ([B, 1, 1, S]), "blocks" (an array a block of ``block`` queries) or "sequences" (one call a sequence), where "fused"
+    and "flex" need no array for any; ``width``: what K and V are zero-padded to; ``combine``: whether
+    ``shaped_combine`` follows; ``tiles``: of the fused kernels, {part: sizes, warps and stages}."""
 
     core: str
     mask: str
@@ -60,7 +64,8 @@ def shaped_attention(
         return torch.ops.gaugekit.shaped_attention(q, k, v, alpha, beta, gamma, v0, lam, *mask, float(scale))[
             0
         ]
-    a = (packed_core if uses.mask == "sequences" else softmax_core)(q, k, v, mask, scale)
+    core = packed_core if uses.mask == "sequences" else softmax_core
+    a = (flex_core if uses.core == FLEX else core)(q, k, v, mask, scale)
     if a.dtype != v.dtype:  # torch.autocast chose the core's dtype
         v, v0 = v.to(a.dtype), None if v0 is None else v0.to(a.dtype)
     if uses.combine:
@@ -83,11 +88,11 @@ def plan(
     """What ``shaped_attention`` with these arguments would use; reads dtypes, shapes and which arguments are given."""
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
     uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
-    if uses.core != FUSED:
+    if uses.core != FUSED or not INSTALLED:
         return uses
-    from gaugekit.triton_kernels.shaped_attention import tiles
+    from gaugekit.triton_kernels.shaped_attention import small, tiles
 
-    operands = (q.shape[3], v.shape[3], q.dtype, window is not None, q.shape[1] > v.shape[1])
+    operands = (q.shape[3], v.shape[3], q.dtype, window is not None, q.shape[1] > v.shape[1], small(q))
     return uses._replace(tiles={part: tiles(part, *operands) for part in ("forward", "keys", "queries")})
 
 
@@ -101,8 +106,14 @@ def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
     kind, block = mask_kind(q.shape[2], k.shape[2], mask)
     combine = any(gain is not None for gain in (alpha, beta, gamma, lam))
     core = "torch scaled_dot_product_attention"
+    asked = asked_core()
+    if asked in (FUSED, FLEX):
+        return Plan(asked, kind, q.shape[2], v.shape[3], asked == FLEX and combine)
     if q.device.type == "cuda":
-        if gpu_core(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], kind, combine) == FUSED:
+        if (
+            asked is None
+            and gpu_core(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], kind, combine) == FUSED
+        ):
             return Plan(FUSED, kind, q.shape[2], v.shape[3], False)
         core += ": " + ", ".join(BACKENDS[q.dtype])
     # torch's CPU kernels take only K = V; its general path is 9 to 28 times slower than zeros appended to the narrower.

@@ -7,11 +7,16 @@ attention kernels are ahead of any Triton kernel by more than the sweep of ``sha
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from gaugekit.ops.shaped_combine_triton import DTYPES, INSTALLED, WIDEST
 
 FUSED = "fused"
+FLEX = "flex"
+TORCH = "torch"
+_asked: list[str] = []  # innermost last
 # torch's attention kernels in the order they are tried; the first that takes the call answers.
 BACKENDS = {
     torch.bfloat16: ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
@@ -21,10 +26,32 @@ BACKENDS = {
 }
 
 
+@contextlib.contextmanager
+def use_core(name: str):
+    """Calls inside take the core ``name`` instead of the table's: "torch", "fused" or "flex".
+
+    "fused" is one Triton kernel on GPUs, elsewhere a composition that writes the softmax out. "flex" is torch's
+    FlexAttention: compiled on GPUs; on CPUs torch's unfused form, without gradients. Enter it outside of a compiled
+    function as well as inside. ValueError for another name.
+    """
+    if name not in (TORCH, FUSED, FLEX):
+        raise ValueError(f"core: expected {TORCH!r}, {FUSED!r} or {FLEX!r}, got {name!r}")
+    _asked.append(name)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def asked_core() -> str | None:
+    """The core that ``use_core`` asks for here."""
+    return _asked[-1] if _asked else None
+
+
 def gpu_core(
     dtype: torch.dtype, queries: int, keys: int, key_width: int, width: int, kind: str, terms: bool
 ) -> str:
-    """The core, "fused" or "torch", of a call on a GPU.
+    """The core, "fused" or "torch", of a call on a GPU where none is asked for.
 
     ``kind`` is what ``shaped_attention_core.mask_kind`` says; ``terms``: whether any gain is given.
     """
