@@ -17,7 +17,8 @@ def _shared_bytes(device: torch.device) -> int:
 
 def small(x: torch.Tensor) -> bool:
     """Whether ``x`` is on a card whose programs have less shared memory than an A100's (consumer cards: 99 KiB)."""
-    return x.device.type == "cuda" and _shared_bytes(x.device) < 163 << 10
+    here = x.device.type == "cuda" and torch.cuda.is_available()
+    return here and _shared_bytes(x.device) < 163 << 10
 
 
 def interpretable(*outputs: str):
