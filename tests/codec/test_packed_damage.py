@@ -90,6 +90,10 @@ def test_a_slice_alone_detects_damage(files, tmp_path):
 
 def test_every_truncation_is_detected(files, tmp_path):
     _, packed = files
+    for size in range(len(packed)):
+        (tmp_path / "x").write_bytes(packed[:size])
+        with pytest.raises(codec.CorruptFile):
+            codec.safe_open(tmp_path / "x")
     for size in [*range(64), *range(64, len(packed), 41), len(packed) - 1]:
         for verb in (unpack, read):
             with pytest.raises(codec.CorruptFile):

@@ -1,14 +1,8 @@
 """The fixed-length layout of docs/packed.md as one run of bytes: for transfers, where speed matters more than ratio.
 
-    header   48 bytes: magic "GKFIXD\\x1a\\n"; u16 version 1; u8 element (1 bf16, 2 fp16); u8 bits of the code (3, 4);
-             u8 rank; u8 kind of checksum; u16 0; u64 elements; u64 escapes; u64 checksum of what follows the header and
-             the shape; u32 0; u32 crc32c of header and shape, these four bytes taken as zeros
-    shape    u64 each
-    planes, offsets, raw, window, escapes: the five tensors of the layout, for rows of 1,024 elements of the flattened
-             tensor, the last row filled up with zeros
-
-Each part is padded with zeros to 16 bytes. Checksum kind 1 is crc32c, which processors have an instruction for; kind 2,
-made on a GPU, is Σ (2i + 1) w_i mod 2^64 over the 64-bit words w_i.
+docs/format.md has it byte for byte: a header, and the five tensors for rows of 1,024 elements of the flattened tensor.
+Checksum kind 1 is crc32c, for which processors have an instruction; kind 2, made on a GPU, is Σ (2i + 1) w_i mod 2^64
+over the 64-bit words w_i.
 """
 
 from __future__ import annotations
