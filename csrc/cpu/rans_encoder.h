@@ -5,11 +5,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "rans_encoder_avx2.h"
 #include "rans_encoder_avx512.h"
 #include "rans_encoder_table.h"
 #include "rans_planes.h"
 
 namespace gaugekit::rans {
+
+// Words that a step may store before the last one that counts.
+constexpr int kMostStored = 8;
 
 // Buffers that one thread uses again for chunk after chunk.
 struct EncoderScratch {
@@ -19,7 +23,7 @@ struct EncoderScratch {
   void reserve(uint64_t n, int width) {
     symbols.resize(n);
     for (int plane = 0; plane < width - 1; ++plane) planes[plane].resize(n);
-    for (int s = 0; s < kSegments; ++s) words[s].resize(segment_symbols(n, s) + 1);
+    for (int s = 0; s < kSegments; ++s) words[s].resize(segment_symbols(n, s) + kMostStored);
   }
 };
 
@@ -47,8 +51,8 @@ inline void encode_step(uint32_t& state, uint8_t symbol, const EncoderTable& tab
 }
 
 // Runs the coder from the last symbol to the first, so that a decoder reads first to last. words[s] comes in
-// as the end of a buffer with room for every symbol of the segment and one more, and leaves as the first word
-// to read.
+// as the end of a buffer with room for every symbol of the segment and kMostStored more, and leaves as the
+// first word to read.
 inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTable& table, uint32_t* states,
                            uint16_t** words, Isa path) {
   for (int i = 0; i < kLanes; ++i) states[i] = kStateLower;
@@ -65,6 +69,7 @@ inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTabl
     const auto groups = in_registers ? avx512::encode_groups<true> : avx512::encode_groups<false>;
     return groups(symbols, whole / kLanes, table, states, words);
   }
+  if (path == Isa::avx2) return avx2::encode_groups(symbols, whole / kLanes, table, states, words);
 #endif
   for (int s = 0; s < kSegments; ++s) {
     uint32_t* state = states + s * kSegmentLanes;

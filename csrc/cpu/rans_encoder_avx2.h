@@ -1,0 +1,81 @@
+// The coder with 64 lanes in eight AVX2 registers.
+#pragma once
+
+#include <array>
+
+#include "common/isa.h"
+#include "rans_decoder_avx2.h"
+#include "rans_encoder_table.h"
+
+#ifdef GAUGEKIT_X86
+#include <immintrin.h>
+
+namespace gaugekit::rans::avx2 {
+
+// collect[mask]: the lanes of the mask in their order, in the last places of eight.
+constexpr Deal make_collect() {
+  Deal collect{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int lane = 7, place = 7; lane >= 0; --lane)
+      if (mask >> lane & 1) collect[mask][place--] = uint8_t(lane);
+  return collect;
+}
+
+inline constexpr Deal kCollect = make_collect();
+
+// One step of eight lanes, whose symbols are every second byte of `symbols`. Eight words are stored before
+// `next`, of which the last ones count; the others are written over later, or lie in front of the buffer.
+GAUGEKIT_AVX2 GAUGEKIT_INLINE void encode_step(__m256i& x, const uint8_t* symbols, const EncoderTable& t,
+                                               uint16_t*& next) {
+  uint32_t index[8];
+  for (int i = 0; i < 8; ++i) index[i] = symbols[2 * i];
+  const __m128i first =
+      _mm_unpacklo_epi64(look_up_pair(t.by_symbol, index), look_up_pair(t.by_symbol, index + 2));
+  const __m128i second =
+      _mm_unpacklo_epi64(look_up_pair(t.by_symbol, index + 4), look_up_pair(t.by_symbol, index + 6));
+  const __m256i code = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+  const __m256i f = _mm256_and_si256(code, _mm256_set1_epi32(0xFFFF)), one = _mm256_set1_epi32(1);
+  const __m256i spill = _mm256_cmpgt_epi32(x, _mm256_sub_epi32(_mm256_slli_epi32(f, 19), one));
+  const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(spill));
+  const __m256i order =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCollect[mask].data())));
+  const __m256i words = _mm256_and_si256(_mm256_permutevar8x32_epi32(x, order), _mm256_set1_epi32(0xFFFF));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(next - 8),
+                   _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  next -= __builtin_popcount(mask);
+  x = _mm256_srlv_epi32(x, _mm256_and_si256(spill, _mm256_set1_epi32(16)));
+  // x < 2^31 and the quotient is below 2^19, so that of floats is right or off by one.
+  __m256i quotient = _mm256_cvttps_epi32(_mm256_div_ps(_mm256_cvtepi32_ps(x), _mm256_cvtepi32_ps(f)));
+  __m256i rest = _mm256_sub_epi32(x, _mm256_mullo_epi32(quotient, f));
+  const __m256i less = _mm256_srai_epi32(rest, 31);
+  quotient = _mm256_add_epi32(quotient, less);
+  rest = _mm256_add_epi32(rest, _mm256_and_si256(less, f));
+  const __m256i more = _mm256_cmpgt_epi32(rest, _mm256_sub_epi32(f, one));
+  quotient = _mm256_sub_epi32(quotient, more);
+  rest = _mm256_sub_epi32(rest, _mm256_and_si256(more, f));
+  const __m256i place = _mm256_add_epi32(rest, _mm256_srli_epi32(code, 16));
+  x = _mm256_or_si256(_mm256_slli_epi32(quotient, kProbabilityBits), look_up(t.slot_of, place));
+}
+
+// Codes `groups` whole groups, the last first.
+GAUGEKIT_AVX2 inline void encode_groups(const uint8_t* symbols, uint64_t groups, const EncoderTable& t,
+                                        uint32_t* states, uint16_t** words) {
+  __m256i* memory = reinterpret_cast<__m256i*>(states);
+  __m256i x[8];
+  for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu_si256(memory + i);
+  uint16_t *a = words[0], *b = words[1];
+  for (uint64_t g = groups; g--;) {
+    const uint8_t* first = symbols + g * kLanes;
+    for (int i = 3; i >= 0; --i) {  // the lanes of odd elements, then those of even ones, each from the top
+      const uint8_t* from = first + (i & 1) * 16 + i / 2;
+      encode_step(x[i], from, t, a);
+      encode_step(x[4 + i], from + kSegmentLanes, t, b);
+    }
+  }
+  for (int i = 0; i < 8; ++i) _mm256_storeu_si256(memory + i, x[i]);
+  words[0] = a;
+  words[1] = b;
+}
+
+}  // namespace gaugekit::rans::avx2
+#endif
