@@ -40,6 +40,10 @@ demo: build
 test: build
 	@$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
+# Ten minutes of mutated blobs under the sanitizers; FUZZ_SECONDS says how long.
+fuzz: build
+	@FUZZ_SECONDS=$${FUZZ_SECONDS:-600} $(VENV)/bin/python -m pytest -q tests/codec/test_fuzz.py
+
 lint: build
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -62,4 +66,4 @@ gpu:
 clean:
 	rm -rf build python/gaugekit/*.so python/gaugekit/_build.json python/*.egg-info
 
-.PHONY: build demo test lint bench doctor gpu clean
+.PHONY: build demo test fuzz lint bench doctor gpu clean

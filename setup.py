@@ -160,12 +160,19 @@ class BuildBinaries(BuildExtension):
     def compile_cuda(self, source: Path, nvcc: str) -> str:
         target = Path(self.build_temp) / f"{source.stem}.cu.o"
         target.parent.mkdir(parents=True, exist_ok=True)
+        archs = os.environ.get("GAUGEKIT_CUDA_ARCHS", "80;90a")
+        inputs = [source, ROOT / "setup.py", *(ROOT / "csrc").glob("*/*.h"), *(ROOT / "csrc").glob("*/*.cuh")]
+        made_for = target.with_suffix(".archs")
+        same = target.exists() and made_for.exists() and made_for.read_text() == archs
+        if same and all(path.stat().st_mtime < target.stat().st_mtime for path in inputs):
+            return str(target)
         command = [nvcc, "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-        for arch in os.environ.get("GAUGEKIT_CUDA_ARCHS", "80;90a").split(";"):
+        for arch in archs.split(";"):
             command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
         command += [f"-D{name}={value}" for name, value in DEFINES]
         command += [f"-I{path}" for path in [str(ROOT / "csrc"), *include_paths()]]
         subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
+        made_for.write_text(archs)
         return str(target)
 
     def link_cuda(self, extension, objects: list[str]) -> None:

@@ -13,6 +13,8 @@ import torch
 
 import gaugekit as gk
 from gaugekit.codec.blob import encode_bytes
+from gaugekit.ops import rans
+from htscodecs import Htscodecs
 from registry import Case, benchmark
 
 try:
@@ -132,6 +134,76 @@ def transfer(mebibytes: int, device: str):
         )
 
 
+def without(threads: int, call):
+    """``call`` on so many threads, whatever the case runs on."""
+
+    def run():
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        call()
+        torch.set_num_threads(before)
+
+    return run
+
+
+def paths(name: str, tensor: torch.Tensor, device: str):
+    """Each instruction set beside htscodecs on the same one; two threads beside one; model 2 beside model 0."""
+    blob, out, count = encode_bytes(tensor), torch.empty_like(tensor), tensor.numel()
+    values = tensor.view(torch.int16).numpy().view("uint16")
+    try:
+        rival = Htscodecs(values)
+        rival.encode("best")
+        rival.decode("best")
+        assert (rival.out == values).all()
+    except OSError:
+        rival = None
+    small = encode_bytes(tensor, model=2)
+    sizes = {"coded_bytes": blob.numel(), "bytes_before": 2 * count, "coded_bytes_model 2": small.numel()}
+    if rival is not None:
+        sizes["coded_bytes_htscodecs"] = rival.coded_bytes
+
+    def ours(coded=blob, path=-1):
+        return lambda: rans.decode(coded, 0, count, out, path)
+
+    def beside(verb, instructions):
+        return {
+            f"htscodecs {instructions}": None if rival is None else lambda: getattr(rival, verb)(instructions)
+        }
+
+    def check():
+        for coded, path in ((blob, -1), (blob, 1), (blob, 0), (small, -1)):
+            ours(coded, path)()
+            assert torch.equal(out.view(torch.int16), tensor.view(torch.int16))
+
+    copy = {"copy": lambda: out.copy_(tensor)}
+    chunk_log2 = 17
+    cases = [
+        ("decode, widest", ours(), beside("decode", "best") | copy, 1),
+        ("decode, AVX2", ours(path=1), beside("decode", "AVX2"), 1),
+        ("decode, portable", ours(path=0), beside("decode", "scalar"), 1),
+        ("decode, model 2", ours(small), {"model 0": ours()} | copy, 1),
+        ("decode, two threads", ours(), {"one thread": without(1, ours())} | copy, 2),
+        ("encode, widest", lambda: encode_bytes(tensor), beside("encode", "best"), 1),
+        ("encode, AVX2", lambda: rans.encode(tensor, 0, chunk_log2, 1), beside("encode", "AVX2"), 1),
+        ("encode, portable", lambda: rans.encode(tensor, 0, chunk_log2, 0), beside("encode", "scalar"), 1),
+    ]
+    for what, call, rivals, threads in cases:
+        yield Case(
+            op="rans",
+            shape=f"{what} {name}",
+            dtype="bfloat16",
+            device=device,
+            ours=call,
+            rivals=rivals,
+            without_us=next(iter(rivals)),
+            check=check,
+            label="reused buffer" if "decode" in what else "htscodecs reused, ours fresh",
+            bytes_moved=2 * count + blob.numel(),
+            threads=threads,
+            extra=sizes,
+        )
+
+
 def files(tensors: dict[str, torch.Tensor], device: str, folder: Path):
     """A whole checkpoint: file to file, both ways, onto the disk."""
     from safetensors.torch import save_file
@@ -197,6 +269,7 @@ def cases(device: str, quick: bool):
     generator = torch.Generator().manual_seed(0)
     normal = (torch.randn(mebibytes << 19, generator=generator) * 0.02).bfloat16()
     yield from coding(f"N(0,0.02²) {mebibytes} MiB", normal, device)
+    yield from paths(f"N(0,0.02²) {mebibytes} MiB", normal, device)
     tensors = minilm()
     if tensors:
         weights = torch.cat([t.flatten() for t in tensors.values() if t.is_floating_point()])

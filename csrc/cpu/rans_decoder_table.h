@@ -21,28 +21,6 @@ struct alignas(64) DecoderTable {
   uint32_t part[2][kRegisterSymbols];
 };
 
-// Reads and checks the K pairs at `p`.
-inline const char* read_table(const uint8_t* p, int size, int model, Table& table) {
-  table.size = size;
-  table.shift = 0;
-  uint32_t sum = 0;
-  for (int i = 0, before = -1; i < size; ++i, p += 4) {
-    const int symbol = load<uint16_t>(p);
-    if (symbol <= before || symbol >= (model == kExponentAndTwo ? 1024 : 256))
-      return "a table's symbols are not ascending, or too large";
-    if (model == kExponentAndTwo && symbol >= kZeroSymbols && before < kZeroSymbols)
-      table.shift = symbol / 4 * 4 - kZeroSymbols;
-    before = symbol;
-    const int code = symbol < kZeroSymbols ? symbol : symbol - table.shift;
-    if (code > 255) return "a table's exponents are too far apart";
-    table.symbol[i] = uint16_t(code);
-    table.frequency[i] = load<uint16_t>(p + 2);
-    if (table.frequency[i] == 0 || table.frequency[i] > kSlots) return "a frequency is not in 1..4096";
-    sum += table.frequency[i];
-  }
-  return sum == kSlots ? nullptr : "a table's frequencies do not sum to 4096";
-}
-
 inline void fill_slots(const Table& table, const Buckets& buckets, DecoderTable& out) {
   uint32_t rank[kMaxSymbols] = {};
   each_run(buckets, [&](int i, int first, int slots) {

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/rans_table.h"
 #include "crc32c.h"
-#include "rans_table.h"
 
 namespace gaugekit::rans {
 
@@ -28,22 +28,11 @@ enum Element : uint8_t {
   kFloat8E5M2 = 5,
   kInt8 = 6
 };
-enum Model : uint8_t { kExponent = 0, kHighByte = 1, kExponentAndTwo = 2 };
-enum Method : uint8_t { kRaw = 0, kCoded = 1, kCodedByExponent = 2 };
-
-template <class T>
-T load(const uint8_t* p) {
-  T value;
-  std::memcpy(&value, p, sizeof(T));
-  return value;
-}
 
 template <class T>
 void store(uint8_t* p, T value) {
   std::memcpy(p, &value, sizeof(T));
 }
-
-constexpr uint64_t padded(uint64_t bytes) { return (bytes + 15) & ~uint64_t(15); }
 
 // Bytes of an element, 0 for an id that this version does not read.
 constexpr int element_bytes(int element) {

@@ -34,7 +34,6 @@ ABSENT = {
         "cpu",
     ): "its softmax core is torch's SDPA, with one more column; the rest is one product",
     ("nonlocal_energy", "cuda"): "planned in Triton only",
-    ("rans", "cuda"): "GPU decoding comes with the fast codec; files are decoded on the CPU until then",
     ("rans", "triton"): "a state machine on integers, planned in CUDA only",
 }
 

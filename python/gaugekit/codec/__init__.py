@@ -1,12 +1,14 @@
 """Lossless coding of weights: tensors to blobs, .safetensors files to smaller ones, and back bit for bit."""
 
 from ..ops.rans import CorruptFile
+from .device import DeviceDecoder
 from .files import pack, save_file, unpack
 from .reader import load_file, safe_open
 from .tensors import decode, decode_range, encode
 
 __all__ = [
     "CorruptFile",
+    "DeviceDecoder",
     "decode",
     "decode_range",
     "encode",

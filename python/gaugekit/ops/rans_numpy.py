@@ -384,6 +384,14 @@ def _decode_symbols(chunks: list[tuple]) -> None:
         planes[-1] = by_element[c].reshape(-1)[: planes.shape[1]]
 
 
+def decode_whole(blob: Blob, i: int) -> np.ndarray:
+    """The uint8 elements of one coded chunk; RuntimeError that begins with CORRUPT."""
+    chunk = _read_chunk(blob, i)
+    _decode_symbols([chunk])
+    *_, shift, planes = chunk
+    return from_planes(planes, blob.width, _chunk_model(blob, blob.entries[i]), shift)
+
+
 def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
     """Elements [start, stop) into ``out``, uint8 [(stop - start) * width]; RuntimeError that begins with
     CORRUPT.

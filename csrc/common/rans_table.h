@@ -1,9 +1,16 @@
 // Probabilities and slots of docs/format.md: 12-bit frequencies from counts, and the alias table that says
-// which symbol owns each of the 4096 slots. Integers only, so every machine makes the same table.
+// which symbol owns each of the 4096 slots. Integers only, so every machine makes the same table. Free of
+// torch, for host and device.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#ifdef __CUDACC__
+#define GAUGEKIT_HD __host__ __device__
+#else
+#define GAUGEKIT_HD
+#endif
 
 namespace gaugekit::rans {
 
@@ -21,6 +28,18 @@ constexpr int kZeroSymbols = 4;
 constexpr int kMaxExponents = 63;
 constexpr uint64_t kSixBytes = 48;  // of 64 six-bit remainders
 
+enum Model : uint8_t { kExponent = 0, kHighByte = 1, kExponentAndTwo = 2 };
+enum Method : uint8_t { kRaw = 0, kCoded = 1, kCodedByExponent = 2 };
+
+template <class T>
+GAUGEKIT_HD T load(const uint8_t* p) {
+  T value;
+  std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+GAUGEKIT_HD constexpr uint64_t padded(uint64_t bytes) { return (bytes + 15) & ~uint64_t(15); }
+
 // The symbols of one chunk, ascending, each with a frequency of 1 to 4096; the frequencies sum to 4096. A
 // symbol of 10 bits is held as a byte: itself below kZeroSymbols, else less `shift`.
 struct Table {
@@ -32,7 +51,7 @@ struct Table {
 
 // Element of a segment's 32 that a lane codes: two vectors of 16 lanes hold even and odd elements, so that
 // packing their symbols is one shift and one or.
-constexpr int lane_element(int lane) { return 2 * (lane % 16) + lane / 16; }
+GAUGEKIT_HD constexpr int lane_element(int lane) { return 2 * (lane % 16) + lane / 16; }
 
 // Frequencies for `counts` that sum to `total` > 0: floors, then single steps where they cost least (or gain
 // most) bits. The derivative of count * log2(frequency) is compared as the fraction count / (2 * frequency -+
@@ -65,33 +84,55 @@ inline void normalize(const uint32_t (&counts)[256], uint64_t total, Table& tabl
   for (int i = 0; i < table.size; ++i) table.frequency[i] = uint16_t(f[i]);
 }
 
+// Reads and checks the K pairs at `p`.
+GAUGEKIT_HD inline const char* read_table(const uint8_t* p, int size, int model, Table& table) {
+  table.size = size;
+  table.shift = 0;
+  uint32_t sum = 0;
+  for (int i = 0, before = -1; i < size; ++i, p += 4) {
+    const int symbol = load<uint16_t>(p);
+    if (symbol <= before || symbol >= (model == kExponentAndTwo ? 1024 : 256))
+      return "a table's symbols are not ascending, or too large";
+    if (model == kExponentAndTwo && symbol >= kZeroSymbols && before < kZeroSymbols)
+      table.shift = symbol / 4 * 4 - kZeroSymbols;
+    before = symbol;
+    const int code = symbol < kZeroSymbols ? symbol : symbol - table.shift;
+    if (code > 255) return "a table's exponents are too far apart";
+    table.symbol[i] = uint16_t(code);
+    table.frequency[i] = load<uint16_t>(p + 2);
+    if (table.frequency[i] == 0 || table.frequency[i] > kSlots) return "a frequency is not in 1..4096";
+    sum += table.frequency[i];
+  }
+  return sum == kSlots ? nullptr : "a table's frequencies do not sum to 4096";
+}
+
 // Walker's aliases: `count` buckets of `width` slots; a bucket's first divider[b] slots belong to symbol b of
 // the table, the others to symbol alias[b].
 struct Buckets {
   int count, width;
-  int divider[kMaxSymbols], alias[kMaxSymbols];
+  int16_t divider[kMaxSymbols], alias[kMaxSymbols];
+  int16_t rest[kMaxSymbols], small[kMaxSymbols], large[kMaxSymbols];  // used while they are made
 };
 
-inline void make_buckets(const Table& table, Buckets& b) {
+GAUGEKIT_HD inline void make_buckets(const Table& table, Buckets& b) {
   b.count = 32;
   while (b.count < table.size) b.count *= 2;
   b.width = int(kSlots) / b.count;
-  int rest[kMaxSymbols], small[kMaxSymbols], large[kMaxSymbols];
   int smalls = 0, larges = 0;
   for (int i = 0; i < b.count; ++i) {
-    rest[i] = i < table.size ? table.frequency[i] : 0;
-    b.alias[i] = i;
-    b.divider[i] = b.width;
-    if (rest[i] < b.width) small[smalls++] = i;
-    if (rest[i] > b.width) large[larges++] = i;
+    b.rest[i] = int16_t(i < table.size ? table.frequency[i] : 0);
+    b.alias[i] = int16_t(i);
+    b.divider[i] = int16_t(b.width);
+    if (b.rest[i] < b.width) b.small[smalls++] = int16_t(i);
+    if (b.rest[i] > b.width) b.large[larges++] = int16_t(i);
   }
   while (smalls) {
-    const int s = small[--smalls], l = large[larges - 1];
-    b.divider[s] = rest[s];
-    b.alias[s] = l;
-    rest[l] -= b.width - rest[s];
-    if (rest[l] <= b.width) --larges;
-    if (rest[l] < b.width) small[smalls++] = l;
+    const int s = b.small[--smalls], l = b.large[larges - 1];
+    b.divider[s] = b.rest[s];
+    b.alias[s] = int16_t(l);
+    b.rest[l] = int16_t(b.rest[l] - (b.width - b.rest[s]));
+    if (b.rest[l] <= b.width) --larges;
+    if (b.rest[l] < b.width) b.small[smalls++] = int16_t(l);
   }
 }
 

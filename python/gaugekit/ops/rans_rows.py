@@ -1,0 +1,106 @@
+"""``gaugekit::rans_decode_rows``: many chunks of many blobs in one launch, the form in which a GPU decodes.
+
+A row of 48 bytes (csrc/common/rans_lane.h, ``ChunkRow``) says where a chunk begins in the packed bytes, what it
+holds and where its elements go. On the CPU the same code runs lane by lane: correct and slow, to test what the GPU
+runs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .. import _library
+from . import rans, rans_numpy
+
+ROW = np.dtype(
+    [
+        ("in", "<u8"),
+        ("out", "<u8"),
+        ("n", "<u4"),
+        ("from", "<u4"),
+        ("to", "<u4"),
+        ("length", "<u4"),
+        ("words", "<u4", 2),
+        ("symbols", "<u2"),
+        ("method", "u1"),
+        ("constant", "u1"),
+        ("width", "u1"),
+        ("model", "u1"),
+        ("reserved", "<u2"),
+    ]
+)
+ELEMENT_OF_WIDTH = {1: 6, 2: 1, 4: 3}  # any type of that width: rows say nothing of types
+
+
+def _decode_row(packed: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """uint8 elements [from, to) of one row."""
+    start, n, width = int(row["in"]), int(row["n"]), int(row["width"])
+    chunk = packed[start : start + int(row["length"])]
+    cut = slice(int(row["from"]) * width, int(row["to"]) * width)
+    if not row["method"]:
+        return chunk[cut]
+    entry = np.zeros(1, rans_numpy.ENTRY)
+    for name in ("symbols", "constant", "words"):
+        entry[name] = row[name]
+    entry["method"] = 1
+    element, model = ELEMENT_OF_WIDTH[width], int(row["model"])
+    blob = rans_numpy.Blob(chunk, element, model, 0, n, (n,), entry, [0, n])
+    return rans_numpy.decode_whole(blob, 0)[cut]
+
+
+def _decode_rows(packed, rows, out, damaged):
+    data = packed.cpu().numpy()
+    for i, row in enumerate(rows.cpu().numpy().view(ROW)):
+        try:
+            piece = _decode_row(data, row)
+        except RuntimeError:
+            damaged[i] = 1
+            continue
+        place = int(row["out"])
+        out[place : place + piece.size].copy_(torch.from_numpy(piece.copy()))
+        damaged[i] = 0
+
+
+_library.define(
+    "rans_decode_rows(Tensor packed, Tensor rows, Tensor(a!) out, Tensor(b!) damaged) -> ()",
+    _decode_rows,
+    lambda packed, rows, out, damaged: None,
+)
+
+
+def rows_of(blob: torch.Tensor, start: int, stop: int, place: int, out: int) -> np.ndarray:
+    """The rows [chunks] of elements [start, stop) of ``blob``, a uint8 vector that will lie at byte ``place`` of the
+    packed bytes and whose elements go to byte ``out``.
+
+    Header, index and the coded bytes' checksums are verified: CorruptFile.
+    """
+    rans.open_blob(blob)
+    element, model, log2, count, *shape = torch.ops.gaugekit.rans_open(blob).tolist()
+    starts = np.array(rans_numpy.chunk_starts(count, log2), np.int64)
+    begin = 48 + 16 * -(-8 * len(shape) // 16)
+    index = blob[begin : begin + 32 * (starts.size - 1)].numpy().copy().view(rans_numpy.ENTRY)
+    wanted = np.flatnonzero((starts[:-1] < stop) & (start < starts[1:]))
+    width = rans_numpy.WIDTHS[element]
+    first, last, entries = starts[:-1][wanted], starts[1:][wanted], index[wanted]
+    for entry in entries:
+        at = int(entry["offset"])
+        if rans.crc32c(blob[at : at + int(entry["length"])]) != int(entry["crc_coded"]):
+            raise rans.CorruptFile("not a sound coded blob: a chunk's coded bytes are damaged")
+    rows = np.zeros(wanted.size, ROW)
+    for name in ("length", "words", "symbols", "method", "constant"):
+        rows[name] = entries[name]
+    rows["in"], rows["n"], rows["width"] = entries["offset"] + np.uint64(place), last - first, width
+    rows["from"], rows["to"] = np.maximum(start - first, 0), np.minimum(stop, last) - first
+    rows["out"] = out + width * (np.maximum(first, start) - start)
+    rows["model"] = np.where(entries["method"] == 2, rans.EXPONENT, model)
+    return rows
+
+
+def decode_rows(packed: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, damaged: torch.Tensor) -> None:
+    """Every row of ``rows`` uint8 [48 · chunks] from ``packed`` uint8 into ``out`` uint8, in one launch.
+
+    ``damaged`` int32 [chunks] becomes 1 where a chunk did not end as a sound one does, else 0. Nothing is
+    synchronised: on a GPU the call only adds to the current stream, and a CUDA graph may hold it.
+    """
+    torch.ops.gaugekit.rans_decode_rows(packed, rows, out, damaged)
