@@ -13,7 +13,7 @@ import torch
 
 import gaugekit as gk
 from gaugekit.codec.blob import encode_bytes
-from gaugekit.ops import rans
+from gaugekit.ops import rans as operator
 from htscodecs import Htscodecs
 from registry import Case, benchmark
 
@@ -163,7 +163,7 @@ def paths(name: str, tensor: torch.Tensor, device: str):
         sizes["coded_bytes_htscodecs"] = rival.coded_bytes
 
     def ours(coded=blob, path=-1):
-        return lambda: rans.decode(coded, 0, count, out, path)
+        return lambda: operator.decode(coded, 0, count, out, path)
 
     def beside(verb, instructions):
         return {
@@ -184,8 +184,8 @@ def paths(name: str, tensor: torch.Tensor, device: str):
         ("decode, model 2", ours(small), {"model 0": ours()} | copy, 1),
         ("decode, two threads", ours(), {"one thread": without(1, ours())} | copy, 2),
         ("encode, widest", lambda: encode_bytes(tensor), beside("encode", "best"), 1),
-        ("encode, AVX2", lambda: rans.encode(tensor, 0, chunk_log2, 1), beside("encode", "AVX2"), 1),
-        ("encode, portable", lambda: rans.encode(tensor, 0, chunk_log2, 0), beside("encode", "scalar"), 1),
+        ("encode, AVX2", lambda: operator.encode(tensor, 0, chunk_log2, 1), beside("encode", "AVX2"), 1),
+        ("encode, portable", lambda: operator.encode(tensor, 0, chunk_log2, 0), beside("encode", "scalar"), 1),
     ]
     for what, call, rivals, threads in cases:
         yield Case(
