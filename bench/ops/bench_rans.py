@@ -185,7 +185,12 @@ def paths(name: str, tensor: torch.Tensor, device: str):
         ("decode, two threads", ours(), {"one thread": without(1, ours())} | copy, 2),
         ("encode, widest", lambda: encode_bytes(tensor), beside("encode", "best"), 1),
         ("encode, AVX2", lambda: operator.encode(tensor, 0, chunk_log2, 1), beside("encode", "AVX2"), 1),
-        ("encode, portable", lambda: operator.encode(tensor, 0, chunk_log2, 0), beside("encode", "scalar"), 1),
+        (
+            "encode, portable",
+            lambda: operator.encode(tensor, 0, chunk_log2, 0),
+            beside("encode", "scalar"),
+            1,
+        ),
     ]
     for what, call, rivals, threads in cases:
         yield Case(
