@@ -154,9 +154,13 @@ def test_lambda_zero_changes_nothing_and_unfuse_restores(name):
     assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
-@pytest.mark.parametrize("padding", ["none", "left"])
-@pytest.mark.parametrize("name", CAUSAL)
+GENERATE = [(name, padding, {}) for name in CAUSAL for padding in ("none", "left")]
+GENERATE += [
+    (name, "left", how) for name in CAUSAL for how in ({"num_beams": 2}, {"cache_implementation": "static"})
+]
+
+
+@pytest.mark.parametrize(("name", "padding", "options"), GENERATE, ids=str)
 def test_generate_with_a_cache_gives_the_tokens_of_whole_forwards(name, padding, options):
     model = make(name)
     gk.fuse(model, neutreno=0.6)

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 gpu = pytest.mark.gpu
 LENGTHS = torch.tensor([33, 0])
 CASES = {  # heads of u and of k, tokens, K, V, causal, lengths, row
-    "causal": (4, 4, 70, 16, 24, True, None, False),
+    "causal": (4, 4, 40, 16, 24, True, None, False),
     "grouped, ragged": (2, 2, 40, 24, 8, False, LENGTHS, False),
     "u of heads, k of one group, causal, ragged, row": (4, 1, 40, 16, 16, True, LENGTHS, True),
 }
@@ -30,8 +30,15 @@ def make(name, dtype):
     return [x.to(dtype) for x in (u, q, k)], {"causal": causal, "key_lengths": lengths}, 0.3, row
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in CASES
+        for dtype in DTYPES
+        if DEVICE == "cuda" or (dtype == DTYPES[0]) != ("row" in name)
+    ],
+)
 def test_rows_and_gradients_match_float64(name, dtype):
     operands, mask, scale, row = make(name, dtype)
     there = [x.to(DEVICE) for x in operands]
