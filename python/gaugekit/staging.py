@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MANIFEST = "gaugekit_manifest.json"
 LOCK = "gaugekit_lock"
@@ -47,11 +46,9 @@ class Staging:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - held until close()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock(self._lock):
             self._lock.close()
-            raise ValueError(f"target: another process is writing {str(self.folder)!r}") from None
+            raise ValueError(f"target: another process is writing {str(self.folder)!r}")
         self.state = {"identity": identity, **start}
         self.resumed = False
         with contextlib.suppress(OSError, ValueError):
@@ -101,6 +98,21 @@ class Staging:
     def close(self) -> None:
         """Lets another process at the folder; what is on disk stays for it to go on from."""
         self._lock.close()
+
+
+def lock(file: IO) -> bool:
+    """Whether this process has the open ``file`` to itself now, until it closes it; always so where the system has no
+    such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def partial(target: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -114,10 +113,11 @@ def save_file(
 
 
 def _checked(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> dict[str, torch.Tensor]:
-    if not isinstance(tensors, dict) or not all(
-        isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()
-    ):
+    if not isinstance(tensors, dict):
         raise ValueError(f"tensors: expected a dict of tensors by name, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"tensors: expected tensors by name, got {name!r}: {type(tensor).__name__}")
     if "__metadata__" in tensors:
         raise ValueError("tensors: expected names other than '__metadata__', got it")
     if metadata is not None and (
@@ -247,14 +247,9 @@ def written(target: Path, like: Path | None = None) -> Iterator[BinaryIO]:
     """
     path = target.with_name(f".{target.name}.gaugekit-partial")
     with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(
-                path.stat(), os.fstat(file.fileno())
-            )  # not when a process that had the lock just gave it its name
-        except OSError:
-            mine = False
-        if not mine:
+        held = staging.lock(file) and path.exists()
+        # A process that had the lock may have given the file its name meanwhile: then it is not ours, either.
+        if not held or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             raise ValueError(f"target: another process is writing {str(path)!r}")
         try:
             file.truncate(0)
