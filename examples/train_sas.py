@@ -23,8 +23,8 @@ import torch
 
 from gaugekit.nn import parameter_groups
 
-# Learning rates at "cpu" come from runs of 100 and 200 steps with seed 0, of 5e-4 to 3e-3 for Pre-LN and of 1e-3 to 2.4e-2
-# for SAS and SAS-P. There 6e-3 was as good as 3e-3 for these two; with another seed it was much worse.
+# Learning rates at "cpu" come from runs of 100 and 200 steps with seed 0, of 5e-4 to 3e-3 for Pre-LN and of 1e-3 to
+# 2.4e-2 for SAS and SAS-P. There 6e-3 was as good as 3e-3 for these two; with another seed it was much worse.
 SIZES = {
     "quick": dict(layers=2, width=32, heads=2, rows=16, batch=4, steps=6, lr=1e-3, beta_ff=None),
     "cpu": dict(
