@@ -5,7 +5,11 @@
 
 #include "common/check.h"
 #include "packed_linear_encode.h"
-#include "packed_linear_product.h"
+#include "packed_linear_stream.h"
+
+#ifdef GAUGEKIT_X86
+#include <cpuid.h>
+#endif
 
 namespace gaugekit::packed {
 namespace {
@@ -13,8 +17,11 @@ namespace {
 using Optional = std::optional<Tensor>;
 using torch::stable::parallel_for;
 
-constexpr int64_t GRAIN_WEIGHTS = 1 << 16;        // worth a thread
-constexpr int64_t TILE_BYTES = int64_t(8) << 20;  // decoded for torch's matmul at a time
+constexpr int64_t GRAIN_WEIGHTS = 1 << 16;  // worth a thread
+constexpr int64_t FUSED_BATCH =
+    64;  // up to here the fused product, 16 rows of x at a time, beats torch's in float
+constexpr int64_t TILE_BYTES = int64_t(1)
+                               << 20;  // decoded for torch's matmul at a time: a second-level cache
 
 int64_t grain_of_rows(int64_t columns, int64_t multiple = 1) {
   const int64_t rows = std::max<int64_t>(1, GRAIN_WEIGHTS / std::max<int64_t>(1, columns));
@@ -161,10 +168,12 @@ void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch
   const S* shift = bias ? data<S>(*bias) : nullptr;
   S* to = static_cast<S*>(out.mutable_data_ptr());
   parallel_for(0, w.rows, grain_of_rows(columns, ROWS), [&](int64_t begin, int64_t end) {
-    product(w, begin, end, arranged.data(), batch, level(), [&](int64_t t, int64_t row, float sum) {
-      if (shift) sum += load<1>(shift + row, 1)[0];
-      store<1>(to + t * w.rows + row, Vector<float, 1>{sum}, 1);
-    });
+    for (int64_t first = 0; first < batch; first += MAX_BATCH)
+      product(w, begin, end, arranged.data() + first * w.blocks * BLOCK, std::min(MAX_BATCH, batch - first),
+              level(), [&](int64_t t, int64_t row, float sum) {
+                if (shift) sum += load<1>(shift + row, 1)[0];
+                store<1>(to + (first + t) * w.rows + row, Vector<float, 1>{sum}, 1);
+              });
   });
 }
 
@@ -175,20 +184,36 @@ Tensor call_linear(const Tensor& x, const Tensor& weight, const Optional& bias) 
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Whether the processor multiplies this 16-bit format by itself; without that torch's matmul in float is
+// several times as fast as its matmul in 16 bits.
+bool multiplies(ScalarType dtype) {
+#ifdef GAUGEKIT_X86
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (dtype == ScalarType::Half)
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);  // AVX512-FP16
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);     // AVX512-BF16
+#else
+  return true;
+#endif
+}
+
 // Some rows of W at a time are decoded and handed to torch's matmul, which gives those columns of the output.
 void tiled(const Weight& w, const Tensor& x, const Optional& bias, int64_t columns, Tensor& out) {
+  const bool widened = x.scalar_type() == dtype_of(w) && !multiplies(dtype_of(w));
+  const ScalarType dtype = widened ? ScalarType::Float : x.scalar_type();
+  const Tensor left = widened ? torch::stable::to(x, dtype) : x;
   const int64_t step =
-      std::clamp<int64_t>(TILE_BYTES / 2 / std::max<int64_t>(1, columns), 1, std::max<int64_t>(1, w.rows));
-  Tensor buffer = torch::stable::empty({step, columns}, dtype_of(w));
+      std::clamp<int64_t>(TILE_BYTES / 4 / std::max<int64_t>(1, columns), 1, std::max<int64_t>(1, w.rows));
+  Tensor buffer = torch::stable::new_empty(x, {step, columns}, dtype_of(w));
   for (int64_t first = 0; first < w.rows; first += step) {
     const int64_t count = std::min(step, w.rows - first);
     Tensor tile = torch::stable::narrow(buffer, 0, 0, count);
     decode(w, nullptr, first, count, columns, static_cast<uint16_t*>(tile.mutable_data_ptr()));
-    if (tile.scalar_type() != x.scalar_type()) tile = torch::stable::to(tile, x.scalar_type());
+    if (tile.scalar_type() != dtype) tile = torch::stable::to(tile, dtype);
     Optional part = bias;
-    if (part) part = torch::stable::narrow(*part, 0, first, count);
+    if (part) part = torch::stable::to(torch::stable::narrow(*part, 0, first, count), dtype);
     Tensor columns_out = torch::stable::narrow(out, 1, first, count);
-    torch::stable::copy_(columns_out, call_linear(x, tile, part));
+    torch::stable::copy_(columns_out, call_linear(left, tile, part));
   }
 }
 
@@ -211,8 +236,9 @@ Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Te
   Tensor out = torch::stable::new_empty(x, {batch, w.rows});
   const ScalarType dtype = x.scalar_type();
   const bool suits = dtype == dtype_of(w) || dtype == ScalarType::Float;
+  const int64_t most = dtype != ScalarType::Float && !multiplies(dtype) ? FUSED_BATCH : MAX_BATCH;
   if (out.numel() == 0) {
-  } else if (!fuse || !suits || batch > MAX_BATCH) {
+  } else if (!fuse || !suits || batch > most) {
     tiled(w, flat, shift, columns, out);
   } else if (dtype == ScalarType::Float) {
     fused<float>(w, flat, shift, batch, columns, out);

@@ -54,10 +54,15 @@ struct Weight {
   const int32_t* offsets;
   const uint8_t* window;
   int64_t rows, blocks, escape_count, plane_count;
+  const uint16_t* plain =
+      nullptr;  // the words themselves, [rows, blocks * BLOCK], for the product's PLAIN twin
 
   bool half() const { return plane_count > 4; }
   int code_bits() const { return static_cast<int>(half() ? plane_count - 3 : plane_count); }
   int64_t segments() const { return (blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS; }
+  int64_t blocks_of(int64_t segment) const {
+    return std::min(SEGMENT_BLOCKS, blocks - segment * SEGMENT_BLOCKS);
+  }
   const uint8_t* raw_at(int64_t row, int64_t segment) const {
     return raw + row * blocks * BLOCK + segment * SEGMENT;
   }
@@ -86,12 +91,7 @@ inline Segment segment_of(const Weight& w, int64_t row, int64_t s, uint8_t* tail
     if (left > 0) std::memcpy(tail, escapes, std::min(left, SEGMENT));
     escapes = tail;
   }
-  return {w.raw_at(row, s),
-          w.planes_at(row, s),
-          w.blocks,
-          escapes,
-          std::min(SEGMENT_BLOCKS, w.blocks - s * SEGMENT_BLOCKS),
-          w.window[row]};
+  return {w.raw_at(row, s), w.planes_at(row, s), w.blocks, escapes, w.blocks_of(s), w.window[row]};
 }
 
 // What plane p adds to the byte.
@@ -131,18 +131,20 @@ void bytes_portable(const Segment& s, uint8_t* bytes) {
 }
 
 #ifdef GAUGEKIT_X86
-// A block rarely has more than four escapes. Where it has fewer, the place is the first byte after the block,
-// which the next block writes over.
-template <bool HALF>
+// Patches the block at `to`, whose escaped weights are `mask`; returns where the next block's escapes begin.
+// A block rarely has more than four. Where it has fewer, the place is the first byte after the block, which
+// the next block writes over. bfloat16's byte is the exponent alone, so it is written without being read
+// first.
+template <bool HALF, int C>
 __attribute__((target("bmi,popcnt"), always_inline)) inline const uint8_t* patch(uint8_t* to, uint64_t mask,
-                                                                                 const uint8_t* next) {
-  const int count = static_cast<int>(_mm_popcnt_u64(mask));
-  for (int i = 0; i < 4; ++i) {
-    to[_tzcnt_u64(mask)] ^= static_cast<uint8_t>(HALF ? next[i] << 2 : next[i]);
-    mask = _blsr_u64(mask);
-  }
-  for (int i = 4; mask; ++i, mask = _blsr_u64(mask))
-    to[_tzcnt_u64(mask)] ^= static_cast<uint8_t>(HALF ? next[i] << 2 : next[i]);
+                                                                                 const uint8_t* next,
+                                                                                 uint8_t window) {
+  const auto place = [to, next, outer = static_cast<uint8_t>(window + (1 << C) - 1)](uint64_t i, int n) {
+    to[i] = static_cast<uint8_t>(HALF ? to[i] ^ next[n] << 2 : next[n] ^ outer);
+  };
+  const int64_t count = _mm_popcnt_u64(mask);
+  for (int i = 0; i < 4; ++i, mask = _blsr_u64(mask)) place(_tzcnt_u64(mask), i);
+  for (int i = 4; mask; ++i, mask = _blsr_u64(mask)) place(_tzcnt_u64(mask), i);
   return next + count;
 }
 
@@ -167,7 +169,7 @@ GAUGEKIT_PACKED_AVX2 void bytes_avx2(const Segment& s, uint8_t* bytes) {
     }
     uint8_t* to = bytes + b * BLOCK;
     for (int h = 0; h < 2; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h), part[h]);
-    next = patch<HALF>(to, escaped<C>(s, b), next);
+    next = patch<HALF, C>(to, escaped<C>(s, b), next, s.window);
   }
 }
 
@@ -182,13 +184,16 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline __m512i bytes_
 }
 
 template <bool HALF, int C>
+__attribute__((target("avx512f,avx512bw,bmi,popcnt"), always_inline)) inline const uint8_t* block_avx512(
+    const Segment& s, int64_t b, const uint8_t* next, uint8_t* to) {
+  _mm512_storeu_si512(to, bytes_of_planes<HALF, C>(s, b));
+  return patch<HALF, C>(to, escaped<C>(s, b), next, s.window);
+}
+
+template <bool HALF, int C>
 GAUGEKIT_PACKED_AVX512 void bytes_avx512(const Segment& s, uint8_t* bytes) {
   const uint8_t* next = s.escapes;
-  for (int64_t b = 0; b < s.blocks; ++b) {
-    uint8_t* to = bytes + b * BLOCK;
-    _mm512_storeu_si512(to, bytes_of_planes<HALF, C>(s, b));
-    next = patch<HALF>(to, escaped<C>(s, b), next);
-  }
+  for (int64_t b = 0; b < s.blocks; ++b) next = block_avx512<HALF, C>(s, b, next, bytes + b * BLOCK);
 }
 
 template <bool HALF, int C>

@@ -6,6 +6,9 @@
 // t[j] = (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]), and then t is halved by t[j] += t[j + w], w = 8,
 // 4, 2, 1. Products of 16-bit numbers are exact in float, so there fused and separate multiply-adds agree bit
 // for bit.
+//
+// Every path takes a flag PLAIN: the same product on plain 16-bit weights (Weight::plain), which the tests
+// hold the packed one against, bit for bit.
 #pragma once
 
 #include <vector>
@@ -15,9 +18,8 @@
 
 namespace gaugekit::packed {
 
-constexpr int ROWS =
-    4;  // rows decoded together, so that x is read from the second-level cache once for all of them
-constexpr int MAX_BATCH = 16;
+constexpr int ROWS = 8;  // decoded together, so that x comes from the second-level cache once for all of them
+constexpr int64_t MAX_BATCH = 16;
 
 // Which weight of a block stands in lane j of vector v, after words_of and the widening to float.
 constexpr int position(bool half, int v, int j) {
@@ -42,6 +44,10 @@ std::vector<float> arrange(const S* x, int64_t batch, int64_t columns, int64_t b
   return arranged;
 }
 
+// Bytes of a block that `raw` points to.
+template <bool PLAIN>
+constexpr int64_t STRIDE = PLAIN ? 2 * BLOCK : BLOCK;
+
 // One segment of R rows times T rows of x; sums are [R][T][64].
 template <int R, int T>
 struct Tile {
@@ -53,13 +59,18 @@ struct Tile {
   int64_t blocks;
 };
 
-inline void multiply_portable(bool half, const Tile<1, 1>& f) {
+template <bool PLAIN>
+void multiply_portable(bool half, const Tile<1, 1>& f) {
   int place[BLOCK];
   for (int i = 0; i < BLOCK; ++i) place[i] = position(half, i / 16, i % 16);
   for (int64_t b = 0; b < f.blocks; ++b) {
     float words[BLOCK];
     for (int i = 0; i < BLOCK; ++i) {
-      const uint16_t word = word_of(half, f.raw[0][b * BLOCK + i], f.bytes[0][b * BLOCK + i]);
+      uint16_t word;
+      if (PLAIN)
+        std::memcpy(&word, f.raw[0] + 2 * (b * BLOCK + i), sizeof(word));
+      else
+        word = word_of(half, f.raw[0][b * BLOCK + i], f.bytes[0][b * BLOCK + i]);
       words[i] =
           half ? widen<1>(Vector<uint16_t, 1>{word}, Float16{})[0] : bits_as<float>(uint32_t(word) << 16);
     }
@@ -68,18 +79,45 @@ inline void multiply_portable(bool half, const Tile<1, 1>& f) {
 }
 
 #ifdef GAUGEKIT_X86
-template <bool HALF>
+// The words of half h of a block, arranged as words_of does.
+template <bool HALF, bool PLAIN>
+__attribute__((target("avx2"), always_inline)) inline void load_words(const uint8_t* raw,
+                                                                      const uint8_t* bytes, int h,
+                                                                      __m256i& lo, __m256i& hi) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(raw) + (PLAIN ? 2 * h : h);
+  if (PLAIN) {
+    const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+    lo = _mm256_permute2x128_si256(a, b, 0x20), hi = _mm256_permute2x128_si256(a, b, 0x31);
+  } else {
+    const __m256i byte = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes) + h);
+    words_of<HALF>(_mm256_loadu_si256(from), byte, lo, hi);
+  }
+}
+
+// The words of a block, arranged as words_of does.
+template <bool HALF, bool PLAIN>
+__attribute__((target("avx512f,avx512bw"), always_inline)) inline void load_words(const uint8_t* raw,
+                                                                                  const uint8_t* bytes,
+                                                                                  __m512i& lo, __m512i& hi) {
+  if (PLAIN) {
+    const __m512i a = _mm512_loadu_si512(raw), b = _mm512_loadu_si512(raw + 64);
+    lo = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), b);
+    hi = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), b);
+  } else {
+    words_of<HALF>(_mm512_loadu_si512(raw), _mm512_loadu_si512(bytes), lo, hi);
+  }
+}
+
+template <bool HALF, bool PLAIN>
 GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile<1, 1>& f) {
   __m256 sum[8];
   for (int i = 0; i < 8; ++i) sum[i] = _mm256_loadu_ps(f.sums[0] + 8 * i);
   for (int64_t b = 0; b < f.blocks; ++b) {
     const float* x = f.x[0] + b * BLOCK;
-    _mm_prefetch(reinterpret_cast<const char*>(f.next[0] + b * BLOCK), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(f.next[0] + b * STRIDE<PLAIN>), _MM_HINT_T0);
     for (int h = 0; h < 2; ++h) {
       __m256i lo, hi;
-      words_of<HALF>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(f.raw[0] + b * BLOCK + 32 * h)),
-                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f.bytes[0] + b * BLOCK + 32 * h)),
-                     lo, hi);
+      load_words<HALF, PLAIN>(f.raw[0] + b * STRIDE<PLAIN>, f.bytes[0] + b * BLOCK, h, lo, hi);
       // Half h of the block fills lanes 8h.. of the four vectors (bfloat16), or vectors h and h + 2
       // (float16).
       if (HALF) {
@@ -106,7 +144,25 @@ GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile<1, 1>& f) {
   for (int i = 0; i < 8; ++i) _mm256_storeu_ps(f.sums[0] + 8 * i, sum[i]);
 }
 
-template <bool HALF, int R, int T>
+// The widened weights of a block, in the order of the sums.
+template <bool HALF>
+__attribute__((target("avx512f,avx512bw"), always_inline)) inline void widen(__m512i lo, __m512i hi,
+                                                                             __m512 w[4]) {
+  if (HALF) {
+    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(lo));
+    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(lo, 1));
+    w[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(hi));
+    w[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(hi, 1));
+  } else {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(lo, 16));
+    w[1] = _mm512_castsi512_ps(_mm512_and_si512(lo, upper));
+    w[2] = _mm512_castsi512_ps(_mm512_slli_epi32(hi, 16));
+    w[3] = _mm512_castsi512_ps(_mm512_and_si512(hi, upper));
+  }
+}
+
+template <bool HALF, bool PLAIN, int R, int T>
 GAUGEKIT_PACKED_AVX512 void multiply_avx512(const Tile<R, T>& f) {
   __m512 sum[R][T][4];
   for (int r = 0; r < R; ++r)
@@ -114,23 +170,11 @@ GAUGEKIT_PACKED_AVX512 void multiply_avx512(const Tile<R, T>& f) {
       for (int v = 0; v < 4; ++v) sum[r][t][v] = _mm512_loadu_ps(f.sums[r] + (t * 4 + v) * 16);
   for (int64_t b = 0; b < f.blocks; ++b) {
     for (int r = 0; r < R; ++r) {
-      _mm_prefetch(reinterpret_cast<const char*>(f.next[r] + b * BLOCK), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(f.next[r] + b * STRIDE<PLAIN>), _MM_HINT_T0);
       __m512i lo, hi;
-      words_of<HALF>(_mm512_loadu_si512(f.raw[r] + b * BLOCK), _mm512_loadu_si512(f.bytes[r] + b * BLOCK), lo,
-                     hi);
+      load_words<HALF, PLAIN>(f.raw[r] + b * STRIDE<PLAIN>, f.bytes[r] + b * BLOCK, lo, hi);
       __m512 w[4];
-      if (HALF) {
-        w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(lo));
-        w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(lo, 1));
-        w[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(hi));
-        w[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(hi, 1));
-      } else {
-        const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-        w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(lo, 16));
-        w[1] = _mm512_castsi512_ps(_mm512_and_si512(lo, upper));
-        w[2] = _mm512_castsi512_ps(_mm512_slli_epi32(hi, 16));
-        w[3] = _mm512_castsi512_ps(_mm512_and_si512(hi, upper));
-      }
+      widen<HALF>(lo, hi, w);
       for (int t = 0; t < T; ++t)
         for (int v = 0; v < 4; ++v)
           sum[r][t][v] = _mm512_fmadd_ps(w[v], _mm512_loadu_ps(f.x[t] + b * BLOCK + 16 * v), sum[r][t][v]);
@@ -166,31 +210,32 @@ Tile<R, T> tile(const Work& w, int row, int64_t first) {
 }
 
 #ifdef GAUGEKIT_X86
-template <int R, int T>
+template <bool PLAIN, int R, int T>
 void multiply_avx512(const Work& w, int64_t first) {
   int row = 0;
   for (; row + R <= w.rows; row += R)
-    w.half ? multiply_avx512<true>(tile<R, T>(w, row, first))
-           : multiply_avx512<false>(tile<R, T>(w, row, first));
+    w.half ? multiply_avx512<true, PLAIN>(tile<R, T>(w, row, first))
+           : multiply_avx512<false, PLAIN>(tile<R, T>(w, row, first));
   for (; row < w.rows; ++row)
-    w.half ? multiply_avx512<true>(tile<1, T>(w, row, first))
-           : multiply_avx512<false>(tile<1, T>(w, row, first));
+    w.half ? multiply_avx512<true, PLAIN>(tile<1, T>(w, row, first))
+           : multiply_avx512<false, PLAIN>(tile<1, T>(w, row, first));
 }
 #endif
 
-inline void multiply(const Work& w, int64_t batch, Level l) {
+template <bool PLAIN>
+void multiply(const Work& w, int64_t batch, Level l) {
 #ifdef GAUGEKIT_X86
   if (l >= Level::avx512) {
     for (int64_t t = 0; t < batch;) {
       const int64_t left = batch - t;
       if (left >= 4) {
-        multiply_avx512<1, 4>(w, t), t += 4;
+        multiply_avx512<PLAIN, 1, 4>(w, t), t += 4;
       } else if (left == 3) {
-        multiply_avx512<2, 3>(w, t), t += 3;
+        multiply_avx512<PLAIN, 2, 3>(w, t), t += 3;
       } else if (left == 2) {
-        multiply_avx512<2, 2>(w, t), t += 2;
+        multiply_avx512<PLAIN, 2, 2>(w, t), t += 2;
       } else {
-        multiply_avx512<4, 1>(w, t), t += 1;
+        multiply_avx512<PLAIN, 4, 1>(w, t), t += 1;
       }
     }
     return;
@@ -201,11 +246,11 @@ inline void multiply(const Work& w, int64_t batch, Level l) {
       const Tile<1, 1> f = tile<1, 1>(w, row, t);
 #ifdef GAUGEKIT_X86
       if (l == Level::avx2) {
-        w.half ? multiply_avx2<true>(f) : multiply_avx2<false>(f);
+        w.half ? multiply_avx2<true, PLAIN>(f) : multiply_avx2<false, PLAIN>(f);
         continue;
       }
 #endif
-      multiply_portable(w.half, f);
+      multiply_portable<PLAIN>(w.half, f);
     }
 }
 
@@ -215,6 +260,12 @@ inline float total(const float* sums) {
   for (int w = 8; w; w /= 2)
     for (int j = 0; j < w; ++j) t[j] += t[j + w];
   return t[0];
+}
+
+template <bool PLAIN>
+const uint8_t* begin_of(const Weight& w, int64_t row, int64_t s) {
+  return PLAIN ? reinterpret_cast<const uint8_t*>(w.plain + row * w.blocks * BLOCK + s * SEGMENT)
+               : w.raw_at(row, s);
 }
 
 inline void prefetch_planes(const Weight& w, int64_t row, int64_t s) {
@@ -227,9 +278,9 @@ inline void prefetch_planes(const Weight& w, int64_t row, int64_t s) {
 }
 
 // Rows [begin, end) of W: give(batch row, row, sum) is called once for each sum.
-template <class Give>
-void product(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t batch, Level l,
-             const Give& give) {
+template <bool PLAIN, class Give>
+void product_by_segments(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t batch, Level l,
+                         const Give& give) {
   alignas(64) uint8_t bytes[ROWS][SEGMENT + SLACK], tails[ROWS][SEGMENT + SLACK];
   alignas(64) float sums[ROWS][MAX_BATCH * BLOCK];
   for (int64_t row = begin; row < end; row += ROWS) {
@@ -243,15 +294,16 @@ void product(const Weight& w, int64_t begin, int64_t end, const float* x, int64_
       for (int r = 0; r < work.rows; ++r) {
         const int64_t next_row = last ? std::min(row + r + ROWS, w.rows - 1) : row + r,
                       next = last ? 0 : s + 1;
-        const Segment segment = segment_of(w, row + r, s, tails[r]);
-        prefetch_planes(w, next_row, next);
-        bytes_of(w, segment, bytes[r], l);
-        work.raw[r] = segment.raw, work.bytes[r] = bytes[r], work.sums[r] = sums[r];
-        work.next[r] = w.raw_at(next_row, next);
-        work.blocks = segment.blocks;
+        if (!PLAIN) {
+          prefetch_planes(w, next_row, next);
+          bytes_of(w, segment_of(w, row + r, s, tails[r]), bytes[r], l);
+        }
+        work.raw[r] = begin_of<PLAIN>(w, row + r, s), work.next[r] = begin_of<PLAIN>(w, next_row, next);
+        work.bytes[r] = bytes[r], work.sums[r] = sums[r];
+        work.blocks = w.blocks_of(s);
       }
       work.x = x + s * SEGMENT;
-      multiply(work, batch, l);
+      multiply<PLAIN>(work, batch, l);
     }
     for (int r = 0; r < work.rows; ++r)
       for (int64_t t = 0; t < batch; ++t) give(t, row + r, total(sums[r] + t * BLOCK));

@@ -21,7 +21,7 @@ def normal(n, k, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 16, 17])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 16, 17, 65])
 def test_product(dtype, n, k, batch):
     weight = normal(n, k, dtype)
     packed = pack_weight(weight)
@@ -154,6 +154,6 @@ def test_bad_weight(weight, options, message):
 
 
 def test_plan_is_a_table():
-    assert ops.plan(1, torch.bfloat16, "cpu") == ops.plan(16, torch.float32, "cpu") == "fused"
-    assert ops.plan(17, torch.bfloat16, "cpu") == ops.plan(1, torch.float64, "cpu") == "decode"
+    assert ops.plan(1, torch.bfloat16, "cpu") == ops.plan(64, torch.float32, "cpu") == "fused"
+    assert ops.plan(65, torch.bfloat16, "cpu") == ops.plan(1, torch.float64, "cpu") == "decode"
     assert ops.plan(1, torch.bfloat16, "mps") == "decode"
