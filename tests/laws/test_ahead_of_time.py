@@ -58,6 +58,24 @@ def configurations(arch: int):
         yield "attention bfloat16 64 128, all terms, GQA, packed", {
             "dtype": "bfloat16", "key_width": 64, "width": 128, "groups": 1, "packed": True, "terms": True}  # fmt: skip
 
+    for batch in (1, 16, 256):
+        yield f"packed bfloat16, batch {batch}", {"dtype": "bfloat16", "batch": batch}
+    if arch == 90:
+        yield "packed float16, float32 rows, batch 16", {"dtype": "float16", "batch": 16, "rows": "float32"}
+        yield "packed float16, batch 1", {"dtype": "float16", "batch": 1}
+
+
+def launch_packed(dtype, batch, rows=None):
+    """The product with packed weights, split over K where the batch is small."""
+    import torch
+
+    from gaugekit.ops.packed_linear_weight import empty_weight
+    from gaugekit.triton_kernels.packed_linear import packed_linear
+
+    x = torch.empty(batch, 4096, dtype=getattr(torch, rows or dtype))
+    packed = empty_weight(1024, 4096, getattr(torch, dtype))
+    packed_linear(torch.empty(batch, 1024, dtype=x.dtype), x, *packed[:5], torch.empty(1024, dtype=x.dtype))
+
 
 def launch(
     dtype, width, key_width=0, groups=2, causal=True, window=None, packed=False, terms=False, energy=False,
@@ -131,7 +149,7 @@ def compile_share(arch: int, share: int) -> None:
     for module in (shaped_attention, shaped_attention_backward):
         module.small = lambda x: SHARED[arch] < SHARED[80]
     for name, operands in list(configurations(arch))[share::SHARES]:
-        launch(**operands)
+        (launch_packed if "batch" in operands else launch)(**operands)
         for kernel, compiled in kernels:
             row = {"case": name, "kernel": kernel, "shared": compiled.metadata.shared}
             print(json.dumps(row | (instructions(compiled.asm["cubin"]) if arch == 90 else {})), flush=True)
@@ -185,6 +203,7 @@ def test_every_configuration_compiles_and_fits(compiled, arch):
     assert {row["kernel"] for row in compiled[arch]} == {
         "_shaped_combine_sums", "_shaped_combine_fwd", "_shaped_combine_bwd",
         "_shaped_attention_fwd", "_shaped_attention_bwd_kv", "_shaped_attention_bwd_q",
+        "_packed_linear", "_packed_linear_total",
         "_nonlocal_energy_fwd", "_nonlocal_energy_bwd_kv", "_nonlocal_energy_bwd_q",
         "_ragged_attention_fwd", "_ragged_attention_bwd_kv", "_ragged_attention_bwd_q",
     }  # fmt: skip

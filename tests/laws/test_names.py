@@ -27,8 +27,6 @@ ABSENT = {
     ("shaped_attention", "cuda"): "planned in Triton only",
     ("ragged_attention", "cpu"): "its softmax core is torch's SDPA, with zeros up to the values' width",
     ("ragged_attention", "cuda"): "planned in Triton only",
-    ("packed_linear", "cuda"): "comes with the GPU kernels; the composition answers on GPUs until then",
-    ("packed_linear", "triton"): "comes with the GPU kernels; the composition answers on GPUs until then",
     (
         "nonlocal_energy",
         "cpu",

@@ -1,4 +1,4 @@
-"""Packed weights give the bits that the same product, in the same order of summation, gives on plain weights."""
+"""The product's proofs that no Python can give: compiled from the very headers of the kernels, and run."""
 
 import shutil
 import subprocess
@@ -7,15 +7,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_same_bits_as_on_plain_weights_on_every_instruction_set(tmp_path):
-    binary, source = tmp_path / "twin", ROOT / "tests" / "ops" / "packed_linear_twin.cpp"
+def run(name: str, folder: Path) -> tuple[list[str], list[int]]:
+    """Lines that name a difference, and the numbers of the last line."""
+    binary, source = folder / name, ROOT / "tests" / "ops" / f"{name}.cpp"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["g++", *flags, str(source), "-o", str(binary)], check=True, timeout=300)
     done = subprocess.run([str(binary)], capture_output=True, text=True, check=True, timeout=120)
     *differing, summary = done.stdout.splitlines()
+    return differing, [int(part.split()[1]) for part in summary.split(", ")]
+
+
+def test_same_bits_as_on_plain_weights_on_every_instruction_set(tmp_path):
+    """Packed weights give the bits that the same product, in the same order of summation, gives on plain weights."""
+    differing, (levels, cases) = run("packed_linear_twin", tmp_path)
     assert not differing
-    levels, cases = (int(part.split()[1]) for part in summary.split(", "))
     assert cases == levels * 5 * 16  # five batches, sixteen matrices
+
+
+def test_lanes_of_the_gpu_product_decode_every_word(tmp_path):
+    differing, (halves, cases) = run("packed_linear_lanes", tmp_path)
+    assert not differing
+    assert (halves, cases) == (65536, 16)

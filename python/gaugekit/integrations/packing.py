@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
+from ..checkpoint import Checkpoint
 from ..nn.packed_matrix import PackedMatrix
 from ..nn.packing import packable, place
 from ..ops.rans import crc32c
+from . import loading
 
 
 class Packing(ConversionOps):
@@ -55,3 +60,51 @@ class Packing(ConversionOps):
             if packable(module) and id(module.weight) in self.matrices:
                 place(model, path, self.matrices[id(module.weight)][1])
         self.matrices.clear()
+
+
+def load_packed(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a directory, plain or written by ``gaugekit pack``, with its matrices packed; in evaluation mode.
+
+    One tensor is read at a time, through no mapping, and packed before the next: memory stays one tensor above the
+    packed model, and so does address space. ``dtype`` bfloat16 or float16 (None: what most weights are stored in).
+    ValueError for another dtype, a converted directory, or weights that are missing.
+    """
+    checkpoint = Checkpoint(loading.directory(path))
+    if checkpoint.config.get("quantization_config"):
+        raise ValueError(f"path: expected a plain or packed directory, got a converted one: {path}")
+    if dtype is None:
+        held = Counter()
+        for name in checkpoint.names():
+            held[checkpoint.dtype(name)] += checkpoint.bytes(name)
+        dtype = held.most_common(1)[0][0]
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
+    model, stored = loading.skeleton(checkpoint.path, dtype), set(checkpoint.names())
+    prefix = f"{model.base_model_prefix}."
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+
+    def read(name: str) -> Tensor | None:
+        found = (one for one in (name, name.removeprefix(prefix), prefix + name) if one in stored)
+        return None if (one := next(found, None)) is None else checkpoint.read(one)
+
+    matrices = {}
+    for path_, module in list(model.named_modules()):
+        for last, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{path_}.{last}" if path_ else last
+            if last == "weight" and packable(module):
+                matrices[name] = path_
+            elif (value := read(name)) is not None:
+                value = nn.Parameter(value.to(parameter.dtype), requires_grad=False)
+                module.register_parameter(last, value)
+            else:
+                raise ValueError(f"{path}: expected the weights {name!r}, found none")
+    made = {name: PackedMatrix.of(value.to(dtype)) for name in matrices if (value := read(name)) is not None}
+    for name, at in matrices.items():
+        matrix = made.get(name) or made.get(tied.get(name, ""))
+        if matrix is None:
+            raise ValueError(f"{path}: expected the weights {name!r}, found none")
+        place(model, at, matrix)
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(checkpoint.read(name))
+    return model

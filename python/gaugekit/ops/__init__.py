@@ -3,6 +3,7 @@
 from gaugekit.ops import (
     nonlocal_energy,
     packed_linear,
+    packed_linear_cuda,
     ragged_attention,
     shaped_attention,
     shaped_attention_fused,
@@ -12,6 +13,7 @@ from gaugekit.ops import (
 __all__ = [
     "nonlocal_energy",
     "packed_linear",
+    "packed_linear_cuda",
     "ragged_attention",
     "shaped_attention",
     "shaped_attention_fused",

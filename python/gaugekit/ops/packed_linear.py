@@ -16,7 +16,7 @@ from gaugekit.ops.packed_linear_weight import WEIGHT, PackedWeight
 
 # Rows of x up to which the product that decodes as it goes is taken; beyond, W is decoded by tiles for torch's matmul.
 # A processor that multiplies 16-bit numbers by itself goes over to tiles at 16 rows.
-FUSED_ROWS = {"cpu": 64, "cuda": 16}
+FUSED_ROWS = {"cpu": 64, "cuda": 256}
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:

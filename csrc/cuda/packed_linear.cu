@@ -1,0 +1,166 @@
+// gaugekit::packed_linear_rows on the GPU: up to 16 rows of x, a warp a row of W, K split in a fixed way and
+// its parts added in order. What a lane does stands in common/packed_lane.h, which a test runs on the
+// processor.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/packed_lane.h"
+
+namespace gaugekit::packed {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+constexpr int kWarps = 8, kMostRows = 16;
+constexpr int64_t kPrograms = 2048;  // warps' blocks that fill the largest GPU; no result depends on the card
+
+template <bool HALF, int C, class X, int T>
+__global__ void __launch_bounds__(kWarps* kLanes)
+    _packed_linear(Lanes w, const X* x, int batch, int64_t segments_each, float* parts) {
+  const int lane = threadIdx.x % kLanes;
+  const int64_t row = blockIdx.x * int64_t(kWarps) + threadIdx.x / kLanes;
+  if (row >= w.rows) return;
+  const int64_t first = blockIdx.y * segments_each, stop = min(first + segments_each, w.segments);
+  const uint32_t window = w.window[row];
+  float sum[T] = {};
+  for (int64_t segment = first; segment < stop; ++segment) {
+    const Lane<HALF, C> own = load_lane<HALF, C>(w, row, segment, lane);
+    const int count = count_bits(own.escaped);
+    int before = count;
+    for (int step = 1; step < kLanes; step *= 2) {
+      const int lower = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += lower;
+    }
+    float weight[kLaneWeights];
+    decode_lane(w, own, window, begin_of(w, row, segment) + before - count, weight);
+    const int64_t k = segment * kSegment + lane * kLaneWeights;
+#pragma unroll
+    for (int t = 0; t < T; ++t)
+      if (t < batch) sum[t] = lane_product(weight, x + t * w.columns, k, w.columns, sum[t]);
+  }
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    if (t >= batch) break;
+    for (int step = kLanes / 2; step; step /= 2) sum[t] += __shfl_xor_sync(~0u, sum[t], step);
+    if (lane == 0) parts[(int64_t(blockIdx.y) * batch + t) * w.rows + row] = sum[t];
+  }
+}
+
+__device__ void put(float* to, float value) { *to = value; }
+__device__ void put(BFloat16Bits* to, float value) {
+  *reinterpret_cast<__nv_bfloat16*>(to) = __float2bfloat16(value);
+}
+__device__ void put(Float16Bits* to, float value) { *reinterpret_cast<__half*>(to) = __float2half(value); }
+
+// out [batch, rows] = the parts [splits, batch, rows] in their order, and the bias.
+template <class X>
+__global__ void _packed_linear_total(const float* parts, int64_t splits, int64_t count, int64_t rows,
+                                     const X* bias, X* out) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= count) return;
+  float total = 0;
+  for (int64_t split = 0; split < splits; ++split) total += parts[split * count + i];
+  if (bias) total += widen(bias[i % rows]);
+  put(out + i, total);
+}
+
+template <bool HALF, class X>
+void launch(const Lanes& w, int code_bits, const Tensor& x, const Optional& bias, int64_t batch, Tensor& out,
+            cudaStream_t stream) {
+  const int64_t blocks = (w.rows + kWarps - 1) / kWarps;
+  const int64_t wanted = std::clamp<int64_t>(kPrograms / blocks, 1, w.segments);
+  const int64_t each = (w.segments + wanted - 1) / wanted, splits = (w.segments + each - 1) / each;
+  Tensor parts = torch::stable::new_empty(x, {splits, batch, w.rows}, ScalarType::Float);
+  float* to = static_cast<float*>(parts.mutable_data_ptr());
+  const X* from = static_cast<const X*>(x.const_data_ptr());
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
+  const auto start = [&](auto kernel) {
+    kernel<<<grid, kWarps * kLanes, 0, stream>>>(w, from, static_cast<int>(batch), each, to);
+  };
+  if (batch == 1)
+    code_bits == 3 ? start(_packed_linear<HALF, 3, X, 1>) : start(_packed_linear<HALF, 4, X, 1>);
+  else
+    code_bits == 3 ? start(_packed_linear<HALF, 3, X, kMostRows>)
+                   : start(_packed_linear<HALF, 4, X, kMostRows>);
+  const int64_t count = batch * w.rows;
+  const X* shift = bias ? static_cast<const X*>(bias->const_data_ptr()) : nullptr;
+  _packed_linear_total<X><<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(
+      to, splits, count, w.rows, shift, static_cast<X*>(out.mutable_data_ptr()));
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "packed_linear_rows: ", cudaGetErrorString(error));
+}
+
+Tensor linear_rows(const Tensor& x, const Tensor& raw, const Tensor& planes, const Tensor& escapes,
+                   const Tensor& offsets, const Tensor& window, const Optional& bias) {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && 0 < x.size(0) && x.size(0) <= kMostRows && x.size(1) > 0 && x.is_contiguous(),
+      "x: expected a contiguous [M, K], M at most 16");
+  STD_TORCH_CHECK(raw.dim() == 2 && planes.dim() == 3 && escapes.dim() == 1 && raw.size(0) > 0,
+                  "raw, planes, escapes: expected [N, 64 B], [N, P, B] and [E]");
+  const int64_t columns = x.size(1), rows = raw.size(0), blocks = (columns + 63) / 64, count = planes.size(1);
+  const int64_t segments = (columns + kSegment - 1) / kSegment;
+  STD_TORCH_CHECK(count == 3 || count == 4 || count == 6 || count == 7,
+                  "planes: expected 3, 4, 6 or 7 a block");
+  const bool half = count > 4;
+  check_dtype("raw", raw, ScalarType::Byte);
+  check_dtype("planes", planes, ScalarType::Long);
+  check_dtype("escapes", escapes, ScalarType::Byte);
+  check_dtype("offsets", offsets, ScalarType::Int);
+  check_dtype("window", window, ScalarType::Byte);
+  check_shape("raw", raw, {rows, blocks * 64});
+  check_shape("planes", planes, {rows, count, blocks});
+  check_shape("offsets", offsets, {rows * segments + 1});
+  check_shape("window", window, {rows});
+  const int device = x.get_device_index();
+  for (const Tensor* part : {&raw, &planes, &escapes, &offsets, &window})
+    STD_TORCH_CHECK(part->is_contiguous() && part->get_device_index() == device,
+                    "raw, planes, escapes, offsets, window: expected contiguous tensors on x's device");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(raw.const_data_ptr()) % 16 == 0,
+                  "raw: expected it to begin at a multiple of 16 bytes");
+  const ScalarType dtype = x.scalar_type();
+  const ScalarType own = half ? ScalarType::Half : ScalarType::BFloat16;
+  STD_TORCH_CHECK(dtype == own || dtype == ScalarType::Float, "x: expected the weights' dtype or float32");
+  if (bias) {
+    check_shape("bias", *bias, {rows});
+    check_dtype("bias", *bias, dtype);
+    STD_TORCH_CHECK(bias->is_contiguous() && bias->get_device_index() == device,
+                    "bias: expected it contiguous on x's device");
+  }
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  const cudaStream_t stream = static_cast<cudaStream_t>(current);
+  const Lanes w{static_cast<const uint8_t*>(raw.const_data_ptr()),
+                static_cast<const uint32_t*>(planes.const_data_ptr()),
+                static_cast<const uint8_t*>(escapes.const_data_ptr()),
+                static_cast<const int32_t*>(offsets.const_data_ptr()),
+                static_cast<const uint8_t*>(window.const_data_ptr()),
+                rows,
+                columns,
+                blocks,
+                segments,
+                escapes.numel()};
+  const int code_bits = static_cast<int>(half ? count - 3 : count);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), rows});
+  if (dtype == ScalarType::Float)
+    half ? launch<true, float>(w, code_bits, x, bias, x.size(0), out, stream)
+         : launch<false, float>(w, code_bits, x, bias, x.size(0), out, stream);
+  else if (half)
+    launch<true, Float16Bits>(w, code_bits, x, bias, x.size(0), out, stream);
+  else
+    launch<false, BFloat16Bits>(w, code_bits, x, bias, x.size(0), out, stream);
+  return out;
+}
+
+}  // namespace
+}  // namespace gaugekit::packed
+
+STABLE_TORCH_LIBRARY_IMPL(gaugekit, CUDA, m) {
+  m.impl("packed_linear_rows", TORCH_BOX(&gaugekit::packed::linear_rows));
+}

@@ -1,0 +1,49 @@
+"""``packed_linear`` on CUDA: the binary's product for few rows, Triton's kernels, or the composition where neither is.
+
+triton is imported on the first call, never before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from gaugekit import _library
+from gaugekit.ops.packed_linear import composition
+from gaugekit.ops.packed_linear_weight import WEIGHT
+
+BINARY_ROWS = 16  # the most rows of x that the binary's product takes
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+def linear(x, raw, planes, escapes, offsets, window, bias, fused) -> Tensor:
+    weight = (raw, planes, escapes, offsets, window)
+    suits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() and raw.shape[0]
+    if not fused or not suits:
+        return composition(x, *weight, bias, fused)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if len(flat) <= BINARY_ROWS and _library.implementation("packed_linear_rows", "CUDA"):
+        bias = None if bias is None else bias.contiguous()
+        out = torch.ops.gaugekit.packed_linear_rows(flat, *weight, bias)
+    elif TRITON:
+        from gaugekit.triton_kernels.packed_linear import packed_linear
+
+        out = x.new_empty(len(flat), raw.shape[0])
+        packed_linear(out, flat, *weight, bias)
+    else:
+        return composition(x, *weight, bias, fused)
+    return out.view(*x.shape[:-1], raw.shape[0])
+
+
+def rows(x, raw, planes, escapes, offsets, window, bias) -> Tensor:
+    return composition(x, raw, planes, escapes, offsets, window, bias, True)
+
+
+_library.define(
+    f"packed_linear_rows(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
+    rows,
+    lambda x, raw, *_: x.new_empty((x.shape[0], raw.shape[0])),
+)
+_library.library.impl("packed_linear", linear, "CUDA")

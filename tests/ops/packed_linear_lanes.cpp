@@ -1,0 +1,108 @@
+// Runs the GPU product's lanes (csrc/common/packed_lane.h) one after the other on the processor and prints
+// each case in which a weight is not the one that was packed, or a sum is wrong. Compiled and run by
+// test_packed_linear_twin.py.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "common/packed_lane.h"
+#include "common/simd.h"
+#include "cpu/packed_linear_encode.h"
+
+namespace {
+
+using namespace gaugekit::packed;
+
+struct Matrix {
+  int64_t rows, columns;
+  std::vector<uint16_t> words;
+  std::vector<uint8_t> raw, window, escapes;
+  std::vector<uint64_t> planes;
+  std::vector<int32_t> offsets;
+};
+
+Matrix pack(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random) {
+  std::normal_distribution<float> normal(0, 0.02f);
+  std::uniform_int_distribution<int> any(0, 65535);
+  Matrix m{rows, columns};
+  const int64_t blocks = (columns + 63) / 64, segments = (columns + kSegment - 1) / kSegment;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    uint32_t word = gaugekit::packed::bits_of(normal(random)) >> 16;
+    if (half) word = 0x2000 | any(random) % 0x800 | (any(random) & 0x8000);
+    m.words.push_back(static_cast<uint16_t>(any(random) % 20 ? word : any(random)));
+  }
+  const Words from{m.words.data(), rows, columns, half};
+  const int64_t count = code_bits + (half ? 3 : 0);
+  m.raw.resize(rows * blocks * 64 + 16), m.planes.resize(rows * count * blocks), m.window.resize(rows);
+  m.offsets.resize(rows * segments + 1);
+  std::vector<int64_t> begins(rows + 1);
+  for (int64_t row = 0; row < rows; ++row) {
+    const Survey found = survey_row(from, row);
+    m.window[row] = static_cast<uint8_t>(found.window[code_bits - 3]);
+    begins[row + 1] = begins[row] + found.escapes[code_bits - 3];
+  }
+  m.escapes.resize(begins[rows]);
+  for (int64_t row = 0; row < rows; ++row)
+    encode_row(m.words.data() + row * columns, columns, half, code_bits,
+               Target{m.raw.data() + row * blocks * 64, m.planes.data() + row * count * blocks, blocks,
+                      m.escapes.data() + begins[row], m.escapes.data() + begins[row + 1], m.window[row]},
+               begins[row], m.offsets.data() + row * segments, Level::portable);
+  m.offsets.back() = static_cast<int32_t>(begins[rows]);
+  return m;
+}
+
+template <bool HALF, int C>
+int compare(int64_t rows, int64_t columns, std::mt19937& random) {
+  const Matrix m = pack(rows, columns, HALF, C, random);
+  const Lanes w{m.raw.data(),
+                reinterpret_cast<const uint32_t*>(m.planes.data()),
+                m.escapes.data(),
+                m.offsets.data(),
+                m.window.data(),
+                rows,
+                columns,
+                (columns + 63) / 64,
+                (columns + kSegment - 1) / kSegment,
+                static_cast<int64_t>(m.escapes.size())};
+  std::vector<float> x(columns, 1.0f);
+  int wrong = 0;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t segment = 0; segment < w.segments; ++segment) {
+      int64_t begin = begin_of(w, row, segment);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const Lane<HALF, C> own = load_lane<HALF, C>(w, row, segment, lane);
+        const int64_t first = segment * kSegment + lane * kLaneWeights;
+        float weight[kLaneWeights];
+        double sum = 0;
+        bool finite = true;
+        decode_lane(w, own, w.window[row], begin, weight);
+        for (int i = 0; i < kLaneWeights && first + i < columns; ++i) {
+          wrong += word_of(w, own, w.window[row], begin, i) != m.words[row * columns + first + i];
+          sum += weight[i], finite = finite && std::abs(weight[i]) < 1e3f;
+        }
+        if (finite) wrong += std::abs(lane_product(weight, x.data(), first, columns, 0.0f) - sum) > 1e-2;
+        begin += count_bits(own.escaped);
+      }
+    }
+  if (wrong) std::printf("wrong: half %d, %d code bits, %dx%d\n", HALF, C, int(rows), int(columns));
+  return 1;
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(0);
+  int cases = 0, widened = 0;
+  for (const auto [rows, columns] : {std::pair<int, int>{1, 1}, {9, 70}, {19, 1024}, {10, 2100}}) {
+    cases += compare<false, 3>(rows, columns, random) + compare<false, 4>(rows, columns, random);
+    cases += compare<true, 3>(rows, columns, random) + compare<true, 4>(rows, columns, random);
+  }
+  using Half = gaugekit::Vector<uint16_t, 1>;
+  for (uint32_t bits = 0; bits < 65536; ++bits) {  // every half, against the conversion of the other kernels
+    const float a = widen(Float16Bits{static_cast<uint16_t>(bits)});
+    const float b = gaugekit::widen<1>(Half{static_cast<uint16_t>(bits)}, gaugekit::Float16{})[0];
+    widened += gaugekit::packed::bits_of(a) == gaugekit::packed::bits_of(b);
+  }
+  std::printf("halves %d, cases %d\n", widened, cases);
+}
