@@ -73,7 +73,7 @@ def cases(device: str, quick: bool):
     total = PEAK_CACHE_BYTES if quick else TOTAL_BYTES
     for threads in (1, 2) if device == "cpu" else (None,):
         for n, k in SHAPES[:1] if quick else SHAPES:
-            for batch in (1,) if quick else (1, 4, 16, 32):
+            for batch in (1,) if quick else (1, 4, 16, 32) if device == "cpu" else (1, 16, 256):
                 yield product(n, k, batch, threads, torch.bfloat16, device, total)
     yield product(4096, 4096, 1, 1, torch.float16, device, total)
     yield packing(device, 2048 if quick else 16384)

@@ -123,6 +123,8 @@ def unfuse(model: nn.Module) -> Report:
         first = next(fused.parameters())
         model.set_submodule(path, original.to(first.device, first.dtype).train(fused.training))
     packing.unpack(model, undo.packed)
+    if undo.packed:
+        model.__dict__.pop("save_pretrained", None)
     if undo.modules:
         if undo.quantization_config is None:
             del model.config.quantization_config
@@ -181,9 +183,18 @@ def _fuse_gauge(model: nn.Module, fields: dict, undo: _Undo) -> None:
 def _fuse_packed(model: nn.Module, fields: dict, undo: _Undo) -> None:
     done = packing.pack(model)
     undo.packed = list(done.packed)
+    if done.packed and hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = _refuse_to_save
     fields["replaced"] += [{"module": path, "form": form} for path, form in done.packed.items()]
     fields["left"] += [{"module": path, "reason": reason} for path, reason in done.left.items()]
     fields["bytes_before"], fields["bytes_after"] = done.bytes_before, done.bytes_after
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "save_pretrained: expected a model with plain weights, got one fused with packed=True; "
+        "gaugekit.unfuse(model) restores them, or keep the directory it was loaded from"
+    )
 
 
 def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:

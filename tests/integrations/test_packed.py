@@ -99,12 +99,16 @@ def test_config_refuses_modules_beside_packed():
 def test_fuse_and_unfuse():
     model = made("qwen")
     before, expected = {k: v.clone() for k, v in model.state_dict().items()}, logits(model)
+    reference = logits(made_double(model))
     report = gk.fuse(model, packed=True, attention=False)
     assert report["bytes_after"] < 0.8 * report["bytes_before"] and not report["left"]
     assert report["parameters_after"] == report["parameters_before"]
     assert {one["form"] for one in report["replaced"]} == {"packed_linear", "packed_embedding"}
-    assert torch.equal(logits(model), expected)  # 24 rows: torch's own product on decoded weights
+    assert (logits(model).double() - reference).norm() <= 1.2 * (expected.double() - reference).norm()
+    with pytest.raises(ValueError, match="save_pretrained: .* gaugekit.unfuse"):
+        model.save_pretrained("nowhere")
     gk.unfuse(model)
+    assert "save_pretrained" not in vars(model)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -22,7 +22,8 @@ LARGE = dict(vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidd
 IDS = torch.arange(12)[None]
 
 # The child limits its own address space to what it has after its imports and `allowance` bytes more, then loads through
-# the same reader, plain or packed, and answers one token.
+# the same reader, plain or packed, and answers one token. Large tensors are mappings of their own: what is freed goes
+# back to the system at once.
 CHILD = """
 import resource, sys, torch, transformers
 from gaugekit.checkpoint import Checkpoint
@@ -30,8 +31,8 @@ from gaugekit.integrations import loading
 from gaugekit.integrations.packing import load_packed
 path, kind, allowance = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
-torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
-transformers.LlamaForCausalLM
+small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)).bfloat16()(torch.arange(8)[None])
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + allowance, size + allowance))
 if kind == "packed":
@@ -46,7 +47,11 @@ with torch.no_grad():
 
 
 def child(path, kind, allowance):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+    }
     command = [sys.executable, "-W", "ignore", "-c", CHILD, str(path), kind, str(int(allowance))]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
