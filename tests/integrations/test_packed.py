@@ -132,4 +132,5 @@ def test_minilm():
     assert report["bytes_after"] <= 0.71 * report["bytes_before"]
     ids = torch.randint(0, 30000, (4, 30))
     with torch.no_grad():
-        assert torch.equal(packed(ids)[0], plain(ids)[0])
+        ours, theirs, exact = (m(ids)[0].double() for m in (packed, plain, made_double(plain)))
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()

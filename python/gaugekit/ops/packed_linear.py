@@ -22,8 +22,8 @@ FUSED_ROWS = {"cpu": 64, "cuda": 256}
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times a packed W [N, K], plus ``bias`` [N]: [..., N] in x's dtype; sums in float32 (float64).
 
-    x is of W's dtype, float32 or float64. Differentiable in x and ``bias``; W is frozen. Up to 16 rows W is decoded
-    inside the product, with the same bits as that product on plain weights; beyond, by tiles for torch's matmul
+    x is of W's dtype, float32 or float64. Differentiable in x and ``bias``; W is frozen. For few rows W is decoded
+    inside the product, with the same bits as that product on plain weights; for many, by tiles for torch's matmul
     (``plan`` says which). ValueError for shapes, dtypes or devices that do not fit.
     """
     if x.dtype not in (packed.dtype, torch.float32, torch.float64):
