@@ -5,7 +5,8 @@ an install in an isolated build environment (where torch is not visible), gets t
 then answers through its composition of torch operators, slower and equally right. Nothing is downloaded, no GPU is
 probed.
 
-Environment: GAUGEKIT_CUDA_ARCHS (default "80;90a") names the architectures of the CUDA binary.
+Environment: GAUGEKIT_CUDA_ARCHS (default "80;90a") names the architectures of the CUDA binary; set, it has that binary
+built beside a torch without CUDA too, which is otherwise spared, since such a torch never loads it.
 """
 
 from __future__ import annotations
@@ -121,6 +122,11 @@ def plan_extensions() -> tuple[list, dict]:
             why="no nvcc was found in CUDA_HOME, on PATH or in /usr/local/cuda",
             remedy=f"install the CUDA toolkit, then {rebuild}",
         )
+    elif torch.version.cuda is None and "GAUGEKIT_CUDA_ARCHS" not in os.environ:
+        status["cuda"].update(
+            why="the torch it was built beside has no CUDA",
+            remedy=f"on a machine with a GPU, install torch's CUDA build, then {rebuild}",
+        )
     else:
         cuda = CppExtension("gaugekit._cuda", [], py_limited_api=True)
         cuda.kernels, cuda.nvcc, cuda.cxx = kernels, nvcc, compiler
@@ -169,7 +175,7 @@ class BuildBinaries(BuildExtension):
         command = [nvcc, "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
         for arch in archs.split(";"):
             command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-        command += [f"-D{name}={value}" for name, value in DEFINES]
+        command += ["--threads=0", *(f"-D{name}={value}" for name, value in DEFINES)]
         command += [f"-I{path}" for path in [str(ROOT / "csrc"), *include_paths()]]
         subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         made_for.write_text(archs)

@@ -18,7 +18,14 @@ NVCC = next((c for c in (f"{HOME}/bin/nvcc", shutil.which("nvcc") or "") if os.a
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
 def test_compiles_without_spills(source, tmp_path):
-    command = [NVCC, "-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command = [
+        NVCC,
+        "-O3",
+        "-std=c++20",
+        "--threads=0",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
     command += ["-Xptxas", "-v", "-gencode=arch=compute_80,code=sm_80"]
     command += ["-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}"]
     command += [f"-I{path}" for path in include_paths()]
