@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .shaped_attention import LOG2E, LOW, _load, _product, _reach, tiles
 from .shaped_combine import _head, _put, _seen, _sequence
-from .shaped_combine_launch import Mask, interpretable, named
+from .shaped_combine_launch import Mask, interpretable, named, small
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def ragged_attention(
     places = layout(ranks, repeats, q.device)
     with torch.cuda.device_of(q):
         for rank, members in launches(ranks):
-            tile = tiles("forward", rank, width, q.dtype, window is not None, repeats > 1)
+            tile = tiles("forward", rank, width, q.dtype, window is not None, repeats > 1, small(q))
             programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
             _ragged_attention_fwd[(programs, len(members) * repeats)](
                 q, k, v, a, lse, torch.tensor(members, dtype=torch.int32, device=q.device), **places, TABLE=table,

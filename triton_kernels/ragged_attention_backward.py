@@ -13,7 +13,7 @@ from .ragged_attention import _columns, _rank_put, _rank_tile, flat, launches, l
 from .shaped_attention import LOG2E, _load, _product, _reach, tiles
 from .shaped_attention_backward import _query_reach
 from .shaped_combine import _head, _put, _seen, _sequence, _tile
-from .shaped_combine_launch import Mask, interpretable, named
+from .shaped_combine_launch import Mask, interpretable, named, small
 
 
 @triton.jit
@@ -146,13 +146,13 @@ def ragged_attention_backward(
         for rank, members in launches(ranks):
             here = torch.tensor(members, dtype=torch.int32, device=q.device)
             operands = (q, k, v, grad, lse, delta)
-            tile = tiles("keys", rank, width, q.dtype, window is not None, repeats > 1)
+            tile = tiles("keys", rank, width, q.dtype, window is not None, repeats > 1, small(q))
             programs, table, chunks = mask.split(batch, keys, tile["BLOCK_N"])
             _ragged_attention_bwd_kv[(programs, len(members))](
                 *operands, dk, dv, here, **common, **flat("dk", dk), **named("dv", dv), TABLE=table, chunks=chunks,
                 **tile,
             )  # fmt: skip
-            tile = tiles("queries", rank, width, q.dtype, window is not None, repeats > 1)
+            tile = tiles("queries", rank, width, q.dtype, window is not None, repeats > 1, small(q))
             programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
             _ragged_attention_bwd_q[(programs, len(members) * repeats)](
                 *operands, dq, here, **common, **flat("dq", dq), TABLE=table, chunks=chunks, **tile

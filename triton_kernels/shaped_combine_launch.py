@@ -1,7 +1,5 @@
 """What the launchers share: tiles, chunks, the table of packed sequences, strides, the interpreter's bfloat16."""
 
-import functools
-
 import torch
 import triton
 
@@ -10,15 +8,11 @@ INTERPRETED = triton.knobs.runtime.interpret  # @triton.jit looks at it at the s
 FURTHEST = 1 << 29  # beyond every position, and four times it still fits 32 bits with its sign
 
 
-@functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def small(x: torch.Tensor) -> bool:
     """Whether ``x`` is on a card whose programs have less shared memory than an A100's (consumer cards: 99 KiB)."""
-    here = x.device.type == "cuda" and torch.cuda.is_available()
-    return here and _shared_bytes(x.device) < 163 << 10
+    if x.device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < 163 << 10
 
 
 def interpretable(*outputs: str):
