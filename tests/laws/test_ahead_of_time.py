@@ -5,6 +5,7 @@ stand, and prints what came out. It needs a process of its own: other tests may 
 """
 
 import concurrent.futures
+import functools
 import importlib.util
 import json
 import os
@@ -125,7 +126,12 @@ def compile_share(arch: int, share: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from gaugekit.triton_kernels import shaped_attention, shaped_attention_backward
+    from gaugekit.triton_kernels import (
+        ragged_attention,
+        ragged_attention_backward,
+        shaped_attention,
+        shaped_attention_backward,
+    )
 
     class Driver:
         """Answers what triton asks of a GPU before it compiles."""
@@ -146,7 +152,7 @@ def compile_share(arch: int, share: int) -> None:
         kernels.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
 
     triton.JITFunction.run = compile_only
-    for module in (shaped_attention, shaped_attention_backward):
+    for module in (shaped_attention, shaped_attention_backward, ragged_attention, ragged_attention_backward):
         module.small = lambda x: SHARED[arch] < SHARED[80]
     for name, operands in list(configurations(arch))[share::SHARES]:
         (launch_packed if "batch" in operands else launch)(**operands)
@@ -170,24 +176,23 @@ def instructions(cubin: bytes) -> dict:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """{architecture: rows}, two processes at a time."""
+    """architecture -> rows, made when first asked for, by two processes."""
     cache = tmp_path_factory.mktemp("triton")
 
-    def work(job):
-        arch, share = job
+    def work(arch, share):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
             [sys.executable, __file__, str(arch), str(share)], env=environment, capture_output=True, text=True
         )
         assert run.returncode == 0, f"sm_{arch}: {run.stdout[-1000:]}{run.stderr[-4000:]}"
-        return arch, [json.loads(line) for line in run.stdout.splitlines()]
+        return [json.loads(line) for line in run.stdout.splitlines()]
 
-    rows = {arch: [] for arch in ARCHITECTURES}
-    jobs = [(arch, share) for arch in (90, 80, 100, 89) for share in range(SHARES)]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for arch, found in pool.map(work, jobs):
-            rows[arch] += found
+    @functools.cache
+    def rows(arch):
+        with concurrent.futures.ThreadPoolExecutor(SHARES) as pool:
+            return [row for found in pool.map(work, [arch] * SHARES, range(SHARES)) for row in found]
+
     return rows
 
 
@@ -199,15 +204,15 @@ pytestmark = [
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_configuration_compiles_and_fits(compiled, arch):
-    assert {row["case"] for row in compiled[arch]} == {name for name, _ in configurations(arch)}
-    assert {row["kernel"] for row in compiled[arch]} == {
+    assert {row["case"] for row in compiled(arch)} == {name for name, _ in configurations(arch)}
+    assert {row["kernel"] for row in compiled(arch)} == {
         "_shaped_combine_sums", "_shaped_combine_fwd", "_shaped_combine_bwd",
         "_shaped_attention_fwd", "_shaped_attention_bwd_kv", "_shaped_attention_bwd_q",
         "_packed_linear", "_packed_linear_total",
         "_nonlocal_energy_fwd", "_nonlocal_energy_bwd_kv", "_nonlocal_energy_bwd_q",
         "_ragged_attention_fwd", "_ragged_attention_bwd_kv", "_ragged_attention_bwd_q",
     }  # fmt: skip
-    too_large = [row for row in compiled[arch] if row["shared"] > SHARED[arch]]
+    too_large = [row for row in compiled(arch) if row["shared"] > SHARED[arch]]
     assert not too_large, too_large
 
 
@@ -218,7 +223,7 @@ def triton_is_3_6() -> bool:
 def test_no_spills_on_sm_90(compiled):
     if not triton_is_3_6():
         pytest.skip("registers are allotted for triton 3.6; other versions need only compile")
-    spilled = [row for row in compiled[90] if row["spills"]]
+    spilled = [row for row in compiled(90) if row["spills"]]
     assert not spilled, spilled
 
 
@@ -226,7 +231,7 @@ def test_sixteen_bit_products_run_on_the_tensor_cores(compiled):
     if not triton_is_3_6():
         pytest.skip("HGMMA is asserted for triton 3.6; other versions need only compile")
     products = [
-        row for row in compiled[90] if "_combine" not in row["kernel"] and "float32" not in row["case"]
+        row for row in compiled(90) if "_combine" not in row["kernel"] and "float32" not in row["case"]
     ]
     assert products and all(row["hgmma"] for row in products), [row for row in products if not row["hgmma"]]
 
