@@ -1,6 +1,7 @@
 """Every test runs deterministic and poisoned: memory that an operator allocates and forgets to write holds NaN."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +13,9 @@ workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:  # more threads than cores wait for each other; child processes inherit this
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
     torch.set_num_threads(int(threads))
+    # two processes that compile the same header at the same time spoil it for each other
+    name = f"gaugekit-inductor-{os.getuid()}-{os.environ['PYTEST_XDIST_WORKER']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), name))
 
 
 @pytest.fixture(autouse=True)

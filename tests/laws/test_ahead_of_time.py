@@ -231,8 +231,13 @@ def test_sixteen_bit_products_run_on_the_tensor_cores(compiled):
     if not triton_is_3_6():
         pytest.skip("HGMMA is asserted for triton 3.6; other versions need only compile")
     products = [
-        row for row in compiled(90) if "_combine" not in row["kernel"] and "float32" not in row["case"]
-    ]
+        row
+        for row in compiled(90)
+        if row["kernel"] != "_packed_linear_total"
+        and "_combine" not in row["kernel"]
+        and "float32" not in row["case"]
+        and (row["kernel"] != "_packed_linear" or row["case"] == "packed bfloat16, batch 256")
+    ]  # packed products of 16 rows and fewer wait for memory, and a tensor core of this kind takes 64 rows
     assert products and all(row["hgmma"] for row in products), [row for row in products if not row["hgmma"]]
 
 
