@@ -13,6 +13,7 @@
 #endif
 
 #define GAUGEKIT_INLINE inline __attribute__((always_inline))
+#define GAUGEKIT_NOINLINE __attribute__((noinline))
 
 namespace gaugekit {
 

@@ -8,12 +8,6 @@
 
 #include "common/isa.h"
 
-// Vectors wider than the baseline's registers are passed to inlined functions only: their calling convention
-// is moot.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
 namespace gaugekit {
 
 struct BFloat16 {

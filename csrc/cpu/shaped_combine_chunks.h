@@ -15,35 +15,9 @@ struct ChunkSums {
   double* sums;   // [chunks, units, V]
 };
 
-// Added as the sweeps add them: keys first to last, queries last to first.
-template <class S, int W>
-GAUGEKIT_INLINE void chunk_sums_of(const ChunkSums<S>& f, const Sequence& s, Span chunks, Span units) {
-  using A = accumulator<S>;
-  const int64_t width = f.shape.width;
-  for (int64_t c = chunks.first; c < chunks.last; ++c) {
-    RunningSum<A> sums(units.count() * width, false);
-    const auto add = [&](int64_t row, A scale) __attribute__((always_inline)) {
-      for (int64_t u = units.first; u < units.last; ++u)
-        sums.template add<W>((u - units.first) * width, f.rows.at(s.batch, u, row), scale, width);
-      sums.row_done();
-    };
-    if (f.weighted) {
-      const Span queries = queries_of_chunk(f.shape, s, c);
-      for (int64_t t = queries.last; t-- > queries.first;) {
-        const int64_t seen = keys_of(f.shape, s, t).count();
-        if (seen) add(s.first_query + t, A(1) / static_cast<A>(seen));
-      }
-    } else {
-      const Span keys = keys_of_chunk(f.shape, s, c);
-      for (int64_t j = keys.first; j < keys.last; ++j) add(s.first_key + j, A(1));
-    }
-    sums.flush();
-    std::copy(sums.total.begin(), sums.total.end(),
-              f.sums + ((s.chunks_before + c) * f.units + units.first) * width);
-  }
-}
-
-GAUGEKIT_KERNEL(chunk_sums, chunk_sums_of, ChunkSums)
+// Of some chunks and units; added as the sweeps add them: keys first to last, queries last to first.
+template <class S>
+void chunk_sums(const ChunkSums<S>& f, const Sequence& s, Span chunks, Span units);
 
 // Sums of the chunks before each (causal: of keys; `weighted`: of queries after it), or of all; in place.
 template <class S>

@@ -123,6 +123,39 @@ GAUGEKIT_INLINE void columns(int64_t width, const Step& step) {
 }
 #define GAUGEKIT_STEP [&](int64_t i, int64_t count) __attribute__((always_inline))
 
+// `name`_called is the row function `name` by itself, compiled for the instruction set that W accumulators to
+// a register stand for: what a sweep calls outside its plainest case, so that it stays small.
+#ifdef GAUGEKIT_X86
+#define GAUGEKIT_ROW(name)                                       \
+  template <int W, class A, class S, class... P>                 \
+  GAUGEKIT_NOINLINE void name##_portable(P... p) {               \
+    name<W, A, S>(p...);                                         \
+  }                                                              \
+  template <int W, class A, class S, class... P>                 \
+  GAUGEKIT_AVX2 GAUGEKIT_NOINLINE void name##_avx2(P... p) {     \
+    name<W, A, S>(p...);                                         \
+  }                                                              \
+  template <int W, class A, class S, class... P>                 \
+  GAUGEKIT_AVX512 GAUGEKIT_NOINLINE void name##_avx512(P... p) { \
+    name<W, A, S>(p...);                                         \
+  }                                                              \
+  template <int W, class A, class S, class... P>                 \
+  GAUGEKIT_INLINE void name##_called(P... p) {                   \
+    if constexpr (W * sizeof(A) == 64)                           \
+      name##_avx512<W, A, S>(p...);                              \
+    else if constexpr (W * sizeof(A) == 32)                      \
+      name##_avx2<W, A, S>(p...);                                \
+    else                                                         \
+      name##_portable<W, A, S>(p...);                            \
+  }
+#else
+#define GAUGEKIT_ROW(name)                       \
+  template <int W, class A, class S, class... P> \
+  GAUGEKIT_NOINLINE void name##_called(P... p) { \
+    name<W, A, S>(p...);                         \
+  }
+#endif
+
 // recent += scale * row
 template <int W, class A, class S>
 GAUGEKIT_INLINE void accumulate(A* recent, const S* row, A scale, int64_t width) {
@@ -134,7 +167,7 @@ GAUGEKIT_INLINE void accumulate(A* recent, const S* row, A scale, int64_t width)
 
 // total += scale * row, and rounded to it
 template <int W, class A, class S>
-GAUGEKIT_INLINE void accumulate(double* total, A* rounded, const S* row, A scale, int64_t width) {
+GAUGEKIT_INLINE void accumulate_exactly(double* total, A* rounded, const S* row, A scale, int64_t width) {
   columns<W>(
       width, GAUGEKIT_STEP {
         const Vector<A, W> term = scale * load<W>(row + i, count);
@@ -145,18 +178,32 @@ GAUGEKIT_INLINE void accumulate(double* total, A* rounded, const S* row, A scale
       });
 }
 
+// total += recent, rounded = base + total, recent = 0
+template <int W, class A, class S>
+GAUGEKIT_INLINE void settle(S* recent, A* rounded, double* total, const double* base, int64_t columns) {
+  for (int64_t i = 0; i < columns; ++i) {
+    total[i] += recent[i];
+    rounded[i] = static_cast<A>(base[i] + total[i]);
+    recent[i] = 0;
+  }
+}
+
+GAUGEKIT_ROW(accumulate)
+GAUGEKIT_ROW(accumulate_exactly)
+GAUGEKIT_ROW(settle)
+
 // Running sums of a row of columns: `base` of the chunks before, `total + recent` of this one.
-template <class A>
+template <class A, int W>
 struct RunningSum {
   RunningSum(int64_t columns, bool window)
       : recent(columns), rounded(columns), total(columns), base(columns), window(window) {}
 
-  template <int W, class S>
+  template <class S>
   GAUGEKIT_INLINE void add(int64_t column, const S* row, A scale, int64_t width) {
     if (window)
-      accumulate<W>(&total[column], &rounded[column], row, scale, width);
+      accumulate_exactly_called<W, A, S>(&total[column], &rounded[column], row, scale, width);
     else
-      accumulate<W>(&recent[column], row, scale, width);
+      accumulate_called<W, A, S>(&recent[column], row, scale, width);
   }
 
   // After each row, all its columns added.
@@ -165,15 +212,12 @@ struct RunningSum {
   }
 
   GAUGEKIT_INLINE void flush() {
-    for (size_t i = 0; i < total.size(); ++i) {
-      total[i] += recent[i];
-      rounded[i] = static_cast<A>(base[i] + total[i]);
-      recent[i] = 0;
-    }
+    settle_called<W, A, A>(recent.data(), rounded.data(), total.data(), base.data(),
+                           static_cast<int64_t>(total.size()));
   }
 
   // A new chunk, whose base is given or what was summed so far; under a window nothing.
-  GAUGEKIT_INLINE void next_chunk(const double* given) {
+  GAUGEKIT_NOINLINE void next_chunk(const double* given) {
     if (!window) flush();
     for (size_t i = 0; i < total.size(); ++i) {
       base[i] = window ? 0 : given ? given[i] : base[i] + total[i];
@@ -189,34 +233,41 @@ struct RunningSum {
   int64_t rows = 0;
 };
 
-// The kernel compiled for each instruction set, W accumulators to a register, and `name` choosing at run
-// time.
+// The kernel `body` compiled for each instruction set, W accumulators to a register, and `name` choosing at
+// run time, for the four storage types.
 #ifdef GAUGEKIT_X86
-#define GAUGEKIT_KERNEL(name, body, Problem)                                \
-  template <class S, class... Where>                                        \
-  void name##_portable(const Problem<S>& f, Where... where) {               \
-    body<S, 16 / sizeof(accumulator<S>)>(f, where...);                      \
-  }                                                                         \
-  template <class S, class... Where>                                        \
-  GAUGEKIT_AVX2 void name##_avx2(const Problem<S>& f, Where... where) {     \
-    body<S, 32 / sizeof(accumulator<S>)>(f, where...);                      \
-  }                                                                         \
-  template <class S, class... Where>                                        \
-  GAUGEKIT_AVX512 void name##_avx512(const Problem<S>& f, Where... where) { \
-    body<S, 64 / sizeof(accumulator<S>)>(f, where...);                      \
-  }                                                                         \
-  template <class S, class... Where>                                        \
-  void name(const Problem<S>& f, Where... where) {                          \
-    if (isa() == Isa::avx512) return name##_avx512(f, where...);            \
-    if (isa() == Isa::avx2) return name##_avx2(f, where...);                \
-    name##_portable(f, where...);                                           \
-  }
+#define GAUGEKIT_KERNEL(name, body, Problem)                                                            \
+  template <class S>                                                                                    \
+  void name##_portable(const Problem<S>& f, const Sequence& s, Span chunks, Span units) {               \
+    body<S, 16 / sizeof(accumulator<S>)>(f, s, chunks, units);                                          \
+  }                                                                                                     \
+  template <class S>                                                                                    \
+  GAUGEKIT_AVX2 void name##_avx2(const Problem<S>& f, const Sequence& s, Span chunks, Span units) {     \
+    body<S, 32 / sizeof(accumulator<S>)>(f, s, chunks, units);                                          \
+  }                                                                                                     \
+  template <class S>                                                                                    \
+  GAUGEKIT_AVX512 void name##_avx512(const Problem<S>& f, const Sequence& s, Span chunks, Span units) { \
+    body<S, 64 / sizeof(accumulator<S>)>(f, s, chunks, units);                                          \
+  }                                                                                                     \
+  template <class S>                                                                                    \
+  void name(const Problem<S>& f, const Sequence& s, Span chunks, Span units) {                          \
+    if (isa() == Isa::avx512) return name##_avx512(f, s, chunks, units);                                \
+    if (isa() == Isa::avx2) return name##_avx2(f, s, chunks, units);                                    \
+    name##_portable(f, s, chunks, units);                                                               \
+  }                                                                                                     \
+  GAUGEKIT_FOUR_TYPES(name, Problem)
 #else
-#define GAUGEKIT_KERNEL(name, body, Problem)           \
-  template <class S, class... Where>                   \
-  void name(const Problem<S>& f, Where... where) {     \
-    body<S, 16 / sizeof(accumulator<S>)>(f, where...); \
-  }
+#define GAUGEKIT_KERNEL(name, body, Problem)                                   \
+  template <class S>                                                           \
+  void name(const Problem<S>& f, const Sequence& s, Span chunks, Span units) { \
+    body<S, 16 / sizeof(accumulator<S>)>(f, s, chunks, units);                 \
+  }                                                                            \
+  GAUGEKIT_FOUR_TYPES(name, Problem)
 #endif
+#define GAUGEKIT_FOUR_TYPES(name, Problem)                                   \
+  template void name(const Problem<float>&, const Sequence&, Span, Span);    \
+  template void name(const Problem<double>&, const Sequence&, Span, Span);   \
+  template void name(const Problem<BFloat16>&, const Sequence&, Span, Span); \
+  template void name(const Problem<Float16>&, const Sequence&, Span, Span);
 
 }  // namespace gaugekit
