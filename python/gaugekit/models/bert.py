@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .family import Family, Read, bias_or_zeros, join, split
-from .view import AttentionView, Compact, Projection, Stored
+from .family import Read
+from .linears import Linears
+from .view import AttentionView
 
 PARTS = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
 
 
-class Bert(Family):
+class Bert(Linears):
     """Encoders of model_type "bert" (and causal decoders of that type, without cross-attention)."""
 
     name = "bert"
@@ -45,30 +46,13 @@ class Bert(Family):
             shapes |= {f"{path}.weight": (size, size), f"{path}.bias": (size,)}
         return shapes
 
-    def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
-        heads = config["num_attention_heads"]
-        tensors = self.take(config, layer, read)
-        parts = {}
-        for part, path in self.projections(config, layer).items():
-            weight, bias = tensors[f"{path}.weight"].mT, tensors[f"{path}.bias"]
-            if part == "o":
-                parts[part] = Projection(weight.unflatten(0, (heads, -1)), bias)
-            else:
-                parts[part] = Projection(split(weight, heads), bias.unflatten(0, (heads, -1)))
-        width = config["hidden_size"] // heads
-        return AttentionView(**parts, scale=width**-0.5, causal=bool(config.get("is_decoder")))
+    def heads(self, config: dict, part: str) -> int:
+        return config["num_attention_heads"]
 
-    def store(
-        self, config: dict, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None
-    ) -> Stored:
-        tensors, modules = {}, {}
-        for part, path in self.projections(config, layer).items():
-            if compact and part in compact:
-                tensors |= {f"{path}.{name}": tensor for name, tensor in compact[part].tensors.items()}
-                modules[path] = compact[part].spec
-                continue
-            projection = getattr(view, part)
-            weight = projection.weight.flatten(0, 1) if part == "o" else join(projection.weight)
-            tensors[f"{path}.weight"] = weight.mT.contiguous()
-            tensors[f"{path}.bias"] = bias_or_zeros(projection.bias, weight.shape[1])
-        return Stored(tensors, modules)
+    def biased(self, config: dict, part: str) -> bool:
+        return True
+
+    def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
+        width = config["hidden_size"] // config["num_attention_heads"]
+        parts = self.parts(config, layer, read)
+        return AttentionView(**parts, scale=width**-0.5, causal=bool(config.get("is_decoder")))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from .family import Family, Read, bias_or_zeros, join, split
-from .view import AttentionView, Compact, Projection, Stored
+from .family import Read
+from .linears import Linears
+from .view import AttentionView
 
 NAMES = ("llama", "mistral", "qwen2")
 BIASED = {"qwen2": "qkv"}  # the parts with biases where no config entry says so
 
 
-class Llama(Family):
+class Llama(Linears):
     """Decoders of model_type "llama", "mistral" and "qwen2": every channel of a head is turned by position."""
 
     anchor = "layers.0.self_attn.o_proj.weight"
@@ -39,45 +40,23 @@ class Llama(Family):
         shapes = {}
         for part, path in self.projections(config, layer).items():
             shapes[f"{path}.weight"] = (outputs[part], heads * width if part == "o" else size)
-            if self._biased(config, part):
+            if self.biased(config, part):
                 shapes[f"{path}.bias"] = (outputs[part],)
         return shapes
 
+    def heads(self, config: dict, part: str) -> int:
+        heads, groups, _ = self._sizes(config)
+        return groups if part in "kv" else heads
+
+    def biased(self, config: dict, part: str) -> bool:
+        return bool(config.get("attention_bias")) or part in BIASED.get(self.name, "")
+
     def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
-        heads, groups, width = self._sizes(config)
-        tensors = self.take(config, layer, read)
-        parts = {}
-        for part, path in self.projections(config, layer).items():
-            weight, bias = tensors[f"{path}.weight"].mT, tensors.get(f"{path}.bias")
-            if part == "o":
-                parts[part] = Projection(weight.unflatten(0, (heads, -1)), bias)
-            else:
-                count = heads if part == "q" else groups
-                parts[part] = Projection(
-                    split(weight, count), None if bias is None else bias.unflatten(0, (count, -1))
-                )
+        _, _, width = self._sizes(config)
         rope = config.get("rope_parameters") or {}
         base = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
+        parts = self.parts(config, layer, read)
         return AttentionView(**parts, scale=width**-0.5, rotary=width, causal=True, rotary_base=float(base))
-
-    def store(
-        self, config: dict, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None
-    ) -> Stored:
-        tensors, modules = {}, {}
-        for part, path in self.projections(config, layer).items():
-            if compact and part in compact:
-                tensors |= {f"{path}.{name}": tensor for name, tensor in compact[part].tensors.items()}
-                modules[path] = compact[part].spec
-                continue
-            projection = getattr(view, part)
-            weight = projection.weight.flatten(0, 1) if part == "o" else join(projection.weight)
-            tensors[f"{path}.weight"] = weight.mT.contiguous()
-            if self._biased(config, part):
-                tensors[f"{path}.bias"] = bias_or_zeros(projection.bias, weight.shape[1])
-        return Stored(tensors, modules)
-
-    def _biased(self, config: dict, part: str) -> bool:
-        return bool(config.get("attention_bias")) or part in BIASED.get(self.name, "")
 
     @staticmethod
     def _sizes(config: dict) -> tuple[int, int, int]:
