@@ -65,7 +65,8 @@ def fuse(
     ``neutreno``: λ, a number or one a layer (the first is not used): above the first layer attention becomes
     softmax(Q Kᵀ) V + λ (V⁰ − V), V⁰ the first layer's values of the same token (docs/neutreno.md). This changes the
     function unless λ = 0, ties the gauges of all layers, and so comes without ``gauge``. BERT, RoBERTa, GPT-2, Llama,
-    Mistral, Qwen2, ViT and DeiT; gradient checkpointing needs ``use_reentrant=False``.
+    Mistral, Qwen2, ViT and DeiT; gradient checkpointing needs ``use_reentrant=False``. ``save_pretrained`` keeps λ in
+    config.json, and ``from_pretrained`` fuses again once ``gaugekit.integrations.transformers`` is imported.
 
     What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
     is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],
@@ -125,9 +126,9 @@ def unfuse(model: nn.Module) -> Report:
     packing.unpack(model, undo.packed)
     if undo.packed:
         model.__dict__.pop("save_pretrained", None)
-    if undo.modules:
+    if undo.modules or undo.neutreno:
         if undo.quantization_config is None:
-            del model.config.quantization_config
+            model.config.__dict__.pop("quantization_config", None)
         else:
             model.config.quantization_config = undo.quantization_config
     if undo.taps or undo.neutreno:
@@ -212,6 +213,7 @@ def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:
             fields["left"].append({"module": "", "reason": str(reason)})
             return
         lam = neutreno.numbers(model.config, lam)
+        undo.quantization_config = getattr(model.config, "quantization_config", None)
     try:
         ours.register()
         model.set_attn_implementation(ours.NAME)
@@ -226,6 +228,10 @@ def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:
     if lam is not None:
         neutreno.attach(model, lam)
         undo.neutreno = True
+        try:
+            model.config.quantization_config = neutreno.stored(undo.quantization_config, lam)
+        except ValueError as reason:
+            fields["left"].append({"module": "", "reason": str(reason)})
 
 
 def _check_plain(path: str, module: nn.Module) -> None:

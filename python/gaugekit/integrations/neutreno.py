@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gaugekit.rewrite import VERSION
+
+NAME = "gaugekit"
 ARGUMENT = "gaugekit_values"
 FAMILIES = ("bert", "deit", "gpt2", "llama", "mistral", "qwen2", "roberta", "vit")
 
@@ -83,6 +86,20 @@ def numbers(config, lam: float | Sequence[float]) -> float | list[float]:
             f"neutreno: expected {config.num_hidden_layers} numbers, one a layer, got {len(found)}"
         )
     return lam if single else found
+
+
+def stored(existing, lam: float | Sequence[float]) -> dict:
+    """``existing``, the model's quantization_config, with λ: what config.json says of a fused model.
+
+    ValueError where the weights are stored in a way that is not ours.
+    """
+    found = {} if existing is None else existing if isinstance(existing, dict) else existing.to_dict()
+    method = found.get("quant_method", NAME)
+    if method != NAME:
+        raise ValueError(
+            f"neutreno: λ will not be saved with the model, whose weights are stored as {method!r}"
+        )
+    return {"quant_method": NAME, "version": VERSION, "modules": {}} | found | {"neutreno": lam}
 
 
 def attach(model: nn.Module, lam: float | Sequence[float]) -> None:

@@ -20,6 +20,7 @@ except ImportError as error:
         "gaugekit.integrations.transformers needs transformers: pip install gaugekit[hf]"
     ) from error
 
+from ..fuse import fuse
 from ..nn import forms
 from ..rewrite import VERSION
 from . import attention, packed_files, sas
@@ -33,9 +34,10 @@ class GaugekitConfig(QuantizationConfigMixin):
     """``quantization_config`` of a converted checkpoint: {"quant_method": "gaugekit", "version": 1, "modules": {...}}.
 
     ``modules`` maps the name of a module of the base model (no "bert." or "transformer." before it) to its spec,
-    {"form": name, "arguments": {...}}. ``GaugekitConfig(packed=True)``, given to ``from_pretrained`` of a plain
-    directory, keeps its matrices packed in memory instead (docs/packed.md). Raises ValueError for a version that is not
-    1, modules of another shape, or an entry that is not known.
+    {"form": name, "arguments": {...}}. ``neutreno``, where it stands, is the λ of a model that was saved after
+    ``gaugekit.fuse(model, neutreno=λ)``; it is fused so again. ``GaugekitConfig(packed=True)``, given to
+    ``from_pretrained`` of a plain directory, keeps its matrices packed in memory instead (docs/packed.md). Raises
+    ValueError for a version that is not 1, modules of another shape, or an entry that is not known.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class GaugekitConfig(QuantizationConfigMixin):
         modules: dict[str, dict] | None = None,
         quant_method: str = NAME,
         packed: bool = False,
+        neutreno: float | list[float] | None = None,
         **unknown,
     ):
         if version != VERSION:
@@ -63,10 +66,12 @@ class GaugekitConfig(QuantizationConfigMixin):
         self.version = version
         self.modules = modules or {}
         self.packed = packed
+        self.neutreno = neutreno
 
     def to_dict(self) -> dict:
         """What ``config.json`` keeps; packed weights are not written there, so neither is a word about them."""
-        return {name: value for name, value in super().to_dict().items() if name != "packed"}
+        kept = {name: value for name, value in super().to_dict().items() if name != "packed"}
+        return kept if self.neutreno is not None else {k: v for k, v in kept.items() if k != "neutreno"}
 
 
 @register_quantizer(NAME)
@@ -110,6 +115,17 @@ class GaugekitQuantizer(HfQuantizer):
         model.is_quantized = (
             False  # transformers would refuse .half(), .float() and training, which are all fine here
         )
+        lam = self.quantization_config.neutreno
+        if lam is not None:
+            self.quantization_config.neutreno = (
+                None  # fuse writes λ into the config, and unfuse takes it off again
+            )
+            if not self.quantization_config.modules and self.packing is None:
+                del model.config.quantization_config
+            if left := fuse(model, neutreno=lam)["left"]:
+                raise ValueError(
+                    f"quantization_config: neutreno does not fit this model: {left[0]['reason']}"
+                )
         return model
 
 
