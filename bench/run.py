@@ -125,6 +125,11 @@ def _status_bytes(name: str) -> int:
     raise OSError(f"{name} is not in /proc/self/status")
 
 
+def enough(rounds: int, spent: float, seconds: float) -> bool:
+    """25 rounds in no less than ``seconds``; slow calls stop at eight times that, but never before the fifth round."""
+    return rounds >= 5 and (spent >= 8 * seconds or (rounds >= 25 and spent >= seconds))
+
+
 def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]:
     """One row for each rival of the case."""
     threads = torch.get_num_threads()
@@ -138,10 +143,11 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
             call()
             repeats[name] = max(1, min(1000, int(2e-3 / max(clock(call), 1e-7))))
         times: dict[str, list[float]] = {name: [] for name in calls}
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < seconds or len(times["ours"]) < 5:
-            for name, call in calls.items():
-                times[name].append(clock(call, repeats[name]))
+        order, begin = list(calls), time.perf_counter()
+        while not enough(len(times["ours"]), time.perf_counter() - begin, seconds):
+            for name in order:
+                times[name].append(clock(calls[name], repeats[name]))
+            order.append(order.pop(0))  # so that no call always follows the same one
         memory = peak_bytes(case.ours, case.device)
         bandwidth, rate = peak_rates(case.device, case.dtype, clock, known)
     finally:
