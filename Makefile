@@ -38,7 +38,7 @@ demo: build
 	@$(VENV)/bin/gaugekit demo
 
 test: build
-	@$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	@$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Ten minutes of mutated blobs under the sanitizers; FUZZ_SECONDS says how long.
 fuzz: build

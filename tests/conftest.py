@@ -28,6 +28,10 @@ def deterministic_and_poisoned():
 
 
 def pytest_collection_modifyitems(items):
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(
+        key=lambda item: item.path not in slow
+    )  # long files first: no worker ends long after the others
     if torch.cuda.is_available():
         return
     absent = pytest.mark.skip(reason="needs a CUDA GPU (make gpu runs it)")

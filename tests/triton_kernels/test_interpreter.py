@@ -1,6 +1,5 @@
 """Runs the kernels' tests in Triton's interpreter, in processes where triton was not imported before."""
 
-import concurrent.futures
 import importlib.util
 import os
 import subprocess
@@ -22,21 +21,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runs():
-    """{file: finished process}, two at a time."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-
-    def work(file):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(FILES, pool.map(work, FILES), strict=True))
-
-
 @pytest.mark.parametrize("file", FILES)
-def test_kernels_in_the_interpreter(runs, file):
-    run = runs[file]
+def test_kernels_in_the_interpreter(file):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
