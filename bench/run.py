@@ -125,9 +125,30 @@ def _status_bytes(name: str) -> int:
     raise OSError(f"{name} is not in /proc/self/status")
 
 
-def enough(rounds: int, spent: float, seconds: float) -> bool:
-    """25 rounds in no less than ``seconds``; slow calls stop at eight times that, but never before the fifth round."""
-    return rounds >= 5 and (spent >= 8 * seconds or (rounds >= 25 and spent >= seconds))
+DISTURBED = 0.05  # of the processors' time taken by others during a call: its round is then left out
+
+
+def of_others() -> tuple[float, float, float]:
+    """Wall clock, seconds all processors were busy or taken by the hypervisor, seconds this process used."""
+    try:
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return time.perf_counter(), 0.0, 0.0
+    busy = sum(ticks) - ticks[3] - ticks[4]  # all but idle and waiting for a disk
+    return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+def share_of_others(before: tuple[float, float, float]) -> float:
+    """Share of the processors' time since ``before`` that went to others; 0 where the clock of /proc is too coarse."""
+    wall, busy, own = (b - a for a, b in zip(before, of_others(), strict=True))
+    foreign = busy - own
+    return max(0.0, foreign / (wall * os.cpu_count())) if foreign > 0.03 else 0.0
+
+
+def enough(shares: list[float], spent: float, seconds: float) -> bool:
+    """25 undisturbed rounds in no less than ``seconds``; the end at eight times that, but never before the fifth."""
+    undisturbed = sum(share <= DISTURBED for share in shares)
+    return len(shares) >= 5 and (spent >= 8 * seconds or (undisturbed >= 25 and spent >= seconds))
 
 
 def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]:
@@ -143,10 +164,13 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
             call()
             repeats[name] = max(1, min(1000, int(2e-3 / max(clock(call), 1e-7))))
         times: dict[str, list[float]] = {name: [] for name in calls}
+        others: dict[str, list[float]] = {name: [] for name in calls}
         order, begin = list(calls), time.perf_counter()
-        while not enough(len(times["ours"]), time.perf_counter() - begin, seconds):
+        while not enough(others["ours"], time.perf_counter() - begin, seconds):
             for name in order:
+                before = of_others()
                 times[name].append(clock(calls[name], repeats[name]))
+                others[name].append(share_of_others(before) if case.device == "cpu" else 0.0)
             order.append(order.pop(0))  # so that no call always follows the same one
         memory = peak_bytes(case.ours, case.device)
         bandwidth, rate = peak_rates(case.device, case.dtype, clock, known)
@@ -154,13 +178,19 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
         used = torch.get_num_threads()
         torch.set_num_threads(threads)
 
-    ours = times["ours"]
+    def kept(name: str) -> list[int]:
+        """The rounds that count for ours beside this rival: those in which both were left alone, or nearly."""
+        shares = [max(pair) for pair in zip(others["ours"], others[name], strict=True)]
+        limit = max(DISTURBED, sorted(shares)[4])
+        return [i for i, share in enumerate(shares) if share <= limit]
+
+    ours = [times["ours"][i] for i in kept("ours")]
     p20, median, p80 = (1e3 * q for q in _quantiles(ours))
     floor = max(case.bytes_moved / bandwidth, case.flops / rate)
+    rounds = {name: kept(name) for name in calls if name != "ours"}
     ratios = {
-        name: statistics.median(theirs / mine for theirs, mine in zip(times[name], ours, strict=True))
-        for name in calls
-        if name != "ours"
+        name: statistics.median(times[name][i] / times["ours"][i] for i in found)
+        for name, found in rounds.items()
     }
     rows = []
     for name in case.rivals:
@@ -177,11 +207,15 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
                 "median_ms": median,
                 "p20_ms": p20,
                 "p80_ms": p80,
-                "baseline_ms": 1e3 * statistics.median(times[name]) if name in calls else None,
+                "baseline_ms": (
+                    1e3 * statistics.median(times[name][i] for i in rounds[name]) if name in calls else None
+                ),
                 "ratio": ratios.get(name),
                 "share_of_peak": floor / (median / 1e3) if floor else None,
                 "peak_bytes": memory,
                 "without_us": ratios.get(case.without_us),
+                "rounds": len(rounds.get(name, ours)),
+                "rounds_disturbed": len(times["ours"]) - len(rounds.get(name, ours)),
                 **case.extra,
             }
         )

@@ -77,6 +77,31 @@ def test_chunked_prefill_and_cached_decode_are_the_full_forward(dtype):
         assert_accurate(torch.cat(pieces, dim=2), ref, whole)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_pieces_at_places_of_their_own_are_the_full_forward(dtype, window):
+    """Sequences of 33 and 20 rows, each cut at its own places (query_start), grouped heads, every term."""
+    q, k, v = tensors(dtype)
+    mask = {"causal": True, "window": window, "key_lengths": torch.tensor([33, 20])}
+    gains = {name: torch.randn(4) for name in ("alpha", "beta", "gamma", "lam")}
+    v0 = torch.randn_like(v)
+    start = torch.zeros(2, dtype=torch.int64)
+    whole = gk.shaped_attention(q, k, v, v0=v0, query_start=start, **mask, **gains)
+    double = (x.double() for x in (q, k, v))
+    ref = gk.shaped_attention(*double, v0=v0.double(), query_start=start, **mask, **gains)
+    found = torch.empty_like(whole)
+    for places, rows in (([0, 0], 9), ([9, 4], 16), ([25, 20], 8), ([32, 13], 1), ([0, 14], 6)):
+        cut = [slice(place, place + rows) for place in places]
+        part = [torch.stack([x[b, :, cut[b]] for b in range(2)]) for x in (q, v0)]
+        out = gk.shaped_attention(
+            part[0], k, v, v0=part[1], query_start=torch.tensor(places), **mask, **gains
+        )
+        for b in range(2):
+            found[b, :, cut[b]] = out[b]
+    for b, length in enumerate((33, 20)):
+        assert_accurate(found[b, :, :length], ref[b, :, :length], whole[b, :, :length])
+
+
 def test_pack_then_unpack_restores_the_file(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     plain, packed, back = (
