@@ -25,8 +25,8 @@ def bounds(*values):
 
 CASES = {
     "causal, K < V": {"key_width": 8, "queries": 150, "keys": 150, "heads": 1, "groups": 1, "mask": {"causal": True}},
-    "causal, K > V": {"key_width": 40, "width": 8, "mask": {"causal": True}},
-    "every key, T > S": {"gains": "bg", "queries": 70, "keys": 17},
+    "causal, K > V": {"key_width": 40, "width": 8, "heads": 1, "groups": 1, "mask": {"causal": True}},
+    "every key, T > S": {"gains": "bg", "queries": 70, "keys": 17, "heads": 1, "groups": 1},
     "chunk of queries": {"gains": "abg", "queries": 20, "keys": 90, "mask": {"causal": True}},
     "causal window": {"queries": 70, "keys": 70, "heads": 1, "groups": 1, "mask": {"causal": True, "window": 30}},
     "window on both sides": {"heads": 1, "groups": 1, "mask": {"window": 9}},
@@ -36,8 +36,8 @@ CASES = {
     "packed, window, GQA": {"groups": 1, "queries": 60, "keys": 60, "mask": {
         "causal": True, "window": 9, "cu_seqlens": bounds(0, 0, 13, 60)}},
     "widths 72 and 136": {"key_width": 72, "width": 136, "heads": 1, "groups": 1, "mask": {"causal": True}},
-    "widths 48 and 32": {"key_width": 48, "width": 32, "gains": "b", "queries": 20, "keys": 20},
-    "widths 8 and 256": {"key_width": 8, "width": 256, "gains": "b", "queries": 20, "keys": 20},
+    "widths 48 and 32": {"key_width": 48, "width": 32, "heads": 1, "groups": 1, "gains": "b", "queries": 9, "keys": 9},
+    "widths 8, 256": {"key_width": 8, "width": 256, "heads": 1, "groups": 1, "gains": "b", "queries": 20, "keys": 20},
     "beta alone": {"gains": "b", "queries": 20, "keys": 10, "mask": {"causal": True}},
     "no gain": {"gains": "", "mask": {"causal": True}},
 }  # fmt: skip
