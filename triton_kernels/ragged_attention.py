@@ -10,21 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .shaped_attention import LOG2E, LOW, _load, _product, _reach, tiles
+from .shaped_attention import LOG2E, LOW, _attend, _rank_tile, _reach, tiles
 from .shaped_combine import _head, _put, _seen, _sequence
 from .shaped_combine_launch import Mask, interpretable, named, small
-
-
-@triton.jit
-def _rank_tile(matrix, first, stop, rank, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [first, first + BLOCK_T) of a head's columns; zero outside [0, stop) and from column ``rank`` on."""
-    pointer, stride, stride_last = matrix
-    row = first + tl.arange(0, BLOCK_T)
-    column = tl.arange(0, BLOCK)
-    mask = ((row >= 0) & (row < stop))[:, None] & (column < rank)[None, :]
-    return tl.load(
-        pointer + row.to(tl.int64)[:, None] * stride + column[None, :] * stride_last, mask, other=0.0
-    )
 
 
 @triton.jit
@@ -43,27 +31,6 @@ def _columns(pointer, batch, first, offset, stride_b, stride_t, stride_d):
     """The matrix of the head whose columns start at ``offset``, from row ``first`` on."""
     base = pointer + batch.to(tl.int64) * stride_b + offset.to(tl.int64) * stride_d
     return base + first.to(tl.int64) * stride_t, stride_t, stride_d
-
-
-@triton.jit
-def _attend_rank(
-    acc, total, top, q, k, v, rank, n0, n1, keys, lo, hi, scale, MASKED: tl.constexpr, V: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over keys [n0, n1), as shaped_attention's ``_attend``."""
-    for n in range(n0, n1, BLOCK_N):
-        s = _product(q, tl.trans(_rank_tile(k, n, keys, rank, BLOCK_N, BLOCK_K))) * scale
-        if MASKED:
-            j = (n + tl.arange(0, BLOCK_N))[None, :]
-            s = tl.where((j >= lo[:, None]) & (j < hi[:, None]), s, LOW)
-        highest = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - highest[:, None])
-        shrink = tl.exp2(top - highest)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        acc += _product(p.to(q.dtype), _load(v, n, keys, MASKED, V, BLOCK_N, BLOCK_V))
-        top = highest
-    return acc, total, top
 
 
 @triton.jit
@@ -95,10 +62,10 @@ def _ragged_attention_fwd(
     if WINDOWED:
         n_edge = n0
     else:
-        acc, total, top = _attend_rank(acc, total, top, x, k, v, rank, 0, n_edge, keys, lo, hi, step, False,
-                                       WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
-    acc, total, top = _attend_rank(acc, total, top, x, k, v, rank, n_edge, n1, keys, lo, hi, step, True,
-                                   WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
+        acc, total, top = _attend(acc, total, top, x, k, v, 0, n_edge, keys, lo, hi, step, False,
+                                  BLOCK_K, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V, rank)  # fmt: skip
+    acc, total, top = _attend(acc, total, top, x, k, v, n_edge, n1, keys, lo, hi, step, True,
+                              BLOCK_K, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V, rank)  # fmt: skip
     total = tl.where(hi > lo, total, 1.0)
     acc *= tl.where(hi > lo, 1.0 / total, 0.0)[:, None]
     _put(_head(A, batch, h, first, a_b, a_h, a_t, a_d), acc, t, rows, WIDTH, BLOCK_M, BLOCK_V)

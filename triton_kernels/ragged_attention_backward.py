@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .ragged_attention import _columns, _rank_put, _rank_tile, flat, launches, layout
-from .shaped_attention import LOG2E, _load, _product, _reach, tiles
-from .shaped_attention_backward import _query_reach
+from .ragged_attention import _columns, _rank_put, flat, launches, layout
+from .shaped_attention import LOG2E, _product, _rank_tile, _reach, tiles
+from .shaped_attention_backward import _gather_query, _query_reach
 from .shaped_combine import _head, _put, _seen, _sequence, _tile
 from .shaped_combine_launch import Mask, interpretable, named, small
 
@@ -72,24 +72,6 @@ def _ragged_attention_bwd_kv(
 
 
 @triton.jit
-def _gather_rank(
-    dq, q, da, k, v, log, delta, rank, n0, n1, keys, lo, hi, scale, MASKED: tl.constexpr, V: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """What keys [n0, n1) add to dQ/scale."""
-    for n in range(n0, n1, BLOCK_N):
-        x = _rank_tile(k, n, keys, rank, BLOCK_N, BLOCK_K)
-        p = tl.exp2(_product(q, tl.trans(x)) * scale - log[:, None])
-        if MASKED:
-            j = (n + tl.arange(0, BLOCK_N))[None, :]
-            p = tl.where((j >= lo[:, None]) & (j < hi[:, None]), p, 0.0)
-        y = _load(v, n, keys, MASKED, V, BLOCK_N, BLOCK_V)
-        ds = p * (_product(da, tl.trans(y)) - delta[:, None])
-        dq += _product(ds.to(x.dtype), x)
-    return dq
-
-
-@triton.jit
 def _ragged_attention_bwd_q(
     Q, K, V, DA, LSE, DELTA, DQ, HEADS, RANKS, Q_OFFSETS, K_OFFSETS, BOUNDS, TABLE, START, LENGTHS,
     q_b, q_t, q_d, k_b, k_t, k_d, v_b, v_h, v_t, v_d, da_b, da_h, da_t, da_d, dq_b, dq_t, dq_d,
@@ -122,10 +104,10 @@ def _ragged_attention_bwd_q(
     if WINDOWED:
         n_edge = n0
     else:
-        dq = _gather_rank(dq, x, y, k, v, log, delta, rank, 0, n_edge, keys, lo, hi, step, False,
-                          WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
-    dq = _gather_rank(dq, x, y, k, v, log, delta, rank, n_edge, n1, keys, lo, hi, step, True,
-                      WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
+        dq = _gather_query(dq, x, y, k, v, log, delta, 0, n_edge, keys, lo, hi, 1.0, step, False,
+                           BLOCK_K, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V, rank)  # fmt: skip
+    dq = _gather_query(dq, x, y, k, v, log, delta, n_edge, n1, keys, lo, hi, 1.0, step, True,
+                       BLOCK_K, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V, rank)  # fmt: skip
     dq = tl.where(some[:, None], dq * scale, 0.0)
     _rank_put(_columns(DQ, batch, first, offset, dq_b, dq_t, dq_d), dq, t, rows, rank, BLOCK_M, BLOCK_K)
 

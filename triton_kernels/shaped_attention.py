@@ -45,6 +45,18 @@ def _load(
 
 
 @triton.jit
+def _rank_tile(matrix, first, stop, rank, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [first, first + BLOCK_T); zero outside [0, stop) and from column ``rank``, a number of run time, on."""
+    pointer, stride, stride_last = matrix
+    row = first + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK)
+    mask = ((row >= 0) & (row < stop))[:, None] & (column < rank)[None, :]
+    return tl.load(
+        pointer + row.to(tl.int64)[:, None] * stride + column[None, :] * stride_last, mask, other=0.0
+    )
+
+
+@triton.jit
 def _product(x, y):
     """x y accumulated in float32; float32 operands are not rounded to the tensor cores' ten bits."""
     return tl.dot(x, y, input_precision="ieee")
@@ -68,11 +80,18 @@ def _reach(lo, hi, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
 @triton.jit
 def _attend(
     acc, total, top, q, k, v, n0, n1, keys, lo, hi, scale, MASKED: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, rank=None,
 ):  # fmt: skip
-    """The online softmax over keys [n0, n1): ``acc`` = Σ 2^(s − top) v, ``total`` = Σ 2^(s − top), s in base 2."""
+    """The online softmax over keys [n0, n1): ``acc`` = Σ 2^(s − top) v, ``total`` = Σ 2^(s − top), s in base 2.
+
+    Keys are K wide or, where given, ``rank``.
+    """
     for n in range(n0, n1, BLOCK_N):
-        s = _product(q, tl.trans(_load(k, n, keys, MASKED, K, BLOCK_N, BLOCK_K))) * scale
+        if rank is None:
+            x = _load(k, n, keys, MASKED, K, BLOCK_N, BLOCK_K)
+        else:
+            x = _rank_tile(k, n, keys, rank, BLOCK_N, BLOCK_K)
+        s = _product(q, tl.trans(x)) * scale
         if MASKED:
             j = (n + tl.arange(0, BLOCK_N))[None, :]
             s = tl.where((j >= lo[:, None]) & (j < hi[:, None]), s, LOW)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .shaped_attention import LOG2E, _load, _product, _reach, tiles
+from .shaped_attention import LOG2E, _load, _product, _rank_tile, _reach, tiles
 from .shaped_combine import _gain, _head, _put, _seen, _sequence, _tile
 from .shaped_combine_backward import shaped_combine_backward
 from .shaped_combine_launch import Mask, interpretable, named, small
@@ -102,11 +102,14 @@ def _shaped_attention_bwd_kv(
 @triton.jit
 def _gather_query(
     dq, q, do, k, v, log, delta, n0, n1, keys, lo, hi, beta, scale, MASKED: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, rank=None,
 ):  # fmt: skip
-    """What keys [n0, n1) add to dQ/scale."""
+    """What keys [n0, n1), K wide or ``rank`` where given, add to dQ/scale."""
     for n in range(n0, n1, BLOCK_N):
-        x = _load(k, n, keys, MASKED, K, BLOCK_N, BLOCK_K)
+        if rank is None:
+            x = _load(k, n, keys, MASKED, K, BLOCK_N, BLOCK_K)
+        else:
+            x = _rank_tile(k, n, keys, rank, BLOCK_N, BLOCK_K)
         p = tl.exp2(_product(q, tl.trans(x)) * scale - log[:, None])
         if MASKED:
             j = (n + tl.arange(0, BLOCK_N))[None, :]
