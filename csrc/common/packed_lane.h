@@ -22,7 +22,7 @@ struct Lanes {
   const uint8_t* escapes;
   const int32_t* offsets;
   const uint8_t* window;
-  int64_t rows, columns, blocks, segments, escape_count;
+  int64_t rows, blocks, segments, escape_count;
 };
 
 struct BFloat16Bits {
@@ -116,37 +116,55 @@ GAUGEKIT_LANE uint16_t word_of(const Lanes& w, const Lane<HALF, C>& own, uint32_
   return static_cast<uint16_t>(word);
 }
 
+constexpr int kPart =
+    8;  // weights that are decoded at a time: registers hold them beside the sums of 16 rows
+
+// The lane's next kPart weights; `own` and `begin` then stand at the ones after them.
 template <bool HALF, int C>
-GAUGEKIT_LANE void decode_lane(const Lanes& w, const Lane<HALF, C>& own, uint32_t window, int64_t begin,
-                               float weight[kLaneWeights]) {
+GAUGEKIT_LANE void decode_part(const Lanes& w, Lane<HALF, C>& own, uint32_t window, int64_t& begin,
+                               float weight[kPart]) {
 #pragma unroll
-  for (int i = 0; i < kLaneWeights; ++i) {
+  for (int i = 0; i < kPart; ++i) {
     const uint16_t word = word_of(w, own, window, begin, i);
     weight[i] = HALF ? widen(Float16Bits{word}) : widen(BFloat16Bits{word});
   }
+  begin += count_bits(own.escaped & ((1u << kPart) - 1u));
+  own.escaped >>= kPart;
+#pragma unroll
+  for (int p = 0; p < Lane<HALF, C>::PLANES; ++p) own.plane[p] >>= kPart;
+#pragma unroll
+  for (int i = 0; i + kPart / 4 < kLaneWeights / 4; ++i) own.raw[i] = own.raw[i + kPart / 4];
 }
 
-// sum + the lane's part of a row of W times a row x [columns]; weights in their order.
+// sum + a part of a row of W times as many numbers of x, at a multiple of 16 bytes; weights in their order.
 template <class X>
-GAUGEKIT_LANE float lane_product(const float weight[kLaneWeights], const X* x, int64_t first, int64_t columns,
-                                 float sum) {
+GAUGEKIT_LANE float part_product(const float weight[kPart], const X* x, float sum) {
   constexpr int EACH = 16 / sizeof(X);
-  const X* from = x + first;
-  if (first + kLaneWeights <= columns && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
 #pragma unroll
-    for (int q = 0; q < kLaneWeights / EACH; ++q) {
-      const Quad quad = reinterpret_cast<const Quad*>(from)[q];
-      X value[EACH];
-      memcpy(value, &quad, sizeof(quad));
+  for (int q = 0; q < kPart / EACH; ++q) {
+    const Quad quad = reinterpret_cast<const Quad*>(x)[q];
+    X value[EACH];
+    memcpy(value, &quad, sizeof(quad));
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) sum += weight[q * EACH + i] * widen(value[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLaneWeights; ++i)
-      if (first + i < columns) sum += weight[i] * widen(from[i]);
+    for (int i = 0; i < EACH; ++i) sum += weight[q * EACH + i] * widen(value[i]);
   }
   return sum;
+}
+
+// Adds the lane's part of a row of W times `batch` rows x to the sums. x points at the lane's first column in
+// the first row, the next row is `stride` further; beyond W's columns it is zero. The loop over the parts
+// stays one: unrolled, the compiler moves their loads forward until registers spill.
+template <bool HALF, int C, class X, int T>
+GAUGEKIT_LANE void multiply_lane(const Lanes& w, Lane<HALF, C> own, uint32_t window, int64_t begin,
+                                 const X* x, int64_t stride, int batch, float sum[T]) {
+#pragma unroll 1
+  for (int part = 0; part < kLaneWeights / kPart; ++part, x += kPart) {
+    float weight[kPart];
+    decode_part(w, own, window, begin, weight);
+#pragma unroll
+    for (int t = 0; t < T; ++t)
+      if (t < batch) sum[t] = part_product(weight, x + t * stride, sum[t]);
+  }
 }
 
 }  // namespace gaugekit::packed

@@ -17,11 +17,11 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int kWarps = 8, kMostRows = 16;
+constexpr int kWarps = 8, kMostRows = 16, kBlock = 64;
 constexpr int64_t kPrograms = 2048;  // warps' blocks that fill the largest GPU; no result depends on the card
 
 template <bool HALF, int C, class X, int T>
-__global__ void __launch_bounds__(kWarps* kLanes)
+__global__ void __launch_bounds__(kWarps* kLanes, sizeof(X) == 4 ? 1 : 2)
     _packed_linear(Lanes w, const X* x, int batch, int64_t segments_each, float* parts) {
   const int lane = threadIdx.x % kLanes;
   const int64_t row = blockIdx.x * int64_t(kWarps) + threadIdx.x / kLanes;
@@ -37,12 +37,10 @@ __global__ void __launch_bounds__(kWarps* kLanes)
       const int lower = __shfl_up_sync(~0u, before, step);
       if (lane >= step) before += lower;
     }
-    float weight[kLaneWeights];
-    decode_lane(w, own, window, begin_of(w, row, segment) + before - count, weight);
-    const int64_t k = segment * kSegment + lane * kLaneWeights;
-#pragma unroll
-    for (int t = 0; t < T; ++t)
-      if (t < batch) sum[t] = lane_product(weight, x + t * w.columns, k, w.columns, sum[t]);
+    const int64_t k = segment * kSegment + lane * kLaneWeights, width = w.blocks * kBlock;
+    if (k < width)
+      multiply_lane<HALF, C, X, T>(w, own, window, begin_of(w, row, segment) + before - count, x + k, width,
+                                   batch, sum);
   }
 #pragma unroll
   for (int t = 0; t < T; ++t) {
@@ -68,6 +66,15 @@ __global__ void _packed_linear_total(const float* parts, int64_t splits, int64_t
   for (int64_t split = 0; split < splits; ++split) total += parts[split * count + i];
   if (bias) total += widen(bias[i % rows]);
   put(out + i, total);
+}
+
+// x [M, 64 B] with zeros beyond its columns, at a multiple of 16 bytes: x itself where it is that already.
+Tensor whole_blocks(const Tensor& x, int64_t blocks) {
+  if (x.size(1) == blocks * kBlock && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0) return x;
+  Tensor whole = torch::stable::new_zeros(x, {x.size(0), blocks * kBlock});
+  Tensor part = torch::stable::narrow(whole, 1, 0, x.size(1));
+  torch::stable::copy_(part, x);
+  return whole;
 }
 
 template <bool HALF, class X>
@@ -142,19 +149,19 @@ Tensor linear_rows(const Tensor& x, const Tensor& raw, const Tensor& planes, con
                 static_cast<const int32_t*>(offsets.const_data_ptr()),
                 static_cast<const uint8_t*>(window.const_data_ptr()),
                 rows,
-                columns,
                 blocks,
                 segments,
                 escapes.numel()};
   const int code_bits = static_cast<int>(half ? count - 3 : count);
+  const Tensor whole = whole_blocks(x, blocks);
   Tensor out = torch::stable::new_empty(x, {x.size(0), rows});
   if (dtype == ScalarType::Float)
-    half ? launch<true, float>(w, code_bits, x, bias, x.size(0), out, stream)
-         : launch<false, float>(w, code_bits, x, bias, x.size(0), out, stream);
+    half ? launch<true, float>(w, code_bits, whole, bias, x.size(0), out, stream)
+         : launch<false, float>(w, code_bits, whole, bias, x.size(0), out, stream);
   else if (half)
-    launch<true, Float16Bits>(w, code_bits, x, bias, x.size(0), out, stream);
+    launch<true, Float16Bits>(w, code_bits, whole, bias, x.size(0), out, stream);
   else
-    launch<false, BFloat16Bits>(w, code_bits, x, bias, x.size(0), out, stream);
+    launch<false, BFloat16Bits>(w, code_bits, whole, bias, x.size(0), out, stream);
   return out;
 }
 

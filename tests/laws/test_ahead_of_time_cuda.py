@@ -1,4 +1,4 @@
-"""Law 7: every .cu compiles for sm_80 and sm_90a where nvcc is."""
+"""Law 7: every .cu compiles for sm_80 and sm_90a, without a spill, where nvcc is."""
 
 import os
 import re
@@ -33,6 +33,4 @@ def test_compiles(source, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
-    assert spills, done.stderr[-2000:]
-    if source.stem == "rans":  # its loop waits for memory at every step: no spill may add to that
-        assert set(spills) == {"0"}, done.stderr[-2000:]
+    assert spills and set(spills) == {"0"}, done.stderr[-8000:]

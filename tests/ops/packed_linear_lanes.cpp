@@ -61,11 +61,13 @@ int compare(int64_t rows, int64_t columns, std::mt19937& random) {
                 m.offsets.data(),
                 m.window.data(),
                 rows,
-                columns,
                 (columns + 63) / 64,
                 (columns + kSegment - 1) / kSegment,
                 static_cast<int64_t>(m.escapes.size())};
-  std::vector<float> x(columns, 1.0f);
+  const int64_t width = w.blocks * 64;
+  std::vector<float> x(2 * width + 4, 0.0f);  // two rows, at a multiple of 16 bytes
+  float* rows_of_x = x.data() + (-(reinterpret_cast<uintptr_t>(x.data()) / 4) & 3);
+  for (int64_t k = 0; k < columns; ++k) rows_of_x[k] = 1.0f, rows_of_x[width + k] = -2.0f;
   int wrong = 0;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t segment = 0; segment < w.segments; ++segment) {
@@ -73,15 +75,19 @@ int compare(int64_t rows, int64_t columns, std::mt19937& random) {
       for (int lane = 0; lane < kLanes; ++lane) {
         const Lane<HALF, C> own = load_lane<HALF, C>(w, row, segment, lane);
         const int64_t first = segment * kSegment + lane * kLaneWeights;
-        float weight[kLaneWeights];
-        double sum = 0;
+        double expected = 0;
         bool finite = true;
-        decode_lane(w, own, w.window[row], begin, weight);
         for (int i = 0; i < kLaneWeights && first + i < columns; ++i) {
-          wrong += word_of(w, own, w.window[row], begin, i) != m.words[row * columns + first + i];
-          sum += weight[i], finite = finite && std::abs(weight[i]) < 1e3f;
+          const uint16_t word = word_of(w, own, w.window[row], begin, i);
+          const float weight = HALF ? widen(Float16Bits{word}) : widen(BFloat16Bits{word});
+          wrong += word != m.words[row * columns + first + i];
+          expected += weight, finite = finite && std::abs(weight) < 1e3f;
         }
-        if (finite) wrong += std::abs(lane_product(weight, x.data(), first, columns, 0.0f) - sum) > 1e-2;
+        float sum[3] = {};
+        if (first < width)
+          multiply_lane<HALF, C, float, 3>(w, own, w.window[row], begin, rows_of_x + first, width, 2, sum);
+        if (finite) wrong += std::abs(sum[0] - expected) > 1e-2 || std::abs(sum[1] + 2 * expected) > 2e-2;
+        wrong += sum[2] != 0;
         begin += count_bits(own.escaped);
       }
     }
