@@ -2,13 +2,15 @@
 
 On a CPU torch's attention takes one width only; it is 9 to 28 times slower where keys and values differ, so the rival
 pads queries and keys with zeros to the values' width, as a good user would. A sub-block of keys K wide beside one of
-keys as wide as the values is another model; its row says so.
+keys as wide as the values is another model; its row says so. That other model runs on whatever `plan` takes for it, and
+on torch's attention.
 """
 
 import torch
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
 import gaugekit as gk
+from gaugekit.ops.shaped_attention import use_core
 from gaugekit.reference.ragged_attention import ragged_attention as reference
 from registry import Case, benchmark
 
@@ -54,6 +56,12 @@ def both_ways(function, operands, weight):
     return lambda: torch.autograd.grad(function(*operands), operands, weight)
 
 
+def ways(weight):
+    """(name, run): run(function, operands) makes a call that takes the function forward, or both ways."""
+    yield "forward", lambda f, o: quiet(lambda: f(*o))
+    yield "forward+backward", lambda f, o: both_ways(f, [y.clone().requires_grad_() for y in o], weight)
+
+
 @benchmark("ragged_attention")
 def cases(device: str, quick: bool):
     batch, length = (1, 128) if quick else (1, 1024)
@@ -67,12 +75,12 @@ def cases(device: str, quick: bool):
         v = random(batch, HEADS, length, VALUES)
         for ranks in ([16] * HEADS, [32] * HEADS, [8, 16, 16, 24, 24, 32, 32, 32, 40, 40, 48, 56]):
             q, k = (random(batch, length, sum(ranks)) for _ in range(2))
-            parts = [[x[:, None] for x in y.split(ranks, -1)] for y in (q, k)]
 
-            def ours(q=q, k=k, v=v, ranks=ranks):
+            def ours(q, k, v, ranks=ranks):
                 return gk.ragged_attention(q, k, v, ranks, scale=0.125, causal=True)
 
-            def rival(parts=parts, v=v):
+            def rival(q, k, v, ranks=ranks):
+                parts = [[x[:, None] for x in y.split(ranks, -1)] for y in (q, k)]
                 q, k = (torch.cat([pad(x, (0, VALUES - x.shape[3])) for x in y], 1) for y in parts)
                 return padded(q, k, v, 0.125)
 
@@ -81,12 +89,16 @@ def cases(device: str, quick: bool):
                 return reference(q, k, v, ranks, scale=0.125, causal=True)
 
             name = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}..{max(ranks)}"
-            yield Case(
-                shape=f"B{batch} T{length} H{HEADS} K{name} V{VALUES} causal forward",
-                ours=quiet(ours), rivals={"padded SDPA": quiet(rival)}, without_us="padded SDPA",
-                check=checked(quiet(ours), quiet(rival), exact),
-                flops=batch * length**2 * (sum(ranks) + HEADS * VALUES), label="no projections", **common,
-            )  # fmt: skip
+            operands = (q, k, v)
+            for kind, run in ways(random(batch, HEADS, length, VALUES)):
+                yield Case(
+                    shape=f"B{batch} T{length} H{HEADS} K{name} V{VALUES} causal {kind}",
+                    ours=run(ours, operands), rivals={"padded SDPA": run(rival, operands)},
+                    without_us="padded SDPA",
+                    check=checked(*(quiet(lambda f=f, o=operands: f(*o)) for f in (ours, rival)), exact),
+                    flops=batch * length**2 * (sum(ranks) + HEADS * VALUES) * (1 if kind == "forward" else 3.5),
+                    label="no projections", **common,
+                )  # fmt: skip
 
         x, weight = random(batch, length, width), random(batch, length, width)
         gains = {name: torch.ones(HEADS, device=device) for name in ("alpha", "beta", "gamma")}
@@ -100,19 +112,19 @@ def cases(device: str, quick: bool):
             def wide(*operands, gains=gains):
                 return block(*operands, gains, VALUES)
 
+            def torchs(*operands, gains=gains):
+                with use_core("torch"):
+                    return block(*operands, gains, VALUES)
+
             def finite(operands=(x, *narrow), ours=ours):
                 assert ours(*operands).isfinite().all()
 
-            for kind, run in (
-                ("forward", lambda f, o: quiet(lambda: f(*o))),
-                (
-                    "forward+backward",
-                    lambda f, o, w=weight: both_ways(f, [y.clone().requires_grad_() for y in o], w),
-                ),
-            ):
+            for kind, run in ways(weight):
                 yield Case(
                     shape=f"SAS sub-block B{batch} T{length} D{width} H{HEADS} K{rank} {kind}",
-                    ours=run(ours, [x, *narrow]), rivals={"K64": run(wide, [x, *full])}, without_us="K64",
+                    ours=run(ours, [x, *narrow]),
+                    rivals={"K64": run(wide, [x, *full]), "K64, torch's attention": run(torchs, [x, *full])},
+                    without_us="K64",
                     check=finite, flops=4 * tokens * width * HEADS * rank * (3 if kind != "forward" else 1),
                     label="another model: narrower keys, projections included", **common,
                 )  # fmt: skip

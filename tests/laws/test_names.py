@@ -25,7 +25,6 @@ ABSENT = {
     ): "memory-bound sweep: Triton reaches the bandwidth, so no CUDA twin is planned",
     ("shaped_attention", "cpu"): "its softmax core is torch's SDPA and the rest is shaped_combine",
     ("shaped_attention", "cuda"): "planned in Triton only",
-    ("ragged_attention", "cpu"): "its softmax core is torch's SDPA, with zeros up to the values' width",
     ("ragged_attention", "cuda"): "planned in Triton only",
     (
         "nonlocal_energy",

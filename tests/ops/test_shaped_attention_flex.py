@@ -53,7 +53,7 @@ def test_plan_says_what_was_asked_for():
         with op.use_core("torch"):
             assert op.plan(**operands, causal=True) == table
     assert op.plan(**operands, causal=True) == table
-    message = "^core: expected 'torch', 'fused' or 'flex', got 'cudnn'"
+    message = "^core: expected 'torch', 'ragged', 'fused' or 'flex', got 'cudnn'"
     with pytest.raises(ValueError, match=message), op.use_core("cudnn"):
         pass
 

@@ -1,7 +1,8 @@
 """``ragged_attention``: ``shaped_attention`` with a rank of its own for each head, heads stored side by side.
 
-On CPUs the heads are spread to the width torch's kernels want, those that fit the values' in one call; on CUDA the
-operator ``gaugekit::ragged_attention`` runs a Triton kernel for each tile, so that no head pays for the widest.
+The operator ``gaugekit::ragged_attention`` lets no head pay for the widest: in C++ on CPUs, on CUDA by a Triton kernel
+for each tile. Where it was not measured to be faster, or is not there, the heads are spread to the width torch's
+kernels want, those that fit the values' in one call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from gaugekit.ops import shaped_attention_fused as fused
 from gaugekit.ops import shaped_combine_triton as sweeps
 from gaugekit.ops.ragged_attention_layout import buckets, dense, gather, spread
 from gaugekit.ops.shaped_attention import shaped_attention
+from gaugekit.ops.shaped_attention_plan import RAGGED, asked_core, cpu_core
 from gaugekit.ops.shaped_combine import MASK
+from gaugekit.ops.shaped_combine_operands import Mask, check
 
 NO_TERMS = (None,) * 5
 
@@ -34,12 +37,9 @@ def ragged_attention(
     repeats = q.shape[2] // k.shape[2]
     mask = (causal, window, query_start, key_lengths, cu_seqlens)
     terms = {"alpha": alpha, "beta": beta, "gamma": gamma, "lam": lam}
-    if (
-        q.device.type == "cuda"
-        and sweeps.INSTALLED
-        and q.dtype in sweeps.DTYPES
-        and max(ranks) <= sweeps.WIDEST
-    ):
+    if _operator(q, v, ranks):
+        heads = q[:, :, : repeats * len(ranks), None].transpose(1, 2)
+        check(heads, v, alpha, beta, gamma, v0, lam, Mask(*mask))
         a = torch.ops.gaugekit.ragged_attention(q, k, v, ranks, *mask, float(scale))[0]
         if all(gain is None for gain in terms.values()):
             return a
@@ -66,6 +66,17 @@ def ragged_attention(
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
+
+
+def _operator(q: Tensor, v: Tensor, ranks: list[int]) -> bool:
+    if q.device.type == "cuda":
+        return sweeps.INSTALLED and q.dtype in sweeps.DTYPES and max(ranks) <= sweeps.WIDEST
+    if asked_core() is not None or torch.is_autocast_enabled(q.device.type):
+        return asked_core() == RAGGED
+    return (
+        q.device.type == "cpu"
+        and cpu_core(q.dtype, q.shape[1], sum(ranks) / len(ranks), v.shape[3]) == RAGGED
+    )
 
 
 def composition(q, k, v, ranks, *rest) -> tuple[Tensor, Tensor]:

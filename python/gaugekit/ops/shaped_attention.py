@@ -1,8 +1,9 @@
 """``shaped_attention``: a softmax core, then ``shaped_combine``; or, on GPUs, one fused operator.
 
-The core is torch's ``scaled_dot_product_attention`` with its own autograd (``shaped_attention_core``) or its
-FlexAttention (``shaped_attention_flex``), the operator ``gaugekit::shaped_attention`` (``shaped_attention_fused``);
-``shaped_attention_plan`` chooses, and ``use_core`` overrules it.
+The core is torch's ``scaled_dot_product_attention`` with its own autograd (``shaped_attention_core``), its
+FlexAttention (``shaped_attention_flex``), ``gaugekit::ragged_attention`` with one rank for all heads (on CPUs), or the
+operator ``gaugekit::shaped_attention`` (``shaped_attention_fused``); ``shaped_attention_plan`` chooses, and
+``use_core`` overrules it.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from torch import Tensor
 
 from gaugekit.ops.shaped_attention_core import mask_kind, packed_core, softmax_core
 from gaugekit.ops.shaped_attention_flex import flex_core
-from gaugekit.ops.shaped_attention_plan import BACKENDS, FLEX, FUSED, asked_core, gpu_core
+from gaugekit.ops.shaped_attention_plan import BACKENDS, FLEX, FUSED, RAGGED, asked_core, cpu_core, gpu_core
 from gaugekit.ops.shaped_attention_plan import use_core as use_core
 from gaugekit.ops.shaped_combine_operands import Mask, check, keys_of_queries
 from gaugekit.ops.shaped_combine_triton import INSTALLED
 
 
 class Plan(NamedTuple):
-    """What a call uses: ``core``, torch's, "flex" or "fused"; ``mask``: "none", "is_causal" (no array), "keys"
-    ([B, 1, 1, S]), "blocks" (an array a block of ``block`` queries) or "sequences" (one call a sequence), where "fused"
-    and "flex" need no array for any; ``width``: what K and V are zero-padded to; ``combine``: whether
+    """What a call uses: ``core``, torch's, "flex", "ragged" or "fused"; ``mask``: "none", "is_causal" (no array),
+    "keys" ([B, 1, 1, S]), "blocks" (an array a block of ``block`` queries) or "sequences" (one call a sequence), where
+    the other cores need no array for any; ``width``: what K and V are zero-padded to; ``combine``: whether
     ``shaped_combine`` follows; ``tiles``: of the fused kernels, {part: sizes, warps and stages}."""
 
     core: str
@@ -57,15 +58,20 @@ def shaped_attention(
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
     uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    dtype = _autocast(q)
+    if uses.core in (FUSED, RAGGED) and dtype != q.dtype:
+        q, k, v, v0 = (None if x is None else x.to(dtype) for x in (q, k, v, v0))
     if uses.core == FUSED:
-        if torch.is_autocast_enabled(q.device.type):
-            dtype = torch.get_autocast_dtype(q.device.type)
-            q, k, v, v0 = (None if x is None else x.to(dtype) for x in (q, k, v, v0))
         return torch.ops.gaugekit.shaped_attention(q, k, v, alpha, beta, gamma, v0, lam, *mask, float(scale))[
             0
         ]
-    core = packed_core if uses.mask == "sequences" else softmax_core
-    a = (flex_core if uses.core == FLEX else core)(q, k, v, mask, scale)
+    if uses.core == RAGGED:
+        ranks = [q.shape[3]] * k.shape[1]
+        rows = (x.transpose(1, 2).flatten(2) for x in (q, k))
+        a = torch.ops.gaugekit.ragged_attention(*rows, v, ranks, *mask, float(scale))[0]
+    else:
+        core = packed_core if uses.mask == "sequences" else softmax_core
+        a = (flex_core if uses.core == FLEX else core)(q, k, v, mask, scale)
     if a.dtype != v.dtype:  # torch.autocast chose the core's dtype
         v, v0 = v.to(a.dtype), None if v0 is None else v0.to(a.dtype)
     if uses.combine:
@@ -75,7 +81,8 @@ def shaped_attention(
             return torch.ops.gaugekit.shaped_combine(a, *operands)
         torch.ops.gaugekit.shaped_combine_(a, *operands)
         return a
-    if query_start is not None or key_lengths is not None or q.shape[2] > k.shape[2]:
+    some_blind = query_start is not None or key_lengths is not None or q.shape[2] > k.shape[2]
+    if some_blind and uses.core != RAGGED:
         seen = keys_of_queries(q.shape[2], k.shape[2], mask, q.device)
         a = a.masked_fill((seen.last == seen.first)[:, None, :, None], 0)
     return a
@@ -109,6 +116,9 @@ def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
     asked = asked_core()
     if asked in (FUSED, FLEX):
         return Plan(asked, kind, q.shape[2], v.shape[3], asked == FLEX and combine)
+    on_cpu = asked is None and q.device.type == "cpu"
+    if asked == RAGGED or (on_cpu and cpu_core(_autocast(q), q.shape[2], q.shape[3], v.shape[3]) == RAGGED):
+        return Plan(RAGGED, kind, q.shape[2], v.shape[3], combine)
     if q.device.type == "cuda":
         if (
             asked is None
@@ -119,3 +129,10 @@ def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
     # torch's CPU kernels take only K = V; its general path is 9 to 28 times slower than zeros appended to the narrower.
     widths = (q.shape[3], v.shape[3]) if q.device.type == "cpu" else (v.shape[3],)
     return Plan(core, kind, block, max(widths), combine)
+
+
+def _autocast(x: Tensor) -> torch.dtype:
+    """The dtype torch.autocast has attention run in."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

@@ -1,4 +1,7 @@
-"""Which core ``shaped_attention`` uses on a GPU: one static table, read from dtypes, shapes and the kind of mask.
+"""Which core ``shaped_attention`` uses: static tables, read from dtypes, shapes and the kind of mask.
+
+On CPUs our own kernel (``gaugekit::ragged_attention`` with one rank for all heads) was timed beside torch's attention,
+queries and keys padded to the values' width (docs/rank.md); where it was not, torch's stays. On GPUs:
 
 The rules follow an analysis of FLOPs and bytes on Hopper; none of them has been timed. A fused kernel saves passes over
 memory, which counts while the sequence is short or the heads are narrow; for wide heads and long sequences the vendors'
@@ -11,11 +14,14 @@ import contextlib
 
 import torch
 
+from gaugekit import _library
 from gaugekit.ops.shaped_combine_triton import DTYPES, INSTALLED, WIDEST
 
 FUSED = "fused"
 FLEX = "flex"
 TORCH = "torch"
+RAGGED = "ragged"
+FEWEST_QUERIES = 32  # the ragged core works on blocks of 48
 _asked: list[str] = []  # innermost last
 # torch's attention kernels in the order they are tried; the first that takes the call answers.
 BACKENDS = {
@@ -28,14 +34,15 @@ BACKENDS = {
 
 @contextlib.contextmanager
 def use_core(name: str):
-    """Calls inside take the core ``name`` instead of the table's: "torch", "fused" or "flex".
+    """Calls inside take the core ``name`` instead of the table's: "torch", "ragged", "fused" or "flex".
 
+    "ragged" is the operator of ``gaugekit.ragged_attention``, one rank for all heads: C++ on CPUs, Triton on GPUs.
     "fused" is one Triton kernel on GPUs, elsewhere a composition that writes the softmax out. "flex" is torch's
     FlexAttention: compiled on GPUs; on CPUs torch's unfused form, without gradients. Enter it outside of a compiled
     function as well as inside. ValueError for another name.
     """
-    if name not in (TORCH, FUSED, FLEX):
-        raise ValueError(f"core: expected {TORCH!r}, {FUSED!r} or {FLEX!r}, got {name!r}")
+    if name not in (TORCH, RAGGED, FUSED, FLEX):
+        raise ValueError(f"core: expected {TORCH!r}, {RAGGED!r}, {FUSED!r} or {FLEX!r}, got {name!r}")
     _asked.append(name)
     try:
         yield
@@ -46,6 +53,27 @@ def use_core(name: str):
 def asked_core() -> str | None:
     """The core that ``use_core`` asks for here."""
     return _asked[-1] if _asked else None
+
+
+def cpu_core(dtype: torch.dtype, queries: int, key_width: float, width: int) -> str:
+    """The core, "ragged" or "torch", of a call on a CPU where none is asked for.
+
+    Torch's own kernel is as fast where keys are about as wide as the values; with 16-bit numbers it is not.
+    """
+    half = dtype.itemsize == 2
+    narrow = key_width <= width if half else 4 * key_width <= 3 * width
+    return RAGGED if queries >= FEWEST_QUERIES and narrow and _timed_here(half) else TORCH
+
+
+@torch.compiler.assume_constant_result
+def _timed_here(half: bool) -> bool:
+    """Whether this processor is of the kind the kernel was timed on: AVX2 or AVX-512, and for 16-bit numbers no
+    instructions of their own, which torch's attention would use."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    own = torch.cpu.get_capabilities()
+    native = any(own.get(name) for name in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_tile"))
+    return not (half and native) and _library.implementation("ragged_attention")
 
 
 def gpu_core(
