@@ -1,7 +1,7 @@
 // The vector work of ragged attention on one block of EDGE queries beside EDGE keys: small matrix products,
 // the softmax's exponentials, the slopes of the backward, and rows brought into and out of the accumulators'
-// type. Everything is compiled for each instruction set (GAUGEKIT_KERNEL); who calls it is plain C++. Free of
-// torch.
+// type. Everything is compiled for each instruction set (GAUGEKIT_BLOCK_KERNEL); who calls it is plain C++.
+// Free of torch.
 //
 // EDGE is 48 because a tile of NV vectors beside TILE / NV rows then divides it for every NV: matrices
 // between EDGE rows need no tails. Columns are padded with zeros to ALIGN bytes.
@@ -22,6 +22,35 @@
 #endif
 
 namespace gaugekit {
+
+// `body` compiled for each instruction set, W accumulators to a register, and `name` choosing at run time.
+#ifdef GAUGEKIT_X86
+#define GAUGEKIT_BLOCK_KERNEL(name, body, Problem)          \
+  template <class S>                                        \
+  void name##_portable(const Problem<S>& f) {               \
+    body<S, 16 / sizeof(accumulator<S>)>(f);                \
+  }                                                         \
+  template <class S>                                        \
+  GAUGEKIT_AVX2 void name##_avx2(const Problem<S>& f) {     \
+    body<S, 32 / sizeof(accumulator<S>)>(f);                \
+  }                                                         \
+  template <class S>                                        \
+  GAUGEKIT_AVX512 void name##_avx512(const Problem<S>& f) { \
+    body<S, 64 / sizeof(accumulator<S>)>(f);                \
+  }                                                         \
+  template <class S>                                        \
+  void name(const Problem<S>& f) {                          \
+    if (isa() == Isa::avx512) return name##_avx512(f);      \
+    if (isa() == Isa::avx2) return name##_avx2(f);          \
+    name##_portable(f);                                     \
+  }
+#else
+#define GAUGEKIT_BLOCK_KERNEL(name, body, Problem) \
+  template <class S>                               \
+  void name(const Problem<S>& f) {                 \
+    body<S, 16 / sizeof(accumulator<S>)>(f);       \
+  }
+#endif
 
 constexpr int64_t EDGE = 48;
 constexpr int64_t ALIGN = 64;
@@ -108,7 +137,7 @@ GAUGEKIT_INLINE void product_body(const Product<A>& f) {
   if (left == 1) product_columns<W, 1>(f, column);
 }
 
-GAUGEKIT_KERNEL(multiply, product_body, Product)
+GAUGEKIT_BLOCK_KERNEL(multiply, product_body, Product)
 
 // 2^x to a few units in the last place; 0 below the normal numbers, NaN of NaN.
 template <int W>
@@ -233,7 +262,7 @@ GAUGEKIT_INLINE void weights_body(const Weights<A>& given) {
   }
 }
 
-GAUGEKIT_KERNEL(weigh, weights_body, Weights)
+GAUGEKIT_BLOCK_KERNEL(weigh, weights_body, Weights)
 
 // to[r]: the sum of row r's lanes.
 template <class A>
@@ -248,7 +277,7 @@ GAUGEKIT_INLINE void lanes_body(const Lanes<A>& f) {
   for (int64_t r = 0; r < f.rows; ++r) f.to[r] = total<W, A>(load<W>(f.sum + r * W, W));
 }
 
-GAUGEKIT_KERNEL(add_lanes, lanes_body, Lanes)
+GAUGEKIT_BLOCK_KERNEL(add_lanes, lanes_body, Lanes)
 
 // The backward's block: scores p to probabilities, and d = dO Vᵀ to the slopes p · (d − share) of the scores.
 template <class A>
@@ -274,7 +303,7 @@ GAUGEKIT_INLINE void slopes_body(const Slopes<A>& given) {
     }
 }
 
-GAUGEKIT_KERNEL(slope, slopes_body, Slopes)
+GAUGEKIT_BLOCK_KERNEL(slope, slopes_body, Slopes)
 
 // share[r] = a[r] · b[r]; a and b [rows, width], dense, width padded.
 template <class A>
@@ -294,7 +323,7 @@ GAUGEKIT_INLINE void shares_body(const Shares<A>& f) {
   }
 }
 
-GAUGEKIT_KERNEL(share_rows, shares_body, Shares)
+GAUGEKIT_BLOCK_KERNEL(share_rows, shares_body, Shares)
 
 // Rows `step` apart, scaled, into rows of the accumulator's type `stride` apart, with zeros up to there.
 template <class S>
@@ -316,7 +345,7 @@ GAUGEKIT_INLINE void reading_body(const Reading<S>& f) {
   }
 }
 
-GAUGEKIT_KERNEL(read_lines, reading_body, Reading)
+GAUGEKIT_BLOCK_KERNEL(read_lines, reading_body, Reading)
 
 // The way back.
 template <class S>
@@ -337,7 +366,7 @@ GAUGEKIT_INLINE void writing_body(const Writing<S>& f) {
   }
 }
 
-GAUGEKIT_KERNEL(write_lines, writing_body, Writing)
+GAUGEKIT_BLOCK_KERNEL(write_lines, writing_body, Writing)
 
 // from [EDGE, stride] to to [columns, EDGE]; rows from `rows` on become zeros.
 template <class A>
