@@ -65,7 +65,6 @@ def cpu_core(dtype: torch.dtype, queries: int, key_width: float, width: int) -> 
     return RAGGED if queries >= FEWEST_QUERIES and narrow and _timed_here(half) else TORCH
 
 
-@torch.compiler.assume_constant_result
 def _timed_here(half: bool) -> bool:
     """Whether this processor is of the kind the kernel was timed on: AVX2 or AVX-512, and for 16-bit numbers no
     instructions of their own, which torch's attention would use."""
@@ -74,6 +73,10 @@ def _timed_here(half: bool) -> bool:
     own = torch.cpu.get_capabilities()
     native = any(own.get(name) for name in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_tile"))
     return not (half and native) and _library.implementation("ragged_attention")
+
+
+# What torch.compiler.assume_constant_result would set, but that imports the compiler, and with it Triton.
+_timed_here._dynamo_marked_constant = True
 
 
 def gpu_core(
