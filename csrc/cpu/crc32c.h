@@ -42,8 +42,6 @@ inline uint32_t crc32c_tables(const uint8_t* p, size_t n, uint32_t c) {
   return c;
 }
 
-#ifdef GAUGEKIT_CRC32C_SSE42
-
 // What kLane zero bytes do to a register, as four tables by byte: the register is linear over GF(2).
 class CrcShift {
  public:
@@ -68,9 +66,33 @@ class CrcShift {
   uint32_t table_[4][256];
 };
 
+inline const CrcShift& crc_shift() {
+  static const CrcShift shift;
+  return shift;
+}
+
+// The checksum of kBytes bytes a little at a time, in four lanes, for kernels that have cycles left beside
+// it.
+struct CrcLanes {
+  static constexpr size_t kLanes = 4, kBytes = kLanes * CrcShift::kLane, kStep = 32;
+  uint64_t lane[kLanes];
+
+  void begin(uint32_t crc) {
+    for (uint64_t& c : lane) c = 0;
+    lane[0] = ~crc;
+  }
+  uint32_t end() const {
+    uint32_t c = uint32_t(lane[0]);
+    for (size_t i = 1; i < kLanes; ++i) c = crc_shift()(c) ^ uint32_t(lane[i]);
+    return ~c;
+  }
+};
+
+#ifdef GAUGEKIT_CRC32C_SSE42
+
 // The instruction takes 3 cycles and starts every cycle, so three lanes of kLane bytes run side by side.
 __attribute__((target("sse4.2"))) inline uint32_t crc32c_sse42(const uint8_t* p, size_t n, uint32_t c) {
-  static const CrcShift shift;
+  const CrcShift& shift = crc_shift();
   constexpr size_t lane = CrcShift::kLane;
   for (; n >= 3 * lane; p += 3 * lane, n -= 3 * lane) {
     uint64_t a = c, b = 0, d = 0;

@@ -17,14 +17,13 @@ namespace gaugekit::rans {
 // One step of one lane. Whether a word is taken is a mask, for it cannot be predicted; the caller knows that
 // one may be read.
 inline uint8_t decode_step(uint32_t& state, const DecoderTable& table, const uint8_t*& next) {
-  const uint32_t slot = table.slot[state & (kSlots - 1)];
-  const uint32_t high = state >> kProbabilityBits;
-  const int64_t x = int64_t((slot >> 20) * high + high + (slot >> 8 & (kSlots - 1)));
-  const int64_t mask = (x - int64_t(kStateLower)) >> 63;
-  const int64_t refilled = x << 16 | load<uint16_t>(next);
+  const uint32_t slot = state & (kSlots - 1);
+  const uint8_t symbol = table.symbol_of[slot];
+  const int64_t x = table.frequency_of[symbol] * (state >> kProbabilityBits) + table.rank_of[slot];
+  const int64_t mask = (x - int64_t(kStateLower)) >> 63, refilled = x << 16 | load<uint16_t>(next);
   state = uint32_t(x ^ ((x ^ refilled) & mask));
   next -= 2 * mask;
-  return uint8_t(slot);
+  return symbol;
 }
 
 inline int portable_groups(Decoder& d, int groups, const uint8_t*, uint8_t* symbols) {
@@ -120,8 +119,11 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
   Buckets buckets;
   make_buckets(table, buckets);
   const bool in_registers = path == Isa::avx512 && table.size <= kRegisterSymbols;
-  if (in_registers) fill_registers(table, buckets, d.table);
-  if (!in_registers || n % kLanes) fill_slots(table, buckets, d.table);
+  Output output;
+  const GroupsFunction kernel = groups_function(path, in_registers, blob.width, model, output);
+  if (in_registers) fill_registers(table, buckets, symbol_place(output), d.table);
+  if (!in_registers && path != Isa::portable) fill_slots(table, buckets, d.table);
+  if (path == Isa::portable || n % kLanes) fill_portable(table, buckets, d.table);
   for (int s = 0; s < kSegments; ++s) {
     d.words[s].open(p, e.words[s]);
     p += padded(2 * uint64_t(e.words[s]));
@@ -142,14 +144,20 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
     for (int g = 0; g < kBlockGroups; ++g) std::memcpy(constants[0] + g * kSixBytes, group, kSixBytes);
   }
 
-  Output output;
-  const GroupsFunction kernel = groups_function(path, in_registers, blob.width, model, output);
   const bool merged = output != Output::symbols;  // else the symbols of a block are merged with its planes
   const MergeFunction merge_block = merger(blob.width, model, path);
+  // A block's checksum is taken while the next one is decoded, where that one is as long: such a kernel's
+  // groups have cycles left for it.
+  static_assert(CrcLanes::kBytes == 2 * kBlock && CrcLanes::kStep * kBlockGroups == CrcShift::kLane);
+  static constexpr uint8_t nothing[CrcLanes::kBytes] = {};
+  const uint8_t* unchecked = nullptr;
   uint32_t crc = 0;
   for (uint64_t done = 0; done < n;) {
     const uint64_t block = std::min<uint64_t>(kBlock, n - done), whole = block - block % kLanes;
     uint8_t* place = out + done * blob.width;
+    const bool beside = unchecked && whole == kBlock;
+    d.check = unchecked ? unchecked : nothing;
+    d.crc.begin(crc);
     if (!decode_groups(d, kernel, int(whole / kLanes), planes[0], merged ? place : symbols, output))
       return "a segment's words run out";
     const uint64_t from = merged ? whole : 0;
@@ -164,11 +172,17 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
       rest[0] = unpacked + from;
     }
     if (from < block) merge_block(symbols + from, rest, block - from, place + from * blob.width, table.shift);
-    crc = crc32c(place, block * blob.width, crc);
+    if (beside)
+      crc = d.crc.end();
+    else if (unchecked)
+      crc = crc32c(unchecked, CrcLanes::kBytes, crc);
+    unchecked = merged && whole == kBlock ? place : nullptr;
+    if (!unchecked) crc = crc32c(place, block * blob.width, crc);
     done += block;
     for (int plane = 0; plane < blob.width - 1; ++plane)
       if (!(e.constant >> plane & 1)) planes[plane] += plane_bytes(block, model);
   }
+  if (unchecked) crc = crc32c(unchecked, CrcLanes::kBytes, crc);
   for (uint32_t state : d.states)
     if (state != kStateLower) return "a segment does not end in the state it began with";
   for (const Words& w : d.words)

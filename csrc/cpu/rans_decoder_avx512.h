@@ -18,35 +18,54 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i lookup(const __m512i (&table)[2], __m512
   return _mm512_permutex2var_epi32(table[0], index, table[1]);
 }
 
-// One step of 16 lanes; their symbols come back in the low bytes, the other bits are arbitrary.
+GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i look_up(const uint32_t* table, __m512i index) {
+  alignas(64) uint32_t i[16];
+  _mm512_store_si512(i, index);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(avx2::look_up(table, i)), avx2::look_up(table, i + 8), 1);
+}
+
+// 16 lanes within a step. The symbols are where the table has them, the bits around them arbitrary.
+struct Lanes {
+  __m512i x, y, symbol;
+};
+
+// From state and slot to the state before words are taken, in two halves: a group's four vectors go through
+// each half together, so that the processor's window holds work that does not wait for other work.
 template <bool in_registers>
-GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i step(__m512i& x, const Registers& r, const uint32_t* slots,
-                                             const uint8_t*& next) {
-  __m512i symbol, y;
-  const __m512i high = _mm512_srli_epi32(x, kProbabilityBits);
+GAUGEKIT_AVX512 GAUGEKIT_INLINE void find(Lanes& v, const Registers& r, const uint32_t* slots) {
   if constexpr (in_registers) {
-    const __m512i index = _mm512_srli_epi32(x, 7);  // the lookup takes the low five bits: the bucket
+    const __m512i index = _mm512_srli_epi32(v.x, 7);  // the lookup takes the low five bits: the bucket
     const __m512i bucket = lookup(r.bucket, index);
-    const __mmask16 second = _mm512_cmpgt_epu32_mask(_mm512_slli_epi32(x, 25), bucket);
-    const __m512i part = _mm512_mask_mov_epi32(lookup(r.part[0], index), second, lookup(r.part[1], index));
-    symbol = _mm512_mask_srli_epi32(bucket, second, bucket, 8);
-    const __m512i place = _mm512_and_si512(x, _mm512_set1_epi32(127));
-    const __m512i rank = _mm512_add_epi32(place, _mm512_srai_epi32(part, 16));
-    y = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(part, _mm512_set1_epi32(0xFFFF)), high), rank);
+    const __mmask16 second = _mm512_cmpgt_epu32_mask(_mm512_slli_epi32(v.x, 25), bucket);
+    v.y = _mm512_mask_mov_epi32(lookup(r.part[0], index), second, lookup(r.part[1], index));
+    v.symbol = _mm512_mask_srli_epi32(bucket, second, bucket, 8);
   } else {
-    const __m512i low = _mm512_set1_epi32(kSlots - 1);
-    const __m512i index = _mm512_and_si512(x, low);
-    symbol = _mm512_inserti64x4(_mm512_castsi256_si512(avx2::look_up(slots, _mm512_castsi512_si256(index))),
-                                avx2::look_up(slots, _mm512_extracti64x4_epi64(index, 1)), 1);
-    const __m512i rank = _mm512_and_si512(_mm512_srli_epi32(symbol, 8), low);
-    y = _mm512_mullo_epi32(_mm512_srli_epi32(symbol, 20), high);
-    y = _mm512_add_epi32(y, _mm512_add_epi32(high, rank));
+    const __m512i index = _mm512_and_si512(v.x, _mm512_set1_epi32(kSlots - 1));
+    v.symbol = look_up(slots, index);
   }
-  const __mmask16 refill = _mm512_cmplt_epu32_mask(y, _mm512_set1_epi32(kStateLower));
+}
+
+template <bool in_registers>
+GAUGEKIT_AVX512 GAUGEKIT_INLINE void advance(Lanes& v) {
+  const __m512i high = _mm512_srli_epi32(v.x, kProbabilityBits);
+  if constexpr (in_registers) {
+    const __m512i place = _mm512_and_si512(v.x, _mm512_set1_epi32(127));
+    const __m512i rank = _mm512_add_epi32(place, _mm512_srai_epi32(v.y, 16));
+    const __m512i frequency = _mm512_and_si512(v.y, _mm512_set1_epi32(0xFFFF));
+    v.y = _mm512_add_epi32(_mm512_mullo_epi32(frequency, high), rank);
+  } else {
+    const __m512i rank = _mm512_and_si512(_mm512_srli_epi32(v.symbol, 8), _mm512_set1_epi32(kSlots - 1));
+    v.y = _mm512_mullo_epi32(_mm512_srli_epi32(v.symbol, 20), high);
+    v.y = _mm512_add_epi32(v.y, _mm512_add_epi32(high, rank));
+  }
+}
+
+// Deals words to the lanes in need, lowest first.
+GAUGEKIT_AVX512 GAUGEKIT_INLINE void refill(Lanes& v, const uint8_t*& next) {
+  const __mmask16 low = _mm512_cmplt_epu32_mask(v.y, _mm512_set1_epi32(kStateLower));
   const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)));
-  next += 2 * __builtin_popcount(refill);
-  x = _mm512_mask_or_epi32(y, refill, _mm512_slli_epi32(y, 16), _mm512_maskz_expand_epi32(refill, words));
-  return symbol;
+  next += 2 * size_t(__builtin_popcount(low));
+  v.x = _mm512_mask_or_epi32(v.y, low, _mm512_slli_epi32(v.y, 16), _mm512_maskz_expand_epi32(low, words));
 }
 
 // The symbols of a segment's 32 elements in the low bytes of 16-bit lanes, in order.
@@ -77,20 +96,16 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE void put_with_six(__m512i symbols, __m256i six, 
   _mm512_storeu_si512(out, y);
 }
 
+// `symbols` have theirs at symbol_place(output). 0xCA chooses bits: a ? b : c.
 template <Output output>
 GAUGEKIT_AVX512 GAUGEKIT_INLINE void put(__m512i symbols, const uint8_t* plane, uint8_t* out) {
   if constexpr (output == Output::symbols) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(symbols));
   } else {
-    const __m512i raw = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane)));
-    __m512i y = _mm512_slli_epi16(symbols, 8);
-    if constexpr (output == Output::high16) {
-      y = _mm512_or_si512(y, raw);
-    } else {  // 0xF8 is a | (b & c)
-      y = _mm512_ternarylogic_epi32(_mm512_srli_epi16(y, 1), raw, _mm512_set1_epi16(0x7F), 0xF8);
-      y = _mm512_ternarylogic_epi32(y, _mm512_slli_epi16(raw, 8), _mm512_set1_epi16(-0x8000), 0xF8);
-    }
-    _mm512_storeu_si512(out, y);
+    __m512i raw = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane)));
+    if (output == Output::exponent16) raw = _mm512_mullo_epi16(raw, _mm512_set1_epi16(257));  // in both bytes
+    const __m512i mask = _mm512_set1_epi16(short(0xFF << symbol_place(output)));
+    _mm512_storeu_si512(out, _mm512_ternarylogic_epi32(mask, symbols, raw, 0xCA));
   }
 }
 
@@ -102,31 +117,43 @@ GAUGEKIT_AVX512 int groups(Decoder& d, int groups, const uint8_t* plane, uint8_t
     for (int p = 0; p < 2; ++p) r.part[p][half] = _mm512_load_si512(d.table.part[p] + 16 * half);
   }
   const uint32_t* slots = d.table.slot;
-  __m512i x0 = _mm512_load_si512(d.states), x1 = _mm512_load_si512(d.states + 16);
-  __m512i x2 = _mm512_load_si512(d.states + 32), x3 = _mm512_load_si512(d.states + 48);
+  Lanes v[4];
+  for (int i = 0; i < 4; ++i) v[i].x = _mm512_load_si512(d.states + 16 * i);
   const uint8_t *a = d.words[0].next, *b = d.words[1].next;
   const uint8_t *const a_safe = d.words[0].safe, *const b_safe = d.words[1].safe;
   constexpr int bytes = output_bytes(output);
+  CrcLanes crc = d.crc;
+  const uint8_t* check = d.check;
   int done = 0;
   for (; done < groups && a <= a_safe && b <= b_safe; ++done) {
-    const __m512i s0 = step<in_registers>(x0, r, slots, a), s2 = step<in_registers>(x2, r, slots, b);
-    const __m512i s1 = step<in_registers>(x1, r, slots, a), s3 = step<in_registers>(x3, r, slots, b);
-    if constexpr (output == Output::exponent_and_two) {
-      __m256i first, second;
-      six_bits(plane, first, second);
-      put_with_six(in_order(s0, s1), first, d.shift, out);
-      put_with_six(in_order(s2, s3), second, d.shift, out + kSegmentLanes * bytes);
-    } else {
-      put<output>(in_order(s0, s1), plane, out);
-      put<output>(in_order(s2, s3), plane + kSegmentLanes, out + kSegmentLanes * bytes);
+    for (Lanes& lanes : v) find<in_registers>(lanes, r, slots);
+    for (Lanes& lanes : v) advance<in_registers>(lanes);
+    __m512i first = in_order(v[0].symbol, v[1].symbol), second = in_order(v[2].symbol, v[3].symbol);
+    if constexpr (!in_registers) {
+      first = _mm512_slli_epi16(first, symbol_place(output));
+      second = _mm512_slli_epi16(second, symbol_place(output));
     }
+    if constexpr (output == Output::exponent_and_two) {
+      __m256i six[2];
+      six_bits(plane, six[0], six[1]);
+      put_with_six(first, six[0], d.shift, out);
+      put_with_six(second, six[1], d.shift, out + kSegmentLanes * bytes);
+    } else {
+      put<output>(first, plane, out);
+      put<output>(second, plane + kSegmentLanes, out + kSegmentLanes * bytes);
+    }
+    if constexpr (output != Output::symbols) avx2::check_group(crc, check), check += CrcLanes::kStep;
+    avx2::prefetch_streams(a, b, plane, out);
+    refill(v[0], a);
+    refill(v[2], b);
+    refill(v[1], a);
+    refill(v[3], b);
     plane += group_plane_bytes(output);
     out += kLanes * bytes;
   }
-  _mm512_store_si512(d.states, x0);
-  _mm512_store_si512(d.states + 16, x1);
-  _mm512_store_si512(d.states + 32, x2);
-  _mm512_store_si512(d.states + 48, x3);
+  for (int i = 0; i < 4; ++i) _mm512_store_si512(d.states + 16 * i, v[i].x);
+  d.crc = crc;
+  d.check = check;
   d.words[0].next = a;
   d.words[1].next = b;
   return done;

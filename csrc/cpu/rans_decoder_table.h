@@ -12,14 +12,29 @@ namespace gaugekit::rans {
 constexpr int kRegisterSymbols = 32;
 
 struct alignas(64) DecoderTable {
+  uint32_t before[16];  // vector loads may read three entries before `slot` and behind it
   // (frequency - 1) << 20 | rank << 8 | symbol
   uint32_t slot[kSlots];
-  // (divider - 1) << 25 | second symbol << 8 | first symbol: whether (x mod 128) << 25 is above it says
-  // which.
+  // (divider - 1) << 25 | (second symbol << 8 | first symbol) << symbol_place: whether (x mod 128) << 25 is
+  // above it says which.
   uint32_t bucket[kRegisterSymbols];
   // (rank - position in the bucket) << 16 | frequency, for the first and the second symbol
   uint32_t part[2][kRegisterSymbols];
+  // The same without vectors: a load is cheaper than a shift and a mask.
+  uint8_t symbol_of[kSlots];
+  uint16_t rank_of[kSlots];
+  uint32_t frequency_of[256];  // by symbol
 };
+
+inline void fill_portable(const Table& table, const Buckets& buckets, DecoderTable& out) {
+  uint32_t rank[kMaxSymbols] = {};
+  for (int i = 0; i < table.size; ++i) out.frequency_of[table.symbol[i]] = table.frequency[i];
+  each_run(buckets, [&](int i, int first, int slots) {
+    std::memset(out.symbol_of + first, table.symbol[i], slots);
+    for (int k = 0; k < slots; ++k) out.rank_of[first + k] = uint16_t(rank[i] + k);
+    rank[i] += slots;
+  });
+}
 
 inline void fill_slots(const Table& table, const Buckets& buckets, DecoderTable& out) {
   uint32_t rank[kMaxSymbols] = {};
@@ -30,13 +45,15 @@ inline void fill_slots(const Table& table, const Buckets& buckets, DecoderTable&
   });
 }
 
-inline void fill_registers(const Table& table, const Buckets& b, DecoderTable& out) {
+// `place` is where the symbols' lowest bits stand in `bucket`, 0 to 8.
+inline void fill_registers(const Table& table, const Buckets& b, int place, DecoderTable& out) {
   uint32_t rank[kMaxSymbols] = {};
   for (int i = 0; i < kRegisterSymbols; ++i) {
     // A bucket whose first part is empty is all its alias; one whose second part is empty never looks there.
     const int divider = b.divider[i] ? b.divider[i] : b.width, first = b.divider[i] ? i : b.alias[i];
     const int second = divider < b.width ? b.alias[i] : first;
-    out.bucket[i] = uint32_t(divider - 1) << 25 | uint32_t(table.symbol[second]) << 8 | table.symbol[first];
+    const uint32_t symbols = uint32_t(table.symbol[second]) << 8 | table.symbol[first];
+    out.bucket[i] = uint32_t(divider - 1) << 25 | symbols << place;
     out.part[0][i] = rank[first] << 16 | table.frequency[first];
     rank[first] += divider;
     out.part[1][i] = (rank[second] - divider) << 16 | table.frequency[second];
@@ -86,6 +103,10 @@ struct Words {
 enum class Output { symbols, exponent16, high16, exponent_and_two };
 
 constexpr int output_bytes(Output output) { return output == Output::symbols ? 1 : 2; }
+// Where an element's symbol begins in it, for those that are a byte of the element.
+constexpr int symbol_place(Output output) {
+  return output == Output::exponent16 ? 7 : output == Output::high16 ? 8 : 0;
+}
 // Bytes of plane 0 that a group uses.
 constexpr int group_plane_bytes(Output output) {
   return output == Output::symbols ? 0 : output == Output::exponent_and_two ? int(kSixBytes) : kLanes;
@@ -96,6 +117,10 @@ struct Decoder {
   Words words[kSegments];
   DecoderTable table;
   int shift;  // of the chunk's Table
+  // Kernels that merge add kLanes * 2 bytes of the block before, for each group, to its checksum: kStep bytes
+  // of each lane from `check` on.
+  CrcLanes crc;
+  const uint8_t* check;
 };
 
 // Decodes up to `groups` groups while words may be read, and returns how many. `plane` is plane 0 of these

@@ -13,15 +13,17 @@
 namespace gaugekit::rans::avx2 {
 
 // collect[mask]: the lanes of the mask in their order, in the last places of eight.
-constexpr Deal make_collect() {
-  Deal collect{};
+using Collect = std::array<std::array<uint8_t, 8>, 256>;
+
+constexpr Collect make_collect() {
+  Collect collect{};
   for (int mask = 0; mask < 256; ++mask)
     for (int lane = 7, place = 7; lane >= 0; --lane)
       if (mask >> lane & 1) collect[mask][place--] = uint8_t(lane);
   return collect;
 }
 
-inline constexpr Deal kCollect = make_collect();
+inline constexpr Collect kCollect = make_collect();
 
 // One step of eight lanes, whose symbols are every second byte of `symbols`. Eight words are stored before
 // `next`, of which the last ones count; the others are written over later, or lie in front of the buffer.
@@ -29,11 +31,7 @@ GAUGEKIT_AVX2 GAUGEKIT_INLINE void encode_step(__m256i& x, const uint8_t* symbol
                                                uint16_t*& next) {
   uint32_t index[8];
   for (int i = 0; i < 8; ++i) index[i] = symbols[2 * i];
-  const __m128i first =
-      _mm_unpacklo_epi64(look_up_pair(t.by_symbol, index), look_up_pair(t.by_symbol, index + 2));
-  const __m128i second =
-      _mm_unpacklo_epi64(look_up_pair(t.by_symbol, index + 4), look_up_pair(t.by_symbol, index + 6));
-  const __m256i code = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+  const __m256i code = look_up(t.by_symbol, index);
   const __m256i f = _mm256_and_si256(code, _mm256_set1_epi32(0xFFFF)), one = _mm256_set1_epi32(1);
   const __m256i spill = _mm256_cmpgt_epi32(x, _mm256_sub_epi32(_mm256_slli_epi32(f, 19), one));
   const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(spill));
@@ -54,7 +52,9 @@ GAUGEKIT_AVX2 GAUGEKIT_INLINE void encode_step(__m256i& x, const uint8_t* symbol
   quotient = _mm256_sub_epi32(quotient, more);
   rest = _mm256_sub_epi32(rest, _mm256_and_si256(more, f));
   const __m256i place = _mm256_add_epi32(rest, _mm256_srli_epi32(code, 16));
-  x = _mm256_or_si256(_mm256_slli_epi32(quotient, kProbabilityBits), look_up(t.slot_of, place));
+  alignas(32) uint32_t places[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(places), place);
+  x = _mm256_or_si256(_mm256_slli_epi32(quotient, kProbabilityBits), look_up(t.slot_of, places));
 }
 
 // Codes `groups` whole groups, the last first.

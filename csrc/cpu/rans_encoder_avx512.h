@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/isa.h"
-#include "rans_decoder_avx2.h"
+#include "rans_decoder_avx512.h"
 #include "rans_encoder_table.h"
 
 #ifdef GAUGEKIT_X86
@@ -16,8 +16,7 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i codes_of(__m512i index, const __m512i (&
                                                  const uint32_t* memory) {
   if constexpr (in_registers) return _mm512_permutex2var_epi32(table[0], index, table[1]);
   index = _mm512_and_si512(index, _mm512_set1_epi32(255));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(avx2::look_up(memory, _mm512_castsi512_si256(index))),
-                            avx2::look_up(memory, _mm512_extracti64x4_epi64(index, 1)), 1);
+  return look_up(memory, index);
 }
 
 // One step of 16 lanes. The quotient is that of floats rounded towards zero: x < 2^31 and it is below 2^19,
@@ -99,10 +98,10 @@ GAUGEKIT_AVX512 void encode_groups(const uint8_t* symbols, uint64_t groups, cons
     const Step s3 = encode_step(x3, codes_of<in_registers>(_mm512_srli_epi32(second, 8), table, memory), b);
     const Step s0 = encode_step(x0, codes_of<in_registers>(first, table, memory), a);
     const Step s2 = encode_step(x2, codes_of<in_registers>(second, table, memory), b);
-    x1 = _mm512_or_si512(s1.quotient, _mm512_i32gather_epi32(s1.place, t.slot_of, 4));
-    x3 = _mm512_or_si512(s3.quotient, _mm512_i32gather_epi32(s3.place, t.slot_of, 4));
-    x0 = _mm512_or_si512(s0.quotient, _mm512_i32gather_epi32(s0.place, t.slot_of, 4));
-    x2 = _mm512_or_si512(s2.quotient, _mm512_i32gather_epi32(s2.place, t.slot_of, 4));
+    x1 = _mm512_or_si512(s1.quotient, look_up(t.slot_of, s1.place));
+    x3 = _mm512_or_si512(s3.quotient, look_up(t.slot_of, s3.place));
+    x0 = _mm512_or_si512(s0.quotient, look_up(t.slot_of, s0.place));
+    x2 = _mm512_or_si512(s2.quotient, look_up(t.slot_of, s2.place));
   }
   _mm512_storeu_si512(states, x0);
   _mm512_storeu_si512(states + 16, x1);

@@ -14,6 +14,7 @@ struct EncoderTable {
   uint32_t by_symbol[256];
   uint32_t by_index[32];
   uint32_t slot_of[kSlots];
+  uint32_t behind[4];  // vector loads may read three entries before a table and behind it
 };
 
 inline void fill(EncoderTable& t) {
