@@ -1,4 +1,4 @@
-"""Law 7: every .cu compiles for sm_80 and sm_90a, without a spill, where nvcc is."""
+"""Law 7: every .cu compiles for sm_80 and sm_90a, without a spill, where nvcc and the compiler it calls are."""
 
 import os
 import re
@@ -15,7 +15,7 @@ NVCC = next((c for c in (f"{HOME}/bin/nvcc", shutil.which("nvcc") or "") if os.a
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.skipif(NVCC is None or shutil.which("gcc") is None, reason="needs nvcc and gcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
 def test_compiles(source, tmp_path):
     command = [
