@@ -52,7 +52,8 @@ def _corrupt(sentence: str) -> RuntimeError:
     return RuntimeError(CORRUPT + sentence)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """``size`` bytes and what fills them up to 16."""
     return (size + 15) & ~15
 
 
@@ -148,7 +149,7 @@ def _encode_chunks(pieces: list[np.ndarray], width: int, model: int) -> list[tup
             values = pack_six(p[plane]) if own == 2 and not constant else p[plane]
             sections.append(_section(values[:1] if constant else values))
         body = np.concatenate(sections)
-        if body.size >= _padded(piece.size):
+        if body.size >= padded(piece.size):
             body, entry["constant"] = _section(piece), 0
         else:
             method = 1 if own == model else 2
@@ -164,7 +165,7 @@ def encode(data: np.ndarray, shape: tuple[int, ...], element: int, model: int, c
     starts = chunk_starts(data.size // width, chunk_log2)
     pieces = [data[a * width : b * width] for a, b in itertools.pairwise(starts)]
     bodies, entries = [], np.zeros(len(pieces), ENTRY)
-    offset = _padded(48 + 8 * len(shape)) + 32 * len(pieces)
+    offset = padded(48 + 8 * len(shape)) + 32 * len(pieces)
     batch = max(1, BATCH_SYMBOLS >> chunk_log2)
     for first in range(0, len(pieces), batch):
         for i, (body, entry) in enumerate(_encode_chunks(pieces[first : first + batch], width, model), first):
@@ -228,7 +229,7 @@ def open_blob(data: np.ndarray) -> Blob:
         raise _corrupt("its version is not one this version reads")
     if rank > 64:
         raise _corrupt("it has more than 64 dimensions")
-    begin = _padded(48 + 8 * rank)
+    begin = padded(48 + 8 * rank)
     if data.size < begin:
         raise _corrupt("it ends within its shape")
     head = data[:begin].copy()
@@ -284,15 +285,15 @@ def _check_entries(blob: Blob, cursor: int) -> None:
         if e["method"] == 0:
             if symbols or constant or any(words):
                 raise _corrupt("a raw chunk has fields of a coded one")
-            length = _padded(n * width)
+            length = padded(n * width)
         elif e["method"] == 1 or (e["method"] == 2 and blob.model == 2):
             if not 1 <= symbols <= 256 or constant >> (width - 1):
                 raise _corrupt("a chunk's symbols or constant planes are out of range")
             if words[0] > 32 * groups + min(rest, 32) or words[1] > 32 * groups + max(rest - 32, 0):
                 raise _corrupt("a segment has more words than symbols")
-            length = 256 + _padded(4 * symbols) + _padded(2 * words[0]) + _padded(2 * words[1])
+            length = 256 + padded(4 * symbols) + padded(2 * words[0]) + padded(2 * words[1])
             size = _plane_bytes(n, _chunk_model(blob, e))
-            length += sum(_padded(1 if constant >> plane & 1 else size) for plane in range(width - 1))
+            length += sum(padded(1 if constant >> plane & 1 else size) for plane in range(width - 1))
         else:
             raise _corrupt("a chunk's method is not one this version reads")
         if int(e["length"]) != length or length > blob.data.size - cursor:
@@ -311,7 +312,7 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
 
     def section(size: int) -> np.ndarray:
         nonlocal place
-        start, place = place, place + _padded(size)
+        start, place = place, place + padded(size)
         return blob.data[start : start + size]
 
     states = section(256).copy().view("<u4").astype(np.int64)
@@ -319,6 +320,8 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
         raise _corrupt("a state is not in [2^15, 2^31)")
     names, f = section(4 * int(e["symbols"])).copy().view("<u2").astype(np.int64).reshape(-1, 2).T
     model, shift = _chunk_model(blob, e), 0
+    if not names.size:
+        raise _corrupt("a table has no symbols")
     if names[-1] > (1023 if model == 2 else 255) or (np.diff(names) <= 0).any():
         raise _corrupt("a table's symbols are not ascending, or too large")
     if model == 2 and names[-1] >= 4:

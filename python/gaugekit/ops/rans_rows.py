@@ -33,6 +33,32 @@ ROW = np.dtype(
 ELEMENT_OF_WIDTH = {1: 6, 2: 1, 4: 3}  # any type of that width: rows say nothing of types
 
 
+def _contradicts(row: np.ndarray, packed_bytes: int, out_bytes: int) -> bool:
+    """Whether a row does not fit the sizes of what it names, as ``place_sections`` (csrc) says."""
+    start, out, n, first, last, length = (
+        int(row[name]) for name in ("in", "out", "n", "from", "to", "length")
+    )
+    width, model, symbols = int(row["width"]), int(row["model"]), int(row["symbols"])
+    if width not in ELEMENT_OF_WIDTH or model > 2 or (model == 2 and width != 2) or symbols > 256:
+        return True
+    if start % 16 or start + length > packed_bytes or not first <= last <= n or out % width:
+        return True
+    if out + (last - first) * width > out_bytes:
+        return True
+    if not row["method"]:
+        return rans_numpy.padded(n * width) != length
+    plane = -(-n // 64) * 48 if model == 2 else n
+    constant = [int(row["constant"]) >> i & 1 for i in range(width - 1)]
+    sections = (
+        256
+        + rans_numpy.padded(4 * symbols)
+        + sum(rans_numpy.padded(2 * int(words)) for words in row["words"])
+    )
+    return (
+        symbols == 0 or sections + sum(rans_numpy.padded(1 if one else plane) for one in constant) != length
+    )
+
+
 def _decode_row(packed: np.ndarray, row: np.ndarray) -> np.ndarray:
     """uint8 elements [from, to) of one row."""
     start, n, width = int(row["in"]), int(row["n"]), int(row["width"])
@@ -53,6 +79,8 @@ def _decode_rows(packed, rows, out, damaged):
     data = packed.cpu().numpy()
     for i, row in enumerate(rows.cpu().numpy().view(ROW)):
         try:
+            if _contradicts(row, data.size, out.numel()):
+                raise RuntimeError("a row contradicts the sizes")
             piece = _decode_row(data, row)
         except RuntimeError:
             damaged[i] = 1
