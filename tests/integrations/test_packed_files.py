@@ -120,9 +120,6 @@ print(json.dumps({"peak": status("VmHWM") - before, "model": size, "layer": laye
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.skipif(
-    not gk._library.backends()["cpu"].loaded, reason="NumPy decodes with arrays of its own (docs/pack.md)"
-)
 def test_peak_memory_is_a_layer_above_the_model(tmp_path):
     llama().save_pretrained(tmp_path / "s")
     gk.codec.pack(tmp_path / "s", tmp_path / "small")
