@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
+#include <mutex>
 #include <vector>
 
 #include "rans_decoder.h"
@@ -22,44 +24,95 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Calls run(i, worker) for every i in [0, n), worker being one number a thread. Whoever is free takes the
+// next, ascending: a thread that others slow down holds up nobody. `prepare(worker)` comes first.
+template <class Prepare, class Run>
+void take_turns(uint64_t n, Prepare prepare, Run run) {
+  const uint64_t threads = std::min<uint64_t>(n, torch::stable::get_num_threads());
+  std::atomic<uint64_t> next{0};
+  torch::stable::parallel_for(0, int64_t(threads), 1, [&](int64_t worker, int64_t) {
+    prepare(worker);
+    for (uint64_t i; (i = next.fetch_add(1)) < n;) run(i, worker);
+  });
+}
+
+// Where the next chunk begins, known once the one before it is coded.
+class Places {
+ public:
+  explicit Places(uint64_t first) : end_(first) {}
+
+  // Waits for chunks 0 to i - 1, gives chunk i its place and returns it.
+  uint64_t take(uint64_t i, uint64_t length) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    placed_.wait(lock, [&] { return taken_ == i; });
+    const uint64_t place = end_;
+    end_ += length;
+    ++taken_;
+    placed_.notify_all();
+    return place;
+  }
+  uint64_t end() const { return end_; }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable placed_;
+  uint64_t taken_ = 0, end_;
+};
+
+// New memory comes in huge pages where it is so large that the C library maps it anew (no other memory
+// changes): filling pages of 4 KiB takes longer than coding into them. All of this is advice, and a refusal
+// costs speed only.
+class NewPages {
+ public:
+  NewPages(void* data, uint64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uint64_t kMapped = uint64_t(1) << 25;
+    if (bytes < kMapped) return;
+    first_ = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+    last_ = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+    madvise(reinterpret_cast<void*>(first_), last_ - first_, MADV_HUGEPAGE);
+#endif
+  }
+
+  // Who is the first to reach into a page has the next one filled: of two threads that come to a new page
+  // together, both would.
+  void reach(const uint8_t* begin, const uint8_t* end) const {
+#ifdef MADV_POPULATE_WRITE
+    const uintptr_t page = reinterpret_cast<uintptr_t>(end) & ~(kPage - 1), next = page + kPage;
+    if (reinterpret_cast<uintptr_t>(begin) < page && first_ <= next && next < last_)
+      madvise(reinterpret_cast<void*>(next), kPage, MADV_POPULATE_WRITE);
+#endif
+  }
+
+ private:
+  static constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  uintptr_t first_ = 0, last_ = 0;
+};
+
 // Codes `count` elements at `in` into `out` (room for the header, the index and every chunk stored raw) and
-// returns the bytes written. Chunks are coded a batch at a time, one a thread, so that each lands where the
-// one before it ends.
+// returns the bytes written.
 uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, int chunk_log2,
-                     const int64_t* shape, int rank, uint8_t* out, Isa path) {
+                     const int64_t* shape, int rank, uint8_t* out, const NewPages& pages, Isa path) {
   const uint64_t width = element_bytes(element), chunks = chunk_count(count, chunk_log2);
   std::vector<ChunkEntry> entries(chunks);
-  uint64_t cursor = padded(kHeaderBytes + 8 * uint64_t(rank)) + chunks * kIndexEntryBytes;
+  Places places(padded(kHeaderBytes + 8 * uint64_t(rank)) + chunks * kIndexEntryBytes);
   auto symbols = [&](uint64_t i) {
     return i + 1 == chunks ? count - (i << chunk_log2) : uint64_t(1) << chunk_log2;
   };
-  const uint64_t batch = std::min<uint64_t>(chunks, torch::stable::get_num_threads());
-  std::vector<EncoderScratch> scratch(batch);
-  std::vector<std::vector<uint8_t>> staged(batch > 1 ? batch : 0);
-  for (uint64_t first = 0; first < chunks; first += batch) {
-    const uint64_t n = std::min(batch, chunks - first);
-    if (n == 1) {
-      entries[first] = encode_chunk(in + (first << chunk_log2) * width, symbols(first), element, model,
-                                    out + cursor, scratch[0], path);
-    } else {
-      torch::stable::parallel_for(0, int64_t(n), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) {
-          const uint64_t i = first + k;
-          staged[k].resize(padded(symbols(i) * width));
-          entries[i] = encode_chunk(in + (i << chunk_log2) * width, symbols(i), element, model,
-                                    staged[k].data(), scratch[k], path);
-        }
-      });
-    }
-    for (uint64_t k = 0; k < n; ++k) {
-      ChunkEntry& e = entries[first + k];
-      e.offset = cursor;
-      if (n > 1) std::memcpy(out + cursor, staged[k].data(), e.length);
-      cursor += e.length;
-    }
-  }
-  write_header(out, cursor, element, model, chunk_log2, shape, rank, count, entries.data(), chunks);
-  return cursor;
+  std::vector<EncoderScratch> scratch(std::min<uint64_t>(chunks, torch::stable::get_num_threads()));
+  // Nothing may fail for want of memory once others wait for a chunk's place.
+  auto prepare = [&](int64_t worker) {
+    scratch[worker].reserve(std::max(symbols(0), symbols(chunks - 1)), int(width));
+  };
+  take_turns(chunks, prepare, [&](uint64_t i, int64_t worker) {
+    const uint8_t* from = in + (i << chunk_log2) * width;
+    entries[i] = code_chunk(from, symbols(i), element, model, scratch[worker], path);
+    const uint64_t place = entries[i].offset = places.take(i, entries[i].length);
+    pages.reach(out + place, out + place + entries[i].length);
+    put_chunk(from, symbols(i), int(width), scratch[worker], entries[i], out + place);
+  });
+  write_header(out, places.end(), element, model, chunk_log2, shape, rank, count, entries.data(), chunks);
+  return places.end();
 }
 
 // Elements [start, stop) into `out`, chunks in parallel. Of several damaged chunks the first one's error is
@@ -70,9 +123,9 @@ const char* decode_blob(const Blob& blob, uint64_t start, uint64_t stop, uint8_t
   const uint64_t from = std::min(start >> blob.chunk_log2, last_chunk);
   const uint64_t to = std::min((stop - 1) >> blob.chunk_log2, last_chunk) + 1;
   std::vector<const char*> errors(to - from, nullptr);
-  torch::stable::parallel_for(int64_t(from), int64_t(to), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) errors[i - from] = decode_overlap(blob, i, start, stop, out, path);
-  });
+  take_turns(
+      to - from, [](int64_t) {},
+      [&](uint64_t i, int64_t) { errors[i] = decode_overlap(blob, from + i, start, stop, out, path); });
   for (const char* error : errors)
     if (error) return error;
   return nullptr;
@@ -97,18 +150,6 @@ Blob opened(const Tensor& blob) {
   return result;
 }
 
-// Filling new pages of 4 KiB takes longer than coding into them. Only allocations that the C library maps
-// anew are asked for, so that no other memory changes.
-void use_huge_pages(void* data, uint64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uint64_t kMapped = uint64_t(1) << 25, kPage = uint64_t(1) << 21;
-  if (bytes < kMapped) return;
-  const uint64_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
-  const uint64_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal costs speed only
-#endif
-}
-
 Tensor rans_encode(const Tensor& data, const Tensor& shape, int64_t element, int64_t model,
                    int64_t chunk_log2, int64_t path) {
   check_bytes(data, "data");
@@ -124,11 +165,11 @@ Tensor rans_encode(const Tensor& data, const Tensor& shape, int64_t element, int
   const uint64_t chunks = chunk_count(count, int(chunk_log2));
   const uint64_t bound = padded(kHeaderBytes + 8 * shape.numel()) + chunks * (kIndexEntryBytes + 16) + bytes;
   Tensor out = torch::stable::empty({int64_t(bound)}, ScalarType::Byte);
-  use_huge_pages(out.mutable_data_ptr(), bound);
+  const NewPages pages(out.mutable_data_ptr(), bound);
   const uint64_t size =
       encode_blob(static_cast<const uint8_t*>(data.const_data_ptr()), count, int(element), int(model),
                   int(chunk_log2), static_cast<const int64_t*>(shape.const_data_ptr()), int(shape.numel()),
-                  static_cast<uint8_t*>(out.mutable_data_ptr()), chosen(path));
+                  static_cast<uint8_t*>(out.mutable_data_ptr()), pages, chosen(path));
   return torch::stable::narrow(out, 0, 0, int64_t(size));
 }
 

@@ -15,10 +15,14 @@ namespace gaugekit::rans {
 // Words that a step may store before the last one that counts.
 constexpr int kMostStored = 8;
 
-// Buffers that one thread uses again for chunk after chunk.
+// What one thread uses again for chunk after chunk: buffers, and the chunk that it coded last.
 struct EncoderScratch {
   std::vector<uint8_t> symbols, planes[kMaxPlanes];
   std::vector<uint16_t> words[kSegments];
+  EncoderTable codes;
+  uint32_t states[kLanes];
+  uint16_t* first_word[kSegments];
+  int model;
 
   void reserve(uint64_t n, int width) {
     symbols.resize(n);
@@ -152,12 +156,11 @@ inline uint8_t* put_six(uint8_t* out, const uint8_t* data, uint64_t n) {
   return out + kSixBytes;
 }
 
-// Codes n > 0 elements of `in` into `out`, which has room for padded(n * width) bytes; what would not be
-// shorter than that is stored raw. Everything in the entry but its offset is set.
-inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int model, uint8_t* out,
-                               EncoderScratch& scratch, Isa path = isa()) {
+// Codes n > 0 elements of `in` and keeps them in `scratch`; a chunk that would not become shorter is to be
+// stored raw. Everything in the entry is set but its offset and the coded checksum.
+inline ChunkEntry code_chunk(const uint8_t* in, uint64_t n, int element, int model, EncoderScratch& scratch,
+                             Isa path) {
   const int width = element_bytes(element);
-  const uint64_t bytes = n * width;
   ChunkEntry entry{};
   entry.method = kCoded;
   int shift = 0;
@@ -167,8 +170,6 @@ inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int m
   }
   scratch.reserve(n, width);
   uint8_t* symbols = scratch.symbols.data();
-  uint8_t* planes[kMaxPlanes];
-  for (int plane = 0; plane < kMaxPlanes; ++plane) planes[plane] = scratch.planes[plane].data();
   // The elements are read from memory once: checksum, planes and histogram of a block while it is in cache.
   constexpr uint64_t kBlock = 4096;
   const SplitFunction split_block = splitter(width, model, path);
@@ -178,48 +179,65 @@ inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int m
     entry.crc_decoded = crc32c(in + done * width, block * width, entry.crc_decoded);
     uint8_t* parts[kMaxPlanes];
     for (int plane = 0; plane < kMaxPlanes; ++plane)
-      parts[plane] = plane < width - 1 ? planes[plane] + done : nullptr;
+      parts[plane] = plane < width - 1 ? scratch.planes[plane].data() + done : nullptr;
     split_block(in + done * width, block, symbols + done, parts, shift);
     histogram.add(symbols + done, block);
   }
   uint32_t counts[256];
   histogram.total(counts);
-  EncoderTable codes;
-  Table& table = codes.table;
+  Table& table = scratch.codes.table;
   normalize(counts, n, table);
-  fill(codes);
+  table.shift = shift;
+  fill(scratch.codes);
 
-  uint32_t states[kLanes];
-  uint16_t* words[kSegments];
   const uint16_t* ends[kSegments];
-  for (int s = 0; s < kSegments; ++s) ends[s] = words[s] = scratch.words[s].data() + scratch.words[s].size();
-  encode_symbols(symbols, n, codes, states, words, path);
+  for (int s = 0; s < kSegments; ++s)
+    ends[s] = scratch.first_word[s] = scratch.words[s].data() + scratch.words[s].size();
+  encode_symbols(symbols, n, scratch.codes, scratch.states, scratch.first_word, path);
 
+  scratch.model = model;
   entry.symbols = uint16_t(table.size);
   for (int plane = 0; plane < width - 1; ++plane)
-    entry.constant |= uint8_t(is_constant(planes[plane], n) << plane);
-  for (int s = 0; s < kSegments; ++s) entry.words[s] = uint32_t(ends[s] - words[s]);
-  const uint64_t length = coded_length(entry, n, width, model);
-  if (length >= padded(bytes)) {
-    entry = ChunkEntry{0, uint32_t(padded(bytes)), 0, kRaw, 0, {0, 0}, 0, entry.crc_decoded};
-    put_section(out, in, bytes);
+    entry.constant |= uint8_t(is_constant(scratch.planes[plane].data(), n) << plane);
+  for (int s = 0; s < kSegments; ++s) entry.words[s] = uint32_t(ends[s] - scratch.first_word[s]);
+  const uint64_t length = coded_length(entry, n, width, model), raw = padded(n * width);
+  if (length >= raw) return {0, uint32_t(raw), 0, kRaw, 0, {0, 0}, 0, entry.crc_decoded};
+  entry.length = uint32_t(length);
+  return entry;
+}
+
+// Puts the chunk that `scratch` has just coded at out[0, entry.length), and its checksum into the entry.
+inline void put_chunk(const uint8_t* in, uint64_t n, int width, const EncoderScratch& scratch,
+                      ChunkEntry& entry, uint8_t* out) {
+  if (entry.method == kRaw) {
+    put_section(out, in, n * width);
   } else {
-    entry.length = uint32_t(length);
-    uint8_t* p = put_section(out, states, sizeof(states));
+    const Table& table = scratch.codes.table;
+    uint8_t* p = put_section(out, scratch.states, sizeof(scratch.states));
     uint16_t pairs[2 * kMaxSymbols];
     for (int i = 0; i < table.size; ++i) {
-      pairs[2 * i] = uint16_t(table.symbol[i] + (table.symbol[i] < kZeroSymbols ? 0 : shift));
+      pairs[2 * i] = uint16_t(table.symbol[i] + (table.symbol[i] < kZeroSymbols ? 0 : table.shift));
       pairs[2 * i + 1] = table.frequency[i];
     }
     p = put_section(p, pairs, 4 * uint64_t(table.size));
-    for (int s = 0; s < kSegments; ++s) p = put_section(p, words[s], 2 * uint64_t(entry.words[s]));
-    for (int plane = width - 2; plane >= 0; --plane)
-      if (model == kExponentAndTwo && !entry.constant)
-        p = put_six(p, planes[plane], n);
+    for (int s = 0; s < kSegments; ++s)
+      p = put_section(p, scratch.first_word[s], 2 * uint64_t(entry.words[s]));
+    for (int plane = width - 2; plane >= 0; --plane) {
+      const uint8_t* data = scratch.planes[plane].data();
+      if (scratch.model == kExponentAndTwo && !entry.constant)
+        p = put_six(p, data, n);
       else
-        p = put_section(p, planes[plane], entry.constant >> plane & 1 ? 1 : n);
+        p = put_section(p, data, entry.constant >> plane & 1 ? 1 : n);
+    }
   }
   entry.crc_coded = crc32c(out, entry.length);
+}
+
+// Both, for a chunk whose place is known: `out` has room for padded(n * width) bytes.
+inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int model, uint8_t* out,
+                               EncoderScratch& scratch, Isa path = isa()) {
+  ChunkEntry entry = code_chunk(in, n, element, model, scratch, path);
+  put_chunk(in, n, element_bytes(element), scratch, entry, out);
   return entry;
 }
 
