@@ -164,12 +164,12 @@ Tensor rows(const Optional& index, const Tensor& raw, const Tensor& planes, cons
 template <class S>
 void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch, int64_t columns,
            Tensor& out) {
-  const std::vector<float> arranged = arrange(data<S>(x), batch, columns, w.blocks, w.half());
+  const std::vector<FloatBlock> arranged = arrange(data<S>(x), batch, columns, w.blocks, w.half());
   const S* shift = bias ? data<S>(*bias) : nullptr;
   S* to = static_cast<S*>(out.mutable_data_ptr());
   parallel_for(0, w.rows, grain_of_rows(columns, ROWS), [&](int64_t begin, int64_t end) {
     for (int64_t first = 0; first < batch; first += MAX_BATCH)
-      product(w, begin, end, arranged.data() + first * w.blocks * BLOCK, std::min(MAX_BATCH, batch - first),
+      product(w, begin, end, arranged[first * w.blocks].at, std::min(MAX_BATCH, batch - first),
               level(), [&](int64_t t, int64_t row, float sum) {
                 if (shift) sum += load<1>(shift + row, 1)[0];
                 store<1>(to + (first + t) * w.rows + row, Vector<float, 1>{sum}, 1);

@@ -176,24 +176,41 @@ GAUGEKIT_PACKED_AVX2 void bytes_avx2(const Segment& s, uint8_t* bytes) {
 template <bool HALF, int C>
 __attribute__((target("avx512f,avx512bw"), always_inline)) inline __m512i bytes_of_planes(const Segment& s,
                                                                                           int64_t b) {
-  __m512i v = _mm512_set1_epi8(static_cast<char>(HALF ? s.window << 2 : s.window));
-  for (int p = 0; p < planes_of<HALF, C>; ++p)
+  const int base = HALF ? s.window << 2 : s.window;
+  __m512i v = _mm512_mask_blend_epi8(s.planes[b], _mm512_set1_epi8(static_cast<char>(base)),
+                                     _mm512_set1_epi8(static_cast<char>(base + plane_value<HALF, C>(0))));
+  for (int p = 1; p < planes_of<HALF, C>; ++p)
     v = _mm512_mask_add_epi8(v, s.planes[p * s.stride + b], v,
                              _mm512_set1_epi8(static_cast<char>(plane_value<HALF, C>(p))));
   return v;
 }
 
+// The bytes of a block in a register; `next`, where its escapes begin, moves on to the next block's. A block
+// rarely has more than four escapes, so that many are put in their places without a branch: each is a mask of
+// one bit, and of none where the block has fewer.
 template <bool HALF, int C>
-__attribute__((target("avx512f,avx512bw,bmi,popcnt"), always_inline)) inline const uint8_t* block_avx512(
-    const Segment& s, int64_t b, const uint8_t* next, uint8_t* to) {
-  _mm512_storeu_si512(to, bytes_of_planes<HALF, C>(s, b));
-  return patch<HALF, C>(to, escaped<C>(s, b), next, s.window);
+__attribute__((target("avx512f,avx512bw,bmi,popcnt"), always_inline)) inline __m512i block_avx512(
+    const Segment& s, int64_t b, const uint8_t*& next) {
+  uint64_t mask = escaped<C>(s, b);
+  const uint8_t* from = next;
+  next += _mm_popcnt_u64(mask);
+  __m512i patches = _mm512_setzero_si512();
+  const auto place = [&patches, &mask, from](int i) __attribute__((target("avx512f,avx512bw,bmi"))) {
+    const __m128i found = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    patches = _mm512_mask_broadcastb_epi8(patches, _blsi_u64(mask), found);
+    mask = _blsr_u64(mask);
+  };
+  for (int i = 0; i < 4; ++i) place(i);
+  for (int i = 4; __builtin_expect(mask != 0, 0); ++i) place(i);
+  if (HALF) patches = _mm512_slli_epi16(patches, 2);  // five bits a byte: nothing crosses into the next
+  return _mm512_xor_si512(bytes_of_planes<HALF, C>(s, b), patches);
 }
 
 template <bool HALF, int C>
 GAUGEKIT_PACKED_AVX512 void bytes_avx512(const Segment& s, uint8_t* bytes) {
   const uint8_t* next = s.escapes;
-  for (int64_t b = 0; b < s.blocks; ++b) next = block_avx512<HALF, C>(s, b, next, bytes + b * BLOCK);
+  for (int64_t b = 0; b < s.blocks; ++b)
+    _mm512_storeu_si512(bytes + b * BLOCK, block_avx512<HALF, C>(s, b, next));
 }
 
 template <bool HALF, int C>
@@ -202,7 +219,7 @@ GAUGEKIT_PACKED_VBMI2 void bytes_vbmi2(const Segment& s, uint8_t* bytes) {
   for (int64_t b = 0; b < s.blocks; ++b) {
     const uint64_t mask = escaped<C>(s, b);
     __m512i patches = _mm512_maskz_expandloadu_epi8(mask, next);
-    if (HALF) patches = _mm512_slli_epi16(patches, 2);  // five bits a byte: nothing crosses into the next
+    if (HALF) patches = _mm512_slli_epi16(patches, 2);
     _mm512_storeu_si512(bytes + b * BLOCK, _mm512_xor_si512(bytes_of_planes<HALF, C>(s, b), patches));
     next += _mm_popcnt_u64(mask);
   }
@@ -239,9 +256,9 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline void words_of(
                                                                                 __m512i& lo, __m512i& hi) {
   if (!HALF) {
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    const __m512i low =
-        _mm512_ternarylogic_epi32(sign, _mm512_slli_epi16(byte, 7), raw, 0xca);  // sign ? a : b
-    byte = _mm512_ternarylogic_epi32(sign, raw, _mm512_srli_epi16(byte, 1), 0xca);
+    // The destructive operand is one that is used once; 0xe4 is (third ? first : second), 0xd8 the opposite.
+    const __m512i low = _mm512_ternarylogic_epi32(_mm512_slli_epi16(byte, 7), raw, sign, 0xe4);
+    byte = _mm512_ternarylogic_epi32(_mm512_srli_epi16(byte, 1), raw, sign, 0xd8);
     raw = low;
   }
   lo = _mm512_unpacklo_epi8(raw, byte);

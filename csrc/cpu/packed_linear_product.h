@@ -1,5 +1,5 @@
-// y = x Wᵀ for a few rows x, W packed: each segment is decoded once and multiplied with every x. Free of
-// torch.
+// y = x Wᵀ for a few rows x, W packed: each segment is decoded once and multiplied with every x. Here is what
+// every processor runs, and AVX2; AVX-512 is in packed_linear_stream.h. Free of torch.
 //
 // The order of summation is fixed, the same on every processor and for every batch. Weight p of a block is
 // added to one of 64 running float sums, (v, j) with p = position(v, j), block after block; at a row's end
@@ -11,6 +11,7 @@
 // hold the packed one against, bit for bit.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "common/simd.h"
@@ -27,40 +28,22 @@ constexpr int position(bool half, int v, int j) {
               : 16 * (j / 4) + 2 * (j % 4) + (v & 1) + 8 * (v >> 1);
 }
 
-// x as float in the order of the sums, zero beyond its columns: [batch][blocks][4][16].
-template <class S>
-std::vector<float> arrange(const S* x, int64_t batch, int64_t columns, int64_t blocks, bool half) {
-  std::vector<float> arranged(batch * blocks * BLOCK, 0.0f);
-  int place[BLOCK];
-  for (int i = 0; i < BLOCK; ++i) place[i] = position(half, i / 16, i % 16);
-  for (int64_t t = 0; t < batch; ++t)
-    for (int64_t b = 0; b < blocks; ++b) {
-      float* to = arranged.data() + (t * blocks + b) * BLOCK;
-      const S* from = x + t * columns + b * BLOCK;
-      const int64_t count = std::min(BLOCK, columns - b * BLOCK);
-      for (int i = 0; i < BLOCK; ++i)
-        if (place[i] < count) to[i] = load<1>(from + place[i], 1)[0];
-    }
-  return arranged;
-}
-
 // Bytes of a block that `raw` points to.
 template <bool PLAIN>
 constexpr int64_t STRIDE = PLAIN ? 2 * BLOCK : BLOCK;
 
-// One segment of R rows times T rows of x; sums are [R][T][64].
-template <int R, int T>
+// One segment of a row of W times a row of x; `sums` are [64].
 struct Tile {
-  const uint8_t* raw[R];
-  const uint8_t* bytes[R];
-  const uint8_t* next[R];  // what will be read after this segment
-  const float* x[T];
-  float* sums[R];  // of row r: [T][64]
+  const uint8_t* raw;
+  const uint8_t* bytes;
+  const uint8_t* next;  // what will be read after this segment
+  const float* x;
+  float* sums;
   int64_t blocks;
 };
 
 template <bool PLAIN>
-void multiply_portable(bool half, const Tile<1, 1>& f) {
+void multiply_portable(bool half, const Tile& f) {
   int place[BLOCK];
   for (int i = 0; i < BLOCK; ++i) place[i] = position(half, i / 16, i % 16);
   for (int64_t b = 0; b < f.blocks; ++b) {
@@ -68,13 +51,13 @@ void multiply_portable(bool half, const Tile<1, 1>& f) {
     for (int i = 0; i < BLOCK; ++i) {
       uint16_t word;
       if (PLAIN)
-        std::memcpy(&word, f.raw[0] + 2 * (b * BLOCK + i), sizeof(word));
+        std::memcpy(&word, f.raw + 2 * (b * BLOCK + i), sizeof(word));
       else
-        word = word_of(half, f.raw[0][b * BLOCK + i], f.bytes[0][b * BLOCK + i]);
+        word = word_of(half, f.raw[b * BLOCK + i], f.bytes[b * BLOCK + i]);
       words[i] =
           half ? widen<1>(Vector<uint16_t, 1>{word}, Float16{})[0] : bits_as<float>(uint32_t(word) << 16);
     }
-    for (int i = 0; i < BLOCK; ++i) f.sums[0][i] = words[place[i]] * f.x[0][b * BLOCK + i] + f.sums[0][i];
+    for (int i = 0; i < BLOCK; ++i) f.sums[i] = words[place[i]] * f.x[b * BLOCK + i] + f.sums[i];
   }
 }
 
@@ -109,15 +92,15 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline void load_word
 }
 
 template <bool HALF, bool PLAIN>
-GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile<1, 1>& f) {
+GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile& f) {
   __m256 sum[8];
-  for (int i = 0; i < 8; ++i) sum[i] = _mm256_loadu_ps(f.sums[0] + 8 * i);
+  for (int i = 0; i < 8; ++i) sum[i] = _mm256_loadu_ps(f.sums + 8 * i);
   for (int64_t b = 0; b < f.blocks; ++b) {
-    const float* x = f.x[0] + b * BLOCK;
-    _mm_prefetch(reinterpret_cast<const char*>(f.next[0] + b * STRIDE<PLAIN>), _MM_HINT_T0);
+    const float* x = f.x + b * BLOCK;
+    _mm_prefetch(reinterpret_cast<const char*>(f.next + b * STRIDE<PLAIN>), _MM_HINT_T0);
     for (int h = 0; h < 2; ++h) {
       __m256i lo, hi;
-      load_words<HALF, PLAIN>(f.raw[0] + b * STRIDE<PLAIN>, f.bytes[0] + b * BLOCK, h, lo, hi);
+      load_words<HALF, PLAIN>(f.raw + b * STRIDE<PLAIN>, f.bytes + b * BLOCK, h, lo, hi);
       // Half h of the block fills lanes 8h.. of the four vectors (bfloat16), or vectors h and h + 2
       // (float16).
       if (HALF) {
@@ -141,7 +124,7 @@ GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile<1, 1>& f) {
       }
     }
   }
-  for (int i = 0; i < 8; ++i) _mm256_storeu_ps(f.sums[0] + 8 * i, sum[i]);
+  for (int i = 0; i < 8; ++i) _mm256_storeu_ps(f.sums + 8 * i, sum[i]);
 }
 
 // The widened weights of a block, in the order of the sums.
@@ -162,96 +145,45 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline void widen(__m
   }
 }
 
-template <bool HALF, bool PLAIN, int R, int T>
-GAUGEKIT_PACKED_AVX512 void multiply_avx512(const Tile<R, T>& f) {
-  __m512 sum[R][T][4];
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < 4; ++v) sum[r][t][v] = _mm512_loadu_ps(f.sums[r] + (t * 4 + v) * 16);
-  for (int64_t b = 0; b < f.blocks; ++b) {
-    for (int r = 0; r < R; ++r) {
-      _mm_prefetch(reinterpret_cast<const char*>(f.next[r] + b * STRIDE<PLAIN>), _MM_HINT_T0);
-      __m512i lo, hi;
-      load_words<HALF, PLAIN>(f.raw[r] + b * STRIDE<PLAIN>, f.bytes[r] + b * BLOCK, lo, hi);
-      __m512 w[4];
-      widen<HALF>(lo, hi, w);
-      for (int t = 0; t < T; ++t)
-        for (int v = 0; v < 4; ++v)
-          sum[r][t][v] = _mm512_fmadd_ps(w[v], _mm512_loadu_ps(f.x[t] + b * BLOCK + 16 * v), sum[r][t][v]);
-    }
+template <bool HALF>
+GAUGEKIT_PACKED_AVX512 void arrange_avx512(const uint8_t* words, int64_t blocks, float* to) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    __m512i lo, hi;
+    __m512 x[4];
+    load_words<HALF, true>(words + 2 * b * BLOCK, nullptr, lo, hi);
+    widen<HALF>(lo, hi, x);
+    for (int v = 0; v < 4; ++v) _mm512_store_ps(to + b * BLOCK + 16 * v, x[v]);
   }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < 4; ++v) _mm512_storeu_ps(f.sums[r] + (t * 4 + v) * 16, sum[r][t][v]);
 }
 #endif
 
-// What a call needs to multiply one segment of up to ROWS rows with the whole batch.
-struct Work {
-  const uint8_t *raw[ROWS], *bytes[ROWS], *next[ROWS];
-  const float* x;    // of batch row 0, at this segment
-  int64_t x_stride;  // to the next batch row
-  float* sums[ROWS];
-  int64_t blocks;
-  int rows;
-  bool half;
+struct alignas(64) FloatBlock {
+  float at[BLOCK];
 };
 
-template <int R, int T>
-Tile<R, T> tile(const Work& w, int row, int64_t first) {
-  Tile<R, T> f;
-  for (int r = 0; r < R; ++r) {
-    f.raw[r] = w.raw[row + r], f.bytes[r] = w.bytes[row + r], f.next[r] = w.next[row + r];
-    f.sums[r] = w.sums[row + r] + first * BLOCK;
-  }
-  for (int t = 0; t < T; ++t) f.x[t] = w.x + (first + t) * w.x_stride;
-  f.blocks = w.blocks;
-  return f;
-}
-
+// x as float in the order of the sums, zero beyond its columns: [batch][blocks][4][16].
+template <class S>
+std::vector<FloatBlock> arrange(const S* x, int64_t batch, int64_t columns, int64_t blocks, bool half) {
+  std::vector<FloatBlock> arranged(batch * blocks);
+  int place[BLOCK];
+  for (int i = 0; i < BLOCK; ++i) place[i] = position(half, i / 16, i % 16);
+  for (int64_t t = 0; t < batch; ++t) {
+    int64_t b = 0;
 #ifdef GAUGEKIT_X86
-template <bool PLAIN, int R, int T>
-void multiply_avx512(const Work& w, int64_t first) {
-  int row = 0;
-  for (; row + R <= w.rows; row += R)
-    w.half ? multiply_avx512<true, PLAIN>(tile<R, T>(w, row, first))
-           : multiply_avx512<false, PLAIN>(tile<R, T>(w, row, first));
-  for (; row < w.rows; ++row)
-    w.half ? multiply_avx512<true, PLAIN>(tile<1, T>(w, row, first))
-           : multiply_avx512<false, PLAIN>(tile<1, T>(w, row, first));
-}
-#endif
-
-template <bool PLAIN>
-void multiply(const Work& w, int64_t batch, Level l) {
-#ifdef GAUGEKIT_X86
-  if (l >= Level::avx512) {
-    for (int64_t t = 0; t < batch;) {
-      const int64_t left = batch - t;
-      if (left >= 4) {
-        multiply_avx512<PLAIN, 1, 4>(w, t), t += 4;
-      } else if (left == 3) {
-        multiply_avx512<PLAIN, 2, 3>(w, t), t += 3;
-      } else if (left == 2) {
-        multiply_avx512<PLAIN, 2, 2>(w, t), t += 2;
-      } else {
-        multiply_avx512<PLAIN, 4, 1>(w, t), t += 1;
-      }
+    constexpr bool is_half = std::is_same_v<S, Float16>;
+    if (!std::is_same_v<S, float> && level() >= Level::avx512 && half == is_half) {
+      b = columns / BLOCK;
+      arrange_avx512<is_half>(reinterpret_cast<const uint8_t*>(x + t * columns), b, arranged[t * blocks].at);
     }
-    return;
-  }
 #endif
-  for (int row = 0; row < w.rows; ++row)
-    for (int64_t t = 0; t < batch; ++t) {
-      const Tile<1, 1> f = tile<1, 1>(w, row, t);
-#ifdef GAUGEKIT_X86
-      if (l == Level::avx2) {
-        w.half ? multiply_avx2<true, PLAIN>(f) : multiply_avx2<false, PLAIN>(f);
-        continue;
-      }
-#endif
-      multiply_portable<PLAIN>(w.half, f);
+    for (; b < blocks; ++b) {
+      float* to = arranged[t * blocks + b].at;
+      const S* from = x + t * columns + b * BLOCK;
+      const int64_t count = std::min(BLOCK, columns - b * BLOCK);
+      for (int i = 0; i < BLOCK; ++i) to[i] = place[i] < count ? load<1>(from + place[i], 1)[0] : 0.0f;
     }
+  }
+  return arranged;
 }
 
 inline float total(const float* sums) {
@@ -277,36 +209,40 @@ inline void prefetch_planes(const Weight& w, int64_t row, int64_t s) {
 #endif
 }
 
-// Rows [begin, end) of W: give(batch row, row, sum) is called once for each sum.
+template <bool PLAIN>
+void multiply(const Tile& f, bool half, Level l) {
+#ifdef GAUGEKIT_X86
+  if (l >= Level::avx2) return half ? multiply_avx2<true, PLAIN>(f) : multiply_avx2<false, PLAIN>(f);
+#endif
+  multiply_portable<PLAIN>(half, f);
+}
+
+// Rows [begin, end) of W: give(batch row, row, sum) is called once for each sum. ROWS rows take turns,
+// segment by segment, so that x comes from the second-level cache once for all of them.
 template <bool PLAIN, class Give>
 void product_by_segments(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t batch, Level l,
                          const Give& give) {
-  alignas(64) uint8_t bytes[ROWS][SEGMENT + SLACK], tails[ROWS][SEGMENT + SLACK];
+  alignas(64) uint8_t bytes[SEGMENT + SLACK], tail[SEGMENT + SLACK];
   alignas(64) float sums[ROWS][MAX_BATCH * BLOCK];
-  for (int64_t row = begin; row < end; row += ROWS) {
-    Work work{};
-    work.rows = static_cast<int>(std::min<int64_t>(ROWS, end - row));
-    work.half = w.half();
-    work.x_stride = w.blocks * BLOCK;
-    for (int r = 0; r < work.rows; ++r) std::memset(sums[r], 0, batch * BLOCK * sizeof(float));
-    for (int64_t s = 0; s < w.segments(); ++s) {
-      const bool last = s + 1 == w.segments();
-      for (int r = 0; r < work.rows; ++r) {
-        const int64_t next_row = last ? std::min(row + r + ROWS, w.rows - 1) : row + r,
+  for (int64_t first = begin; first < end; first += ROWS) {
+    const int64_t rows = std::min<int64_t>(ROWS, end - first);
+    for (int64_t r = 0; r < rows; ++r) std::memset(sums[r], 0, batch * BLOCK * sizeof(float));
+    for (int64_t s = 0; s < w.segments(); ++s)
+      for (int64_t r = 0; r < rows; ++r) {
+        const bool last = s + 1 == w.segments();
+        const int64_t row = first + r, next_row = last ? std::min(row + ROWS, w.rows - 1) : row,
                       next = last ? 0 : s + 1;
         if (!PLAIN) {
           prefetch_planes(w, next_row, next);
-          bytes_of(w, segment_of(w, row + r, s, tails[r]), bytes[r], l);
+          bytes_of(w, segment_of(w, row, s, tail), bytes, l);
         }
-        work.raw[r] = begin_of<PLAIN>(w, row + r, s), work.next[r] = begin_of<PLAIN>(w, next_row, next);
-        work.bytes[r] = bytes[r], work.sums[r] = sums[r];
-        work.blocks = w.blocks_of(s);
+        for (int64_t t = 0; t < batch; ++t)
+          multiply<PLAIN>({begin_of<PLAIN>(w, row, s), bytes, begin_of<PLAIN>(w, next_row, next),
+                           x + t * w.blocks * BLOCK + s * SEGMENT, sums[r] + t * BLOCK, w.blocks_of(s)},
+                          w.half(), l);
       }
-      work.x = x + s * SEGMENT;
-      multiply<PLAIN>(work, batch, l);
-    }
-    for (int r = 0; r < work.rows; ++r)
-      for (int64_t t = 0; t < batch; ++t) give(t, row + r, total(sums[r] + t * BLOCK));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t t = 0; t < batch; ++t) give(t, first + r, total(sums[r] + t * BLOCK));
   }
 }
 

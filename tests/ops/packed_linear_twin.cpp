@@ -54,9 +54,9 @@ int compare(int64_t rows, int64_t columns, bool half, int code_bits, std::mt1993
           half ? arrange(reinterpret_cast<const Float16*>(x.data()), batch, columns, blocks, half)
                : arrange(reinterpret_cast<const BFloat16*>(x.data()), batch, columns, blocks, half);
       std::vector<float> y(batch * rows, 1.0f), twin(batch * rows, 2.0f);
-      product(w, 0, rows, arranged.data(), batch, l,
+      product(w, 0, rows, arranged[0].at, batch, l,
               [&](int64_t t, int64_t row, float s) { y[t * rows + row] = s; });
-      product<true>(w, 0, rows, arranged.data(), batch, l,
+      product<true>(w, 0, rows, arranged[0].at, batch, l,
                     [&](int64_t t, int64_t row, float s) { twin[t * rows + row] = s; });
       ++cases;
       if (std::memcmp(y.data(), twin.data(), y.size() * sizeof(float)))
