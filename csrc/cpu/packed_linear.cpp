@@ -2,6 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <array>
+#include <atomic>
 
 #include "common/check.h"
 #include "packed_linear_encode.h"
@@ -18,6 +19,7 @@ using Optional = std::optional<Tensor>;
 using torch::stable::parallel_for;
 
 constexpr int64_t GRAIN_WEIGHTS = 1 << 16;  // worth a thread
+constexpr int64_t PIECE_WEIGHTS = 1 << 19;  // of the product for one thread; packed, they fit its cache
 constexpr int64_t FUSED_BATCH =
     64;  // up to here the fused product, 16 rows of x at a time, beats torch's in float
 constexpr int64_t TILE_BYTES = int64_t(1)
@@ -165,15 +167,25 @@ template <class S>
 void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch, int64_t columns,
            Tensor& out) {
   const std::vector<FloatBlock> arranged = arrange(data<S>(x), batch, columns, w.blocks, w.half());
+  const float* from = reinterpret_cast<const float*>(arranged.data());
   const S* shift = bias ? data<S>(*bias) : nullptr;
   S* to = static_cast<S*>(out.mutable_data_ptr());
-  parallel_for(0, w.rows, grain_of_rows(columns, ROWS), [&](int64_t begin, int64_t end) {
-    for (int64_t first = 0; first < batch; first += MAX_BATCH)
-      product(w, begin, end, arranged[first * w.blocks].at, std::min(MAX_BATCH, batch - first),
-              level(), [&](int64_t t, int64_t row, float sum) {
-                if (shift) sum += load<1>(shift + row, 1)[0];
-                store<1>(to + (first + t) * w.rows + row, Vector<float, 1>{sum}, 1);
-              });
+  // Threads take piece after piece: one that others hold up leaves the rest to its fellows. For more than
+  // MAX_BATCH rows of x a piece is read again from the second-level cache.
+  const int64_t threads = torch::stable::get_num_threads(),
+                most = PIECE_WEIGHTS / std::max<int64_t>(1, columns);
+  const int64_t share = std::clamp(w.rows / (8 * threads), grain_of_rows(columns, ROWS),
+                                   std::max(most, grain_of_rows(columns, ROWS)));
+  const int64_t step = (share + ROWS - 1) / ROWS * ROWS, pieces = (w.rows + step - 1) / step;
+  std::atomic<int64_t> next{0};
+  parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
+    for (int64_t piece = next++; piece < pieces; piece = next++)
+      for (int64_t first = 0; first < batch; first += MAX_BATCH)
+        product(w, piece * step, std::min(w.rows, (piece + 1) * step), from + first * w.blocks * BLOCK,
+                std::min(MAX_BATCH, batch - first), level(), [&](int64_t t, int64_t row, float sum) {
+                  if (shift) sum += load<1>(shift + row, 1)[0];
+                  store<1>(to + (first + t) * w.rows + row, Vector<float, 1>{sum}, 1);
+                });
   });
 }
 
