@@ -213,19 +213,28 @@ class Writer:
         self._waiting.append(record)
 
     def finish(
-        self, config: dict, certificate: Callable[[dict[str, str]], dict], copies: dict[str, Path]
+        self,
+        config: dict,
+        certificate: Callable[[dict[str, str]], dict],
+        copies: dict[str, Path],
+        pages: Callable[[dict], dict[str, str]] = lambda certificate: {},
     ) -> None:
-        """Writes the rest and moves everything into place; ``certificate`` is given the SHA-256 of every shard."""
+        """Writes the rest and moves everything into place.
+
+        ``certificate`` is given the SHA-256 of every shard, ``pages`` the certificate: {file name: text} to add.
+        """
         if not self._staging.published:
             self._flush()
-            self._complete(config, certificate, copies)
+            self._complete(config, certificate, copies, pages)
         self._staging.publish()
 
     def close(self) -> None:
         """Lets another process at the folder; what is on disk stays for it to go on from."""
         self._staging.close()
 
-    def _complete(self, config: dict, certificate: Callable, copies: dict[str, Path]) -> None:
+    def _complete(
+        self, config: dict, certificate: Callable, copies: dict[str, Path], pages: Callable
+    ) -> None:
         shards = self._state["shards"]
         names = [WEIGHTS]
         if len(shards) > 1:
@@ -235,7 +244,10 @@ class Writer:
         for shard, name in zip(shards, names, strict=True):
             os.replace(self.folder / shard["file"], self.folder / name)
         sums = {name: shard["sha256"] for shard, name in zip(shards, names, strict=True)}
-        write(self.folder / CERTIFICATE, dump(certificate(sums)))
+        proof = certificate(sums)
+        write(self.folder / CERTIFICATE, dump(proof))
+        for name, text in pages(proof).items():
+            write(self.folder / name, text.encode())
         if len(shards) > 1:
             where = {
                 tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard["names"]

@@ -226,6 +226,7 @@ def convert(arguments: argparse.Namespace) -> Outcome:
     goals = {name: getattr(arguments, name) for name in ("rank", "energy", "min_cosine")}
     if not arguments.gauge and all(goal is None for goal in goals.values()):
         raise UsageError("convert: expected a rewrite (--gauge, --rank, --energy, --min-cosine)")
+    from . import rank_page
     from .rewrite import Checkpoint
     from .rewrite import convert as run
     from .symmetry import GaugeFix
@@ -256,6 +257,7 @@ def convert(arguments: argparse.Namespace) -> Outcome:
                 calibration=calibration,
                 pack=arguments.pack,
                 progress=progress,
+                pages=rank_page.pages,
             )
     return _shown(report)
 

@@ -1,4 +1,4 @@
-"""The figures of the demo's report page, each drawn from the fields of report.json."""
+"""The figures of the report pages, each drawn from the fields of a report."""
 
 from __future__ import annotations
 
@@ -85,14 +85,20 @@ def attention(report: dict) -> str:
 
 
 def spectrum(row: dict) -> str:
-    """Singular values of W_Q W_Kᵀ of every head of one layer, each relative to the head's largest."""
-    spectra = [[value / values[0] for value in values] for values in row["singular_values"] if values[0] > 0]
+    """Singular values of W_Q W_Kᵀ of every head of one layer, each relative to the head's largest.
+
+    Where the row holds ``kept``, how many channels each head keeps, a dot stands on the last of them.
+    """
+    found = zip(row["singular_values"], row.get("kept", [0] * len(row["singular_values"])), strict=True)
+    found = [([value / values[0] for value in values], kept) for values, kept in found if values[0] > 0]
+    spectra = [values for values, _ in found]
+    ends = [Series([values[kept - 1]], "ours", [kept], marks=True) for values, kept in found if kept]
     width = max(map(len, spectra))
     middle = [sorted(column)[len(spectra) // 2] for column in zip(*spectra, strict=True)]
     places = list(range(1, width + 1))
     ticks = sorted({1, *(max(1, width * quarter // 4) for quarter in (1, 2, 3, 4))})
     return lines(
-        [*(Series(values, "head", places) for values in spectra), Series(middle, "ours", places)],
+        [*(Series(values, "head", places) for values in spectra), Series(middle, "ours", places), *ends],
         title=f"Singular values in layer {row['layer'] + 1}",
         desc=f"{len(spectra)} heads; smallest over largest, median head: {middle[-1]:.2f}",
         x_label="singular value number",

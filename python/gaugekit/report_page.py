@@ -11,7 +11,7 @@ from html import escape
 
 from . import report_figures as figures
 from .report_figures import DTYPES
-from .report_style import STYLE
+from .report_parts import document, figure, section, table
 from .svg import superscript
 
 GROUPS = {
@@ -42,32 +42,14 @@ def page(report: dict) -> str:
     name = escape(report["model"])
     removed, before = report["parameters_removed"]["total"], report["parameters_before"]
     sections = (_removed, _same, _bytes, _speed, _seen, _limits)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>gaugekit report: {name}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="eyebrow">gaugekit report</p>
-<h1>What <span class="name">{name}</span> stores and nobody can see</h1>
+    header = f"""<h1>What <span class="name">{name}</span> stores and nobody can see</h1>
 <p class="lead">Some of a transformer’s stored numbers cannot be observed: change them together in the right
 way, and every output stays the same. <strong>{removed:,} of {before:,} parameters
 ({removed / before:.2%})</strong> were removed here for that reason, exactly and without training. What remains
 is not random either, so the files shrink further with <strong>no bit lost</strong>. Everything on this page
 was measured in one run on the machine named at its end.</p>
-{_strip(report)}
-</header>
-{"".join(section(report) for section in sections)}
-{_footer(report)}
-</main>
-</body>
-</html>
-"""
+{_strip(report)}"""
+    return document(name, header, *(one(report) for one in sections), _footer(report))
 
 
 def _strip(report: dict) -> str:
@@ -114,11 +96,11 @@ def _removed(report: dict) -> str:
         for group, (name, why) in GROUPS.items()
     ]
     rows.append(["Together", f"{removed['total']:,}", f"{removed['total'] / before:.3%}"])
-    return _section(
+    return section(
         "What was removed",
         "<p>Four kinds of numbers make no difference to any output of the model, whatever text it reads. They "
         "are a small share of it, and they are free: no data, no training, no loss.</p>",
-        _table(["What, and why nobody can see it", "Parameters", "Share of model"], rows, "12", total=True),
+        table(["What, and why nobody can see it", "Parameters", "Share of model"], rows, "12", total=True),
     )
 
 
@@ -140,17 +122,17 @@ def _same(report: dict) -> str:
         [escape(road), _small(found["max_abs_error"]), _cosine(found["min_cosine"])]
         for road, found in report["loaded"].items()
     ]
-    return _section(
+    return section(
         "Is it still the same model?",
         f"<p>{report['sentences']:,} English sentences went through the original and through the converted "
         "copy, and their sentence embeddings were compared. Rounded arithmetic never repeats a sum exactly, "
         "so the honest yardstick is the error the <em>original</em> makes in a format against itself in double "
         "precision. The result passes while its own error stays within 1.5 times that noise in float32 and "
         "1.2 times in bfloat16.</p>",
-        _table([*head, "Largest difference", "Smallest cosine", "Passes"], rows, "123456"),
+        table([*head, "Largest difference", "Smallest cosine", "Passes"], rows, "123456"),
         '<div class="pair">',
         *(
-            _figure(
+            figure(
                 f"Error by layer, {dtype}",
                 figures.error_by_layer(report, kind),
                 "Relative error of the hidden states against the original in double precision (no unit, lower "
@@ -164,7 +146,7 @@ def _same(report: dict) -> str:
         "<code>from_pretrained</code>, and the original with its layers swapped in place by "
         "<code>gaugekit.fuse</code>. Both run on gaugekit’s operators, and their embeddings differ from the "
         "original’s by rounding only.</p>",
-        _table(["Road (float32)", "Largest difference", "Smallest cosine"], roads, "12"),
+        table(["Road (float32)", "Largest difference", "Smallest cosine"], roads, "12"),
     )
 
 
@@ -183,21 +165,21 @@ def _bytes(report: dict) -> str:
         for row in [report["pack"][kind]]
     ]
     head = ["File", "Bytes before", "Bytes after", "After over before", "Bits a weight", "Bit-exact"]
-    return _section(
+    return section(
         "Fewer bytes, no bit lost",
         "<p>A bfloat16 number spends 8 of its 16 bits on the exponent, its order of magnitude. Trained weights "
         f"crowd around a few magnitudes, so {entropy:.2f} bits would do on average. gaugekit codes exponents "
         "that way and leaves the other bits alone. Unpacking restores the file byte for byte: SHA-256 sums "
         "before and after were compared.</p>",
-        _table(head, rows, "12345"),
+        table(head, rows, "12345"),
         '<div class="pair">',
-        _figure(
+        figure(
             "Size of the weights file",
             figures.sizes(report),
             "Whole files, headers included: the original, without the unobservable parameters (gauge-fixed), "
             "losslessly packed, and both.",
         ),
-        _figure(
+        figure(
             "Orders of magnitude of the weights",
             figures.exponents(report),
             f"How often each exponent occurs among {report['exponents']['weights']:,} weights, in percent. "
@@ -216,16 +198,16 @@ def _speed(report: dict) -> str:
         else f"{escape(name)} leaves {row['ratio']:.1%} of the bytes"
         for name, row in coding["coders"].items()
     )
-    return _section(
+    return section(
         "Speed, measured in this run",
         '<div class="pair">',
-        _figure(
+        figure(
             "Packing and unpacking",
             figures.coding(report),
             f"In memory, one thread, the bfloat16 weights ({coding['bytes'] / 1e6:.0f} MB), median of "
             f"{coding['rounds']} interleaved rounds; longer is better. {beside}.",
         ),
-        _figure(
+        figure(
             "One attention sub-block",
             figures.attention(report),
             f"Batch {attention['batch']}, {attention['tokens']} tokens, width {attention['width']}, "
@@ -264,20 +246,20 @@ def _seen(report: dict) -> str:
         "Exponent entropy (bits)",
         "Token cosine",
     ]
-    return _section(
+    return section(
         "What else the weights show",
         "<p>Could more go? The next candidate is the rank of each head’s query-key product W<sub>Q</sub>"
         f"W<sub>K</sub>ᵀ: a head of low rank could be narrower. {verdict}</p>",
-        _figure(
+        figure(
             "Singular values of W<sub>Q</sub>W<sub>K</sub>ᵀ",
             f'<div class="panels">{"".join(figures.spectrum(row) for row in layers)}</div>',
             "Each thin line is one head, the strong line the median head, relative to the head’s largest singular "
             "value (no unit). A line that fell to zero early would be a head that can be made narrower for free.",
         ),
-        _table(head, rows, "123"),
+        table(head, rows, "123"),
         '<p class="note">Token cosine: the mean cosine between two tokens of a sentence at the input of the '
         "layer. The nearer to 1, the more alike the tokens have become (over-smoothing).</p>",
-        _figure(
+        figure(
             "Do the tokens become alike?",
             drawing,
             "Dashed grey: the token cosine of the table. Solid: the energy of each layer’s values, ½ Σ "
@@ -290,7 +272,7 @@ def _seen(report: dict) -> str:
 
 
 def _limits(report: dict) -> str:
-    return _section(
+    return section(
         "What this does not say",
         "<ul>",
         *(f"<li>{escape(limit)}</li>" for limit in report["limits"]),
@@ -309,29 +291,6 @@ def _footer(report: dict) -> str:
         f"<p>Time by step: {steps}; together {report['seconds']['total']:.0f} s. All numbers stand in "
         "report.json beside this page.</p></footer>"
     )
-
-
-def _section(heading: str, *parts: str) -> str:
-    return f"<section>\n<h2>{heading}</h2>\n{''.join(parts)}\n</section>\n"
-
-
-def _figure(heading: str, drawing: str, caption: str) -> str:
-    return f"<figure><h3>{heading}</h3>{drawing}<figcaption>{caption}</figcaption></figure>"
-
-
-def _table(head: list[str], rows: list[list[str]], right: str, total: bool = False) -> str:
-    """A table; the columns whose digits are in ``right`` are right-aligned, the last row may be a total."""
-
-    def cells(row: list[str], tag: str) -> str:
-        opening = [f'<{tag} class="n">' if str(i) in right else f"<{tag}>" for i in range(len(row))]
-        return "".join(f"{start}{cell}</{tag}>" for start, cell in zip(opening, row, strict=True))
-
-    opening = ["<tr>"] * len(rows)
-    if total:
-        opening[-1] = '<tr class="total">'
-    body = "".join(f"{start}{cells(row, 'td')}</tr>" for start, row in zip(opening, rows, strict=True))
-    head_row = f"<thead><tr>{cells(head, 'th')}</tr></thead>"
-    return f'<div class="scroll" tabindex="0"><table>{head_row}<tbody>{body}</tbody></table></div>'
 
 
 def _ratio(row: dict) -> str:

@@ -1,4 +1,4 @@
-"""The style sheet of the demo's report page: light and dark, one column on a phone, two on a desk, printable.
+"""The style sheet of the report pages: light and dark, one column on a phone, two on a desk, printable.
 
 Series colours are Okabe and Ito's blue and orange, lighter on dark ground, told apart by every common kind of
 colour vision; dashes and marks repeat what colour says. Text keeps a contrast of 4.5 to 1 or more.

@@ -50,6 +50,10 @@ class Rewrite(ABC):
         ``statistics`` is {module: Moments} of this layer, where ``needs_statistics`` names any.
         """
 
+    def note(self, view: AttentionView, statistics: Any = None) -> dict[str, Any]:
+        """What the certificate is to say of a layer (JSON values); arguments as ``layer`` was given them."""
+        return {}
+
     def form(self, view: AttentionView) -> dict[str, Compact]:
         """How the rewritten parts ("q", "k", "v", "o") are stored when not dense; a part left out stays dense."""
         return {}
@@ -74,6 +78,7 @@ def convert(
     pack: bool = False,
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    pages: Callable[[dict], dict[str, str]] = lambda certificate: {},
 ) -> Report:
     """Streams the checkpoint ``source`` through ``rewrites``, in order, into a new directory ``target``.
 
@@ -84,7 +89,8 @@ def convert(
     (``gaugekit.codec.pack``), for which the disk must hold it twice. Memory: one layer and 1 GB. The work happens in
     ``<target>.partial``; after a kill the same call goes on where it stopped, unless ``resume`` is False.
     ``progress(done_bytes, total_bytes)`` is called as the source is hashed, then rewritten (so the total is twice its
-    size). A certificate, ``gaugekit_certificate.json``, is left in ``target``.
+    size). A certificate, ``gaugekit_certificate.json``, is left in ``target``, and the text files that ``pages`` makes
+    of it: {name: text} (``gaugekit.rank_page.pages`` draws the spectra of a truncation).
 
     Returns a Report: parameters_before, parameters_after, bytes_before, bytes_after (weight files), steps [{rewrite,
     claim, removed {group: count, total}, ...arguments}], invariance_error (float64, the largest of any layer), seconds.
@@ -103,6 +109,7 @@ def convert(
             calibration=calibration,
             resume=resume,
             progress=progress,
+            pages=pages,
         )
     start = time.perf_counter()
     checkpoint, target = Checkpoint(source), Path(target)
@@ -156,7 +163,9 @@ def convert(
             return {
                 **fields,
                 "layers": [
-                    {key: r[key] for key in ("layer", "invariance_error")} for r in records if "layer" in r
+                    {"layer": r["layer"], "invariance_error": r["invariance_error"], **r["notes"]}
+                    for r in records
+                    if "layer" in r
                 ],
                 "dense": dense,
                 "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
@@ -165,7 +174,7 @@ def convert(
                 "versions": {"gaugekit": _version(), "torch": torch.__version__, "format": VERSION},
             }
 
-        writer.finish(config, certificate, copies)
+        writer.finish(config, certificate, copies, pages)
         advance(total_bytes)  # the files' headers count too
     finally:
         writer.close()
@@ -248,7 +257,7 @@ class _Job:
         if unit.layer is None:
             tensors = {name: self.checkpoint.read(name) for name in unit.names}
         else:
-            stored, record["invariance_error"] = self._attention(unit.layer, statistics)
+            stored, record["invariance_error"], record["notes"] = self._attention(unit.layer, statistics)
             tensors = {self.layers.prefix + name: tensor for name, tensor in stored.tensors.items()}
             record |= {"layer": unit.layer, "modules": stored.modules}
         written = {}
@@ -262,16 +271,18 @@ class _Job:
         )
         return written, record
 
-    def _attention(self, layer: int, statistics: list | None) -> tuple[Stored, float]:
+    def _attention(self, layer: int, statistics: list | None) -> tuple[Stored, float, dict[str, Any]]:
         before = after = self.layers.attention(layer)
+        found, notes = None if statistics is None else statistics[layer], {}
         for rewrite in self.rewrites:
-            after = rewrite.layer(after, None if statistics is None else statistics[layer])
+            view, after = after, rewrite.layer(after, found)
+            notes |= rewrite.note(view, found)
         compact = {}
         if not self.dense:
             for rewrite in self.rewrites:
                 compact |= rewrite.form(after)
         stored = self.layers.family.store(self.checkpoint.config, layer, after, compact)
-        return stored, invariance_error(before, after, seed=layer)
+        return stored, invariance_error(before, after, seed=layer), notes
 
     def _parameters(self, tensors: dict[str, tuple[Sequence[int], torch.dtype]]) -> int:
         recomputed = self.layers.family.recomputed

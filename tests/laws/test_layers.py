@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "gaugekit"
 
 # A room may import rooms of a lower floor, and its own. Lazy imports (inside a function) count as well.
 FLOORS = [
-    {"report", "_library", "samples", "progress", "staging", "svg", "report_style"},
+    {"report", "_library", "samples", "progress", "staging", "svg", "report_style", "report_parts"},
     {"reference"},
     {"ops"},
     {"codec"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"fuse", "inspect", "verify", "heal"},
     {"integrations"},
     {"doctor", "demo_speed", "report_figures"},
-    {"report_page"},
+    {"report_page", "rank_page"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def truncate(
     else:
         ranks, cosine = _search(live, views, spectra, tokens(model, held_out, 32), min_cosine)
     _write(live, views, spectra, ranks)
-    kept = [_energy(found, here) for found, here in zip(spectra, ranks, strict=True)]
+    kept = [fmean(found.shares(here)) for found, here in zip(spectra, ranks, strict=True)]
     fields = {
         "ranks": ranks,
         "mean_rank": sum(map(sum, ranks)) / sum(map(len, ranks)),
@@ -138,10 +139,3 @@ def _moments(model: nn.Module, calibration) -> Sequence[dict[str, Moments]] | No
     ):
         return calibration
     return observe(model, calibration)
-
-
-def _energy(found: Spectrum, ranks: list[int]) -> float:
-    """The mean over heads of the share of energy kept."""
-    kept = found.kept(ranks)
-    rows = zip(found.energies, kept, strict=True)
-    return sum(float(row[channels].sum() / row.sum()) for row, channels in rows) / len(kept)

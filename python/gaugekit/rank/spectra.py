@@ -57,6 +57,11 @@ class Spectrum:
             chosen.append(sorted(taken))
         return chosen
 
+    def shares(self, ranks: list[int]) -> list[float]:
+        """[G] the share of each head's energy that its ``kept`` channels hold; 1 for a head that has none."""
+        rows = zip(self.energies, self.kept(ranks), strict=True)
+        return [float(row[channels].sum() / row.sum()) if row.any() else 1.0 for row, channels in rows]
+
     def needed(self, energy: float) -> list[int]:
         """[G] the smallest ranks that keep at least the share ``energy`` of each head's energy."""
         ranks = []

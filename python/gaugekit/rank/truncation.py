@@ -34,6 +34,7 @@ class Truncate(Rewrite):
     def __init__(self, ranks: int | Ranks, aware: bool | Sequence[dict[str, Moments]] = False):
         self.ranks, self.aware = ranks, aware
         self.needs_statistics = ("q",) if aware is True else ()
+        self._last: tuple[AttentionView, Spectrum] | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -65,13 +66,24 @@ class Truncate(Rewrite):
         ranks = self._ranks(view)
         if view.k.rows is not None:
             raise ValueError("rank: expected keys whose gauge is not fixed yet; truncate first, then fix it")
-        if ranks == view.ranks:
-            return view
-        found = statistics if self.aware is True else self.aware[view.layer] if self.aware else None
-        return cut(view, spectrum(view, None if found is None else found["q"]), ranks)
+        return view if ranks == view.ranks else cut(view, self._spectrum(view, statistics), ranks)
+
+    def note(self, view: AttentionView, statistics: dict[str, Moments] | None = None) -> dict[str, Any]:
+        """{ranks [G], energy_kept [G], singular_values [G][K] descending: the square roots of the energies}."""
+        found, ranks = self._spectrum(view, statistics), self._ranks(view)
+        sizes = found.energies.sqrt().sort(1, descending=True).values
+        rounded = [[float(f"{size:.6g}") for size in row] for row in sizes.tolist()]
+        return {"ranks": ranks, "energy_kept": found.shares(ranks), "singular_values": rounded}
 
     def form(self, view: AttentionView) -> dict[str, Compact]:
         return compact(view)
+
+    def _spectrum(self, view: AttentionView, statistics: dict[str, Moments] | None) -> Spectrum:
+        """The spectrum of a view; that of the last view asked for is remembered, since ``note`` asks again."""
+        if self._last is None or self._last[0] is not view:
+            found = statistics if self.aware is True else self.aware[view.layer] if self.aware else None
+            self._last = view, spectrum(view, None if found is None else found["q"])
+        return self._last[1]
 
     def _ranks(self, view: AttentionView) -> list[int]:
         """[G] the ranks of this layer; ValueError where they do not fit it."""
