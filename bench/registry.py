@@ -52,6 +52,16 @@ class Case:
             )
 
 
+ONLY: list[
+    str
+] = []  # words that the cases to measure have in their shape, dtype or label; all cases if empty
+
+
+def wanted(text: str) -> bool:
+    """Whether a case of this shape, dtype and label is asked for: a generator may ask before it builds a costly one."""
+    return all(word in text for word in ONLY)
+
+
 BENCHMARKS: dict[str, Callable[[str, bool], Iterator[Case]]] = {}
 
 

@@ -3,6 +3,7 @@
     python bench/run.py                        # all operators, this machine's CPU
     python bench/run.py --op rans --quick      # one operator, a fraction of the time
     python bench/run.py --device cuda --save   # GPU rows, kept under bench/results/
+    python bench/run.py --op packed_linear --only 4096x4096 --only "1 threads" --save   # some cases of one operator
 
 ``ratio`` is the rival's time over ours, the median of interleaved pairs: above 1 we are faster. ``without_us`` is that
 ratio against the rival a good user would write today.
@@ -27,7 +28,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from registry import BENCHMARKS, Case  # noqa: E402
+from registry import BENCHMARKS, ONLY, Case, wanted  # noqa: E402
 
 COLUMNS = ["op", "shape", "dtype", "baseline", "median_ms", "baseline_ms", "ratio", "share_of_peak", "label"]
 
@@ -244,6 +245,8 @@ def run(ops: list[str] | None, device: str, quick: bool, log=sys.stderr) -> tupl
     where = {"machine": machine(device), "commit": commit()}
     for op in ops or sorted(BENCHMARKS):
         for case in BENCHMARKS[op](device, quick):
+            if not wanted(f"{case.shape} {case.dtype} {case.label}"):
+                continue
             try:
                 rows += [row | where for row in measure(case, 0.4 if quick else 3.0, clock, known)]
             except AssertionError as error:
@@ -253,12 +256,18 @@ def run(ops: list[str] | None, device: str, quick: bool, log=sys.stderr) -> tupl
 
 
 def save(rows: list[dict], piece: str, device: str, folder: Path = HERE / "results") -> Path:
-    """Writes the rows with machine, commit and date to ``results/<piece>-<machine>-<date>.json``."""
+    """Writes the rows with machine, commit and date to ``results/<piece>-<machine>-<date>.json``.
+
+    Rows of other cases that are there already stay: a piece can be measured part by part.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today().isoformat()
     place = "".join(c if c.isalnum() else "-" for c in machine(device).lower())
     place = "-".join(word for word in place.split("-") if word)
     path = folder / f"{piece}-{place}-{date}.json"
+    if path.exists():
+        new = {_case(row) for row in rows}
+        rows = [row for row in json.loads(path.read_text())["rows"] if _case(row) not in new] + rows
     record = {
         "piece": piece,
         "machine": machine(device),
@@ -269,6 +278,10 @@ def save(rows: list[dict], piece: str, device: str, folder: Path = HERE / "resul
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def _case(row: dict) -> tuple:
+    return tuple(row.get(key) for key in ("shape", "dtype", "threads", "label", "baseline"))
 
 
 def table(rows: list[dict]) -> str:
@@ -299,10 +312,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print the rows as one JSON list and nothing else"
     )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        help="only cases with this in shape, dtype or label (repeatable)",
+    )
     parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can see; none is here")
+    ONLY[:] = arguments.only
     try:
         rows, failed = run(arguments.op, arguments.device, arguments.quick)
     except ValueError as error:

@@ -5,29 +5,37 @@ that the weights come from memory. Plain weights are ordinary allocations, and s
 either side. Rows of fp32 are what a user without fast bfloat16 on the processor would run.
 """
 
+from functools import lru_cache
+
 import torch
 from torch.nn.functional import linear
 
 from gaugekit.ops.packed_linear import packed_linear
 from gaugekit.ops.packed_linear_weight import pack_weight
-from registry import Case, benchmark
+from registry import Case, benchmark, wanted
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336)]
-TOTAL_BYTES = 640 << 20  # of plain bf16 weights a case
-PEAK_CACHE_BYTES = 160 << 20  # enough for a quick look on most machines
+FROM_MEMORY = ", weights from memory, ordinary pages on both sides"
+TOTAL_BYTES = (
+    384 << 20
+)  # of plain bf16 weights a case; the largest cache of a core's neighbourhood is a tenth
+FEWER_BYTES = 160 << 20  # for large batches, which take longer, and for a quick look
 
 
-def layers(n: int, k: int, dtype: torch.dtype, total: int) -> list[torch.Tensor]:
+@lru_cache(maxsize=1)
+def layers(n: int, k: int, dtype: torch.dtype, device: str) -> tuple[list, list, list]:
+    """Plain and packed weights of TOTAL_BYTES, and half as many in fp32."""
     generator = torch.Generator().manual_seed(0)
-    count = max(2, total // (n * k * 2))
-    first = (torch.randn(n, k, generator=generator) * 0.02).to(dtype)
-    return [first] + [first.roll(i, 0).clone() for i in range(1, count)]
+    count = max(2, TOTAL_BYTES // (n * k * 2))
+    first = (torch.randn(n, k, generator=generator) * 0.02).to(device, dtype)
+    plain = [first] + [first.roll(i, 0).clone() for i in range(1, count)]
+    return plain, [pack_weight(w) for w in plain], [w.float() for w in plain[: max(2, count // 2)]]
 
 
 def product(n, k, batch, threads, dtype, device, total) -> Case:
-    plain = [w.to(device) for w in layers(n, k, dtype, total)]
-    packed = [pack_weight(w) for w in plain]
-    full = [w.float() for w in plain[: max(2, len(plain) // 2)]]
+    plain, packed, full = layers(n, k, dtype, device)
+    count = max(2, total // (n * k * 2))
+    plain, packed = plain[:count], packed[:count]
     x = torch.randn(batch, k, device=device).to(dtype)
 
     def check():
@@ -42,16 +50,16 @@ def product(n, k, batch, threads, dtype, device, total) -> Case:
 
     memory = sum(w.bytes for w in packed)
     return Case(
-        op="packed_linear", shape=f"batch {batch}, {len(plain)} x {n}x{k}", dtype=str(dtype)[6:], device=device,
+        op="packed_linear", shape=f"batch {batch}, {n}x{k}", dtype=str(dtype)[6:], device=device,
         ours=lambda: [packed_linear(x, w) for w in packed],
         rivals={"torch linear": lambda: [linear(x, w) for w in plain], "torch linear, fp32 weights": fp32},
         without_us="torch linear", check=check, bytes_moved=memory, flops=2 * batch * n * k * len(plain),
-        threads=threads, label=f"{threads} threads, weights from memory",
-        extra={"packed_bytes": memory, "plain_bytes": sum(w.nbytes for w in plain)},
+        threads=threads, label=f"{threads} threads{FROM_MEMORY}",
+        extra={"layers": len(plain), "packed_bytes": memory, "plain_bytes": sum(w.nbytes for w in plain)},
     )  # fmt: skip
 
 
-def packing(device: str, rows: int) -> Case:
+def packing(device: str, rows: int, threads: int | None) -> Case:
     weight = (torch.randn(rows, 4096, device=device) * 0.02).bfloat16()
     copy = torch.empty_like(weight)
 
@@ -63,17 +71,25 @@ def packing(device: str, rows: int) -> Case:
     return Case(
         op="packed_linear", shape=f"pack {rows}x4096", dtype="bfloat16", device=device,
         ours=lambda: pack_weight(weight), rivals={"copy": lambda: copy.copy_(weight)}, without_us="copy", check=check,
-        bytes_moved=weight.nbytes + pack_weight(weight).bytes, threads=1, label="1 thread, fresh output",
-        extra={"bytes_before": weight.nbytes},
+        bytes_moved=weight.nbytes + pack_weight(weight).bytes, threads=threads,
+        label=f"{threads} threads, fresh output", extra={"bytes_before": weight.nbytes},
     )  # fmt: skip
 
 
 @benchmark("packed_linear")
 def cases(device: str, quick: bool):
-    total = PEAK_CACHE_BYTES if quick else TOTAL_BYTES
-    for threads in (1, 2) if device == "cpu" else (None,):
-        for n, k in SHAPES[:1] if quick else SHAPES:
-            for batch in (1,) if quick else (1, 4, 16, 32) if device == "cpu" else (1, 16, 256):
-                yield product(n, k, batch, threads, torch.bfloat16, device, total)
-    yield product(4096, 4096, 1, 1, torch.float16, device, total)
-    yield packing(device, 2048 if quick else 16384)
+    on = (1, 2) if device == "cpu" else (None,)
+    for n, k in SHAPES[:1] if quick else SHAPES:
+        for threads in on:
+            for batch in (1,) if quick else (1, 2, 4, 16, 64) if device == "cpu" else (1, 16, 256):
+                if wanted(f"batch {batch}, {n}x{k} bfloat16 {threads} threads{FROM_MEMORY}"):
+                    total = TOTAL_BYTES if batch <= 4 and not quick else FEWER_BYTES
+                    yield product(n, k, batch, threads, torch.bfloat16, device, total)
+    for threads in on:
+        if wanted(f"batch 1, 4096x4096 float16 {threads} threads{FROM_MEMORY}"):
+            yield product(
+                4096, 4096, 1, threads, torch.float16, device, FEWER_BYTES if quick else TOTAL_BYTES
+            )
+        rows = 2048 if quick else 16384
+        if wanted(f"pack {rows}x4096 bfloat16 {threads} threads, fresh output"):
+            yield packing(device, rows, threads)

@@ -22,8 +22,8 @@ constexpr int64_t GRAIN_WEIGHTS = 1 << 16;  // worth a thread
 constexpr int64_t PIECE_WEIGHTS = 1 << 19;  // of the product for one thread; packed, they fit its cache
 constexpr int64_t FUSED_BATCH =
     64;  // up to here the fused product, 16 rows of x at a time, beats torch's in float
-constexpr int64_t TILE_BYTES = int64_t(1)
-                               << 20;  // decoded for torch's matmul at a time: a second-level cache
+constexpr int64_t TILE_BYTES = int64_t(8) << 20;  // as float, decoded for torch's matmul at a time: that
+                                                  // needs enough rows, of 14,336 weights, too, to be quick
 
 int64_t grain_of_rows(int64_t columns, int64_t multiple = 1) {
   const int64_t rows = std::max<int64_t>(1, GRAIN_WEIGHTS / std::max<int64_t>(1, columns));
