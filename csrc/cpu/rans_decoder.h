@@ -16,13 +16,13 @@ namespace gaugekit::rans {
 
 // One step of one lane. Whether a word is taken is a mask, for it cannot be predicted; the caller knows that
 // one may be read.
-inline uint8_t decode_step(uint32_t& state, const DecoderTable& table, const uint8_t*& next) {
+GAUGEKIT_INLINE uint8_t decode_step(uint32_t& state, const DecoderTable& table, const uint8_t*& next) {
   const uint32_t slot = state & (kSlots - 1);
   const uint8_t symbol = table.symbol_of[slot];
-  const int64_t x = table.frequency_of[symbol] * (state >> kProbabilityBits) + table.rank_of[slot];
-  const int64_t mask = (x - int64_t(kStateLower)) >> 63, refilled = x << 16 | load<uint16_t>(next);
-  state = uint32_t(x ^ ((x ^ refilled) & mask));
-  next -= 2 * mask;
+  const uint32_t x = table.frequency_of[symbol] * (state >> kProbabilityBits) + table.rank_of[slot];
+  const uint32_t mask = uint32_t(int32_t(x - kStateLower) >> 31), refilled = x << 16 | load<uint16_t>(next);
+  state = x ^ ((x ^ refilled) & mask);
+  next += mask & 2;
   return symbol;
 }
 
@@ -32,6 +32,7 @@ inline int portable_groups(Decoder& d, int groups, const uint8_t*, uint8_t* symb
   int done = 0;
   for (; done < groups && a <= d.words[0].safe && b <= d.words[1].safe; ++done, symbols += kLanes)
     for (int odd = 0; odd < 2; ++odd)
+#pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const int lane = 16 * odd + i, e = 2 * i + odd;
         symbols[e] = decode_step(states[lane], d.table, a);

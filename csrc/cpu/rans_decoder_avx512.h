@@ -10,6 +10,12 @@
 
 namespace gaugekit::rans::avx512 {
 
+// Full masks. The forms without a mask read a variable that GCC 12's header never sets, which warns in every
+// function they are inlined into; these give the same instructions.
+constexpr __mmask8 kAll8 = 0xFF;
+constexpr __mmask16 kAll16 = 0xFFFF;
+constexpr __mmask32 kAll32 = 0xFFFFFFFF;
+
 struct Registers {
   __m512i bucket[2], part[2][2];
 };
@@ -21,7 +27,8 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i lookup(const __m512i (&table)[2], __m512
 GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i look_up(const uint32_t* table, __m512i index) {
   alignas(64) uint32_t i[16];
   _mm512_store_si512(i, index);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(avx2::look_up(table, i)), avx2::look_up(table, i + 8), 1);
+  return _mm512_maskz_inserti64x4(kAll8, _mm512_castsi256_si512(avx2::look_up(table, i)),
+                                  avx2::look_up(table, i + 8), 1);
 }
 
 // 16 lanes within a step. The symbols are where the table has them, the bits around them arbitrary.
@@ -34,9 +41,10 @@ struct Lanes {
 template <bool in_registers>
 GAUGEKIT_AVX512 GAUGEKIT_INLINE void find(Lanes& v, const Registers& r, const uint32_t* slots) {
   if constexpr (in_registers) {
-    const __m512i index = _mm512_srli_epi32(v.x, 7);  // the lookup takes the low five bits: the bucket
+    const __m512i index =
+        _mm512_maskz_srli_epi32(kAll16, v.x, 7);  // the lookup takes the low five bits: the bucket
     const __m512i bucket = lookup(r.bucket, index);
-    const __mmask16 second = _mm512_cmpgt_epu32_mask(_mm512_slli_epi32(v.x, 25), bucket);
+    const __mmask16 second = _mm512_cmpgt_epu32_mask(_mm512_maskz_slli_epi32(kAll16, v.x, 25), bucket);
     v.y = _mm512_mask_mov_epi32(lookup(r.part[0], index), second, lookup(r.part[1], index));
     v.symbol = _mm512_mask_srli_epi32(bucket, second, bucket, 8);
   } else {
@@ -47,15 +55,16 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE void find(Lanes& v, const Registers& r, const ui
 
 template <bool in_registers>
 GAUGEKIT_AVX512 GAUGEKIT_INLINE void advance(Lanes& v) {
-  const __m512i high = _mm512_srli_epi32(v.x, kProbabilityBits);
+  const __m512i high = _mm512_maskz_srli_epi32(kAll16, v.x, kProbabilityBits);
   if constexpr (in_registers) {
     const __m512i place = _mm512_and_si512(v.x, _mm512_set1_epi32(127));
-    const __m512i rank = _mm512_add_epi32(place, _mm512_srai_epi32(v.y, 16));
+    const __m512i rank = _mm512_add_epi32(place, _mm512_maskz_srai_epi32(kAll16, v.y, 16));
     const __m512i frequency = _mm512_and_si512(v.y, _mm512_set1_epi32(0xFFFF));
     v.y = _mm512_add_epi32(_mm512_mullo_epi32(frequency, high), rank);
   } else {
-    const __m512i rank = _mm512_and_si512(_mm512_srli_epi32(v.symbol, 8), _mm512_set1_epi32(kSlots - 1));
-    v.y = _mm512_mullo_epi32(_mm512_srli_epi32(v.symbol, 20), high);
+    const __m512i rank =
+        _mm512_and_si512(_mm512_maskz_srli_epi32(kAll16, v.symbol, 8), _mm512_set1_epi32(kSlots - 1));
+    v.y = _mm512_mullo_epi32(_mm512_maskz_srli_epi32(kAll16, v.symbol, 20), high);
     v.y = _mm512_add_epi32(v.y, _mm512_add_epi32(high, rank));
   }
 }
@@ -63,14 +72,16 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE void advance(Lanes& v) {
 // Deals words to the lanes in need, lowest first.
 GAUGEKIT_AVX512 GAUGEKIT_INLINE void refill(Lanes& v, const uint8_t*& next) {
   const __mmask16 low = _mm512_cmplt_epu32_mask(v.y, _mm512_set1_epi32(kStateLower));
-  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)));
+  const __m512i words =
+      _mm512_maskz_cvtepu16_epi32(kAll16, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)));
   next += 2 * size_t(__builtin_popcount(low));
-  v.x = _mm512_mask_or_epi32(v.y, low, _mm512_slli_epi32(v.y, 16), _mm512_maskz_expand_epi32(low, words));
+  v.x = _mm512_mask_or_epi32(v.y, low, _mm512_maskz_slli_epi32(kAll16, v.y, 16),
+                             _mm512_maskz_expand_epi32(low, words));
 }
 
 // The symbols of a segment's 32 elements in the low bytes of 16-bit lanes, in order.
 GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i in_order(__m512i even, __m512i odd) {
-  return _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, 16));
+  return _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_maskz_slli_epi32(kAll16, odd, 16));
 }
 
 // The 64 six-bit remainders of a group: the first 48 are the bytes' low six bits, the last 16 their high two.
@@ -100,7 +111,7 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE void put_with_six(__m512i symbols, __m256i six, 
 template <Output output>
 GAUGEKIT_AVX512 GAUGEKIT_INLINE void put(__m512i symbols, const uint8_t* plane, uint8_t* out) {
   if constexpr (output == Output::symbols) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(symbols));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_maskz_cvtepi16_epi8(kAll32, symbols));
   } else {
     __m512i raw = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane)));
     if (output == Output::exponent16) raw = _mm512_mullo_epi16(raw, _mm512_set1_epi16(257));  // in both bytes

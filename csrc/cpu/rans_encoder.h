@@ -31,27 +31,36 @@ struct EncoderScratch {
   }
 };
 
-// A state x < 2^19 * frequency divides by the frequency through ceil(2^43 / frequency): the product stays
-// below 2^63 and its error below 1 / frequency, so the quotient is exact.
-struct Reciprocals {
-  uint64_t by_symbol[256];
-  explicit Reciprocals(const Table& table) {
-    for (int i = 0; i < table.size; ++i)
-      by_symbol[table.symbol[i]] = ((uint64_t(1) << 43) + table.frequency[i] - 1) / table.frequency[i];
+// What a step without vectors needs, by symbol. A state x < 2^19 * frequency divides by the frequency through
+// ceil(2^43 / frequency): the product stays below 2^63 and its error below 1 / frequency, so the quotient is
+// exact.
+struct PortableTable {
+  uint64_t reciprocal[256];
+  const uint32_t* slots[256];
+  uint32_t frequency[256];
+  uint32_t most[256];  // the largest state that spills no word
+
+  explicit PortableTable(const EncoderTable& t) {
+    for (int i = 0; i < t.table.size; ++i) {
+      const uint32_t symbol = t.table.symbol[i], f = t.table.frequency[i];
+      reciprocal[symbol] = ((uint64_t(1) << 43) + f - 1) / f;
+      slots[symbol] = t.slot_of + (t.by_symbol[symbol] >> 16);
+      frequency[symbol] = f;
+      most[symbol] = (f << 19) - 1;
+    }
   }
 };
 
 // Whether a word is written is a mask, for it cannot be predicted: the word is stored in any case, and kept
 // or not.
-inline void encode_step(uint32_t& state, uint8_t symbol, const EncoderTable& table, const Reciprocals& by,
-                        uint16_t*& words) {
-  const uint32_t code = table.by_symbol[symbol], f = code & 0xFFFF;
-  const int64_t mask = (int64_t(f << 19) - 1 - int64_t(state)) >> 63;
-  words[-1] = uint16_t(state);
+GAUGEKIT_INLINE void encode_step(uint32_t& state, uint8_t symbol, const PortableTable& t, uint16_t*& words) {
+  const uint32_t before = state;
+  const int64_t mask = (int64_t(t.most[symbol]) - int64_t(before)) >> 63;
+  words[-1] = uint16_t(before);
   words += mask;
-  const uint32_t x = state >> (mask & 16);
-  const uint32_t quotient = uint32_t((x * by.by_symbol[symbol]) >> 43);
-  state = quotient << kProbabilityBits | table.slot_of[(code >> 16) + x - quotient * f];
+  const uint32_t x = before ^ ((before ^ before >> 16) & uint32_t(mask));
+  const uint32_t quotient = uint32_t((x * t.reciprocal[symbol]) >> 43);
+  state = quotient << kProbabilityBits | t.slots[symbol][x - quotient * t.frequency[symbol]];
 }
 
 // Runs the coder from the last symbol to the first, so that a decoder reads first to last. words[s] comes in
@@ -60,12 +69,12 @@ inline void encode_step(uint32_t& state, uint8_t symbol, const EncoderTable& tab
 inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTable& table, uint32_t* states,
                            uint16_t** words, Isa path) {
   for (int i = 0; i < kLanes; ++i) states[i] = kStateLower;
-  const Reciprocals by(table.table);
+  const PortableTable steps(table);
   const uint64_t whole = n - n % kLanes;
   for (int s = 0; s < kSegments; ++s)
     for (int lane = kSegmentLanes - 1; lane >= 0; --lane) {
       const uint64_t e = whole + s * kSegmentLanes + lane_element(lane);
-      if (e < n) encode_step(states[s * kSegmentLanes + lane], symbols[e], table, by, words[s]);
+      if (e < n) encode_step(states[s * kSegmentLanes + lane], symbols[e], steps, words[s]);
     }
 #ifdef GAUGEKIT_X86
   if (path == Isa::avx512) {
@@ -82,8 +91,9 @@ inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTabl
     for (uint64_t group = whole; group;) {
       group -= kLanes;
       for (int odd = 1; odd >= 0; --odd)
+#pragma GCC unroll 4
         for (int i = 15; i >= 0; --i)
-          encode_step(state[16 * odd + i], segment[group + 2 * i + odd], table, by, next);
+          encode_step(state[16 * odd + i], segment[group + 2 * i + odd], steps, next);
     }
     words[s] = next;
   }

@@ -27,21 +27,22 @@ struct Step {
 
 GAUGEKIT_AVX512 GAUGEKIT_INLINE Step encode_step(__m512i x, __m512i code, uint16_t*& next) {
   constexpr int kTruncate = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
-  const __mmask16 spill = _mm512_cmpge_epu32_mask(x, _mm512_slli_epi32(code, 19));
+  const __mmask16 spill = _mm512_cmpge_epu32_mask(x, _mm512_maskz_slli_epi32(kAll16, code, 19));
   const int spilled = __builtin_popcount(spill);
   next -= spilled;
   _mm256_mask_storeu_epi16(next, __mmask16((1u << spilled) - 1),
-                           _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(spill, x)));
+                           _mm512_maskz_cvtepi32_epi16(kAll16, _mm512_maskz_compress_epi32(spill, x)));
   x = _mm512_mask_srli_epi32(x, spill, x, 16);
   const __m512i f = _mm512_and_si512(code, _mm512_set1_epi32(0xFFFF));
-  __m512i quotient = _mm512_cvttps_epi32(
-      _mm512_div_round_ps(_mm512_cvt_roundepi32_ps(x, kTruncate), _mm512_cvtepi32_ps(f), kTruncate));
+  __m512i quotient = _mm512_maskz_cvttps_epi32(
+      kAll16, _mm512_maskz_div_round_ps(kAll16, _mm512_maskz_cvt_roundepi32_ps(kAll16, x, kTruncate),
+                                        _mm512_maskz_cvtepi32_ps(kAll16, f), kTruncate));
   __m512i rest = _mm512_sub_epi32(x, _mm512_mullo_epi32(quotient, f));
   const __mmask16 more = _mm512_cmpge_epu32_mask(rest, f);
   quotient = _mm512_mask_sub_epi32(quotient, more, quotient, _mm512_set1_epi32(-1));
   rest = _mm512_mask_sub_epi32(rest, more, rest, f);
-  const __m512i place = _mm512_add_epi32(rest, _mm512_srli_epi32(code, 16));
-  return {_mm512_slli_epi32(quotient, kProbabilityBits), place};
+  const __m512i place = _mm512_add_epi32(rest, _mm512_maskz_srli_epi32(kAll16, code, 16));
+  return {_mm512_maskz_slli_epi32(kAll16, quotient, kProbabilityBits), place};
 }
 
 // Symbols to their indices in the table, for tables of at most 32: a 16-byte lookup for each row of 16
@@ -62,7 +63,7 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE void fill_rows(const Table& table, IndexRows& ro
     if (!used[row]) continue;
     rows.row[rows.count] = _mm512_set1_epi8(char(row << 4));
     rows.index[rows.count++] =
-        _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(index[row])));
+        _mm512_maskz_broadcast_i32x4(kAll16, _mm_load_si128(reinterpret_cast<const __m128i*>(index[row])));
   }
 }
 
@@ -90,12 +91,16 @@ GAUGEKIT_AVX512 void encode_groups(const uint8_t* symbols, uint64_t groups, cons
     __m512i index = _mm512_loadu_si512(symbols + g * kLanes);
     if (in_registers) index = indices(index, rows);
     // 32 bits a lane: the even element's index, and above it the odd one's
-    const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(index));
-    const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(index, 1));
+    const __m512i first =
+        _mm512_maskz_cvtepu16_epi32(kAll16, _mm512_maskz_extracti64x4_epi64(kAll8, index, 0));
+    const __m512i second =
+        _mm512_maskz_cvtepu16_epi32(kAll16, _mm512_maskz_extracti64x4_epi64(kAll8, index, 1));
     const uint32_t* memory = t.by_symbol;
     // Arithmetic of all four before the loads: more than one vector's chain then fits the processor's window.
-    const Step s1 = encode_step(x1, codes_of<in_registers>(_mm512_srli_epi32(first, 8), table, memory), a);
-    const Step s3 = encode_step(x3, codes_of<in_registers>(_mm512_srli_epi32(second, 8), table, memory), b);
+    const Step s1 =
+        encode_step(x1, codes_of<in_registers>(_mm512_maskz_srli_epi32(kAll16, first, 8), table, memory), a);
+    const Step s3 =
+        encode_step(x3, codes_of<in_registers>(_mm512_maskz_srli_epi32(kAll16, second, 8), table, memory), b);
     const Step s0 = encode_step(x0, codes_of<in_registers>(first, table, memory), a);
     const Step s2 = encode_step(x2, codes_of<in_registers>(second, table, memory), b);
     x1 = _mm512_or_si512(s1.quotient, look_up(t.slot_of, s1.place));
