@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import threading
+import queue
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,18 +17,51 @@ from ..ops import rans
 from . import container
 from .blob import fresh
 from .container import CorruptFile, Entry, Packed, naming
-from .pieces import StoredBlob, read_at
+from .pieces import Room, StoredBlob, read_at
 
 PIECE_BYTES = 1 << 23  # decoded bytes handled at once: the coded bytes of no more than that are in memory
+
+
+class _Rooms:
+    """The memory for the coded bytes of pieces that are decoded at once: as many as torch has threads.
+
+    Used again for piece after piece: fresh bytes between the tensors that stay would leave the heap full of holes.
+    """
+
+    def __init__(self):
+        self._free: queue.LifoQueue[np.ndarray] = queue.LifoQueue()
+        for _ in range(torch.get_num_threads()):
+            self._free.put(np.empty(0, np.uint8))
+
+    @contextmanager
+    def take(self) -> Iterator[Room]:
+        held = self._free.get()
+
+        def room(size: int) -> np.ndarray:
+            nonlocal held
+            if held.size < size:
+                held = np.empty(size, np.uint8)
+            return held[:size]
+
+        try:
+            yield room
+        finally:
+            self._free.put(held)
+
+
+_shared: weakref.WeakValueDictionary[str, _Rooms] = (
+    weakref.WeakValueDictionary()
+)  # by all files that are open
 
 
 class safe_open:
     """Opens a .safetensors file, packed or ordinary, and returns the original's tensors as asked.
 
     A drop-in for ``safetensors.safe_open(path, framework="pt", device="cpu")``: keys, metadata, get_tensor, get_slice,
-    with or without ``with``. A tensor is read when it is asked for, through no mapping; memory: that tensor and 8 MiB
-    of coded bytes a thread. Any thread may read. Bytes of a packed file are checked as they are read: damage raises
-    CorruptFile, which names the file. ValueError for another framework, FileNotFoundError where there is no file.
+    with or without ``with``. A tensor is read when it is asked for, through no mapping; memory: that tensor and,
+    for all files together, 8 MiB of coded bytes a thread of torch. Any thread may read; as many decode at once as torch
+    has threads. Bytes of a packed file are checked as they are read: damage raises CorruptFile, which names the file.
+    ValueError for another framework, FileNotFoundError where there is no file.
     """
 
     def __init__(
@@ -48,7 +84,7 @@ class safe_open:
         self._entries = {entry.name: entry for entry in self._original.entries}
         self._places = {entry.name: entry for entry in self._stored.entries}
         self._blobs: dict[str, StoredBlob] = {}
-        self._rooms = threading.local()
+        self._rooms = _shared.setdefault("rooms", _Rooms())
         self._sound: set[str] = set()  # tensors stored raw whose checksum was seen to be right
 
     def __enter__(self) -> safe_open:
@@ -117,17 +153,9 @@ class safe_open:
             self._blobs[entry.name] = blob
         out = fresh(torch.Size([stop - start]), blob.dtype)
         for first, end, chunk, until in blob.parts(start, stop, PIECE_BYTES):
-            blob.decode(first, end, chunk, until, out[first - start : end - start], self._room)
+            with self._rooms.take() as room:
+                blob.decode(first, end, chunk, until, out[first - start : end - start], room)
         return out
-
-    def _room(self, size: int) -> np.ndarray:
-        """Bytes that each thread uses again for piece after piece: fresh ones between the tensors that stay would leave
-        the heap full of holes.
-        """
-        held = getattr(self._rooms, "bytes", None)
-        if held is None or held.size < size:
-            held = self._rooms.bytes = np.empty(size, np.uint8)
-        return held[:size]
 
     def _check(self, name: str, begin: int, size: int, crc: int) -> None:
         """Reads a tensor stored raw once through its checksum: a part of it has none of its own."""

@@ -45,7 +45,7 @@ LANES = 64
 # The element of a group of 64 that each lane codes: even elements first, then odd ones, in either half.
 LANE_ELEMENT = np.array([32 * (lane // 32) + 2 * (lane % 16) + lane % 32 // 16 for lane in range(LANES)])
 BLOCK_GROUPS = 64  # groups whose symbols are looked up at once
-BATCH_SYMBOLS = 1 << 22  # chunks that run side by side: bounds the memory, keeps NumPy's calls few
+BATCH_SYMBOLS = 1 << 20  # chunks that run side by side: bounds the memory, keeps NumPy's calls few
 
 
 def _corrupt(sentence: str) -> RuntimeError:
@@ -344,9 +344,8 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
 
 def _decode_symbols(chunks: list[tuple]) -> None:
     """Fills the last plane of every chunk of ``_read_chunk``."""
-    count, sizes = len(chunks), [planes.shape[1] for *_, planes in chunks]
-    _, live = _by_lane([np.empty(size, np.uint8) for size in sizes])
-    groups, partial = len(live), ~live.all((1, 2))
+    sizes = np.array([planes.shape[1] for *_, planes in chunks])
+    count, groups = sizes.size, -(-int(sizes.max()) // LANES)
     step, symbol = np.empty((count, SLOTS), np.int64), np.empty((count, SLOTS), np.uint8)
     for c, (_, names, f, *_) in enumerate(chunks):
         owners, order = slots_by_symbol(f)
@@ -356,19 +355,20 @@ def _decode_symbols(chunks: list[tuple]) -> None:
     streams = [words for chunk in chunks for words in chunk[3]]
     ends = np.cumsum([words.size for words in streams])
     next_word = ends - [words.size for words in streams]
-    stream = np.concatenate([*streams, np.zeros(1, np.uint16)]).astype(np.int64)
+    stream = np.concatenate([*streams, np.zeros(1, np.uint16)])
     base = (np.arange(count) * SLOTS)[:, None]
     x = np.stack([c[0] for c in chunks])
-    keys = np.empty((groups, count, LANES), np.int32)
+    decoded = np.empty((count, groups, LANES), np.uint8)
+    keys = np.empty((min(groups, BLOCK_GROUPS), count, LANES), np.int64)
     for g in range(groups):
-        key = (x & (SLOTS - 1)) + base
-        keys[g] = key
+        key = np.add(x & (SLOTS - 1), base, out=keys[g % BLOCK_GROUPS])
         both = step[key]
         stepped = (both >> 12) * (x >> 12) + (both & 4095)
         refill = stepped < LOWER
-        if partial[g]:
-            stepped = np.where(live[g], stepped, x)
-            refill &= live[g]
+        if (sizes < (g + 1) * LANES).any():
+            live = g * LANES + LANE_ELEMENT < sizes[:, None]
+            stepped = np.where(live, stepped, x)
+            refill &= live
         x = stepped
         lanes = np.flatnonzero(refill)
         segment = lanes >> 5
@@ -377,14 +377,16 @@ def _decode_symbols(chunks: list[tuple]) -> None:
         flat = x.reshape(-1)
         flat[lanes] = flat[lanes] << 16 | stream.take(place, mode="clip")
         next_word = next_word + taken
+        if (g + 1) % BLOCK_GROUPS == 0 or g + 1 == groups:
+            first = g // BLOCK_GROUPS * BLOCK_GROUPS
+            done = symbol[keys[: g + 1 - first]].transpose(1, 0, 2)
+            decoded[:, first : g + 1, LANE_ELEMENT] = done
     if (next_word != ends).any() or (x != LOWER).any():
         raise _corrupt(
             "a segment does not end in the state it began with, or its words do not last or are left"
         )
-    by_element = np.empty((count, groups, LANES), np.uint8)
-    by_element[:, :, LANE_ELEMENT] = symbol[keys].transpose(1, 0, 2)
     for c, (*_, planes) in enumerate(chunks):
-        planes[-1] = by_element[c].reshape(-1)[: planes.shape[1]]
+        planes[-1] = decoded[c].reshape(-1)[: planes.shape[1]]
 
 
 def decode_whole(blob: Blob, i: int) -> np.ndarray:
