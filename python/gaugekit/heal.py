@@ -34,6 +34,7 @@ QUERY_KEY = (
     "*k_proj*",
 )  # what a truncation of the scores rewrote
 KEPT = {".json", ".txt", ".model", ".md"}  # what stands beside weights: tokenizer, pooling, card
+HELD_OUT = 256  # sentences at most: enough for the fourth digit of a mean cosine
 WARM_UP = 0.1  # of all steps; afterwards the rate falls to zero along a cosine
 
 
@@ -66,9 +67,9 @@ def heal(
 
     ``parameters`` are patterns of parameter names ("*query*", "encoder.layer.0.*"); by default the weights and biases
     of queries and keys, or all where none is found. A pair of channels that is zero in queries and keys alike stays
-    zero: neither gets a gradient. ``text`` is a UTF-8 file or a list of strings; every eighth sentence is held out to
-    draw the curve. ``work_directory``: the state goes there eight times a stage, and a second call with the same
-    arguments goes on from it. Deterministic for a seed, resumed or not.
+    zero: neither gets a gradient. ``text`` is a UTF-8 file or a list of strings; every eighth sentence, at most 256 in
+    all, is held out to draw the curve. ``work_directory``: the state goes there eight times a stage, and a second call
+    with the same arguments goes on from it. Deterministic for a seed, resumed or not.
 
     Returns a Report: ``parameters`` trained, ``steps``, ``curve`` [{stage, step, loss (held-out), mean_cosine,
     min_cosine (of mean-pooled embeddings, held-out)}], ``mean_cosine_before``, ``mean_cosine_after``. Raises
@@ -86,7 +87,8 @@ def heal(
     strings = samples.read(text)
     if len(strings) < 2:
         raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
-    held_out, strings = strings[::8], [s for index, s in enumerate(strings) if index % 8]
+    every = max(8, math.ceil(len(strings) / HELD_OUT))
+    held_out, strings = strings[::every], [s for index, s in enumerate(strings) if index % every]
     run = _Run(student, teacher, parameters)
     held = [(batch, run.states(teacher, batch)) for batch in tokens(teacher, held_out, 32)]
     batches = tokens(teacher, strings, batch_size)
@@ -206,11 +208,14 @@ class _Run:
     def _states(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
         return list(model.base_model(**batch, output_hidden_states=True).hidden_states[1:])
 
-    def end_loss(self, batch: dict[str, Tensor], goals: list[Tensor] | None = None) -> Tensor:
-        goals = self.states(self.teacher, batch) if goals is None else goals
+    def end_loss(self, batch: dict[str, Tensor]) -> Tensor:
         with evaluating(self.student):
             found = self._states(self.student, batch)
-        errors = [_error(y, goal, batch["attention_mask"]) for y, goal in zip(found, goals, strict=True)]
+        return self._distance(found, self.states(self.teacher, batch), batch["attention_mask"])
+
+    @staticmethod
+    def _distance(found: list[Tensor], goals: list[Tensor], mask: Tensor) -> Tensor:
+        errors = [_error(y, goal, mask) for y, goal in zip(found, goals, strict=True)]
         return errors[-1] + sum(errors[:-1], errors[-1] * 0) / max(len(errors) - 1, 1)
 
     def layers_loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -260,9 +265,9 @@ class _Run:
     def measure(self, held: list[tuple[dict[str, Tensor], list[Tensor]]]) -> dict[str, float]:
         loss, cosines = 0.0, []
         for batch, goals in held:
-            loss += float(self.end_loss(batch, goals)) / len(held)
-            last = goals[-1], self.states(self.student, batch)[-1]
-            pooled = (_pooled(states, batch["attention_mask"]) for states in last)
+            states, mask = self.states(self.student, batch), batch["attention_mask"]
+            loss += float(self._distance(states, goals, mask)) / len(held)
+            pooled = (_pooled(last, mask) for last in (goals[-1], states[-1]))
             cosines.append(nn.functional.cosine_similarity(*pooled, dim=-1))
         found = torch.cat(cosines)
         return {"loss": loss, "mean_cosine": float(found.mean()), "min_cosine": float(found.min())}

@@ -100,6 +100,14 @@ def test_on_the_command_line(home, tmp_path, capsys):
     assert main([*map(str, line), "--steps", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["curve"][-1]["step"] == report["steps"] == 5
+    found = {}
+    for name in ("small", "out"):
+        compare = ["verify", home["bert"], tmp_path / name, "--text", tmp_path / "text.txt", "--pool", "mean"]
+        assert main([*map(str, compare), "--json"]) == 1  # approximate, before and after
+        found[name] = json.loads(capsys.readouterr().out)
+    assert found["out"]["relative_error"] < found["small"]["relative_error"] and found["out"]["rows"] == len(
+        TEXT
+    )
     healed = AutoModel.from_pretrained(tmp_path / "out").eval()
     assert healed.encoder.layer[0].attention.self.query.ranks == [2] * 4
     assert (tmp_path / "out" / "tokenizer.json").is_file() and not (tmp_path / "out.partial").exists()

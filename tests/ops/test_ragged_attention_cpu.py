@@ -91,21 +91,26 @@ def test_the_same_bits_on_any_number_of_threads():
         assert all(torch.equal(x, y) for x, y in zip(found[0], others, strict=True))
 
 
-@pytest.mark.parametrize("level", ["default", "avx2"])
-def test_narrower_instruction_sets(level):
+NARROWER = """
+import os, torch, test_ragged_attention_cpu as t
+for level in ("default", "avx2"):  # read once a process, when a kernel first runs: each level has a child of its own
+    if not (child := os.fork()):
+        os.environ["ATEN_CPU_CAPABILITY"] = level
+        torch.manual_seed(0)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            t.test_forward_and_backward("all", dtype)
+        assert torch.backends.cpu.get_cpu_capability().lower() == level
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, level
+"""
+
+
+def test_narrower_instruction_sets():
     """The tests above ran on the widest; torch's own switch names the others."""
-    code = (
-        "import torch, test_ragged_attention_cpu as t\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in (torch.float64, torch.float32, torch.bfloat16): t.test_forward_and_backward('all', dtype)\n"
-    )
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
-    environment = {
-        **os.environ,
-        "ATEN_CPU_CAPABILITY": level,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.pop("ATEN_CPU_CAPABILITY", None)
+    done = subprocess.run([sys.executable, "-c", NARROWER], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -113,7 +113,9 @@ def test_search_keeps_the_goal_and_restores_on_interruption(saved, monkeypatch):
     path = saved("bert")
     model = AutoModel.from_pretrained(path).eval()
     before = states(model)
-    report = gk.rank.truncate(model, TEXT, min_cosine=0.99)
+    seen = []
+    report = gk.rank.truncate(model, TEXT, min_cosine=0.99, progress=lambda *now: seen.append(now))
+    assert seen == [(step, 10) for step in range(1, 11)]
     assert 0.99 <= report["mean_cosine"] < 1 and 1 <= report["mean_rank"] < 8
     model = AutoModel.from_pretrained(path).eval()
 
@@ -157,6 +159,9 @@ def test_what_is_refused(saved, tmp_path, capsys):
         gk.rank.truncate(made("llama"), rank=3)
     with pytest.raises(ValueError, match="'qwen3' is not covered: it normalises queries and keys"):
         models.family(Qwen3Config(**SIZES).to_dict())
+    for kind in ("t5", "bloom", "deberta-v2"):
+        with pytest.raises(ValueError, match=f"'{kind}' is not covered: it adds position to the scores"):
+            models.family({"model_type": kind})
     source = saved("bert")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(

@@ -38,7 +38,7 @@ def prepare(
 
         path = loading.directory(source)
         model = loading.model(path, loading.stored_dtype(path))
-        found = truncate(model, calibration, min_cosine=min_cosine)
+        found = truncate(model, calibration, min_cosine=min_cosine, progress=progress)
         return Truncate(found["ranks"], aware=True)
     moments = None
     if calibration is not None:

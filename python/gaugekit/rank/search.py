@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -27,6 +27,7 @@ def truncate(
     rank: int | Ranks | None = None,
     energy: float | None = None,
     min_cosine: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Lowers the rank of the scores of a live transformers model, in place; the same classes, idle channels exactly 0.
 
@@ -35,7 +36,7 @@ def truncate(
     cosine to the original's on text not used otherwise). ``calibration`` is text (a UTF-8 file or a list of strings)
     or what ``gaugekit.statistics`` collected; None truncates W_Q W_Kᵀ as it stands, 3 to 13 times worse. For
     ``min_cosine`` it is text: sentences 0, 2, 4, … calibrate and 1, 3, 5, … are held out. ``gaugekit.fuse`` or saving
-    through ``gaugekit convert`` then makes the model smaller.
+    through ``gaugekit convert`` then makes the model smaller. ``progress(done, total)`` counts that search's steps.
 
     After the fact this loses accuracy (docs/rank.md); ``gaugekit.heal`` wins some of it back. Returns a Report:
     ``ranks`` [L][G], ``mean_rank``, ``width`` K, ``energy_kept`` [L] (mean over heads), ``mean_cosine`` (held-out, None
@@ -58,7 +59,7 @@ def truncate(
     elif energy is not None:
         ranks = needed(spectra, energy)
     else:
-        ranks, cosine = _search(live, views, spectra, tokens(model, held_out, 32), min_cosine)
+        ranks, cosine = _search(live, views, spectra, tokens(model, held_out, 32), min_cosine, progress)
     _write(live, views, spectra, ranks)
     kept = [fmean(found.shares(here)) for found, here in zip(spectra, ranks, strict=True)]
     fields = {
@@ -106,13 +107,14 @@ def _search(
     spectra: list[Spectrum],
     batches: list[dict[str, Tensor]],
     goal: float,
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[Ranks, float]:
     """Halves the interval of log₁₀ of the energy that may go; its lower end always holds the goal."""
     model, low, high = live.model, -6.0, 0.0
     ranks, reached = [view.ranks for view in views], 1.0
     original = embeddings(model, batches)
     try:
-        for _ in range(STEPS):
+        for step in range(STEPS):
             middle = (low + high) / 2
             tried = needed(spectra, 1 - 10**middle)
             _write(live, views, spectra, tried)
@@ -121,6 +123,8 @@ def _search(
                 low, ranks, reached = middle, tried, cosine
             else:
                 high = middle
+            if progress is not None:
+                progress(step + 1, STEPS)
     except BaseException:
         _write(live, views, spectra, [view.ranks for view in views])
         raise
