@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -65,6 +66,19 @@ def test_a_fused_student_heals(home):
     report = heal(student, teacher, TEXT, **FAST)
     assert report["curve"][-1]["loss"] < report["curve"][0]["loss"]
     assert heal(student, teacher, TEXT, **{**FAST, "parameters": ["encoder.layer.1.*"]})["parameters"] > 0
+
+
+def test_what_is_held_out_is_an_eighth_and_bounded(home, monkeypatch):
+    student, teacher = pair(home["bert"])
+    read, module = [], sys.modules["gaugekit.heal"]
+    real = module.tokens
+    monkeypatch.setattr(
+        module, "tokens", lambda model, text, size: read.append(len(text)) or real(model, text, size)
+    )
+    for bound, held_out in ((256, 3), (2, 2)):
+        monkeypatch.setattr(module, "HELD_OUT", bound)
+        heal(student, teacher, TEXT, steps=0, layer_steps=0)
+        assert read[-2:] == [held_out, len(TEXT) - held_out]
 
 
 class Stop(BaseException):

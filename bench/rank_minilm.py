@@ -1,6 +1,7 @@
-"""What healing wins back on all-MiniLM-L6-v2: truncated, healed, measured on text that neither step has seen.
+"""What truncation costs all-MiniLM-L6-v2 and what healing wins back, measured on text that neither step has seen.
 
-    python bench/heal_minilm.py --rank 16 --steps 500     # resumable: the same call goes on where it stopped
+    python bench/rank_minilm.py --rank 16 --steps 500 --work DIR   # goes on where an earlier call stopped
+    python bench/rank_minilm.py --min-cosine 0.99
 
 Calibrated on the first half of the sentences of Python's documentation (``pydoc_data.topics``), measured on the whole
 second half. Healed on the first half alone, or with ``--docstrings N`` on every N-th sentence of the docstrings of
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import sysconfig
 import time
 from pathlib import Path
@@ -62,8 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=500)
+    goals = parser.add_mutually_exclusive_group(required=True)
+    goals.add_argument("--rank", type=int, help="channels kept in every head")
+    goals.add_argument(
+        "--min-cosine", type=float, help="ranks searched for; beside one rank for all; nothing is healed"
+    )
+    parser.add_argument("--steps", type=int, default=500, help="0: only truncate")
     parser.add_argument(
         "--docstrings", type=int, metavar="N", help="heal on every N-th of their sentences, too"
     )
@@ -77,19 +83,31 @@ def main() -> None:
 
     def say(stage: str, model, **more) -> None:
         print(
-            json.dumps({"rank": options.rank, "stage": stage, **measured(model, batches, expected), **more}),
+            json.dumps({"stage": stage, **measured(model, batches, expected), **more}),
             flush=True,
         )
 
+    if options.min_cosine is not None:
+        found = gk.rank.truncate(student, seen, min_cosine=options.min_cosine)
+        say(
+            "each head its own rank",
+            student,
+            mean_rank=found["mean_rank"],
+            least=min(map(min, found["ranks"])),
+        )
+        rank = math.ceil(found["mean_rank"])
+        gk.rank.truncate(plain, observe(teacher, seen), rank=rank)
+        say("one rank", plain, mean_rank=rank)
+        return
     gk.rank.truncate(plain, rank=options.rank)
     say("plain", plain)
     gk.rank.truncate(student, observe(teacher, seen), rank=options.rank)
     say("aware", student)
-    more = (
-        [line for line in docstrings()[:: options.docstrings] if line not in set(text)]
-        if options.docstrings
-        else []
-    )
+    if not options.steps:
+        return
+    more = []
+    if options.docstrings:
+        more = [line for line in docstrings()[:: options.docstrings] if line not in set(text)]
     begin, cpu = time.perf_counter(), time.process_time()
     with bar("heal") as progress:
         report = gk.heal(
