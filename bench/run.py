@@ -146,10 +146,10 @@ def share_of_others(before: tuple[float, float, float]) -> float:
     return max(0.0, foreign / (wall * os.cpu_count())) if foreign > 0.03 else 0.0
 
 
-def enough(shares: list[float], spent: float, seconds: float) -> bool:
-    """25 undisturbed rounds in no less than ``seconds``; the end at eight times that, but never before the fifth."""
+def enough(shares: list[float], spent: float, seconds: float, rounds: int = 25) -> bool:
+    """So many undisturbed ``rounds``, and ``seconds``; the end at eight times that, but never before the fifth."""
     undisturbed = sum(share <= DISTURBED for share in shares)
-    return len(shares) >= 5 and (spent >= 8 * seconds or (undisturbed >= 25 and spent >= seconds))
+    return len(shares) >= 5 and (spent >= 8 * seconds or (undisturbed >= rounds and spent >= seconds))
 
 
 def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]:
@@ -167,7 +167,7 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
         times: dict[str, list[float]] = {name: [] for name in calls}
         others: dict[str, list[float]] = {name: [] for name in calls}
         order, begin = list(calls), time.perf_counter()
-        while not enough(others["ours"], time.perf_counter() - begin, seconds):
+        while not enough(others["ours"], time.perf_counter() - begin, seconds, case.rounds):
             for name in order:
                 before = of_others()
                 times[name].append(clock(calls[name], repeats[name]))

@@ -15,6 +15,7 @@ from gaugekit.reference.ragged_attention import ragged_attention as reference
 from registry import Case, benchmark
 
 HEADS, VALUES = 12, 64
+ROUNDS = {"forward": 25, "forward+backward": 11}  # the latter take up to 0.7 s each
 
 
 def heads(x, width):
@@ -97,7 +98,7 @@ def cases(device: str, quick: bool):
                     without_us="padded SDPA",
                     check=checked(*(quiet(lambda f=f, o=operands: f(*o)) for f in (ours, rival)), exact),
                     flops=batch * length**2 * (sum(ranks) + HEADS * VALUES) * (1 if kind == "forward" else 3.5),
-                    label="no projections", **common,
+                    label="no projections", rounds=ROUNDS[kind], **common,
                 )  # fmt: skip
 
         x, weight = random(batch, length, width), random(batch, length, width)
@@ -128,7 +129,7 @@ def cases(device: str, quick: bool):
                 yield Case(
                     shape=f"SAS sub-block B{batch} T{length} D{width} H{HEADS} K{rank} {kind}",
                     ours=run(ours, [x, *narrow]), rivals=rivals,
-                    without_us="K64",
+                    without_us="K64", rounds=ROUNDS[kind],
                     check=finite, flops=4 * tokens * width * HEADS * rank * (3 if kind != "forward" else 1),
                     label="another model: narrower keys, projections included", **common,
                 )  # fmt: skip
