@@ -28,7 +28,7 @@ class Case:
 
     ``bytes_moved`` and ``flops`` are the least the mathematics needs (each input read once, each output written once);
     they give ``share_of_peak`` against the machine's own copy bandwidth and matrix product, measured in the same run.
-    ``rounds`` undisturbed rounds are enough, where they last as long as asked for.
+    ``rounds`` undisturbed rounds are enough, where they last ``seconds``; the end is at eight times that.
     ``label`` says what a reader must know to compare fairly (fresh or reused buffer, page size, ...).
     """
 
@@ -45,6 +45,7 @@ class Case:
     label: str = ""
     threads: int | None = None
     rounds: int = 25
+    seconds: float = 3.0
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):

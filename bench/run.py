@@ -248,7 +248,7 @@ def run(ops: list[str] | None, device: str, quick: bool, log=sys.stderr) -> tupl
             if not wanted(f"{case.shape} {case.dtype} {case.label}"):
                 continue
             try:
-                rows += [row | where for row in measure(case, 0.4 if quick else 3.0, clock, known)]
+                rows += [row | where for row in measure(case, 0.4 if quick else case.seconds, clock, known)]
             except AssertionError as error:
                 failed += 1
                 print(f"{case.op} {case.shape} {case.dtype}: wrong result, not timed: {error}", file=log)

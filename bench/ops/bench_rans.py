@@ -1,4 +1,4 @@
-"""Coding of weights beside zstd and ZipNN: 64 MiB of N(0, 0.02²) and all-MiniLM-L6-v2, in bfloat16, one thread.
+"""Coding of weights beside zstd, ZipNN and htscodecs: 64 MiB of N(0, 0.02²) and all-MiniLM-L6-v2, in bfloat16.
 
 Speeds compare the whole pipeline from tensor to bytes or back. A fresh output buffer costs page faults as large as the
 coding itself, so rows say whether the output is fresh or reused. ZipNN overwrites what it compresses: it is given a
@@ -16,6 +16,8 @@ from gaugekit.codec.blob import encode_bytes
 from gaugekit.ops import rans as operator
 from htscodecs import Htscodecs
 from registry import Case, benchmark
+
+SECONDS = 0.4  # a case; all of them take two minutes on a machine that nobody else uses
 
 try:
     import zstandard
@@ -38,7 +40,20 @@ def minilm() -> dict[str, torch.Tensor]:
     return {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def coding(name: str, tensor: torch.Tensor, device: str):
+def sample_sizes(tensor: torch.Tensor) -> dict[str, int]:
+    """What a sample takes, by the slowest and smallest of zstd too; ours must not take more than any other."""
+    part = tensor[: min(tensor.numel(), 1 << 21)]
+    raw = part.view(torch.uint8).numpy().tobytes()
+    sizes = {"sample_bytes": len(raw), "sample_coded_bytes": encode_bytes(part).numel()}
+    if zstandard is not None:
+        sizes["sample_coded_bytes_zstd -19"] = len(zstandard.ZstdCompressor(level=19).compress(raw))
+    if zipnn is not None:
+        huffman = zipnn.ZipNN(bytearray_dtype="bfloat16", threads=1)
+        sizes["sample_coded_bytes_ZipNN"] = len(huffman.compress(bytes(bytearray(raw))))
+    return sizes
+
+
+def coding(name: str, tensor: torch.Tensor, device: str, quick: bool):
     """Encoding, decoding into a fresh tensor, decoding into a reused one."""
     raw = tensor.view(torch.uint8).numpy().tobytes()
     blob, out = encode_bytes(tensor), torch.empty_like(tensor)
@@ -70,33 +85,36 @@ def coding(name: str, tensor: torch.Tensor, device: str):
         table.setdefault("ZipNN", None)
     rivals["decode"]["copy"] = tensor.clone
     rivals["decode reused"]["copy"] = lambda: out.copy_(tensor)
+    sizes |= {f"coded_bytes_{name}": len(data) for name, data in coded.items()}
+    samples = {} if quick else sample_sizes(tensor)
 
     def check():
         assert torch.equal(gk.codec.decode(blob, out=torch.zeros_like(tensor)), tensor)
+        for found in (
+            [size for name, size in sizes.items() if name.startswith("coded_bytes")],
+            [size for name, size in samples.items() if name.startswith("sample_coded_bytes")],
+        ):
+            assert all(found[0] <= size for size in found), "a rival's output is smaller"
 
-    extra = sizes | {f"coded_bytes_{name}": len(data) for name, data in coded.items()}
-    common = {
-        "op": "rans",
-        "dtype": "bfloat16",
-        "device": device,
-        "check": check,
-        "threads": 1,
-        "extra": extra,
-    }
-    moved = len(raw) + blob.numel()
     for what, ours, label, best in (
         ("encode", lambda: encode_bytes(tensor), "fresh buffer", "ZipNN"),
         ("decode", lambda: gk.codec.decode(blob), "fresh buffer", "ZipNN"),
         ("decode reused", lambda: gk.codec.decode(blob, out=out), "reused buffer", "zstd -3"),
     ):
         yield Case(
+            op="rans",
+            dtype="bfloat16",
+            device=device,
+            check=check,
+            threads=1,
+            seconds=SECONDS,
             shape=f"{what.split()[0]} {name}",
             ours=ours,
             rivals=rivals[what],
             without_us=best,
             label=label,
-            bytes_moved=moved,
-            **common,
+            bytes_moved=len(raw) + blob.numel(),
+            extra=sizes | samples,
         )
 
 
@@ -125,6 +143,7 @@ def transfer(mebibytes: int, device: str):
             check=check,
             bytes_moved=cache.nbytes + fixed.numel(),
             threads=1 if on_cpu else None,
+            seconds=SECONDS,
             label="fixed layout, fresh buffer",
             extra={
                 "bytes_before": cache.nbytes,
@@ -134,7 +153,7 @@ def transfer(mebibytes: int, device: str):
         )
 
 
-def without(threads: int, call):
+def on_threads(threads: int, call):
     """``call`` on so many threads, whatever the case runs on."""
 
     def run():
@@ -175,22 +194,20 @@ def paths(name: str, tensor: torch.Tensor, device: str):
             ours(coded, path)()
             assert torch.equal(out.view(torch.int16), tensor.view(torch.int16))
 
+    def encode(path=-1):
+        operator.encode(tensor, 0, 17, path)
+
     copy = {"copy": lambda: out.copy_(tensor)}
-    chunk_log2 = 17
     cases = [
         ("decode, widest", ours(), beside("decode", "best") | copy, 1),
         ("decode, AVX2", ours(path=1), beside("decode", "AVX2"), 1),
         ("decode, portable", ours(path=0), beside("decode", "scalar"), 1),
         ("decode, model 2", ours(small), {"model 0": ours()} | copy, 1),
-        ("decode, two threads", ours(), {"one thread": without(1, ours())} | copy, 2),
-        ("encode, widest", lambda: encode_bytes(tensor), beside("encode", "best"), 1),
-        ("encode, AVX2", lambda: operator.encode(tensor, 0, chunk_log2, 1), beside("encode", "AVX2"), 1),
-        (
-            "encode, portable",
-            lambda: operator.encode(tensor, 0, chunk_log2, 0),
-            beside("encode", "scalar"),
-            1,
-        ),
+        ("decode, two threads", ours(), {"one thread": on_threads(1, ours())} | copy, 2),
+        ("encode, two threads", encode, {"one thread": on_threads(1, encode)}, 2),
+        ("encode, widest", encode, beside("encode", "best"), 1),
+        ("encode, AVX2", lambda: encode(1), beside("encode", "AVX2"), 1),
+        ("encode, portable", lambda: encode(0), beside("encode", "scalar"), 1),
     ]
     for what, call, rivals, threads in cases:
         yield Case(
@@ -202,9 +219,10 @@ def paths(name: str, tensor: torch.Tensor, device: str):
             rivals=rivals,
             without_us=next(iter(rivals)),
             check=check,
-            label="reused buffer" if "decode" in what else "htscodecs reused, ours fresh",
+            label="reused buffer" if "decode" in what else "fresh buffer, htscodecs' reused",
             bytes_moved=2 * count + blob.numel(),
             threads=threads,
+            seconds=SECONDS,
             extra=sizes,
         )
 
@@ -248,6 +266,7 @@ def files(tensors: dict[str, torch.Tensor], device: str, folder: Path):
         "device": device,
         "check": check,
         "threads": 1,
+        "seconds": SECONDS,
         "extra": sizes,
     }
     for what, ours, rival in (
@@ -265,19 +284,47 @@ def files(tensors: dict[str, torch.Tensor], device: str, folder: Path):
         )
 
 
+def two_threads_alone(device: str):
+    """What a second thread brings here for arithmetic without memory: less than 2 where two threads share a core."""
+    a = torch.ones(1024, 1024)
+
+    def product():
+        torch.mm(a, a)
+
+    yield Case(
+        op="rans",
+        shape="a matrix product, two threads",
+        dtype="float32",
+        device=device,
+        ours=product,
+        rivals={"one thread": on_threads(1, product)},
+        without_us="one thread",
+        check=lambda: None,
+        threads=2,
+        seconds=SECONDS,
+        label="no coding: what two threads can bring on this machine",
+        flops=2 * 1024**3,
+    )
+
+
 @benchmark("rans")
 def cases(device: str, quick: bool):
     mebibytes = 8 if quick else 64
     yield from transfer(mebibytes, device)
     if device != "cpu":  # GPU decoding comes with the CUDA kernel
         return
+    yield from two_threads_alone(device)
     generator = torch.Generator().manual_seed(0)
     normal = (torch.randn(mebibytes << 19, generator=generator) * 0.02).bfloat16()
-    yield from coding(f"N(0,0.02²) {mebibytes} MiB", normal, device)
+    yield from coding(f"N(0,0.02²) {mebibytes} MiB", normal, device, quick)
     yield from paths(f"N(0,0.02²) {mebibytes} MiB", normal, device)
+    if not quick:
+        yield from coding("N(0,0.02²) 24 MiB", normal[: 24 << 19], device, quick)
     tensors = minilm()
     if tensors:
         weights = torch.cat([t.flatten() for t in tensors.values() if t.is_floating_point()])
-        yield from coding("MiniLM", weights[: 1 << 21] if quick else weights, device)
+        weights = weights[: 1 << 21] if quick else weights
+        yield from coding("MiniLM", weights, device, quick)
+        yield from paths("MiniLM", weights, device)
         with tempfile.TemporaryDirectory() as folder:
             yield from files(tensors, device, Path(folder))
