@@ -60,10 +60,18 @@ def crc32c(data: np.ndarray, crc: int = 0) -> int:
     return register ^ 0xFFFFFFFF
 
 
+@functools.cache
+def _crc_columns(log2: int) -> list[int]:
+    return _crc_zeros(log2).tolist()
+
+
 def joined(first: int, second: int, size: int) -> int:
     """The CRC-32C of two pieces, the second of ``size`` bytes, from the CRC-32C of each."""
-    register = np.array([first], np.uint32)
+    register = first
     for log2 in range(size.bit_length()):
-        if size >> log2 & 1:
-            register = _crc_apply(_crc_zeros(log2), register)
-    return int(register[0]) ^ second
+        if size >> log2 & 1:  # in integers: arrays of one number would take a hundred times as long
+            before, register = register, 0
+            for bit, column in enumerate(_crc_columns(log2)):
+                if before >> bit & 1:
+                    register ^= column
+    return register ^ second
