@@ -87,7 +87,7 @@ Tensor survey(const Tensor& weight) {
   int32_t* to = static_cast<int32_t*>(out.mutable_data_ptr());
   parallel_for(0, w.rows, grain_of_rows(w.columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const Survey found = survey_row(w, row);
+      const Survey found = survey_row(w, row, level());
       for (int c = 0; c < 2; ++c)
         to[row * 4 + 2 * c] = found.window[c], to[row * 4 + 2 * c + 1] = found.escapes[c];
     }

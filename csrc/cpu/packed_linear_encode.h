@@ -19,27 +19,97 @@ struct Survey {
   int32_t window[2], escapes[2];
 };
 
-inline Survey survey_row(const Words& w, int64_t row) {
+#ifdef GAUGEKIT_X86
+constexpr int TOP = 16;
+
+// How often each of a row's TOP largest exponents comes, into counts[exponent]; returns the largest.
+template <bool HALF>
+GAUGEKIT_PACKED_AVX512 inline int count_top(const uint16_t* x, int64_t columns, uint32_t* counts) {
+  const int64_t whole = columns / BLOCK * BLOCK;
+  const auto exponents = [](__m512i w) GAUGEKIT_PACKED_AVX512 {
+    return HALF ? _mm512_and_si512(_mm512_srli_epi16(w, 10), _mm512_set1_epi16(31))
+                : _mm512_srli_epi16(_mm512_slli_epi16(w, 1), 8);
+  };
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t k = 0; k < whole; k += 32) most = _mm512_max_epu16(most, exponents(_mm512_loadu_si512(x + k)));
+  alignas(64) uint16_t lanes[32];
+  _mm512_store_si512(lanes, most);
+  int top = *std::max_element(lanes, lanes + 32);
+  const auto one = [](uint16_t word) { return HALF ? word >> 10 & 31 : word >> 7 & 255; };
+  for (int64_t k = whole; k < columns; ++k) top = std::max<int>(top, one(x[k]));
+  constexpr int64_t MOST = 255 * BLOCK;  // what a byte can count
+  for (int64_t first = 0; first < whole; first += MOST) {
+    __m512i found[TOP];
+    for (int i = 0; i < TOP; ++i) found[i] = _mm512_setzero_si512();
+    for (int64_t k = first; k < std::min(whole, first + MOST); k += BLOCK) {
+      const __m512i e = _mm512_packus_epi16(exponents(_mm512_loadu_si512(x + k)),
+                                            exponents(_mm512_loadu_si512(x + k + 32)));
+      for (int i = 0; i < TOP; ++i)
+        found[i] = _mm512_mask_add_epi8(
+            found[i], _mm512_cmpeq_epi8_mask(e, _mm512_set1_epi8(static_cast<char>(top - i))), found[i],
+            _mm512_set1_epi8(1));
+    }
+    for (int i = 0; i < std::min(TOP, top + 1); ++i)
+      counts[top - i] +=
+          static_cast<uint32_t>(_mm512_reduce_add_epi64(_mm512_sad_epu8(found[i], _mm512_setzero_si512())));
+  }
+  for (int64_t k = whole; k < columns; ++k)
+    if (one(x[k]) > top - TOP) ++counts[one(x[k])];
+  return top;
+}
+#endif
+
+// The smallest window of `width` exponents, with first ones from `low` on, that holds the most of those
+// counted.
+inline uint32_t best_window(const uint32_t* counts, int low, int high, int width, int32_t& window) {
+  uint32_t inside = 0;
+  for (int e = low; e < low + width; ++e) inside += counts[e];
+  uint32_t best = inside;
+  window = low;
+  for (int base = low + 1; base <= high; ++base) {
+    inside += counts[base + width - 1] - counts[base - 1];
+    if (inside > best) best = inside, window = base;
+  }
+  return best;
+}
+
+inline Survey survey_row(const Words& w, int64_t row, Level l = Level::portable) {
   // Four tables, so that equal exponents side by side do not wait for each other.
   uint32_t counts[4][256] = {};
   const uint16_t* x = w.data + row * w.columns;
   const int shift = w.first(), largest = w.largest();
+  Survey found{};
+#ifdef GAUGEKIT_X86
+  if (l >= Level::avx512) {
+    const int top =
+        w.half ? count_top<true>(x, w.columns, counts[0]) : count_top<false>(x, w.columns, counts[0]);
+    const int low = std::max(0, top - TOP + 1);
+    uint32_t counted = 0;
+    for (int e = low; e <= top; ++e) counted += counts[0][e];
+    bool certain = true;
+    for (int c = 0; c < 2; ++c) {
+      const int width = c == 0 ? 7 : 15, start = std::min(low, largest - width);
+      const uint32_t best =
+          best_window(counts[0], start, std::min(top, largest - width), width, found.window[c]);
+      // A window that begins lower holds what was not counted at most, and the lowest of what was.
+      uint32_t others = static_cast<uint32_t>(w.columns) - counted;
+      for (int e = start; e < start + width - 1; ++e) others += counts[0][e];
+      certain = certain && (start == 0 || best > others);
+      found.escapes[c] = static_cast<int32_t>(w.columns - best);
+    }
+    if (certain) return found;
+    std::memset(counts, 0, sizeof(counts));
+  }
+#endif
   int64_t k = 0;
   for (; k + 4 <= w.columns; k += 4)
     for (int i = 0; i < 4; ++i) ++counts[i][x[k + i] >> shift & largest];
   for (; k < w.columns; ++k) ++counts[0][x[k] >> shift & largest];
   for (int e = 0; e <= largest; ++e) counts[0][e] += counts[1][e] + counts[2][e] + counts[3][e];
-  Survey found{};
   for (int c = 0; c < 2; ++c) {
     const int width = c == 0 ? 7 : 15;
-    uint32_t inside = 0;
-    for (int e = 0; e < width; ++e) inside += counts[0][e];
-    uint32_t best = inside;
-    for (int base = 1; base + width <= largest; ++base) {
-      inside += counts[0][base + width - 1] - counts[0][base - 1];
-      if (inside > best) best = inside, found.window[c] = base;
-    }
-    found.escapes[c] = static_cast<int32_t>(w.columns - best);
+    found.escapes[c] =
+        static_cast<int32_t>(w.columns - best_window(counts[0], 0, largest - width, width, found.window[c]));
   }
   return found;
 }
@@ -133,6 +203,50 @@ GAUGEKIT_PACKED_AVX2 uint8_t* encode_blocks_avx2(const uint16_t* x, int64_t bloc
   }
   return escapes;
 }
+
+// With AVX-512 a plane is the mask of a test, and the exponents of a block stay in one register.
+template <bool HALF, int C>
+GAUGEKIT_PACKED_AVX512 uint8_t* encode_blocks_avx512(const uint16_t* x, int64_t blocks, const Target& t,
+                                                     uint8_t* escapes) {
+  constexpr int last = (1 << C) - 1;
+  const __m512i base = _mm512_set1_epi8(static_cast<char>(t.window)), outer = _mm512_set1_epi8(last);
+  const __m512i turned = _mm512_set1_epi8(static_cast<char>(t.window + last));
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), low = _mm512_set1_epi16(0xff);
+  const auto bytes = [order](__m512i a, __m512i b) GAUGEKIT_PACKED_AVX512 {
+    return _mm512_permutexvar_epi64(order, _mm512_packus_epi16(a, b));
+  };
+  const auto bit = [](__m512i v, int i) GAUGEKIT_PACKED_AVX512 {
+    return _mm512_test_epi8_mask(v, _mm512_set1_epi8(static_cast<char>(1 << i)));
+  };
+  alignas(64) uint8_t patches[BLOCK];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const __m512i w0 = _mm512_loadu_si512(x + b * BLOCK), w1 = _mm512_loadu_si512(x + b * BLOCK + 32);
+    const __m512i bottom = bytes(_mm512_and_si512(w0, low), _mm512_and_si512(w1, low));
+    const __m512i top = bytes(_mm512_srli_epi16(w0, 8), _mm512_srli_epi16(w1, 8));
+    __m512i raw = bottom, exponent;
+    if (HALF) {
+      exponent = _mm512_and_si512(_mm512_srli_epi16(top, 2), _mm512_set1_epi8(31));
+    } else {
+      const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80)), one = _mm512_set1_epi8(1);
+      // 0xe4 is (third ? first : second): the sign before the mantissa, seven bits of the exponent before
+      // one.
+      raw = _mm512_ternarylogic_epi32(top, bottom, sign, 0xe4);
+      const __m512i lowest = _mm512_srli_epi16(bottom, 7);
+      exponent = _mm512_ternarylogic_epi32(lowest, _mm512_add_epi8(top, top), one, 0xe4);
+    }
+    _mm512_storeu_si512(t.raw + b * BLOCK, raw);
+    __m512i code = _mm512_sub_epi8(exponent, base);
+    uint64_t outside = _mm512_cmpge_epu8_mask(code, outer);
+    code = _mm512_min_epu8(code, outer);
+    for (int p = 0; p < C; ++p) t.planes[p * t.blocks + b] = bit(code, p);
+    if (HALF)
+      for (int p = 0; p < 3; ++p) t.planes[(C + p) * t.blocks + b] = bit(top, p == 2 ? 7 : p);
+    _mm512_store_si512(patches, _mm512_xor_si512(exponent, turned));
+    for (; outside && escapes < t.limit; outside &= outside - 1)
+      *escapes++ = patches[__builtin_ctzll(outside)];
+  }
+  return escapes;
+}
 #endif
 
 // `offsets` gets where each of the row's segments begins, counted from `start`.
@@ -148,8 +262,10 @@ void encode_row(const uint16_t* x, int64_t columns, const Target& t, int64_t sta
     if (l != Level::portable) {
       const int64_t whole = std::min(stop, columns / BLOCK) - first;
       const Target part{t.raw + first * BLOCK, t.planes + first, t.blocks, t.escapes, t.limit, t.window};
-      if (whole > 0)
-        escapes = encode_blocks_avx2<HALF, C>(x + first * BLOCK, whole, part, escapes), b += whole;
+      if (whole > 0) {
+        const auto encode = l >= Level::avx512 ? encode_blocks_avx512<HALF, C> : encode_blocks_avx2<HALF, C>;
+        escapes = encode(x + first * BLOCK, whole, part, escapes), b += whole;
+      }
     }
 #endif
     for (; b < stop; ++b)

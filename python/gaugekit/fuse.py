@@ -57,8 +57,8 @@ def fuse(
     freely, but build an optimizer after fusing: the parameters are new ones. Our attention refuses dropout on its
     probabilities, so fuse with ``attention=False`` to train a model that asks for it.
 
-    ``packed``: plain linear layers and embeddings of bfloat16 or float16 keep their weights packed in memory and
-    frozen, bit for bit (docs/packed.md); tied ones share one matrix. Nothing is kept for ``unfuse``, which
+    ``packed``: plain linear layers, GPT-2's Conv1D and embeddings of bfloat16 or float16 keep their weights packed in
+    memory and frozen, bit for bit (docs/packed.md); tied ones share one matrix. Nothing is kept for ``unfuse``, which
     unpacks, so the memory is saved in this process; unfuse before ``save_pretrained``. The report then has
     ``bytes_before`` and ``bytes_after`` of what was packed.
 

@@ -8,6 +8,7 @@ from helpers import minilm
 transformers = pytest.importorskip("transformers")
 
 import gaugekit as gk  # noqa: E402
+from gaugekit.integrations.packing import load_packed  # noqa: E402
 from gaugekit.integrations.transformers import GaugekitConfig  # noqa: E402
 from gaugekit.nn import PackedEmbedding, PackedLinear  # noqa: E402
 
@@ -114,6 +115,26 @@ def test_fuse_and_unfuse():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(ValueError, match="gauge, packed"):
         gk.fuse(model, gauge=True, packed=True)
+
+
+def test_gpt2_with_its_transposed_layers(tmp_path):
+    config = transformers.GPT2Config(vocab_size=300, n_embd=128, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).bfloat16().eval()
+    model.save_pretrained(tmp_path)
+    before, expected = {k: v.clone() for k, v in model.state_dict().items()}, logits(model)
+    reference = logits(made_double(model))
+    report = gk.fuse(model, packed=True, attention=False)
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert not report["left"] and not kinds & {"Conv1D", "Linear", "Embedding"}
+    found = logits(model)
+    assert (found.double() - reference).norm() <= 1.2 * (expected.double() - reference).norm()
+    for other in (load(tmp_path, dtype=torch.bfloat16), load_packed(tmp_path)):
+        assert "Conv1D" not in {type(module).__name__ for module in other.modules()}
+        assert torch.equal(logits(other), found)
+    gk.unfuse(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert torch.equal(logits(model), expected) and model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_fuse_leaves_float32_and_says_so():

@@ -37,6 +37,10 @@ size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.s
 resource.setrlimit(resource.RLIMIT_AS, (size + allowance, size + allowance))
 if kind == "packed":
     model = load_packed(path)
+elif kind == "config":
+    from gaugekit.integrations.transformers import GaugekitConfig
+    options = {"quantization_config": GaugekitConfig(packed=True), "dtype": torch.bfloat16}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
 else:
     checkpoint = Checkpoint(path)
     model = loading.skeleton(checkpoint.path, torch.bfloat16)
@@ -67,13 +71,20 @@ def test_a_model_that_fits_only_packed(tmp_path):
     noise = (torch.randn(1 << 22) * 0.02).bfloat16()
     state = {name: noise[: w.numel()].view(w.shape).clone() if w.dim() > 1 else torch.ones(w.shape).bfloat16()
              for name, w in shapes.items()}  # fmt: skip
-    safetensors.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    directory, container = tmp_path / "plain", tmp_path / "container"
+    directory.mkdir()
+    safetensors.save_file(state, directory / "model.safetensors", {"format": "pt"})
     config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path)
+    config.save_pretrained(directory)
     allowance = 0.88 * sum(w.nbytes for w in state.values())
-    packed, plain = (child(tmp_path, kind, allowance) for kind in ("packed", "plain"))
-    assert packed.returncode == 0, packed.stderr[-2000:]
-    assert 0 <= int(packed.stdout) < LARGE["vocab_size"]
+    gk.codec.pack(directory, container)
+    packed = child(directory, "packed", allowance)
+    config = child(container, "config", allowance)
+    for done in (packed, config):
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert 0 <= int(done.stdout) < LARGE["vocab_size"]
+    assert config.stdout == packed.stdout
+    plain = child(directory, "plain", allowance)
     assert plain.returncode != 0 and "memory" in plain.stderr.lower(), plain.stderr[-2000:]
 
 

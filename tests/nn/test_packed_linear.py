@@ -139,6 +139,25 @@ def test_casts_leave_the_weight_alone():
     assert packed(torch.randn(2, 130)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("under", DTYPES)
+def test_autocast_gives_the_dtypes_of_a_plain_layer(dtype, under):
+    plain = linear(dtype=dtype)
+    packed = PackedLinear.from_linear(plain)
+    for kind in (torch.float32, dtype):
+        x = torch.randn(3, 130).to(kind).requires_grad_()
+        with torch.autocast("cpu", dtype=under):
+            y, reference = packed(x), plain(x)
+        assert y.dtype == reference.dtype == under
+        exact = nn.functional.linear(x.detach().double(), plain.weight.double(), plain.bias.double())
+        assert_accurate(y.detach(), exact, reference.detach())
+        y.sum().backward()
+        assert x.grad.dtype == kind
+    x = torch.randn(3, 130, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=under):
+        assert packed(x).dtype == torch.float64  # autocast leaves float64 alone
+
+
 def test_pickling_is_refused_and_copying_is_not():
     packed = PackedLinear.from_linear(linear())
     with pytest.raises(TypeError, match="state_dict"):

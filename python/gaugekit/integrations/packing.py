@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps
 
 from ..checkpoint import Checkpoint
 from ..nn.packed_matrix import PackedMatrix
-from ..nn.packing import packable, place
+from ..nn.packing import matrix_of, packable, place
 from ..ops.rans import crc32c
 from . import loading
 
@@ -45,8 +45,8 @@ class Packing(ConversionOps):
     def convert(self, input_dict: dict, full_layer_name: str, model: nn.Module, **_) -> dict[str, Tensor]:
         (value,) = input_dict.values()
         value = value[0] if isinstance(value, list) else value
-        kind = model.get_submodule(full_layer_name.rpartition(".")[0]).weight.dtype
-        matrix = PackedMatrix.of(value.to(kind))
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        matrix = matrix_of(module, value.to(module.weight.dtype))
         # Equal stand-ins mean equal matrices: transformers compares them before it ties two that both are in the file.
         check = crc32c(matrix.raw.cpu().flatten(), crc32c(matrix.planes.cpu().flatten().view(torch.uint8)))
         made = torch.tensor(check, dtype=torch.float64, device=value.device).expand(value.shape)
@@ -98,7 +98,11 @@ def load_packed(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module
                 module.register_parameter(last, value)
             else:
                 raise ValueError(f"{path}: expected the weights {name!r}, found none")
-    made = {name: PackedMatrix.of(value.to(dtype)) for name in matrices if (value := read(name)) is not None}
+    made = {
+        name: matrix_of(model.get_submodule(at), value.to(dtype))
+        for name, at in matrices.items()
+        if (value := read(name)) is not None
+    }
     for name, at in matrices.items():
         matrix = made.get(name) or made.get(tied.get(name, ""))
         if matrix is None:

@@ -13,7 +13,8 @@ from gaugekit.ops.packed_linear_weight import unpack_weight
 class PackedLinear(nn.Module):
     """y = x Wᵀ + b, W frozen in the lossless layout of docs/packed.md: x [..., inputs] -> [..., outputs].
 
-    x may be of W's dtype, float32 or float64; the bias is a parameter. ``matrix`` is a PackedMatrix to share (a tied
+    x may be of W's dtype, float32 or float64; under autocast y has autocast's dtype, as nn.Linear's has, while W is
+    multiplied as it is. The bias is a parameter. ``matrix`` is a PackedMatrix to share (a tied
     embedding's); without it one is made, its weights still to be loaded. Gradients flow to x and the bias.
     """
 
@@ -65,4 +66,13 @@ class PackedLinear(nn.Module):
         return self.packed.value.bytes
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed.value, None if self.bias is None else self.bias.to(x.dtype))
+        weight, kind = self.packed.value, None
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            kind = torch.get_autocast_dtype(x.device.type)
+            x = x.to(kind)
+            if (
+                kind != weight.dtype
+            ):  # float16 weights under bfloat16, or the other way round: exact in float32
+                x = x.float()
+        y = packed_linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return y if kind is None else y.to(kind)

@@ -22,9 +22,22 @@ class Packed:
     bytes_after: int = 0
 
 
+def transposed(module: nn.Module) -> bool:
+    """Whether ``module`` is GPT-2's ``Conv1D``: a linear layer whose weight is [inputs, outputs]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
 def packable(module: nn.Module) -> bool:
     """Whether ``module`` is a plain linear layer or embedding: a subclass may compute something else."""
-    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
+    if type(module) is nn.Embedding:
+        return module.max_norm is None
+    return type(module) is nn.Linear or transposed(module)
+
+
+def matrix_of(module: nn.Module, weight: torch.Tensor) -> PackedMatrix:
+    """Packs ``weight``, which is stored as the packable ``module`` stores its own."""
+    return PackedMatrix.of(weight.T if transposed(module) else weight)
 
 
 def place(model: nn.Module, path: str, matrix: PackedMatrix) -> str:
@@ -36,12 +49,13 @@ def place(model: nn.Module, path: str, matrix: PackedMatrix) -> str:
         made = PackedEmbedding(rows, columns, module.padding_idx, kind, matrix)
     else:
         made = PackedLinear.from_parts(matrix, module.bias)
+        made.__dict__["stands_for"] = type(module)
     model.set_submodule(path, made.train(module.training))
     return made.form
 
 
 def pack(model: nn.Module) -> Packed:
-    """Packs every plain linear layer and embedding of bf16 or fp16 below ``model``; tied weights become one matrix."""
+    """Packs every packable layer of bf16 or fp16 below ``model``; tied weights become one matrix."""
     done, matrices = Packed(), {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if not path or not packable(module):
@@ -54,11 +68,12 @@ def pack(model: nn.Module) -> Packed:
         elif module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             done.left[path] = "it has hooks, which its replacement would not run"
         else:
-            if id(weight) not in matrices:
-                matrices[id(weight)] = PackedMatrix.of(weight)
+            key = (id(weight), transposed(module))
+            if key not in matrices:
+                matrices[key] = matrix_of(module, weight)
                 done.bytes_before += weight.nbytes
-                done.bytes_after += matrices[id(weight)].value.bytes
-            done.packed[path] = place(model, path, matrices[id(weight)])
+                done.bytes_after += matrices[key].value.bytes
+            done.packed[path] = place(model, path, matrices[key])
     return done
 
 
@@ -68,7 +83,14 @@ def unpack(model: nn.Module, paths: list[str]) -> None:
     for path in paths:
         module = model.get_submodule(path)
         made = module.to_embedding() if isinstance(module, PackedEmbedding) else module.to_linear()
-        made.weight = weights.setdefault(id(module.packed), made.weight)
+        kind = module.__dict__.get("stands_for", type(made))
+        if kind in (nn.Linear, nn.Embedding):
+            made.weight = weights.setdefault(id(module.packed), made.weight)
+        else:  # Conv1D(outputs, inputs)
+            linear = made
+            with torch.device("meta"):
+                made = kind(linear.out_features, linear.in_features)
+            made.weight, made.bias = nn.Parameter(linear.weight.T.contiguous()), linear.bias
         model.set_submodule(path, made.train(module.training))
 
 
