@@ -17,7 +17,7 @@ from gaugekit.integrations.transformers import GaugekitConfig  # noqa: E402
 
 TINY = dict(vocab_size=300, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2)  # fmt: skip
-LARGE = dict(vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=8,
+LARGE = dict(vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8,
              num_key_value_heads=8)  # fmt: skip
 IDS = torch.arange(12)[None]
 
