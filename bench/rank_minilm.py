@@ -69,7 +69,11 @@ def main() -> None:
     goals.add_argument(
         "--min-cosine", type=float, help="ranks searched for; beside one rank for all; nothing is healed"
     )
-    parser.add_argument("--steps", type=int, default=500, help="0: only truncate")
+    parser.add_argument("--steps", type=int, default=500, help="end to end; 0: only truncate")
+    parser.add_argument(
+        "--layer-steps", type=int, help="before them, layer by layer; default: a quarter of them"
+    )
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--docstrings", type=int, metavar="N", help="heal on every N-th of their sentences, too"
     )
@@ -111,7 +115,14 @@ def main() -> None:
     begin, cpu = time.perf_counter(), time.process_time()
     with bar("heal") as progress:
         report = gk.heal(
-            student, teacher, seen + more, steps=options.steps, work_directory=options.work, progress=progress
+            student,
+            teacher,
+            seen + more,
+            steps=options.steps,
+            layer_steps=options.layer_steps,
+            learning_rate=options.learning_rate,
+            work_directory=options.work,
+            progress=progress,
         )
     times = {"seconds": time.perf_counter() - begin, "processor_seconds": time.process_time() - cpu}
     say(
