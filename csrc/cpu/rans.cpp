@@ -13,6 +13,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "rans_decoder.h"
@@ -24,39 +25,50 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Calls run(i, worker) for every i in [0, n), worker being one number a thread. Whoever is free takes the
-// next, ascending: a thread that others slow down holds up nobody. `prepare(worker)` comes first.
-template <class Prepare, class Run>
-void take_turns(uint64_t n, Prepare prepare, Run run) {
+// Calls work(next) on each thread; next() gives the numbers below n in ascending order, each to one thread,
+// and then n. Whoever is free takes the next: a thread that others slow down holds up nobody.
+template <class Work>
+void take_turns(uint64_t n, Work work) {
   const uint64_t threads = std::min<uint64_t>(n, torch::stable::get_num_threads());
   std::atomic<uint64_t> next{0};
-  torch::stable::parallel_for(0, int64_t(threads), 1, [&](int64_t worker, int64_t) {
-    prepare(worker);
-    for (uint64_t i; (i = next.fetch_add(1)) < n;) run(i, worker);
+  torch::stable::parallel_for(0, int64_t(threads), 1, [&](int64_t, int64_t) {
+    work([&] { return std::min(n, next.fetch_add(1)); });
   });
 }
 
-// Where the next chunk begins, known once the one before it is coded.
+// Where chunks begin: known of a chunk once all before it are coded.
 class Places {
  public:
-  explicit Places(uint64_t first) : end_(first) {}
+  Places(uint64_t first, uint64_t chunks) : begins_(chunks + 1) { begins_[0] = first; }
 
-  // Waits for chunks 0 to i - 1, gives chunk i its place and returns it.
-  uint64_t take(uint64_t i, uint64_t length) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    placed_.wait(lock, [&] { return taken_ == i; });
-    const uint64_t place = end_;
-    end_ += length;
-    ++taken_;
-    placed_.notify_all();
-    return place;
+  // Chunk i takes `length` > 0 bytes.
+  void add(uint64_t i, uint64_t length) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (begins_[i + 1] = length; known_ + 1 < begins_.size() && begins_[known_ + 1]; ++known_)
+      begins_[known_ + 1] += begins_[known_];
+    changed_.notify_all();
   }
-  uint64_t end() const { return end_; }
+  bool knows(uint64_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return i <= known_;
+  }
+  // Waits until it is known.
+  uint64_t of(uint64_t i) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return i <= known_; });
+    return begins_[i];
+  }
+  // Where the known ones end.
+  uint64_t end() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return begins_[known_];
+  }
 
  private:
   std::mutex mutex_;
-  std::condition_variable placed_;
-  uint64_t taken_ = 0, end_;
+  std::condition_variable changed_;
+  std::vector<uint64_t> begins_;  // of chunks not yet known the length of the one before, or 0
+  uint64_t known_ = 0;
 };
 
 // New memory comes in huge pages where it is so large that the C library maps it anew (no other memory
@@ -95,21 +107,38 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
                      const int64_t* shape, int rank, uint8_t* out, const NewPages& pages, Isa path) {
   const uint64_t width = element_bytes(element), chunks = chunk_count(count, chunk_log2);
   std::vector<ChunkEntry> entries(chunks);
-  Places places(padded(kHeaderBytes + 8 * uint64_t(rank)) + chunks * kIndexEntryBytes);
+  Places places(padded(kHeaderBytes + 8 * uint64_t(rank)) + chunks * kIndexEntryBytes, chunks);
+  auto input = [&](uint64_t i) { return in + (i << chunk_log2) * width; };
   auto symbols = [&](uint64_t i) {
     return i + 1 == chunks ? count - (i << chunk_log2) : uint64_t(1) << chunk_log2;
   };
-  std::vector<EncoderScratch> scratch(std::min<uint64_t>(chunks, torch::stable::get_num_threads()));
-  // Nothing may fail for want of memory once others wait for a chunk's place.
-  auto prepare = [&](int64_t worker) {
-    scratch[worker].reserve(std::max(symbols(0), symbols(chunks - 1)), int(width));
-  };
-  take_turns(chunks, prepare, [&](uint64_t i, int64_t worker) {
-    const uint8_t* from = in + (i << chunk_log2) * width;
-    entries[i] = code_chunk(from, symbols(i), element, model, scratch[worker], path);
-    const uint64_t place = entries[i].offset = places.take(i, entries[i].length);
-    pages.reach(out + place, out + place + entries[i].length);
-    put_chunk(from, symbols(i), int(width), scratch[worker], entries[i], out + place);
+  const uint64_t threads = std::min<uint64_t>(chunks, torch::stable::get_num_threads());
+  take_turns(chunks, [&](auto next) {
+    // A chunk whose place is not known yet is kept while the thread codes its next one. Nothing may fail for
+    // want of memory once others wait for a place.
+    EncoderScratch scratch[2];
+    for (EncoderScratch& s : scratch) s.reserve(std::max(symbols(0), symbols(chunks - 1)), int(width));
+    EncoderScratch *free = scratch, *kept = scratch + 1;
+    uint64_t kept_chunk = chunks;
+    auto put = [&](uint64_t i, const EncoderScratch& coded) {
+      const uint64_t place = entries[i].offset = places.of(i);
+      pages.reach(out + place, out + place + entries[i].length);
+      put_chunk(input(i), symbols(i), int(width), coded, entries[i], out + place);
+    };
+    for (uint64_t i; (i = next()) < chunks;) {
+      free->ahead = {input(std::min(i + threads, chunks - 1)), out + places.end(), int(width)};
+      entries[i] = code_chunk(input(i), symbols(i), element, model, *free, path);
+      places.add(i, entries[i].length);
+      if (kept_chunk < chunks) put(kept_chunk, *kept);
+      kept_chunk = chunks;
+      if (places.knows(i)) {
+        put(i, *free);
+      } else {
+        kept_chunk = i;
+        std::swap(free, kept);
+      }
+    }
+    if (kept_chunk < chunks) put(kept_chunk, *kept);
   });
   write_header(out, places.end(), element, model, chunk_log2, shape, rank, count, entries.data(), chunks);
   return places.end();
@@ -123,9 +152,10 @@ const char* decode_blob(const Blob& blob, uint64_t start, uint64_t stop, uint8_t
   const uint64_t from = std::min(start >> blob.chunk_log2, last_chunk);
   const uint64_t to = std::min((stop - 1) >> blob.chunk_log2, last_chunk) + 1;
   std::vector<const char*> errors(to - from, nullptr);
-  take_turns(
-      to - from, [](int64_t) {},
-      [&](uint64_t i, int64_t) { errors[i] = decode_overlap(blob, from + i, start, stop, out, path); });
+  take_turns(to - from, [&](auto next) {
+    for (uint64_t i; (i = next()) < errors.size();)
+      errors[i] = decode_overlap(blob, from + i, start, stop, out, path);
+  });
   for (const char* error : errors)
     if (error) return error;
   return nullptr;

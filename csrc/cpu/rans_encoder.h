@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "rans_encoder_avx2.h"
 #include "rans_encoder_avx512.h"
@@ -15,19 +15,36 @@ namespace gaugekit::rans {
 // Words that a step may store before the last one that counts.
 constexpr int kMostStored = 8;
 
+// Memory of at least so many entries, which are not set: what is never used costs nothing.
+template <class T>
+class Buffer {
+ public:
+  void reserve(uint64_t n) {
+    if (n > size_) data_.reset(new T[n]), size_ = n;
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  T* end() { return data_.get() + size_; }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  uint64_t size_ = 0;
+};
+
 // What one thread uses again for chunk after chunk: buffers, and the chunk that it coded last.
 struct EncoderScratch {
-  std::vector<uint8_t> symbols, planes[kMaxPlanes];
-  std::vector<uint16_t> words[kSegments];
+  Buffer<uint8_t> symbols, planes[kMaxPlanes];
+  Buffer<uint16_t> words[kSegments];
   EncoderTable codes;
+  Ahead ahead;  // of the chunk to be coded, set by who knows
   uint32_t states[kLanes];
   uint16_t* first_word[kSegments];
   int model;
 
   void reserve(uint64_t n, int width) {
-    symbols.resize(n);
-    for (int plane = 0; plane < width - 1; ++plane) planes[plane].resize(n);
-    for (int s = 0; s < kSegments; ++s) words[s].resize(segment_symbols(n, s) + kMostStored);
+    symbols.reserve(n);
+    for (int plane = 0; plane < width - 1; ++plane) planes[plane].reserve(n);
+    for (int s = 0; s < kSegments; ++s) words[s].reserve(segment_symbols(n, s) + kMostStored);
   }
 };
 
@@ -67,7 +84,7 @@ GAUGEKIT_INLINE void encode_step(uint32_t& state, uint8_t symbol, const Portable
 // as the end of a buffer with room for every symbol of the segment and kMostStored more, and leaves as the
 // first word to read.
 inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTable& table, uint32_t* states,
-                           uint16_t** words, Isa path) {
+                           uint16_t** words, const Ahead& ahead, Isa path) {
   for (int i = 0; i < kLanes; ++i) states[i] = kStateLower;
   const PortableTable steps(table);
   const uint64_t whole = n - n % kLanes;
@@ -78,9 +95,11 @@ inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTabl
     }
 #ifdef GAUGEKIT_X86
   if (path == Isa::avx512) {
-    const bool in_registers = table.table.size <= 32;
-    const auto groups = in_registers ? avx512::encode_groups<true> : avx512::encode_groups<false>;
-    return groups(symbols, whole / kLanes, table, states, words);
+    const int breaks = table.table.size <= kCells ? table.cells.breaks : kMostBreaks + 1;
+    const auto groups = breaks <= 3             ? avx512::encode_groups<3>
+                        : breaks <= kMostBreaks ? avx512::encode_groups<kMostBreaks>
+                                                : avx512::encode_groups<0>;
+    return groups(symbols, whole / kLanes, table, states, words, ahead);
   }
   if (path == Isa::avx2) return avx2::encode_groups(symbols, whole / kLanes, table, states, words);
 #endif
@@ -106,14 +125,9 @@ class Histogram {
 
   void add(const uint8_t* symbols, uint64_t n) {
 #ifdef GAUGEKIT_X86
-    // A compare and a population count for each symbol seen so far is faster than a count in memory for each
-    // element, as long as these symbols are few and no other turns up.
-    if (vector_ && known_size_ && n % 64 == 0) {
-      uint32_t counts[kMostKnown];
-      if (avx512::count_known(symbols, n, known_, known_size_, counts) == n) {
-        for (int i = 0; i < known_size_; ++i) parts_[0][known_[i]] += counts[i];
-        return;
-      }
+    if (windows_ && n % 64 == 0) {
+      if (avx512::count_range(symbols, n, low_, windows_, parts_[0]) > n / 16) windows_ = 0;
+      return;
     }
 #endif
     uint64_t i = 0;  // four parts, so that runs of one symbol do not wait for their own stores
@@ -122,16 +136,7 @@ class Histogram {
       for (int k = 0; k < 8; ++k) ++parts_[k % 4][eight >> (8 * k) & 255];
     }
     for (; i < n; ++i) ++parts_[0][symbols[i]];
-    if (!vector_) return;
-    known_size_ = 0;
-    for (int s = 0; s < 256 && vector_; ++s) {
-      if (!(parts_[0][s] | parts_[1][s] | parts_[2][s] | parts_[3][s])) continue;
-      if (known_size_ == kMostKnown)
-        vector_ = false;
-      else
-        known_[known_size_++] = uint8_t(s);
-    }
-    if (!vector_) known_size_ = 0;
+    if (vector_) find_range();
   }
 
   void total(uint32_t (&counts)[256]) const {
@@ -139,10 +144,25 @@ class Histogram {
   }
 
  private:
-  static constexpr int kMostKnown = 40;
+  // Counting is faster by vectors where nearly all symbols are of a few consecutive ones. Exponents are.
+  void find_range() {
+#ifdef GAUGEKIT_X86
+    uint32_t counts[256], up_to[257] = {};
+    total(counts);
+    for (int s = 0; s < 256; ++s) up_to[s + 1] = up_to[s] + counts[s];
+    for (int windows = 1; windows <= 4 && !windows_; ++windows) {
+      const int size = windows * avx512::kWindow;
+      low_ = 0;
+      for (int s = 1; s <= 256 - size; ++s)
+        if (up_to[s + size] - up_to[s] > up_to[low_ + size] - up_to[low_]) low_ = s;
+      if (up_to[256] - (up_to[low_ + size] - up_to[low_]) <= up_to[256] / 32) windows_ = windows;
+    }
+    vector_ = windows_ > 0;
+#endif
+  }
+
   bool vector_;
-  int known_size_ = 0;
-  uint8_t known_[kMostKnown];
+  int low_ = 0, windows_ = 0;
   uint32_t parts_[4][256] = {};
 };
 
@@ -201,9 +221,8 @@ inline ChunkEntry code_chunk(const uint8_t* in, uint64_t n, int element, int mod
   fill(scratch.codes);
 
   const uint16_t* ends[kSegments];
-  for (int s = 0; s < kSegments; ++s)
-    ends[s] = scratch.first_word[s] = scratch.words[s].data() + scratch.words[s].size();
-  encode_symbols(symbols, n, scratch.codes, scratch.states, scratch.first_word, path);
+  for (int s = 0; s < kSegments; ++s) ends[s] = scratch.first_word[s] = scratch.words[s].end();
+  encode_symbols(symbols, n, scratch.codes, scratch.states, scratch.first_word, scratch.ahead, path);
 
   scratch.model = model;
   entry.symbols = uint16_t(table.size);

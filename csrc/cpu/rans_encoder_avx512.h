@@ -10,23 +10,54 @@
 
 namespace gaugekit::rans::avx512 {
 
-// What 16 symbols need: start << 16 | frequency.
-template <bool in_registers>
-GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i codes_of(__m512i index, const __m512i (&table)[2],
-                                                 const uint32_t* memory) {
-  if constexpr (in_registers) return _mm512_permutex2var_epi32(table[0], index, table[1]);
-  index = _mm512_and_si512(index, _mm512_set1_epi32(255));
-  return look_up(memory, index);
+// What coding 16 lanes needs from the table, held in registers if there are cells with at most
+// `breaks` (0: there are none).
+template <int breaks>
+struct Codes {
+  __m512i code[2], at[breaks][2];
+  __m512 reciprocal[2];
+};
+template <>
+struct Codes<0> {};  // what is needed is looked up in memory
+
+constexpr int kTruncate = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+
+// Of the frequency in a code, rounded towards zero.
+GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512 reciprocal_of(__m512i code) {
+  const __m512i f = _mm512_and_si512(code, _mm512_set1_epi32(0xFFFF));
+  return _mm512_maskz_div_round_ps(kAll16, _mm512_set1_ps(1), _mm512_maskz_cvtepi32_ps(kAll16, f), kTruncate);
 }
 
-// One step of 16 lanes. The quotient is that of floats rounded towards zero: x < 2^31 and it is below 2^19,
-// so it is right or one too small.
+template <int breaks>
+GAUGEKIT_AVX512 GAUGEKIT_INLINE Codes<breaks> load_codes(const EncoderCells& cells) {
+  Codes<breaks> codes;
+  for (int half = 0; half < 2; ++half) {
+    codes.code[half] = _mm512_loadu_si512(cells.code + 16 * half);
+    codes.reciprocal[half] = reciprocal_of(codes.code[half]);
+    for (int k = 0; k < breaks; ++k) codes.at[k][half] = _mm512_loadu_si512(cells.at[k] + 16 * half);
+  }
+  return codes;
+}
+
+// One step of 16 lanes, in two halves. The quotient is that of floats rounded towards zero: x < 2^31 and it
+// is below 2^19, so the three roundings take less than 3 * 2^-23 of it and it is right or one too small.
 struct Step {
   __m512i quotient, place;
+  __mmask16 mapped;
 };
 
-GAUGEKIT_AVX512 GAUGEKIT_INLINE Step encode_step(__m512i x, __m512i code, uint16_t*& next) {
-  constexpr int kTruncate = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+template <int breaks>
+GAUGEKIT_AVX512 GAUGEKIT_INLINE Step divide(__m512i x, __m512i index, const Codes<breaks>& codes,
+                                            const EncoderTable& t, uint16_t*& next) {
+  __m512i code;
+  __m512 reciprocal;
+  if constexpr (breaks) {
+    code = lookup(codes.code, index);
+    reciprocal = _mm512_permutex2var_ps(codes.reciprocal[0], index, codes.reciprocal[1]);
+  } else {
+    code = look_up(t.by_symbol, _mm512_and_si512(index, _mm512_set1_epi32(255)));
+    reciprocal = reciprocal_of(code);
+  }
   const __mmask16 spill = _mm512_cmpge_epu32_mask(x, _mm512_maskz_slli_epi32(kAll16, code, 19));
   const int spilled = __builtin_popcount(spill);
   next -= spilled;
@@ -35,14 +66,35 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE Step encode_step(__m512i x, __m512i code, uint16
   x = _mm512_mask_srli_epi32(x, spill, x, 16);
   const __m512i f = _mm512_and_si512(code, _mm512_set1_epi32(0xFFFF));
   __m512i quotient = _mm512_maskz_cvttps_epi32(
-      kAll16, _mm512_maskz_div_round_ps(kAll16, _mm512_maskz_cvt_roundepi32_ps(kAll16, x, kTruncate),
-                                        _mm512_maskz_cvtepi32_ps(kAll16, f), kTruncate));
+      kAll16, _mm512_maskz_mul_round_ps(kAll16, _mm512_maskz_cvt_roundepi32_ps(kAll16, x, kTruncate),
+                                        reciprocal, kTruncate));
   __m512i rest = _mm512_sub_epi32(x, _mm512_mullo_epi32(quotient, f));
   const __mmask16 more = _mm512_cmpge_epu32_mask(rest, f);
   quotient = _mm512_mask_sub_epi32(quotient, more, quotient, _mm512_set1_epi32(-1));
   rest = _mm512_mask_sub_epi32(rest, more, rest, f);
   const __m512i place = _mm512_add_epi32(rest, _mm512_maskz_srli_epi32(kAll16, code, 16));
-  return {_mm512_maskz_slli_epi32(kAll16, quotient, kProbabilityBits), place};
+  return {_mm512_maskz_slli_epi32(kAll16, quotient, kProbabilityBits), place, _mm512_movepi32_mask(code)};
+}
+
+// The state after the step, from the slots in memory or, if there are cells, from them.
+template <int breaks>
+GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i finish(const Step& s, const Codes<breaks>& codes,
+                                               const uint32_t* slot_of) {
+  if constexpr (breaks == 0) {
+    return _mm512_or_si512(s.quotient, look_up(slot_of, s.place));
+  } else {
+    const __m512i cell = _mm512_maskz_srli_epi32(kAll16, s.place, 7);  // the lookup takes the low five bits
+    const __m512i place = _mm512_maskz_slli_epi32(kAll16, s.place, 25);
+    __m512i number = lookup(codes.at[0], cell);
+    const __mmask16 behind = _mm512_cmpgt_epu32_mask(place, number);
+    number = _mm512_mask_srli_epi32(number, behind, number, 12);
+    for (int k = 1; k < breaks; ++k) {
+      const __m512i next = lookup(codes.at[k], cell);
+      number = _mm512_mask_mov_epi32(number, _mm512_cmpgt_epu32_mask(place, next), next);
+    }
+    const __m512i slot = _mm512_mask_add_epi32(s.place, s.mapped, s.place, number);
+    return _mm512_ternarylogic_epi32(s.quotient, slot, _mm512_set1_epi32(kSlots - 1), 0xF8);  // a | (b & c)
+  }
 }
 
 // Symbols to their indices in the table, for tables of at most 32: a 16-byte lookup for each row of 16
@@ -78,35 +130,31 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i indices(__m512i symbols, const IndexRows
 }
 
 // Codes `groups` whole groups, the last first.
-template <bool in_registers>
+template <int breaks>
 GAUGEKIT_AVX512 void encode_groups(const uint8_t* symbols, uint64_t groups, const EncoderTable& t,
-                                   uint32_t* states, uint16_t** words) {
+                                   uint32_t* states, uint16_t** words, const Ahead& ahead) {
   IndexRows rows;
-  if (in_registers) fill_rows(t.table, rows);
-  const __m512i table[2] = {_mm512_loadu_si512(t.by_index), _mm512_loadu_si512(t.by_index + 16)};
+  Codes<breaks> codes;
+  if constexpr (breaks) fill_rows(t.table, rows), codes = load_codes<breaks>(t.cells);
   __m512i x0 = _mm512_loadu_si512(states), x1 = _mm512_loadu_si512(states + 16);
   __m512i x2 = _mm512_loadu_si512(states + 32), x3 = _mm512_loadu_si512(states + 48);
   uint16_t *a = words[0], *b = words[1];
   for (uint64_t g = groups; g--;) {
     __m512i index = _mm512_loadu_si512(symbols + g * kLanes);
-    if (in_registers) index = indices(index, rows);
+    if constexpr (breaks) index = indices(index, rows);
     // 32 bits a lane: the even element's index, and above it the odd one's
-    const __m512i first =
+    const __m512i even0 =
         _mm512_maskz_cvtepu16_epi32(kAll16, _mm512_maskz_extracti64x4_epi64(kAll8, index, 0));
-    const __m512i second =
+    const __m512i even2 =
         _mm512_maskz_cvtepu16_epi32(kAll16, _mm512_maskz_extracti64x4_epi64(kAll8, index, 1));
-    const uint32_t* memory = t.by_symbol;
-    // Arithmetic of all four before the loads: more than one vector's chain then fits the processor's window.
-    const Step s1 =
-        encode_step(x1, codes_of<in_registers>(_mm512_maskz_srli_epi32(kAll16, first, 8), table, memory), a);
-    const Step s3 =
-        encode_step(x3, codes_of<in_registers>(_mm512_maskz_srli_epi32(kAll16, second, 8), table, memory), b);
-    const Step s0 = encode_step(x0, codes_of<in_registers>(first, table, memory), a);
-    const Step s2 = encode_step(x2, codes_of<in_registers>(second, table, memory), b);
-    x1 = _mm512_or_si512(s1.quotient, look_up(t.slot_of, s1.place));
-    x3 = _mm512_or_si512(s3.quotient, look_up(t.slot_of, s3.place));
-    x0 = _mm512_or_si512(s0.quotient, look_up(t.slot_of, s0.place));
-    x2 = _mm512_or_si512(s2.quotient, look_up(t.slot_of, s2.place));
+    const __m512i odd1 = _mm512_maskz_srli_epi32(kAll16, even0, 8);
+    const __m512i odd3 = _mm512_maskz_srli_epi32(kAll16, even2, 8);
+    // The halves are apart so that more than one vector's chain fits the processor's window.
+    const Step s1 = divide(x1, odd1, codes, t, a), s3 = divide(x3, odd3, codes, t, b);
+    const Step s0 = divide(x0, even0, codes, t, a), s2 = divide(x2, even2, codes, t, b);
+    x1 = finish(s1, codes, t.slot_of), x3 = finish(s3, codes, t.slot_of);
+    x0 = finish(s0, codes, t.slot_of), x2 = finish(s2, codes, t.slot_of);
+    ahead.ask(g);
   }
   _mm512_storeu_si512(states, x0);
   _mm512_storeu_si512(states + 16, x1);
@@ -116,20 +164,36 @@ GAUGEKIT_AVX512 void encode_groups(const uint8_t* symbols, uint64_t groups, cons
   words[1] = b;
 }
 
-// How often each of the `size` symbols occurs among `n`, a multiple of 64; returns how many that are in all.
-GAUGEKIT_AVX512 inline uint64_t count_known(const uint8_t* symbols, uint64_t n, const uint8_t* known,
-                                            int size, uint32_t* counts) {
-  uint64_t all = 0;
-  for (int i = 0; i < size; ++i) {
-    const __m512i symbol = _mm512_set1_epi8(char(known[i]));
-    uint64_t count = 0;
-    for (uint64_t at = 0; at < n; at += 64)
-      count +=
-          uint64_t(__builtin_popcountll(_mm512_cmpeq_epi8_mask(_mm512_loadu_si512(symbols + at), symbol)));
-    counts[i] = uint32_t(count);
-    all += count;
+constexpr int kWindow = 10;
+
+// Adds to counts[s] how often each s of `windows` * kWindow consecutive symbols from `low` on occurs among
+// `n`, a multiple of 64 and at most 2^13: a comparison and a subtraction for 64 of them. The others are
+// counted one by one; returns how many these are.
+GAUGEKIT_AVX512 inline uint64_t count_range(const uint8_t* symbols, uint64_t n, int low, int windows,
+                                            uint32_t* counts) {
+  for (int first = low; first < low + windows * kWindow; first += kWindow) {
+    __m512i symbol[kWindow], count[kWindow];
+    for (int k = 0; k < kWindow; ++k) symbol[k] = _mm512_set1_epi8(char(first + k)), count[k] = __m512i{};
+    for (uint64_t at = 0; at < n; at += 64) {
+      const __m512i found = _mm512_loadu_si512(symbols + at);
+      for (int k = 0; k < kWindow; ++k)
+        count[k] = _mm512_mask_sub_epi8(count[k], _mm512_cmpeq_epi8_mask(found, symbol[k]), count[k],
+                                        _mm512_set1_epi8(-1));
+    }
+    for (int k = 0; k < kWindow; ++k) {
+      alignas(64) uint64_t sums[8];
+      _mm512_store_si512(sums, _mm512_sad_epu8(count[k], __m512i{}));
+      for (uint64_t sum : sums) counts[first + k] += uint32_t(sum);
+    }
   }
-  return all;
+  uint64_t others = 0;
+  const __m512i lowest = _mm512_set1_epi8(char(low)), last = _mm512_set1_epi8(char(windows * kWindow - 1));
+  for (uint64_t at = 0; at < n; at += 64) {
+    uint64_t outside =
+        _mm512_cmpgt_epu8_mask(_mm512_sub_epi8(_mm512_loadu_si512(symbols + at), lowest), last);
+    for (; outside; outside &= outside - 1, ++others) ++counts[symbols[at + __builtin_ctzll(outside)]];
+  }
+  return others;
 }
 
 }  // namespace gaugekit::rans::avx512
