@@ -1,5 +1,7 @@
 """C++ operator, NumPy composition and readable oracle make and read the same bytes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,34 @@ def test_alphabets_of_every_bucket_count(size):
     exponents[1000:] = size // 2
     blob = check_all_paths((exponents << 7).to(torch.int16).view(torch.bfloat16), rans.EXPONENT, size == 33)
     assert int.from_bytes(blob[64 + 12 : 64 + 14], "little") == size
+
+
+def most_breaks(f: dict[int, int]) -> int:
+    """The ranks of the symbols whose slots are in several pieces, one after another, in cells of 128: how often at most
+    the distance from rank to slot changes within a cell. The encoder's fastest forms hold for 3 and for 6.
+    """
+    owners = oracle.slot_owners(f)
+    slots = {s: [slot for slot, owner in enumerate(owners) if owner == s] for s in f}
+    pieces = [s for s in slots.values() if s[-1] - s[0] >= len(s)]
+    distance = [(slot - rank) % 4096 for rank, slot in enumerate(slot for s in pieces for slot in s)]
+    cells = [distance[first : first + 128] for first in range(0, len(distance), 128)]
+    return max((sum(a != b for a, b in pairwise(cell)) for cell in cells), default=0)
+
+
+@pytest.mark.parametrize(
+    ("others", "breaks"),
+    [
+        *[([127] * k, max(0, k - 1)) for k in range(7)],
+        *[([105] * 20, 6), ([110] * 8, 7), ([127] * 31, 30), ([1 << k for k in range(11)], 1)],
+    ],
+)
+def test_every_number_of_breaks(others, breaks):
+    frequencies = dict(enumerate((4096 - sum(others), *others), start=-7))
+    assert most_breaks(frequencies) == breaks
+    symbols = torch.tensor([s for s, f in frequencies.items() for _ in range(4 * f)], dtype=torch.int8)
+    shuffled = symbols[torch.randperm(len(symbols), generator=torch.Generator().manual_seed(breaks))]
+    blob = check_all_paths(shuffled, rans.HIGH_BYTE, with_oracle=False)
+    assert len(blob) < len(symbols) or len(others) == 31
 
 
 def bf16_exponents(*exponents: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..ops import packed_linear_layout as layout
 from ..ops import rans
 from ..ops.packed_linear_weight import PackedWeight, pack_weight
 from ..ops.rans import CorruptFile
-from .blob import as_byte_tensor
+from .blob import as_byte_tensor, fresh
 
 MAGIC, VERSION, ROW = b"GKFIXD\x1a\n", 1, layout.SEGMENT
 FIELDS = struct.Struct("<8sHBBBBHQQQII")
@@ -29,20 +29,26 @@ def encode(tensor: torch.Tensor) -> torch.Tensor:
     """uint8 [bytes] on the tensor's device; ValueError unless it is bfloat16 or float16."""
     if tensor.dtype not in ELEMENTS:
         raise ValueError(f"tensor: expected bfloat16 or float16 for layout='fixed', got {tensor.dtype}")
-    flat = tensor.detach().reshape(-1)
-    rows = torch.nn.functional.pad(flat, (0, -flat.numel() % ROW)).view(-1, ROW)
-    packed = pack_weight(rows)
+    flat, on_cpu = tensor.detach().reshape(-1), tensor.device.type == "cpu"
+    count, missing = flat.numel(), -flat.numel() % ROW
+    packed = pack_weight((torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, ROW))
     parts = (packed.planes, packed.offsets, packed.raw, packed.window, packed.escapes)
-    body = torch.cat([_padded(part.reshape(-1).view(torch.uint8)) for part in parts])
-    code_bits = layout.layout(packed.planes)[1]
-    kind = CRC32C if tensor.device.type == "cpu" else WORD_SUM
-    fields = [MAGIC, VERSION, ELEMENTS[tensor.dtype], code_bits, tensor.dim(), kind, 0, flat.numel()]
-    fields += [packed.escapes.numel(), _checksum(body, kind), 0]
+    begin = FIELDS.size + 16 * -(-8 * tensor.dim() // 16)
+    size = torch.Size([begin + sum(part.nbytes + -part.nbytes % 16 for part in parts)])
+    blob = fresh(size, torch.uint8) if on_cpu else torch.empty(size, dtype=torch.uint8, device=tensor.device)
+    end = begin
+    for part in parts:
+        start, end = end, end + part.nbytes + -part.nbytes % 16
+        blob[start : start + part.nbytes] = part.reshape(-1).view(torch.uint8)
+        blob[start + part.nbytes : end] = 0
+    kind = CRC32C if on_cpu else WORD_SUM
+    fields = [MAGIC, VERSION, ELEMENTS[tensor.dtype], layout.layout(packed.planes)[1], tensor.dim(), kind, 0]
+    fields += [count, packed.escapes.numel(), _checksum(blob[begin:], kind), 0]
     shape = struct.pack(f"<{tensor.dim()}Q", *tensor.shape)
     shape += bytes(-len(shape) % 16)
     crc = rans.crc32c(as_byte_tensor(FIELDS.pack(*fields, 0) + shape))
-    head = torch.frombuffer(bytearray(FIELDS.pack(*fields, crc) + shape), dtype=torch.uint8)
-    return torch.cat([head.to(tensor.device), body])
+    blob[:begin] = torch.frombuffer(bytearray(FIELDS.pack(*fields, crc) + shape), dtype=torch.uint8)
+    return blob
 
 
 def is_fixed(blob: torch.Tensor) -> bool:
@@ -100,10 +106,6 @@ def _opened(blob: torch.Tensor) -> tuple[PackedWeight, torch.Size]:
         parts[3],
         ROW,
     ), shape
-
-
-def _padded(part: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(part, (0, -part.numel() % 16))
 
 
 def _checksum(body: torch.Tensor, kind: int) -> int:
