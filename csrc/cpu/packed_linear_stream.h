@@ -114,9 +114,11 @@ GAUGEKIT_PACKED_AVX512 void multiply_words(const uint16_t* words, int64_t blocks
 
 // total() in the same order.
 GAUGEKIT_PACKED_AVX512 inline float total_avx512(const float* sums) {
-  const __m512 t = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(sums), _mm512_load_ps(sums + 16)),
-                                 _mm512_add_ps(_mm512_load_ps(sums + 32), _mm512_load_ps(sums + 48)));
-  const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
+  const auto eight = [sums](int i) GAUGEKIT_PACKED_AVX512 {
+    return _mm256_add_ps(_mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(sums + 16 + i)),
+                         _mm256_add_ps(_mm256_load_ps(sums + 32 + i), _mm256_load_ps(sums + 48 + i)));
+  };
+  const __m256 u = _mm256_add_ps(eight(0), eight(8));
   const __m128 v = _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
   const __m128 s = _mm_add_ps(v, _mm_movehl_ps(v, v));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));

@@ -58,11 +58,13 @@ class Places {
     changed_.wait(lock, [&] { return i <= known_; });
     return begins_[i];
   }
-  // Where the known ones end.
-  uint64_t end() {
+  // About where chunk i will begin: chunks are about as long as those before them.
+  uint64_t guess(uint64_t i) {
     std::lock_guard<std::mutex> lock(mutex_);
-    return begins_[known_];
+    const uint64_t length = known_ ? (begins_[known_] - begins_[0]) / known_ : 0;
+    return i <= known_ ? begins_[i] : begins_[known_] + (i - known_) * length;
   }
+  uint64_t end() const { return begins_.back(); }
 
  private:
   std::mutex mutex_;
@@ -126,7 +128,7 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
       put_chunk(input(i), symbols(i), int(width), coded, entries[i], out + place);
     };
     for (uint64_t i; (i = next()) < chunks;) {
-      free->ahead = {input(std::min(i + threads, chunks - 1)), out + places.end(), int(width)};
+      free->ahead = {input(std::min(i + threads, chunks - 1)), out + places.guess(i), int(width)};
       entries[i] = code_chunk(input(i), symbols(i), element, model, *free, path);
       places.add(i, entries[i].length);
       if (kept_chunk < chunks) put(kept_chunk, *kept);
