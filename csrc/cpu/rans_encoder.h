@@ -101,7 +101,7 @@ inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTabl
                                                 : avx512::encode_groups<0>;
     return groups(symbols, whole / kLanes, table, states, words, ahead);
   }
-  if (path == Isa::avx2) return avx2::encode_groups(symbols, whole / kLanes, table, states, words);
+  if (path == Isa::avx2) return avx2::encode_groups(symbols, whole / kLanes, table, states, words, ahead);
 #endif
   for (int s = 0; s < kSegments; ++s) {
     uint32_t* state = states + s * kSegmentLanes;
@@ -121,12 +121,13 @@ inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTabl
 // How often each symbol occurs, block by block.
 class Histogram {
  public:
-  explicit Histogram(Isa path) : vector_(path == Isa::avx512) {}
+  explicit Histogram(Isa path) : path_(path) {}
 
   void add(const uint8_t* symbols, uint64_t n) {
 #ifdef GAUGEKIT_X86
     if (windows_ && n % 64 == 0) {
-      if (avx512::count_range(symbols, n, low_, windows_, parts_[0]) > n / 16) windows_ = 0;
+      const auto count = path_ == Isa::avx512 ? avx512::count_range : avx2::count_range;
+      if (count(symbols, n, low_, windows_, parts_[0]) > n / 16) windows_ = 0;
       return;
     }
 #endif
@@ -136,7 +137,7 @@ class Histogram {
       for (int k = 0; k < 8; ++k) ++parts_[k % 4][eight >> (8 * k) & 255];
     }
     for (; i < n; ++i) ++parts_[0][symbols[i]];
-    if (vector_) find_range();
+    if (path_ != Isa::portable) find_range();
   }
 
   void total(uint32_t (&counts)[256]) const {
@@ -151,17 +152,17 @@ class Histogram {
     total(counts);
     for (int s = 0; s < 256; ++s) up_to[s + 1] = up_to[s] + counts[s];
     for (int windows = 1; windows <= 4 && !windows_; ++windows) {
-      const int size = windows * avx512::kWindow;
+      const int size = windows * kWindow;
       low_ = 0;
       for (int s = 1; s <= 256 - size; ++s)
         if (up_to[s + size] - up_to[s] > up_to[low_ + size] - up_to[low_]) low_ = s;
       if (up_to[256] - (up_to[low_ + size] - up_to[low_]) <= up_to[256] / 32) windows_ = windows;
     }
-    vector_ = windows_ > 0;
+    if (!windows_) path_ = Isa::portable;
 #endif
   }
 
-  bool vector_;
+  Isa path_;
   int low_ = 0, windows_ = 0;
   uint32_t parts_[4][256] = {};
 };

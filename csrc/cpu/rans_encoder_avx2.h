@@ -25,10 +25,16 @@ constexpr Collect make_collect() {
 
 inline constexpr Collect kCollect = make_collect();
 
-// One step of eight lanes, whose symbols are every second byte of `symbols`. Eight words are stored before
-// `next`, of which the last ones count; the others are written over later, or lie in front of the buffer.
-GAUGEKIT_AVX2 GAUGEKIT_INLINE void encode_step(__m256i& x, const uint8_t* symbols, const EncoderTable& t,
-                                               uint16_t*& next) {
+// One step of eight lanes, in two halves.
+struct Step {
+  __m256i quotient;
+  alignas(32) uint32_t place[8];
+};
+
+// `symbols`: every second byte. Eight words are stored before `next`, of which the last ones count; the
+// others are written over later, or lie in front of the buffer.
+GAUGEKIT_AVX2 GAUGEKIT_INLINE void divide(__m256i x, const uint8_t* symbols, const EncoderTable& t,
+                                          Step& step, uint16_t*& next) {
   uint32_t index[8];
   for (int i = 0; i < 8; ++i) index[i] = symbols[2 * i];
   const __m256i code = look_up(t.by_symbol, index);
@@ -49,32 +55,68 @@ GAUGEKIT_AVX2 GAUGEKIT_INLINE void encode_step(__m256i& x, const uint8_t* symbol
   quotient = _mm256_add_epi32(quotient, less);
   rest = _mm256_add_epi32(rest, _mm256_and_si256(less, f));
   const __m256i more = _mm256_cmpgt_epi32(rest, _mm256_sub_epi32(f, one));
-  quotient = _mm256_sub_epi32(quotient, more);
+  step.quotient = _mm256_slli_epi32(_mm256_sub_epi32(quotient, more), kProbabilityBits);
   rest = _mm256_sub_epi32(rest, _mm256_and_si256(more, f));
-  const __m256i place = _mm256_add_epi32(rest, _mm256_srli_epi32(code, 16));
-  alignas(32) uint32_t places[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(places), place);
-  x = _mm256_or_si256(_mm256_slli_epi32(quotient, kProbabilityBits), look_up(t.slot_of, places));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(step.place),
+                     _mm256_add_epi32(rest, _mm256_srli_epi32(code, 16)));
 }
 
 // Codes `groups` whole groups, the last first.
 GAUGEKIT_AVX2 inline void encode_groups(const uint8_t* symbols, uint64_t groups, const EncoderTable& t,
-                                        uint32_t* states, uint16_t** words) {
+                                        uint32_t* states, uint16_t** words, const Ahead& ahead) {
   __m256i* memory = reinterpret_cast<__m256i*>(states);
   __m256i x[8];
   for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu_si256(memory + i);
   uint16_t *a = words[0], *b = words[1];
   for (uint64_t g = groups; g--;) {
     const uint8_t* first = symbols + g * kLanes;
-    for (int i = 3; i >= 0; --i) {  // the lanes of odd elements, then those of even ones, each from the top
+    Step steps[8];
+    // The lanes of odd elements, then those of even ones, each from the top; the halves are apart so that
+    // more than one vector's chain fits the processor's window.
+#pragma GCC unroll 4
+    for (int i = 3; i >= 0; --i) {
       const uint8_t* from = first + (i & 1) * 16 + i / 2;
-      encode_step(x[i], from, t, a);
-      encode_step(x[4 + i], from + kSegmentLanes, t, b);
+      divide(x[i], from, t, steps[i], a);
+      divide(x[4 + i], from + kSegmentLanes, t, steps[4 + i], b);
     }
+#pragma GCC unroll 8
+    for (int i = 7; i >= 0; --i)
+      x[i] = _mm256_or_si256(steps[i].quotient, look_up(t.slot_of, steps[i].place));
+    ahead.ask(g);
   }
   for (int i = 0; i < 8; ++i) _mm256_storeu_si256(memory + i, x[i]);
   words[0] = a;
   words[1] = b;
+}
+
+// Adds to counts[s] how often each s of `windows` * kWindow consecutive symbols from `low` on occurs among
+// `n`, a multiple of 64 and at most 2^12: a comparison and a subtraction for a vector of them. The others are
+// counted one by one; returns how many these are.
+GAUGEKIT_AVX2 inline uint64_t count_range(const uint8_t* symbols, uint64_t n, int low, int windows,
+                                          uint32_t* counts) {
+  const auto at = [symbols](uint64_t i) GAUGEKIT_AVX2 {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(symbols + i));
+  };
+  for (int first = low; first < low + windows * kWindow; first += kWindow) {
+    __m256i symbol[kWindow], count[kWindow];
+    for (int k = 0; k < kWindow; ++k) symbol[k] = _mm256_set1_epi8(char(first + k)), count[k] = __m256i{};
+    for (uint64_t i = 0; i < n; i += 32)
+      for (int k = 0; k < kWindow; ++k)
+        count[k] = _mm256_sub_epi8(count[k], _mm256_cmpeq_epi8(at(i), symbol[k]));
+    for (int k = 0; k < kWindow; ++k) {
+      alignas(32) uint64_t sums[4];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(sums), _mm256_sad_epu8(count[k], __m256i{}));
+      for (uint64_t sum : sums) counts[first + k] += uint32_t(sum);
+    }
+  }
+  uint64_t others = 0;
+  const __m256i lowest = _mm256_set1_epi8(char(low)), end = _mm256_set1_epi8(char(windows * kWindow));
+  for (uint64_t i = 0; i < n; i += 32) {
+    const __m256i place = _mm256_sub_epi8(at(i), lowest);
+    uint32_t outside = uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(place, end), place)));
+    for (; outside; outside &= outside - 1, ++others) ++counts[symbols[i + __builtin_ctz(outside)]];
+  }
+  return others;
 }
 
 }  // namespace gaugekit::rans::avx2

@@ -164,11 +164,7 @@ GAUGEKIT_AVX512 void encode_groups(const uint8_t* symbols, uint64_t groups, cons
   words[1] = b;
 }
 
-constexpr int kWindow = 10;
-
-// Adds to counts[s] how often each s of `windows` * kWindow consecutive symbols from `low` on occurs among
-// `n`, a multiple of 64 and at most 2^13: a comparison and a subtraction for 64 of them. The others are
-// counted one by one; returns how many these are.
+// As avx2::count_range.
 GAUGEKIT_AVX512 inline uint64_t count_range(const uint8_t* symbols, uint64_t n, int low, int windows,
                                             uint32_t* counts) {
   for (int first = low; first < low + windows * kWindow; first += kWindow) {

@@ -17,6 +17,9 @@ struct EncoderTable {
   EncoderCells cells;  // for at most 32 symbols
 };
 
+// Consecutive symbols that a histogram counts at once where it compares vectors.
+constexpr int kWindow = 10;
+
 // Memory to ask for while a chunk's symbols are coded, which leaves memory idle: what the thread reads next,
 // and about where this chunk will be written. Neither is read or written then, and both may be wrong.
 struct Ahead {
