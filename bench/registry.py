@@ -29,6 +29,8 @@ class Case:
     ``bytes_moved`` and ``flops`` are the least the mathematics needs (each input read once, each output written once);
     they give ``share_of_peak`` against the machine's own copy bandwidth and matrix product, measured in the same run.
     ``rounds`` undisturbed rounds are enough, where they last ``seconds``; the end is at eight times that.
+    ``control`` names two rivals, the same arithmetic on one thread and on two: a round in which the second thread
+    brought it clearly less than twice the speed was disturbed, on a core that the system believes to be ours.
     ``label`` says what a reader must know to compare fairly (fresh or reused buffer, page size, ...).
     """
 
@@ -46,6 +48,7 @@ class Case:
     threads: int | None = None
     rounds: int = 25
     seconds: float = 3.0
+    control: tuple[str, str] | None = None
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):

@@ -67,6 +67,23 @@ def test_rows_are_complete_and_wrong_results_have_none(bench):
     assert absent["absent"] and absent["ratio"] is None
 
 
+def test_rounds_without_a_second_core_do_not_count(bench):
+    (bench / "ops" / "bench_probe.py").write_text(
+        "import itertools, time\n"
+        "from registry import Case, benchmark\n"
+        "taken = itertools.cycle([False, True])\n"
+        "def two(): time.sleep(0.016 if next(taken) else 0.004)\n"
+        "@benchmark('probe')\n"
+        "def cases(device, quick):\n"
+        "    yield Case(op='probe', shape='', dtype='float32', device=device, ours=lambda: sum(range(9999)),\n"
+        "               rivals={'one': lambda: time.sleep(0.008), 'two': two}, without_us='one',\n"
+        "               check=lambda: None, control=('one', 'two'))\n"
+    )
+    one, two = json.loads(run(bench).stdout)
+    assert one["baseline_ms"] / two["baseline_ms"] > 1.6  # 0.5 in every other round
+    assert one["rounds"] >= 5 and one["rounds_disturbed"] >= 5
+
+
 def test_unknown_operator_is_one_line(bench):
     done = run(bench, "--op", "nothing")
     assert done.returncode == 2 and "op must be one of probe; got nothing" in done.stderr
