@@ -16,7 +16,7 @@ constexpr int kCells = 32, kCellPositions = int(kSlots) / kCells, kMostBreaks = 
 // that changes at breaks.
 struct EncoderCells {
   // By index in the table. start << 16 | frequency, `start` the first slot of a symbol with one run, or,
-  // where bit 31 is set, the first position of one with several.
+  // where bit 31 is set, the first position of one with several; 1 for a symbol that does not exist.
   uint32_t code[kCells];
   // Of break k (its place in the cell - 1) << 25 | the number from there on; where there is none a place is
   // never reached. The first has that number 12 bits further up, and below it the number before all breaks.
@@ -39,6 +39,7 @@ inline void fill(const Table& table, const Buckets& buckets, EncoderCells& out) 
     }
   });
 
+  std::fill_n(out.code, kCells, 1u);
   for (auto& cells : out.at) std::fill_n(cells, kCells, uint32_t(kCellPositions - 1) << 25);
   out.breaks = 0;
   int position = 0, breaks = 0;
