@@ -29,8 +29,8 @@ class Case:
     ``bytes_moved`` and ``flops`` are the least the mathematics needs (each input read once, each output written once);
     they give ``share_of_peak`` against the machine's own copy bandwidth and matrix product, measured in the same run.
     ``rounds`` undisturbed rounds are enough, where they last ``seconds``; the end is at eight times that.
-    ``control`` names two rivals, the same arithmetic on one thread and on two: a round in which the second thread
-    brought it clearly less than twice the speed was disturbed, on a core that the system believes to be ours.
+    ``control`` names two rivals, the same arithmetic on one thread and on two: a round in which either was clearly
+    slower than it can be was disturbed, on a core that the system believes to be ours.
     ``label`` says what a reader must know to compare fairly (fresh or reused buffer, page size, ...).
     """
 
@@ -56,6 +56,8 @@ class Case:
             raise ValueError(
                 f"without_us must name one of the rivals {list(self.rivals)}, got {self.without_us!r}"
             )
+        if self.control and not all(self.rivals.get(name) for name in self.control):
+            raise ValueError(f"control must name two of the rivals {list(self.rivals)}, got {self.control!r}")
 
 
 ONLY: list[

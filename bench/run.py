@@ -147,12 +147,17 @@ def share_of_others(before: tuple[float, float, float]) -> float:
     return max(0.0, foreign / (wall * os.cpu_count())) if foreign > 0.03 else 0.0
 
 
-def share_of_neighbours(times: dict[str, list[float]], control: tuple[str, str] | None) -> float:
-    """The same for the last round and for what /proc cannot see: others on the hardware below a virtual machine."""
-    if control is None:
-        return 0.0
-    one, two = (times[name][-1] for name in control)
-    return max(0.0, 1.0 - one / two / TWO_CORES)
+def shares_of_neighbours(times: dict[str, list[float]], control: tuple[str, str] | None) -> list[float]:
+    """For each round, what /proc cannot see: the share that others took on the hardware below a virtual machine.
+
+    Both calls of ``control`` are held against the fastest on one thread. A slow call on one thread counts as much as a
+    slow one on two: it would make the second thread look better than it is.
+    """
+    if control is None or not times["ours"]:
+        return [0.0] * len(times["ours"])
+    one, two = (times[name] for name in control)
+    best = min(one)
+    return [max(1 - best / a, 1 - best / (TWO_CORES * b)) for a, b in zip(one, two, strict=True)]
 
 
 def enough(shares: list[float], spent: float, seconds: float, rounds: int = 25) -> bool:
@@ -166,6 +171,14 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
     threads = torch.get_num_threads()
     if case.threads is not None:
         torch.set_num_threads(case.threads)
+    times: dict[str, list[float]] = {}
+    others: dict[str, list[float]] = {}
+
+    def disturbances(name: str) -> list[float]:
+        """For each round, the largest share that others took from ours, from this rival or from the control."""
+        neighbours = shares_of_neighbours(times, case.control)
+        return [max(shares) for shares in zip(others["ours"], others[name], neighbours, strict=True)]
+
     try:
         case.check()
         calls = {"ours": case.ours, **{name: call for name, call in case.rivals.items() if call is not None}}
@@ -173,15 +186,14 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
         for name, call in calls.items():
             call()
             repeats[name] = max(1, min(1000, int(2e-3 / max(clock(call), 1e-7))))
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        others: dict[str, list[float]] = {name: [] for name in calls}
+        times |= {name: [] for name in calls}
+        others |= {name: [] for name in calls}
         order, begin = list(calls), time.perf_counter()
-        while not enough(others["ours"], time.perf_counter() - begin, seconds, case.rounds):
+        while not enough(disturbances("ours"), time.perf_counter() - begin, seconds, case.rounds):
             for name in order:
                 before = of_others()
                 times[name].append(clock(calls[name], repeats[name]))
                 others[name].append(share_of_others(before) if case.device == "cpu" else 0.0)
-            others["ours"][-1] = max(others["ours"][-1], share_of_neighbours(times, case.control))
             order.append(order.pop(0))  # so that no call always follows the same one
         memory = peak_bytes(case.ours, case.device)
         bandwidth, rate = peak_rates(case.device, case.dtype, clock, known)
@@ -191,7 +203,7 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
 
     def kept(name: str) -> list[int]:
         """The rounds that count for ours beside this rival: those in which both were left alone, or nearly."""
-        shares = [max(pair) for pair in zip(others["ours"], others[name], strict=True)]
+        shares = disturbances(name)
         limit = max(DISTURBED, sorted(shares)[4])
         return [i for i, share in enumerate(shares) if share <= limit]
 
@@ -202,6 +214,10 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
     ratios = {
         name: statistics.median(times[name][i] / times["ours"][i] for i in found)
         for name, found in rounds.items()
+    }
+    all_rounds = {
+        name: statistics.median(a / b for a, b in zip(times[name], times["ours"], strict=True))
+        for name in rounds
     }
     rows = []
     for name in case.rivals:
@@ -222,6 +238,7 @@ def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]
                     1e3 * statistics.median(times[name][i] for i in rounds[name]) if name in calls else None
                 ),
                 "ratio": ratios.get(name),
+                "ratio_all_rounds": all_rounds.get(name),
                 "share_of_peak": floor / (median / 1e3) if floor else None,
                 "peak_bytes": memory,
                 "without_us": ratios.get(case.without_us),

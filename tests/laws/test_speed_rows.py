@@ -67,21 +67,22 @@ def test_rows_are_complete_and_wrong_results_have_none(bench):
     assert absent["absent"] and absent["ratio"] is None
 
 
-def test_rounds_without_a_second_core_do_not_count(bench):
+def test_rounds_disturbed_on_either_number_of_threads_do_not_count(bench):
     (bench / "ops" / "bench_probe.py").write_text(
         "import itertools, time\n"
         "from registry import Case, benchmark\n"
-        "taken = itertools.cycle([False, True])\n"
-        "def two(): time.sleep(0.016 if next(taken) else 0.004)\n"
+        "ones, twos = itertools.cycle([8, 8, 8, 24, 24]), itertools.cycle([4, 16, 16])\n"
+        "def wait(times): time.sleep(next(times) / 1000)\n"
         "@benchmark('probe')\n"
         "def cases(device, quick):\n"
         "    yield Case(op='probe', shape='', dtype='float32', device=device, ours=lambda: sum(range(9999)),\n"
-        "               rivals={'one': lambda: time.sleep(0.008), 'two': two}, without_us='one',\n"
+        "               rivals={'one': lambda: wait(ones), 'two': lambda: wait(twos)}, without_us='one',\n"
         "               check=lambda: None, control=('one', 'two'))\n"
     )
     one, two = json.loads(run(bench).stdout)
-    assert one["baseline_ms"] / two["baseline_ms"] > 1.6  # 0.5 in every other round
-    assert one["rounds"] >= 5 and one["rounds_disturbed"] >= 5
+    assert 7 < one["baseline_ms"] < 12 and 3 < two["baseline_ms"] < 6
+    assert two["ratio_all_rounds"] > 2 * two["ratio"]  # in most rounds it waited for 16 ms
+    assert one["rounds"] >= 5 and one["rounds_disturbed"] > one["rounds"]
 
 
 def test_unknown_operator_is_one_line(bench):
