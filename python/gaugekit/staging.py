@@ -16,6 +16,7 @@ from .places import beside, check_place, holds, placed
 
 MANIFEST = "gaugekit_manifest.json"
 LOCK = "gaugekit_lock"
+OWN = (MANIFEST, MANIFEST + ".tmp", LOCK)
 
 
 def identity(verb: str, version: Any, digests: dict[str, str], options: dict[str, Any]) -> dict:
@@ -215,21 +216,23 @@ def check_target(source: Path, target: Path) -> None:
     link, or a place that cannot be written, is refused too, and so is a source that is somebody's unfinished work.
     """
     check_place(target)
+    for name in (placed, partial):
+        place = name(target)
+        if holds(source, place) or holds(place, source):
+            raise ValueError(
+                f"target: expected a directory beside the source, got {str(target)!r} for {str(source)!r}"
+            )
     if (
         target.exists()
         and not (target / MANIFEST).is_file()
         and (not target.is_dir() or any(target.iterdir()))
     ):
         raise ValueError(f"target: expected a new or empty directory, got {str(target)!r}, which is not")
-    for place in (placed(target), partial(target)):
-        if holds(source, place) or holds(place, source):
+    for name in OWN:
+        if os.path.lexists(source / name):
             raise ValueError(
-                f"target: expected a directory beside the source, got {str(target)!r} for {str(source)!r}"
+                f"source: expected finished work, but {str(source)!r} holds {name}: a job writes there"
             )
-    if source.is_dir() and (source / MANIFEST).is_file():
-        raise ValueError(
-            f"source: expected finished work, but {str(source)!r} is still being written ({MANIFEST} is there)"
-        )
 
 
 def free_bytes(target: Path) -> int:
