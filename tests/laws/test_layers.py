@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "gaugekit"
 
 # A room may import rooms of a lower floor, and its own. Lazy imports (inside a function) count as well.
 FLOORS = [
+    {"places"},
     {"report", "_library", "samples", "progress", "staging", "svg", "report_style"},
     {"reference"},
     {"ops"},

@@ -296,3 +296,10 @@ def _parse_packed(raw: bytes, data_bytes: int) -> Packed:
         if not (as_raw if codec == "raw" else as_blob):
             raise CorruptFile(f"tensor {entry.name!r}: what is stored does not fit the original header")
     return Packed(stored, original, tensors)
+
+
+def names(file: BinaryIO) -> set[str]:
+    """The names of the tensors in any .safetensors file, as the original has them; CorruptFile for a damaged one."""
+    opened = read(file)
+    header = opened.original if isinstance(opened, Packed) else opened
+    return {entry.name for entry in header.entries}
