@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -267,48 +267,46 @@ def convert(arguments: argparse.Namespace) -> Outcome:
     goals = {name: getattr(arguments, name) for name in ("rank", "energy", "min_cosine")}
     if not arguments.gauge and all(goal is None for goal in goals.values()):
         raise UsageError("convert: expected a rewrite (--gauge, --rank, --energy, --min-cosine)")
+    if arguments.calibration and all(goal is None for goal in goals.values()):
+        raise UsageError("convert: --calibration goes with --rank, --energy or --min-cosine")
     from . import rank_page
-    from .rewrite import Checkpoint
+    from .rewrite import Later
     from .rewrite import convert as run
-    from .symmetry import GaugeFix
 
-    rewrites, ranks, calibration = [], None, None
-    with contextlib.ExitStack() as stack:
-        if any(goal is not None for goal in goals.values()):
-            from .rank import prepare
-
-            calibration = arguments.calibration
-            work = stack.enter_context(_scratch(arguments.out))
-            with bar("calibrate") as progress:
-                truncate = prepare(
-                    arguments.model, calibration, **goals, work_directory=work, progress=progress
-                )
-            rewrites, ranks = [truncate], truncate.of(Checkpoint(arguments.model).config)
-        elif arguments.calibration:
-            raise UsageError("convert: --calibration goes with --rank, --energy or --min-cosine")
-        if arguments.gauge:
-            rewrites.append(GaugeFix(rows=arguments.rows, key_ranks=ranks))
-        with bar("convert") as progress:
-            report = run(
+    asked = {**goals, "gauge": arguments.gauge, "rows": arguments.rows}
+    with bar("convert") as progress:
+        return _shown(
+            run(
                 arguments.model,
                 arguments.out,
-                rewrites,
+                Later(asked, functools.partial(_rewrites, arguments, goals)),
                 dense=arguments.dense,
                 dtype=arguments.dtype,
-                calibration=calibration,
+                calibration=arguments.calibration,
                 pack=arguments.pack,
                 progress=progress,
                 pages=rank_page.pages,
             )
-    return _shown(report)
+        )
 
 
-@contextlib.contextmanager
-def _scratch(out: str) -> Iterator[Path]:
-    """A folder beside ``out`` that an interruption leaves, so that the next call goes on; gone once all is done."""
-    work = Path(out).with_name(Path(out).name + ".calibration")
-    yield work
-    shutil.rmtree(work, ignore_errors=True)
+def _rewrites(arguments: argparse.Namespace, goals: dict[str, Any], folder: Path) -> list:
+    """The rewrites a conversion was asked for; ``folder`` keeps what was found out about them."""
+    from .rewrite import Checkpoint
+    from .symmetry import GaugeFix
+
+    rewrites, ranks = [], None
+    if any(goal is not None for goal in goals.values()):
+        from .rank import prepare
+
+        with bar("calibrate") as progress:
+            truncate = prepare(
+                arguments.model, arguments.calibration, **goals, work_directory=folder, progress=progress
+            )
+        rewrites, ranks = [truncate], truncate.of(Checkpoint(arguments.model).config)
+    if arguments.gauge:
+        rewrites.append(GaugeFix(rows=arguments.rows, key_ranks=ranks))
+    return rewrites
 
 
 def heal(arguments: argparse.Namespace) -> Outcome:

@@ -38,7 +38,9 @@ class Staging:
     starts over from ``start``; ``resume=False`` always does. ``publish`` renames the folder. A kill between that and
     the end leaves a whole ``target`` that still holds the manifest: then ``published`` is True and ``publish`` only
     tidies up. An empty folder that cannot be replaced (a mount, the current folder, or one whose parent is not
-    writable) is the place of work itself; there the manifest is what says that it is unfinished.
+    writable) is the place of work itself; there the manifest is what says that it is unfinished. With ``inside`` the
+    folder ``target`` always is, and stays what it is: a place of work that is kept, with nothing to publish. Errors
+    name it as the caller's ``argument``.
 
     Raises ValueError where ``<target>.partial`` is not ours or holds the unfinished work of another identity, or where
     another process is writing.
@@ -52,31 +54,33 @@ class Staging:
         *,
         resume: bool = True,
         sound: Callable[[Path, dict], bool] = lambda folder, state: True,
+        inside: bool = False,
+        argument: str = "target",
     ):
-        self.target = placed(target)
-        self.folder = _workplace(self.target)
+        self.target, self._argument = placed(target), argument
+        self.folder = self.target if inside else _workplace(self.target)
         # Before the folder is made: the manifest of a target says whether it is whole or the place of work.
         unfinished = (_manifest(self.target) or {}).get("inside", not (self.target / MANIFEST).is_file())
         self.published = not unfinished
         if not self.published and not _ours(self.folder):
             raise ValueError(
-                f"target: expected {str(self.folder)!r} to be free for the work in progress; it is taken"
+                f"{argument}: expected {str(self.folder)!r} to be free for the work in progress; it is taken"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - held until close()
         try:
             if not lock(self._lock):
-                raise ValueError(f"target: another process is writing {str(self.folder)!r}")
+                raise ValueError(f"{argument}: another process is writing {str(self.folder)!r}")
             self.state = {"identity": identity, **start}
             self.resumed = False
-            self._go_on(identity, resume, sound)
+            self._go_on(identity, resume, sound, inside)
         except BaseException:
             self.close()
             raise
         if self.folder == self.target and not self.published:
             self.state["inside"] = True
 
-    def _go_on(self, identity: dict, resume: bool, sound: Callable[[Path, dict], bool]) -> None:
+    def _go_on(self, identity: dict, resume: bool, sound: Callable[[Path, dict], bool], inside: bool) -> None:
         """Takes up what an earlier run left, where it is the same job."""
         state = _manifest(self.folder)
         if state is not None and state.get("identity") == identity:
@@ -84,13 +88,18 @@ class Staging:
                 self.state, self.resumed = state, True
         elif state is not None and resume and not self.published:
             differs = ", ".join(_differences(state.get("identity"), identity))
+            what = "the" if inside else "unfinished"
+            cure = (
+                "delete it or give another"
+                if inside
+                else "delete that folder, or pass resume=False, to start over"
+            )
             raise ValueError(
-                f"target: {str(self.folder)!r} holds unfinished work of another call ({differs} differs); "
-                "delete that folder, or pass resume=False, to start over"
+                f"{self._argument}: {str(self.folder)!r} holds {what} work of another call ({differs} differs); {cure}"
             )
         if self.published and not self.resumed:
             raise ValueError(
-                f"target: expected a new or empty directory, got {str(self.target)!r}, which is not"
+                f"{self._argument}: expected a new or empty directory, got {str(self.target)!r}, which is not"
             )
 
     def save(self) -> None:
@@ -151,6 +160,34 @@ class Staging:
     def close(self) -> None:
         """Lets another process at the folder; what is on disk stays for it to go on from."""
         self._lock.close()
+
+
+def workplace(
+    folder: str | os.PathLike,
+    identity: dict,
+    start: dict[str, Any],
+    sound: Callable[[Path, dict], bool] = lambda folder, state: True,
+) -> Staging:
+    """A user's ``work_directory``: a Staging in the folder itself, which is new, empty or a job's own; its manifest is
+    on the disk, and what no manifest speaks of is gone.
+    """
+    place = Path(os.path.realpath(folder))
+    staged = Staging(place, identity, start, sound=sound, inside=True, argument="work_directory")
+    if not staged.resumed:
+        staged.clean(set())
+        staged.save()
+    return staged
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of ``path`` only when it is whole and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with naming_file(path), temporary.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
 
 
 def _manifest(folder: Path) -> dict | None:

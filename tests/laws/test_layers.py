@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "gaugekit"
 # A room may import rooms of a lower floor, and its own. Lazy imports (inside a function) count as well.
 FLOORS = [
     {"places"},
-    {"report", "_library", "samples", "progress", "staging", "svg", "report_style"},
+    {"report", "_library", "samples", "progress", "streams", "config", "staging", "svg", "report_style"},
     {"reference"},
     {"ops"},
     {"codec"},
     {"models", "checkpoint", "nn"},
     {"moments"},
     {"statistics"},
-    {"rewrite"},
+    {"rewrite", "heal_state"},
     {"symmetry", "rank", "slicing"},
     {"fuse", "inspect", "verify", "heal"},
     {"integrations"},

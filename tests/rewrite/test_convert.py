@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,18 +181,37 @@ def test_resume_after_an_interruption(tmp_path, small_shards):
     assert {**report.fields, "seconds": 0} == {**expected.fields, "seconds": 0}
 
 
-@pytest.mark.parametrize("change", ["arguments", "source", "resume"])
-def test_another_job_starts_over(tmp_path, small_shards, change):
+@pytest.mark.parametrize("change", ["arguments", "source", "versions"])
+def test_another_job_is_refused_and_may_start_over(tmp_path, small_shards, monkeypatch, change):
     source = bert(tmp_path / "m")
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", [Stops()])
+    before = contents(tmp_path / "out.partial")
     if change == "source":
-        tensors = safetensors_torch.load_file(source / "model.safetensors")
+        file = source / "model.safetensors"
+        status, tensors = file.stat(), safetensors_torch.load_file(file)
         tensors["pooler.dense.bias"] += 1
-        safetensors_torch.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        safetensors_torch.save_file(tensors, file, {"format": "pt"})
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert file.stat().st_size == status.st_size
+    elif change == "versions":
+        monkeypatch.setattr(torch, "__version__", "2.0")
     counts = Counts("shared_partition" if change == "arguments" else "max_volume")
-    convert(source, tmp_path / "out", [counts], resume=change != "resume")
+    with pytest.raises(ValueError, match="another call .* differs.*; delete that folder"):
+        convert(source, tmp_path / "out", [counts])
+    assert counts.seen == 0 and contents(tmp_path / "out.partial") == before
+    convert(source, tmp_path / "out", [counts], resume=False)
     assert counts.seen == 3
+
+
+def test_a_copy_elsewhere_with_other_times_is_the_same_source(tmp_path, small_shards):
+    source = bert(tmp_path / "m")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", [Stops()])
+    shutil.copytree(source, tmp_path / "moved", copy_function=shutil.copyfile)
+    counts = Counts()
+    convert(tmp_path / "moved", tmp_path / "out", [counts])
+    assert counts.seen < 3
 
 
 def test_resume_after_a_kill_between_naming_the_shards_and_the_rename(tmp_path, small_shards, monkeypatch):
