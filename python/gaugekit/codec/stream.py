@@ -24,6 +24,7 @@ MIN_MEMORY_BYTES, MEMORY_BYTES = 64 << 20, 256 << 20
 THREADS = (
     2  # one codes while the other reads; the chunks of a piece are coded by as many threads as torch has
 )
+LEAST_BLOB_BYTES = 96  # header, index and padding: nothing smaller gains
 MIN_LOG2 = 17  # of the symbols a chunk, as ``pack`` makes them
 # What the names of tensors in the file's own header may cost at most: any reader can list it for that.
 SLACK_BYTES = 4096 - bundle.START
@@ -137,7 +138,7 @@ def _store(
         stored.append((Entry(entry.name, dtype, shape, cursor, cursor + size), codec, crc))
         cursor += size
 
-    coded = [entry for entry in original.entries if container.codable(entry.dtype) and entry.size]
+    coded = [e for e in original.entries if container.codable(e.dtype) and e.size > LEAST_BLOB_BYTES]
     pieces = {entry.name: cuts(entry.weights, crew.step(BITS[entry.dtype] // 8)) for entry in coded}
     blobs = crew.run(partial(_encode, read, e, *cut, model) for e in coded for cut in pieces[e.name])
     for entry in original.entries:
