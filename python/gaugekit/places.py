@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 NAME_BYTES = 255  # of a file's name on common file systems; one that takes fewer refuses the target itself
@@ -107,3 +109,14 @@ def _kind(path: Path) -> str:
     if not os.access(path, os.R_OK):
         raise ValueError(f"source: {str(path)!r} cannot be read")
     return "file"
+
+
+@contextlib.contextmanager
+def naming_file(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the system that name no file name ``path``: those of reads and writes of an open one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None

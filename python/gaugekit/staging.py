@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .places import beside, check_place, holds, placed
+from .places import beside, check_place, holds, naming_file, placed
 
 MANIFEST = "gaugekit_manifest.json"
 LOCK = "gaugekit_lock"
@@ -278,17 +278,6 @@ def free_bytes(target: Path) -> int:
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     place = next(place for place in (folder, *folder.parents) if place.is_dir())
     return shutil.disk_usage(place).free + held
-
-
-@contextlib.contextmanager
-def naming_file(path: str | os.PathLike) -> Iterator[None]:
-    """Errors of the system that name no file name ``path``: those of reads and writes of an open one."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from . import container
-from .container import SUFFIX, naming
+from .container import naming
+from .header import SUFFIX
 
 INDEX_SUFFIX = SUFFIX + ".index.json"
 
