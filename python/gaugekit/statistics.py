@@ -26,7 +26,8 @@ from . import models, samples
 from .checkpoint import Checkpoint, versions
 from .config import stored_as
 from .moments import Moments, add, observe, watched
-from .staging import identity, naming_file, replacing, workplace
+from .places import naming_file
+from .staging import identity, replacing, workplace
 
 
 def collect(
