@@ -87,8 +87,8 @@ def test_warm_up_then_a_cosine_to_zero(home):
     assert all(decay == 0 for _, decay, _ in seen)
 
 
-@pytest.mark.parametrize("stage, options", [("layers", (20, 0)), ("end to end", (0, 20))])
-def test_the_first_step_of_a_stage_moves_half_as_far_as_the_second(home, stage, options):
+@pytest.mark.parametrize("layer_steps, steps", [(20, 0), (0, 20)])
+def test_the_first_step_of_a_stage_moves_half_as_far_as_the_second(home, layer_steps, steps):
     """AdamW with fresh moments moves every number by its rate, whatever the gradient: half the rate of the peak while
     the first of two steps warms up.
     """
@@ -104,8 +104,8 @@ def test_the_first_step_of_a_stage_moves_half_as_far_as_the_second(home, stage, 
             student,
             teacher,
             TEXT,
-            layer_steps=options[0],
-            steps=options[1],
+            layer_steps=layer_steps,
+            steps=steps,
             learning_rate=RATE,
             progress=stop,
         )
