@@ -29,7 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW_IMPORTS = ("pytest", "hypothesis", "torch", "transformers")
+FAMILIES = ("bert", "gpt2", "llama", "qwen2")
+SLOW_IMPORTS = (
+    "pytest", "hypothesis", "torch", "safetensors.torch", "tokenizers", "transformers", "transformers.generation.utils",
+    "transformers.tokenization_utils_tokenizers", *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES),
+)  # fmt: skip
 DIRECTORIES = "codec/test_directory.py codec/test_resumption.py"
 TESTS = {  # modules under python/gaugekit: the tests under tests/ that should notice a change
     "verify.py": "test_verify*.py",
