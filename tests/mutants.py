@@ -35,19 +35,19 @@ SLOW_IMPORTS = (
     "transformers.tokenization_utils_tokenizers", *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES),
 )  # fmt: skip
 DIRECTORIES = "codec/test_directory.py codec/test_resumption.py"
-TESTS = {  # modules under python/gaugekit: the tests under tests/ that should notice a change
-    "verify.py": "test_verify*.py",
+TESTS = {  # modules, or folders of them, under python/gaugekit: the tests under tests/ that should notice a change
+    "verify*.py": "test_verify*.py",
     "rank/bounds.py": "rank/test_bounds*.py",
     "rank/[!b]*.py": "rank/test_spectra.py rank/test_truncate.py",
-    "heal.py": "heal/test_*.py",
-    "rewrite.py": "rewrite/test_*.py",
+    "heal*.py": "heal/test_*.py",
+    "rewrite*": "rewrite/test_*.py",
     "checkpoint.py": "rewrite/test_*.py",
     "codec/files.py": f"codec/test_files.py codec/test_save_file.py {DIRECTORIES}",
     "codec/directory.py": f"codec/test_files.py {DIRECTORIES}",
     "staging.py": f"rewrite/test_convert.py {DIRECTORIES}",
     "statistics.py": "test_statistics.py rewrite/test_convert_statistics.py",
     "moments.py": "test_statistics.py rank/test_spectra.py",
-    "symmetry/*.py": "symmetry/test_*.py",
+    "symmetry": "symmetry/test_*.py",
 }
 
 TIMES, SPARE_SECONDS = (
@@ -174,7 +174,8 @@ def modules(root: Path, tests: dict[str, str], wanted: Sequence[str] = ()) -> di
 
 
 def _matching(root: Path, pattern: str) -> list[str]:
-    found = sorted(str(path.relative_to(root)) for path in root.glob(pattern))
+    paths = [file for path in root.glob(pattern) for file in (path.glob("*.py") if path.is_dir() else [path])]
+    found = sorted(str(path.relative_to(root)) for path in paths)
     if not found:
         raise ValueError(f"tests/mutants.py names {pattern}, and there is no such file")
     return found

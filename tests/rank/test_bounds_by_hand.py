@@ -52,6 +52,8 @@ def test_what_is_left_out_is_one_in_twenty_and_factors_of_one():
     limits = rank.covering_bound(SCORES, VALUE, READOUT, SAMPLES, input_norm=1)
     assert limits["scores"] == pytest.approx(2 * 36 * INTEGRAL / 5 * (2 * 5 * 2) * 6 * 6, rel=1e-6)
     assert limits["chance"] == pytest.approx(math.sqrt(math.log(20) / 50), rel=1e-12)  # δ = 0.05
+    once = rank.covering_bound(SCORES, VALUE, READOUT, 1, input_norm=1)
+    assert once["gap"] == pytest.approx(5 * limits["gap"], rel=1e-12)  # all of it falls with 1/√n
 
 
 def test_a_layer_moves_with_the_cube_of_its_tokens_norm():
