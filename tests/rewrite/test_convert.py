@@ -178,30 +178,6 @@ def test_resume_after_an_interruption(tmp_path, small_shards):
     assert {**report.fields, "seconds": 0} == {**expected.fields, "seconds": 0}
 
 
-@pytest.mark.parametrize("resume", [True, False])
-@pytest.mark.parametrize("pack", [False, True])
-def test_it_goes_on_where_it_stopped_unless_told_to_start_over(tmp_path, small_shards, pack, resume):
-    """The first of three layers was on the disk when the third was interrupted."""
-    source = bert(tmp_path / "m")
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", [Stops()], pack=pack)
-    counts = Counts()
-    convert(source, tmp_path / "out", [counts], pack=pack, resume=resume)
-    assert counts.seen == (2 if resume else 3)
-
-
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dense": True}], ids=lambda o: next(iter(o)))
-def test_a_job_with_other_options_starts_over(tmp_path, small_shards, options):
-    source = bert(tmp_path / "m")
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", [Stops()])
-    counts = Counts()
-    convert(source, tmp_path / "out", [counts], **options)
-    assert counts.seen == 3
-    convert(source, tmp_path / "whole", [GaugeFix()], **options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("change", ["arguments", "source", "resume"])
 def test_another_job_starts_over(tmp_path, small_shards, change):
     source = bert(tmp_path / "m")
@@ -261,4 +237,32 @@ def test_resume_after_sigkill(tmp_path, small_shards):
     counts = Counts()
     convert(source, tmp_path / "out", [counts])
     assert counts.seen < 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("pack", [False, True])
+def test_it_goes_on_where_it_stopped_unless_told_to_start_over(tmp_path, small_shards, pack, resume):
+    """The first of three layers was on the disk when the third was interrupted."""
+    source = bert(tmp_path / "m")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", [Stops()], pack=pack)
+    counts = Counts()
+    convert(source, tmp_path / "out", [counts], pack=pack, resume=resume)
+    assert counts.seen == (2 if resume else 3)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dense": True}], ids=lambda o: next(iter(o)))
+def test_a_job_with_other_options_takes_nothing_over(tmp_path, small_shards, options):
+    source = bert(tmp_path / "m")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", [Stops()])
+    counts = Counts()
+    try:
+        convert(source, tmp_path / "out", [counts], **options)
+    except ValueError:  # refused, until it is told to start over
+        assert counts.seen == 0 and not (tmp_path / "out").exists()
+        convert(source, tmp_path / "out", [counts], resume=False, **options)
+    assert counts.seen == 3
+    convert(source, tmp_path / "whole", [GaugeFix()], **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
