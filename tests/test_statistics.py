@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from transformers import BertForMaskedLM
 
 from gaugekit import samples, statistics
 from gaugekit.integrations import loading
+from gaugekit.staging import LOCK, MANIFEST
 from tiny import add_tokenizer, bert, gpt2
 
 TEXT = samples.sentences(20)
@@ -119,7 +121,7 @@ def test_ended_and_resumed_is_uninterrupted(end, at, tmp_path):
     same(statistics.collect(source, TEXT, **options, progress=lambda *now: seen.append(now)), resumed)
     assert seen == []
     left = {path.name for path in (tmp_path / "work").iterdir()}
-    assert left == {"progress.json", "arguments", "layer_0.pt", "layer_1.pt"}
+    assert left == {MANIFEST, LOCK, "arguments", "layer_0.pt", "layer_1.pt"}
 
 
 def test_no_more_than_one_layer_is_in_memory(tmp_path):
@@ -144,17 +146,66 @@ def test_max_tokens_and_padding(tmp_path):
 
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
     source, work = saved(tmp_path / "model"), tmp_path / "work"
-    statistics.collect(source, TEXT, work_directory=work)
+    found = statistics.collect(source, TEXT, work_directory=work)
     for change in ({"batch_size": 3}, {"modules": ("o",)}, {"dtype": torch.float64}, {"max_tokens": 50}):
-        with pytest.raises(ValueError, match="work_directory: .* holds statistics of another checkpoint"):
+        with pytest.raises(ValueError, match="work_directory: .* holds the work of another call"):
             statistics.collect(source, TEXT, work_directory=work, **change)
+    file = source / "model.safetensors"
+    before = file.stat()
     saved(source)  # the same names and sizes, other weights
-    with pytest.raises(ValueError, match="work_directory: .* holds statistics of another checkpoint"):
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    with pytest.raises(
+        ValueError, match="work_directory: .* another call .digests checkpoint model.safetensors"
+    ):
         statistics.collect(source, TEXT, work_directory=work)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "letter.txt").write_text("mine")
-    with pytest.raises(ValueError, match="work_directory: expected an empty or new folder"):
-        statistics.collect(source, TEXT, work_directory=tmp_path / "full")
+    assert len(found) == 2
+
+
+def test_a_touched_checkpoint_is_the_same(tmp_path):
+    source, work = saved(tmp_path / "model"), tmp_path / "work"
+    found = statistics.collect(source, TEXT, work_directory=work)
+    os.utime(source / "model.safetensors", (1, 1))
+    seen = []
+    again = statistics.collect(source, TEXT, work_directory=work, progress=lambda *now: seen.append(now))
+    same(found, again)
+    assert seen == []
+
+
+@pytest.mark.parametrize("name", ["letter.txt", ".hidden", "arguments/letter.txt", "layer_0.pt"])
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, name):
+    file = tmp_path / "full" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="work_directory: expected .* to be free .*; it is taken"):
+        statistics.collect(saved(tmp_path / "model"), TEXT, work_directory=tmp_path / "full")
+    assert [path for path in (tmp_path / "full").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
+def test_one_process_at_a_time(tmp_path):
+    source = saved(tmp_path / "model")
+
+    def second(done, total):
+        with pytest.raises(ValueError, match="work_directory: another process is writing"):
+            statistics.collect(source, TEXT, work_directory=tmp_path / "work")
+
+    statistics.collect(source, TEXT, work_directory=tmp_path / "work", progress=second)
+
+
+def test_hidden_states_that_find_no_room_are_an_error(tmp_path):
+    """A file that may not grow, in a process of its own: 20 KB, of which hidden states need more."""
+    source = saved(tmp_path / "model")
+    code = (
+        "import resource, sys; from gaugekit.statistics import collect; from gaugekit import samples\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: collect(sys.argv[1], samples.sentences(20), work_directory=sys.argv[2])\n"
+        "except OSError as error: print(error)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(source), str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "hidden_0.bin" in done.stdout, (done.returncode, done.stderr)
+    assert len(statistics.collect(source, TEXT, work_directory=tmp_path / "work")) == 2
 
 
 def test_bad_input(tmp_path):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import importlib
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .codec import CorruptFile, container, safe_open
-from .staging import MANIFEST, Staging, copy, dump, sha256, sync, write
+from .config import CONFIG, read_config, read_json, stored_as
+from .staging import OWN, Staging, copy, dump, sha256, sync, write
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,25 +46,13 @@ class Checkpoint:
             raise ValueError(
                 f"checkpoint: expected a directory with config.json and safetensors, got {str(path)!r}"
             )
-        self.config: dict = _json(self.path / "config.json")
+        self.config: dict = read_config(self.path)
         self._open: dict[str, safe_open] = {}
-        self.files: list[str]
-        self._where: dict[str, str]
-        if (self.path / INDEX).is_file():
-            self._where = _weight_map(self.path / INDEX)
-            self.files = sorted(set(self._where.values()))
-        else:
-            self.files = [self._single()]
-            self._where = {name: self.files[0] for name in self._file(self.files[0]).keys()}  # noqa: SIM118
+        self._sums: dict[str, str] = {}
+        self._where = self._promised()
+        self.files = sorted(set(self._where.values()))
         for file in self.files:
-            stored = set(self._file(file).keys())
-            absent = sorted(
-                name for name, where in self._where.items() if where == file and name not in stored
-            )
-            if absent:
-                raise ValueError(
-                    f"checkpoint: {INDEX} promises {absent[0]!r} in {file}, which does not hold it"
-                )
+            self._take_stock(file)
 
     def names(self) -> list[str]:
         """The names of all stored tensors, sorted."""
@@ -93,8 +84,45 @@ class Checkpoint:
         return sum((self.path / file).stat().st_size for file in self.files)
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
-        """The SHA-256 of every weight file and of config.json, by name; ``progress`` is told each block's bytes."""
-        return {file: sha256(self.path / file, progress) for file in [*self.files, "config.json"]}
+        """The SHA-256 of every weight file and of config.json, by name, each computed once; ``progress`` is told each
+        block's bytes.
+        """
+        for file in [*self.files, CONFIG]:
+            if file not in self._sums:
+                self._sums[file] = sha256(self.path / file, progress)
+            elif progress:
+                progress((self.path / file).stat().st_size)
+        return dict(self._sums)
+
+    def _promised(self) -> dict[str, str]:
+        """{tensor: file}, by the index or by the one file there is."""
+        if not (self.path / INDEX).is_file():
+            file = self._single()
+            return {name: file for name in self._file(file).keys()}  # noqa: SIM118
+        where = _weight_map(self.path / INDEX)
+        if (self.path / WEIGHTS).is_file() and WEIGHTS not in where.values():
+            # Loaders take the one file, and whoever reads the index the others: they need not be the same weights.
+            raise ValueError(
+                f"checkpoint: expected {WEIGHTS} or shards with {INDEX} in {str(self.path)!r}, got both; "
+                "remove what is not meant"
+            )
+        return where
+
+    def _take_stock(self, file: str) -> None:
+        """Compares a file's tensors with the index. One that the index does not name is the model's all the same:
+        loaders read shards whole.
+        """
+        stored = self._file(file).keys()
+        absent = sorted(
+            name for name, where in self._where.items() if where == file and name not in set(stored)
+        )
+        if absent:
+            raise ValueError(f"checkpoint: {INDEX} promises {absent[0]!r} in {file}, which does not hold it")
+        for name in stored:
+            if self._where.setdefault(name, file) != file:
+                raise ValueError(
+                    f"checkpoint: expected {name!r} in one file, got it in {self._where[name]} and in {file}"
+                )
 
     def _single(self) -> str:
         if (self.path / WEIGHTS).is_file():
@@ -122,29 +150,13 @@ class Checkpoint:
 
     def _find(self, name: str) -> str:
         if name not in self._where:
-            compact = (
-                " (its attention is already in compact form)" if "quantization_config" in self.config else ""
-            )
+            compact = " (its attention is already in compact form)" if stored_as(self.config) else ""
             raise ValueError(f"checkpoint: expected a tensor named {name!r}, got none{compact}")
         return self._where[name]
 
 
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"checkpoint: expected the file {path.name} in {str(path.parent)!r}, got none"
-        ) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"checkpoint: {path.name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"checkpoint: expected a JSON object in {path.name}, got {type(content).__name__}")
-    return content
-
-
 def _weight_map(path: Path) -> dict[str, str]:
-    where = _json(path).get("weight_map")
+    where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise ValueError(f"checkpoint: expected a weight_map of tensor names to files in {path.name}")
     for file in set(where.values()):
@@ -156,36 +168,40 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 class Writer:
-    """Writes a checkpoint beside its final place, so that a kill loses little and nothing half-done looks whole.
+    """Writes a checkpoint piece by piece into ``folder`` of a place of work, so that a kill loses little.
 
-    Tensors go into shards of about ``shard_bytes`` in the folder ``<target>.partial`` (``staging.Staging``), whose
-    manifest says what is done, for which job (``identity``, JSON). A new Writer of the same identity goes on after
-    ``done`` units; another identity, or ``resume=False``, starts over. ``finish`` names the shards, writes index and
-    config, and renames the folder. Every file is flushed to the disk before the manifest or a rename speaks of it.
-
-    Raises ValueError where ``<target>.partial`` is not ours, or another process is writing there.
+    Tensors go into shards of about ``shard_bytes``; the manifest of ``staged`` says how many units are ``done``, which
+    ``shards`` hold them, and whether the whole was ``written``. A new Writer goes on from there. ``finish`` names the
+    shards and writes what stands beside them, index and config last. Every file is flushed to the disk before the
+    manifest speaks of it.
     """
 
-    def __init__(self, target: Path, identity: dict, *, resume: bool = True, shard_bytes: int = 10**9):
-        self.shard_bytes = shard_bytes
-        start = {"done": 0, "shards": [], "records": []}
-        self._staging = Staging(target, identity, start, resume=resume, sound=_restore)
+    def __init__(self, staged: Staging, folder: Path, *, shard_bytes: int = 10**9):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._staged = staged
         self._tensors: dict[str, Tensor] = {}
         self._waiting: list[dict] = []
-        if not self._staging.published:
-            kept = {shard["file"] for shard in self._state["shards"]}
-            self._staging.clean(kept | ({SCRATCH} if self._staging.resumed else set()))
-            self._staging.save()
+        if not self._state["written"]:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._clear({*OWN, SCRATCH, *(shard["file"] for shard in self._state["shards"])})
 
-    @property
-    def folder(self) -> Path:
-        """Where the result grows."""
-        return self._staging.folder
+    @staticmethod
+    def start() -> dict[str, Any]:
+        """What the manifest of a new place of work says for a Writer."""
+        return {"done": 0, "shards": [], "records": [], "written": False}
 
-    @property
-    def scratch(self) -> Path:
-        """A folder for what the job itself wants to find again after a kill; it is gone from the result."""
-        return self.folder / SCRATCH
+    @staticmethod
+    def sound(folder: Path, state: dict) -> bool:
+        """Whether every shard the manifest names is in ``folder``; those of an unfinished whole that were already given
+        their final name get the first back.
+        """
+        for shard, final in zip(state["shards"], _final_names(state["shards"]), strict=True):
+            if state["written"]:
+                if not (folder / final).is_file():
+                    return False
+            elif not (folder / shard["file"]).is_file() and (folder / final).is_file():
+                os.replace(folder / final, folder / shard["file"])
+        return state["written"] or all((folder / shard["file"]).is_file() for shard in state["shards"])
 
     @property
     def done(self) -> int:
@@ -199,7 +215,7 @@ class Writer:
 
     @property
     def _state(self) -> dict:
-        return self._staging.state
+        return self._staged.state
 
     def add(self, tensors: dict[str, Tensor], record: dict) -> None:
         """The next unit: its tensors, and what to remember of it (JSON)."""
@@ -219,26 +235,16 @@ class Writer:
         copies: dict[str, Path],
         pages: Callable[[dict], dict[str, str]] = lambda certificate: {},
     ) -> None:
-        """Writes the rest and moves everything into place.
+        """Writes the rest and names the shards; nothing where that was done before.
 
-        ``certificate`` is given the SHA-256 of every shard, ``pages`` the certificate: {file name: text} to add.
+        ``certificate`` is given the SHA-256 of every shard, ``pages`` the certificate: {file name: text} to add. A page
+        never takes the place of a file of ``copies``: it is called ``gaugekit_<name>`` there.
         """
-        if not self._staging.published:
-            self._flush()
-            self._complete(config, certificate, copies, pages)
-        self._staging.publish()
-
-    def close(self) -> None:
-        """Lets another process at the folder; what is on disk stays for it to go on from."""
-        self._staging.close()
-
-    def _complete(
-        self, config: dict, certificate: Callable, copies: dict[str, Path], pages: Callable
-    ) -> None:
+        if self._state["written"]:
+            return
+        self._flush()
         shards = self._state["shards"]
-        names = [WEIGHTS]
-        if len(shards) > 1:
-            names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        names = _final_names(shards)
         for name, source in copies.items():
             copy(source, self.folder / name)
         for shard, name in zip(shards, names, strict=True):
@@ -247,6 +253,8 @@ class Writer:
         proof = certificate(sums)
         write(self.folder / CERTIFICATE, dump(proof))
         for name, text in pages(proof).items():
+            while name in copies:
+                name = "gaugekit_" + name
             write(self.folder / name, text.encode())
         if len(shards) > 1:
             where = {
@@ -254,31 +262,51 @@ class Writer:
             }
             total = sum(shard["bytes"] for shard in shards)
             write(self.folder / INDEX, dump({"metadata": {"total_size": total}, "weight_map": where}))
-        write(self.folder / "config.json", dump(config))
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        write(self.folder / CONFIG, dump(config))
+        self._state["written"] = True
+        self._staged.save()
 
     def _flush(self) -> None:
         if self._tensors:
             file = f"shard-{len(self._state['shards']) + 1:05}.safetensors"
             path = self.folder / file
-            safetensors_package().torch.save_file(self._tensors, path.with_suffix(".tmp"), {"format": "pt"})
-            shutil.copymode(self.folder / MANIFEST, path.with_suffix(".tmp"))  # safetensors makes it private
-            sync(path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+            save_tensors(self._tensors, path)
             size = sum(tensor.nbytes for tensor in self._tensors.values())
             shard = {"file": file, "names": list(self._tensors), "bytes": size, "sha256": sha256(path)}
             self._state["shards"].append(shard)
         self._state["records"] += self._waiting
         self._state["done"] += len(self._waiting)
         self._tensors, self._waiting = {}, []
-        self._staging.save()
+        self._staged.save()
+
+    def _clear(self, keep: set[str]) -> None:
+        """Removes what an earlier run did not get to the end of."""
+        for path in self.folder.iterdir():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _restore(folder: Path, state: dict) -> bool:
-    """Whether every shard the manifest names is there; those already given their final name get the first back."""
-    shards = state["shards"]
-    for number, shard in enumerate(shards, 1):
-        final = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        if not (folder / shard["file"]).is_file() and (folder / final).is_file():
-            os.replace(folder / final, folder / shard["file"])
-    return all((folder / shard["file"]).is_file() for shard in shards)
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A .safetensors file that has its name only once it is whole and on the disk, as readable as any new file."""
+    package, temporary = safetensors_package(), path.with_suffix(".tmp")
+    write(temporary, b"")  # made by us: safetensors would make it private
+    mode = temporary.stat().st_mode
+    try:
+        package.torch.save_file(tensors, temporary, {"format": "pt"})
+    except package.SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    temporary.chmod(mode)
+    sync(temporary)
+    os.replace(temporary, path)
+
+
+def _final_names(shards: list[dict]) -> list[str]:
+    if len(shards) == 1:
+        return [WEIGHTS]
+    return [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """What computes a result: the versions of gaugekit, torch and the ``packages`` named."""
+    found = {"gaugekit": importlib.import_module(__package__).__version__, "torch": torch.__version__}
+    return found | {name: importlib.metadata.version(name) for name in packages}

@@ -1,23 +1,26 @@
 """The command line: a subcommand for each verb, each a thin call of the function of the same name.
 
 Exit status: 0 done; 1 ``verify`` or ``demo`` found more error than noise allows, or a benchmark gave a wrong result; 2
-bad usage or bad input, with one line on stderr; 130 interrupted.
+bad usage, bad input or a result that could not be printed, with one line on stderr; 130 interrupted. With
+GAUGEKIT_TRACEBACK=1 in the environment the traceback of an error stands above its line.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import streams
 from .progress import bar
 from .report import Report
 
@@ -32,6 +35,9 @@ EXTRA_OF = {
     "zipnn": "bench",
     "triton": "triton",
 }
+# verbs whose work stands, in files or in the exit status, also where nothing can be printed
+LASTING = {"convert", "heal", "verify", "pack", "unpack", "demo"}
+LONGEST = 400  # characters shown of an error that was not foreseen: some libraries write pages
 Outcome = tuple[int, Any, Callable[[], str]]  # exit status, what --json prints, what is printed without it
 
 
@@ -50,36 +56,71 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status; ``argv`` defaults to the process's arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    printable = streams.secure()
     try:
-        arguments = parser().parse_args(argv)
-        # what a library prints while it works must not stand among the results
-        with contextlib.redirect_stdout(sys.stderr):
-            status, result, text = arguments.run(arguments)
-        print(json.dumps(result, allow_nan=False) if arguments.json else text())
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # the reader has gone (| head); what is left in the buffer must not raise again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _run(argv, printable)
+    except SystemExit:  # --help: argparse has printed it
+        if _lost(streams.flush(sys.stdout)):
+            return 2
+        raise
     except KeyboardInterrupt:
-        print("gaugekit: interrupted", file=sys.stderr)
+        streams.put(sys.stderr, "gaugekit: interrupted")
         return 130
-    except UsageError as error:
-        return _refuse(f"gaugekit: {error}; got: {' '.join(['gaugekit', *argv])}")
-    except ImportError as error:
+    except Exception as error:
+        if os.environ.get("GAUGEKIT_TRACEBACK"):
+            streams.put(sys.stderr, traceback.format_exc())
+        return _refuse(_explained(argv, error))
+    finally:
+        streams.flush(sys.stderr)
+
+
+def _run(argv: list[str], printable: bool) -> int:
+    arguments = parser().parse_args(argv)
+    closed = "standard output is closed, so the result cannot be printed"
+    if not (printable or arguments.lasting):
+        raise ValueError(closed)
+    # what a library prints while it works must not stand among the results
+    with contextlib.redirect_stdout(sys.stderr):
+        status, result, text = arguments.run(arguments)
+    error = streams.put(sys.stdout, json.dumps(result, allow_nan=False) if arguments.json else text())
+    if printable and not _lost(error):
+        return status
+    reason = f"the result could not be printed: {error}" if printable else closed
+    if not arguments.lasting:
+        return _refuse(f"gaugekit {argv[0]}: {reason}")
+    streams.put(sys.stderr, f"gaugekit {argv[0]}: done, but {reason}")
+    return status
+
+
+def _lost(error: OSError | None) -> bool:
+    """Whether what was printed did not arrive, although a reader waits for it (one that has gone, | head, does not)."""
+    return error is not None and not isinstance(error, BrokenPipeError)
+
+
+def _explained(argv: list[str], error: Exception) -> str:
+    """The line that stands on stderr for an error: what was expected and what came."""
+    if isinstance(error, UsageError):
+        return f"gaugekit: {error}; got: {' '.join(['gaugekit', *argv])}"
+    verb = f"gaugekit {argv[0]}"
+    if isinstance(error, ImportError):
         extra = EXTRA_OF.get((error.name or "").partition(".")[0])
         if extra:
-            return _refuse(f"gaugekit {argv[0]}: needs {error.name}: pip install gaugekit[{extra}]")
+            return f"{verb}: needs {error.name}: pip install gaugekit[{extra}]"
         if "pip install" in str(error):
-            return _refuse(f"gaugekit {argv[0]}: {error}")
-        raise
-    except (ValueError, OSError) as error:
-        return _refuse(f"gaugekit {argv[0]}: {error}")
+            return f"{verb}: {error}"
+    if isinstance(error, ValueError | OSError) and str(error):
+        return f"{verb}: {error}"
+    if isinstance(error, MemoryError):
+        return f"{verb}: the memory of this machine is not enough ({error or 'an allocation failed'})"
+    if isinstance(error, RecursionError):
+        return f"{verb}: the input is nested more deeply than can be read ({error})"
+    message = " ".join(str(error).split())
+    shown = message if len(message) <= LONGEST else message[:LONGEST] + " …"
+    return f"{verb}: unexpected {type(error).__name__}: {shown} (GAUGEKIT_TRACEBACK=1 shows where)"
 
 
 def _refuse(message: str) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    streams.put(sys.stderr, " ".join(message.split()))
     return 2
 
 
@@ -91,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Callable[[argparse.Namespace], Outcome], summary: str) -> Parser:
         added = verbs.add_parser(name, help=summary, description=summary)
         added.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, lasting=name in LASTING)
         return added
 
     model = "a Hugging Face directory: config.json and safetensors"
@@ -226,48 +267,46 @@ def convert(arguments: argparse.Namespace) -> Outcome:
     goals = {name: getattr(arguments, name) for name in ("rank", "energy", "min_cosine")}
     if not arguments.gauge and all(goal is None for goal in goals.values()):
         raise UsageError("convert: expected a rewrite (--gauge, --rank, --energy, --min-cosine)")
+    if arguments.calibration and all(goal is None for goal in goals.values()):
+        raise UsageError("convert: --calibration goes with --rank, --energy or --min-cosine")
     from . import rank_page
-    from .rewrite import Checkpoint
+    from .rewrite import Later
     from .rewrite import convert as run
-    from .symmetry import GaugeFix
 
-    rewrites, ranks, calibration = [], None, None
-    with contextlib.ExitStack() as stack:
-        if any(goal is not None for goal in goals.values()):
-            from .rank import prepare
-
-            calibration = arguments.calibration
-            work = stack.enter_context(_scratch(arguments.out))
-            with bar("calibrate") as progress:
-                truncate = prepare(
-                    arguments.model, calibration, **goals, work_directory=work, progress=progress
-                )
-            rewrites, ranks = [truncate], truncate.of(Checkpoint(arguments.model).config)
-        elif arguments.calibration:
-            raise UsageError("convert: --calibration goes with --rank, --energy or --min-cosine")
-        if arguments.gauge:
-            rewrites.append(GaugeFix(rows=arguments.rows, key_ranks=ranks))
-        with bar("convert") as progress:
-            report = run(
+    asked = {**goals, "gauge": arguments.gauge, "rows": arguments.rows}
+    with bar("convert") as progress:
+        return _shown(
+            run(
                 arguments.model,
                 arguments.out,
-                rewrites,
+                Later(asked, functools.partial(_rewrites, arguments, goals)),
                 dense=arguments.dense,
                 dtype=arguments.dtype,
-                calibration=calibration,
+                calibration=arguments.calibration,
                 pack=arguments.pack,
                 progress=progress,
                 pages=rank_page.pages,
             )
-    return _shown(report)
+        )
 
 
-@contextlib.contextmanager
-def _scratch(out: str) -> Iterator[Path]:
-    """A folder beside ``out`` that an interruption leaves, so that the next call goes on; gone once all is done."""
-    work = Path(out).with_name(Path(out).name + ".calibration")
-    yield work
-    shutil.rmtree(work, ignore_errors=True)
+def _rewrites(arguments: argparse.Namespace, goals: dict[str, Any], folder: Path) -> list:
+    """The rewrites a conversion was asked for; ``folder`` keeps what was found out about them."""
+    from .rewrite import Checkpoint
+    from .symmetry import GaugeFix
+
+    rewrites, ranks = [], None
+    if any(goal is not None for goal in goals.values()):
+        from .rank import prepare
+
+        with bar("calibrate") as progress:
+            truncate = prepare(
+                arguments.model, arguments.calibration, **goals, work_directory=folder, progress=progress
+            )
+        rewrites, ranks = [truncate], truncate.of(Checkpoint(arguments.model).config)
+    if arguments.gauge:
+        rewrites.append(GaugeFix(rows=arguments.rows, key_ranks=ranks))
+    return rewrites
 
 
 def heal(arguments: argparse.Namespace) -> Outcome:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,14 +13,16 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from . import _library, demo_speed, doctor, report_page, samples
+from . import _library, demo_speed, doctor, report_page, samples, staging
 from .checkpoint import Checkpoint
 from .codec import pack, unpack
+from .codec.written import written
 from .fuse import fuse
 from .inspect import inspect
 from .progress import bar
@@ -33,6 +34,13 @@ from .verify import verify
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MARK = ".gaugekit-demo"
 WEIGHTS = "model.safetensors"
+REPORTS = ("report.json", "report.html")
+MADE = [  # all a demo writes into ``models``, also what a kill leaves of it
+    place
+    for dtype in DTYPES.values()
+    for name in (f"gauge-fixed-{dtype}", f"original-{dtype}")
+    for place in (name, f"{name}.partial", f"{name}.packed.safetensors", f"{name}.packed.restored")
+]
 LIMITS = [
     "The compact form is smaller on disk and not yet faster: when the model is loaded, what was removed is filled in "
     "again and each projection is one ordinary matrix product. A kernel that uses the removed part is still to come.",
@@ -62,13 +70,17 @@ def run(
     ``fp32`` and ``bf16`` (as gk.verify gives them), ``pack`` {fp32, bf16: {bytes_before, bytes_after, ratio,
     bits_per_weight, bit_exact}}, ``bytes``, ``speed``, ``seconds`` by step, ``machine``, ``limits``.
 
-    Models it makes stand in ``directory/models``, which an earlier run's output may already fill. Raises
-    FileNotFoundError, naming the pip command, where the default model is not installed, and ValueError where
-    ``directory/models`` exists and no demo wrote it.
+    Models it makes stand in ``directory/models``, which an earlier run's output may fill: that goes, and nothing
+    else. Raises FileNotFoundError, naming the pip command, where the default model is not installed, and ValueError
+    where ``directory`` holds models or a report that no demo wrote, or where another demo is writing.
     """
     directory = Path(directory)
     source = samples.minilm() if model is None else Path(model)
-    models = _workspace(directory)
+    with _workspace(directory) as models:
+        return _run(directory, source, models, model is None, sentences, seconds)
+
+
+def _run(directory: Path, source: Path, models: Path, minilm: bool, sentences: int, seconds: float) -> Report:
     strings = samples.sentences(sentences)
     clock = _Clock()
 
@@ -76,7 +88,7 @@ def run(
         seen = inspect(source, text=strings[:32], progress=progress)
         exponents = {**_exponents(source), "entropy_bits": seen["exponent_entropy_bits"]}
     with clock.step("convert") as progress:
-        folders = {"fp32": models / "gauge-fixed-float32", "bf16": models / "gauge-fixed-bfloat16"}
+        folders = {kind: models / f"gauge-fixed-{dtype}" for kind, dtype in DTYPES.items()}
         converted = convert(source, folders["fp32"], [GaugeFix()], progress=progress)
         convert(source, folders["bf16"], [GaugeFix()], dtype="bfloat16", progress=progress)
         plain = {"fp32": source, "bf16": models / "original-bfloat16"}
@@ -104,7 +116,7 @@ def run(
         }
 
     fields = {
-        "model": "all-MiniLM-L6-v2" if model is None else source.name,
+        "model": "all-MiniLM-L6-v2" if minilm else source.name,
         "parameters_before": converted["parameters_before"],
         "parameters_after": converted["parameters_after"],
         "parameters_removed": converted["steps"][0]["removed"],
@@ -121,8 +133,13 @@ def run(
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "limits": LIMITS,
     }
-    _write(directory / "report.json", json.dumps(fields, indent=1, allow_nan=False) + "\n")
-    _write(directory / "report.html", report_page.page(fields))
+    pages = {
+        "report.json": json.dumps(fields, indent=1, allow_nan=False) + "\n",
+        "report.html": report_page.page(fields),
+    }
+    for name, content in pages.items():
+        with written(directory / name) as file:
+            file.write(content.encode())
     return Report("demo", fields, [f"{directory / name}" for name in ("report.html", "report.json")])
 
 
@@ -218,18 +235,24 @@ class _Clock:
         return {**self.steps, "total": sum(self.steps.values())}
 
 
-def _workspace(directory: Path) -> Path:
-    """An empty ``directory/models``; what stood there goes, if a demo wrote it."""
+@contextmanager
+def _workspace(directory: Path) -> Iterator[Path]:
+    """``directory/models``, marked and locked, without what an earlier demo made there; all else in it stays."""
     models = directory / "models"
-    if models.exists():
-        if not (models / MARK).is_file():
-            raise ValueError(
-                f"directory: expected one that the demo may fill, but {models} is not the demo's"
-            )
-        shutil.rmtree(models)
-    models.mkdir(parents=True)
-    (models / MARK).touch()
-    return models
+    if not (models / MARK).is_file():
+        for place in (models, *(directory / name for name in REPORTS)):
+            if os.path.lexists(place):
+                raise ValueError(
+                    f"directory: expected one that the demo may fill, but {place} is not the demo's"
+                )
+    models.mkdir(parents=True, exist_ok=True)
+    with (models / MARK).open("ab") as mark:
+        if not staging.lock(mark):
+            raise ValueError(f"directory: another demo is writing {str(directory)!r}")
+        for name in MADE:
+            made = models / name
+            shutil.rmtree(made) if made.is_dir() and not made.is_symlink() else made.unlink(missing_ok=True)
+        yield models
 
 
 def _exponents(source: Path) -> dict:
@@ -295,18 +318,10 @@ def _round_trip(original: Path, packed: Path, progress) -> dict:
     restored = packed.with_suffix(".restored")
     report = pack(original, packed, progress=progress)
     unpack(packed, restored, progress=progress)
-    exact = _sha256(original) == _sha256(restored)
+    exact = staging.sha256(original) == staging.sha256(restored)
     restored.unlink()
     fields = ("bytes_before", "bytes_after", "ratio", "bits_per_weight")
     return {**{field: report[field] for field in fields}, "bit_exact": exact}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _machine() -> dict:
@@ -318,12 +333,3 @@ def _machine() -> dict:
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
     }
-
-
-def _write(path: Path, content: str) -> None:
-    beside = path.with_suffix(path.suffix + ".partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -7,10 +7,7 @@ was imported.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import math
-import os
 import shutil
 import sys
 import types
@@ -22,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from . import models, samples
+from .checkpoint import SCRATCH, Checkpoint, safetensors_package, versions
+from .heal_state import State, digest, digest_of
 from .moments import evaluating, tokens
+from .places import listing
 from .report import Report
-from .staging import Staging, check_target, copy, sync
+from .staging import OWN, Staging, check_target, copy, identity, sync
 
 QUERY_KEY = (
     "*query*",
@@ -68,13 +68,15 @@ def heal(
     ``parameters`` are patterns of parameter names ("*query*", "encoder.layer.0.*"); by default the weights and biases
     of queries and keys, or all where none is found. A pair of channels that is zero in queries and keys alike stays
     zero: neither gets a gradient. ``text`` is a UTF-8 file or a list of strings; every eighth sentence, at most 256 in
-    all, is held out to draw the curve. ``work_directory``: the state goes there eight times a stage, and a second call
-    with the same arguments goes on from it. Deterministic for a seed, resumed or not.
+    all, is held out to draw the curve. ``work_directory`` is a new or empty folder, which is locked and marked as this
+    job's: the state goes there eight times a stage, and a second call goes on from it, given the same weights of
+    student (as it was before the first step) and teacher, text, arguments and versions. Deterministic for a seed,
+    resumed or not.
 
     Returns a Report: ``parameters`` trained, ``steps``, ``curve`` [{stage, step, loss (held-out), mean_cosine,
     min_cosine (of mean-pooled embeddings, held-out)}], ``mean_cosine_before``, ``mean_cosine_after``. Raises
     ValueError for models of different blocks, patterns that match nothing, text that cannot be read, and arguments
-    that do not fit.
+    that do not fit, and for a ``work_directory`` of another job, or that holds files which are not ours.
     """
     layer_steps = steps // 4 if layer_steps is None else layer_steps
     for name, value, least in (
@@ -92,17 +94,29 @@ def heal(
     run = _Run(student, teacher, parameters)
     held = [(batch, run.states(teacher, batch)) for batch in tokens(teacher, held_out, 32)]
     batches = tokens(teacher, strings, batch_size)
-    what = [strings, held_out, sorted(run.trained), steps, layer_steps, batch_size, learning_rate, seed]
-    identity = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    state = _State(work_directory, identity, run)
+    options = {
+        "parameters": sorted(run.trained),
+        "steps": steps,
+        "layer_steps": layer_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    digests = {
+        "student": digest(student),
+        "teacher": digest(teacher),
+        "text": digest_of(strings, held_out),
+    }
+    digests["tokens"] = digest_of(*([b["input_ids"].tolist() for b in (*batches, *(h for h, _ in held))]))
+    state = State(work_directory, identity("heal", versions("transformers"), digests, options), run.trained)
     total = layer_steps + steps
-    if not state.curve:
-        state.curve.append({"stage": "before", "step": 0, **run.measure(held)})
     was = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     student.requires_grad_(False)
     for parameter in run.trained.values():
         parameter.requires_grad_(True)
     try:
+        if not state.curve:
+            state.curve.append({"stage": "before", "step": 0, **run.measure(held)})
         for stage, first, count in (("layers", 0, layer_steps), ("end to end", layer_steps, steps)):
             state.enter(first)
             while first <= state.step < first + count:
@@ -118,6 +132,7 @@ def heal(
                     state.curve.append({"stage": stage, "step": state.step, **run.measure(held)})
                     state.save()
     finally:
+        state.close()
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(was[name])
             parameter.grad = None
@@ -143,39 +158,61 @@ def heal_directory(
     """Heals the model directory ``student`` into a new directory ``target``; ``options`` as ``heal`` takes them.
 
     Both models are in memory, in float32; the result is stored as the student was. The work happens in
-    ``<target>.partial``: after a kill the same call goes on where it stopped. Raises ValueError as ``heal`` does, and
-    for a target that is not empty or lies inside a source.
+    ``<target>.partial``, which is locked and marked as this job's: after a kill the same call, of the same weights,
+    text, options and versions, goes on where it stopped. Raises ValueError as ``heal`` does, and for a target that is
+    not empty or lies inside a source; OSError where the disk does not take what is written.
     """
     from .integrations import loading
 
-    paths, target = (
-        [loading.directory(student, "student"), loading.directory(teacher, "teacher")],
-        Path(target),
-    )
+    paths = [loading.directory(student, "student"), loading.directory(teacher, "teacher")]
+    target = Path(target)
     for path in paths:
         check_target(path, target)
     dtype = loading.stored_dtype(paths[0])
-    live, original = (loading.model(path, torch.float32) for path in paths)
     strings = samples.read(text)
-    what = [[str(path.resolve()) for path in paths], strings, sorted(map(str, options.items()))]
-    staging = Staging(target, {"heal": hashlib.sha256(json.dumps(what).encode()).hexdigest()}, {})
+    staged = Staging(target, _directory_identity(paths, strings, options), {"report": None})
     try:
-        staging.save()
-        work = staging.folder / "healing"
-        report = heal(live, original, strings, work_directory=work, progress=progress, **options)
-        live.to(dtype).save_pretrained(staging.folder)
-        for path in sorted(paths[0].rglob("*")):
-            name = path.relative_to(paths[0])
-            if path.is_file() and path.suffix in KEPT and not (staging.folder / name).exists():
-                copy(path, staging.folder / name)
-        shutil.rmtree(work, ignore_errors=True)
-        for path in staging.folder.rglob("*"):
-            if path.is_file():
-                sync(path)
-        staging.publish()
+        if not staged.published:
+            staged.clean({SCRATCH} if staged.resumed else set())
+            staged.save()
+            live, original = (loading.model(path, torch.float32) for path in paths)
+            work = staged.folder / SCRATCH
+            report = heal(live, original, strings, work_directory=work, progress=progress, **options)
+            _save(live.to(dtype), paths[0], staged.folder)
+            shutil.rmtree(work)
+            staged.state["report"] = report.fields
+            staged.save()
+        fields = staged.state["report"]
+        staged.publish()
+    except ValueError:
+        staged.discard()  # the same call would end so again
+        raise
     finally:
-        staging.close()
-    return report
+        staged.close()
+    return Report("heal", fields)
+
+
+def _directory_identity(paths: list[Path], strings: list[str], options: dict[str, Any]) -> dict:
+    digests = {"text": digest_of(strings)}
+    for role, path in zip(("student", "teacher"), paths, strict=True):
+        checkpoint = Checkpoint(path)
+        digests |= {f"{role} {name}": digest for name, digest in checkpoint.sha256().items()}
+    chosen = {name: str(value) for name, value in options.items()}
+    return identity("heal", versions("transformers"), digests, chosen)
+
+
+def _save(model: nn.Module, source: Path, folder: Path) -> None:
+    """The model, and what stands beside the weights in ``source``, whole and on the disk."""
+    try:
+        model.save_pretrained(folder)
+    except safetensors_package().SafetensorError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
+    for name in listing(source)[0]:
+        if Path(name).suffix in KEPT and name not in OWN and not (folder / name).exists():
+            copy(source / name, folder / name)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
 
 
 class _Run:
@@ -271,62 +308,6 @@ class _Run:
             cosines.append(nn.functional.cosine_similarity(*pooled, dim=-1))
         found = torch.cat(cosines)
         return {"loss": loss, "mean_cosine": float(found.mean()), "min_cosine": float(found.min())}
-
-
-class _State:
-    """The optimizer, the step and the curve; on disk where there is a work folder."""
-
-    def __init__(self, work: str | Path | None, identity: str, run: _Run):
-        self.run, self.identity, self.step, self.curve = run, identity, 0, []
-        self.file = None if work is None else Path(work) / "heal.pt"
-        self.optimizer = torch.optim.AdamW(list(run.trained.values()), weight_decay=0.0)
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        if self.file.is_file():
-            saved = torch.load(self.file, weights_only=True)
-            if saved["identity"] != identity:
-                raise ValueError(
-                    f"work_directory: {str(work)!r} holds a healing of other text or arguments; "
-                    "give another folder or delete it"
-                )
-            self.step, self.curve = saved["step"], saved["curve"]
-            with torch.no_grad():
-                for name, parameter in run.trained.items():
-                    parameter.copy_(saved["parameters"][name])
-            self.optimizer.load_state_dict(saved["optimizer"])
-
-    def enter(self, first: int) -> None:
-        """A stage starts with fresh moments."""
-        if self.step == first:
-            self.optimizer.state.clear()
-
-    def advance(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-
-    def save(self) -> None:
-        if self.file is None:
-            return
-        parameters = {name: parameter.detach() for name, parameter in self.run.trained.items()}
-        temporary = self.file.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(
-                {
-                    "identity": self.identity,
-                    "step": self.step,
-                    "curve": self.curve,
-                    "parameters": parameters,
-                    "optimizer": self.optimizer.state_dict(),
-                },
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.file)
 
 
 def _error(found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,19 @@ class Moments:
     def covariance(self) -> torch.Tensor:
         """E x xᵀ − E x E xᵀ [D, D]."""
         return self.second - torch.outer(self.mean, self.mean)
+
+
+def digest(moments: Sequence[dict[str, Moments]]) -> str:
+    """The SHA-256 of all numbers of all layers, in hexadecimal."""
+    content = hashlib.sha256()
+    for layer in moments:
+        for name in sorted(layer):
+            entry = layer[name]
+            content.update(f"{name} {entry.count} {len(entry.total)}\n".encode())
+            for sums in (entry.total, entry.products):
+                content.update(sums.contiguous().numpy())
+        content.update(b"\n")
+    return content.hexdigest()
 
 
 @torch.no_grad()

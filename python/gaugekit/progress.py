@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
     """A tqdm bar on stderr that yields the house's ``progress(done, total)``; yields None, and shows nothing, when
     stderr is not a terminal or tqdm is not installed."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     try:

@@ -10,21 +10,24 @@ work folder, so that a second call goes on at the layer in which the first was k
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import models, samples
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, versions
+from .config import stored_as
 from .moments import Moments, add, observe, watched
+from .places import naming_file
+from .staging import identity, replacing, workplace
 
 
 def collect(
@@ -45,10 +48,12 @@ def collect(
     read by the tokenizer beside the weights; ``max_tokens`` stops after so many tokens. The model runs in ``dtype``,
     sums are float64. ``progress(done, total)`` counts batches, (layers + 1) times each.
 
-    With ``work_directory`` a killed call is resumed by calling again with the same arguments, and a finished one
-    returns what it found; without it a temporary folder is used. Disk: two copies of the hidden states.
+    ``work_directory`` is a new or empty folder, which this job locks and marks as its own. A killed call is resumed by
+    calling again with the same weights, text, arguments and versions, and a finished one returns what it found; without
+    it a temporary folder is used. Disk: two copies of the hidden states.
 
-    Raises ValueError for a checkpoint, text, module or work folder that does not fit, and where the disk is too small.
+    Raises ValueError for a checkpoint, text, module or work folder that does not fit, also one that holds another job's
+    work or files that are not ours; OSError where the disk is too small.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     if not modules or isinstance(modules, str):
@@ -60,10 +65,9 @@ def collect(
     with contextlib.ExitStack() as stack:
         if work_directory is None:
             work_directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gaugekit-statistics-"))
-        work = Path(work_directory)
-        identity = _identity(checkpoint, sequences, list(modules), batch_size, dtype)
         batches = list(samples.batches(sequences, batch_size, pad))
-        state = _State(work, identity)
+        which = _identity(checkpoint, sequences, list(modules), batch_size, dtype)
+        state = stack.enter_context(contextlib.closing(_State(work_directory, which)))
         run = _Pass(checkpoint, dtype, list(modules))
         total = (len(run.blocks) + 1) * len(batches)
         done = (state.layer + 1) * len(batches) if state.embedded else 0
@@ -79,11 +83,11 @@ def collect(
             state.record(layer=0)
         for layer in range(state.layer, len(run.blocks)):
             found = run.layer(layer, batches, state, advance)
-            with _replacing(work / f"layer_{layer}.pt") as file:
+            with replacing(state.moments_path(layer)) as file:
                 torch.save({name: vars(moments) for name, moments in found.items()}, file)
             state.record(layer=layer + 1)
         state.hidden_path(len(run.blocks)).unlink(missing_ok=True)
-        files = [work / f"layer_{layer}.pt" for layer in range(len(run.blocks))]
+        files = [state.moments_path(layer) for layer in range(len(run.blocks))]
         read = [torch.load(file, weights_only=True) for file in files]
     return [{name: Moments(**values) for name, values in layer.items()} for layer in read]
 
@@ -91,31 +95,32 @@ def collect(
 class _State:
     """The work folder: how far the pass is, the hidden states before layer ``layer``, the arguments of each batch."""
 
-    def __init__(self, work: Path, identity: str):
-        self.work, self.identity = work, identity
-        self.layer, self.embedded, self.width = 0, False, 0
-        self.file = work / "progress.json"
-        if self.file.is_file():
-            saved = json.loads(self.file.read_text(encoding="utf-8"))
-            if saved.get("identity") != identity:
-                raise ValueError(
-                    f"work_directory: {str(work)!r} holds statistics of another checkpoint, text or arguments; "
-                    "give another folder or delete it"
-                )
-            self.layer, self.width, self.embedded = saved["layer"], saved["width"], True
-        elif work.exists() and any(work.glob("[!.]*")) and not (work / "arguments").is_dir():
-            raise ValueError(
-                f"work_directory: expected an empty or new folder, got {str(work)!r}, which holds files"
-            )
-        (work / "arguments").mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: str | Path, identity: dict):
+        start = {"layer": 0, "width": 0, "embedded": False}
+        self._staged = workplace(folder, identity, start, self._sound)
+        self.work = self._staged.folder
+        self.layer, self.embedded = self._staged.state["layer"], self._staged.state["embedded"]
+        self.width = self._staged.state["width"]
+        (self.work / "arguments").mkdir(exist_ok=True)
+
+    @staticmethod
+    def _sound(folder: Path, state: dict) -> bool:
+        return all((folder / f"layer_{layer}.pt").is_file() for layer in range(state["layer"]))
 
     def record(self, layer: int) -> None:
         """Makes ``layer`` the one to go on with; a kill at any moment leaves either the old record or the new."""
-        with _replacing(self.file) as file:
-            file.write(json.dumps({"identity": self.identity, "layer": layer, "width": self.width}).encode())
+        self._staged.state |= {"layer": layer, "width": self.width, "embedded": True}
+        self._staged.save()
         self.layer, self.embedded = layer, True
         if layer:
             self.hidden_path(layer - 1).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets another process at the folder."""
+        self._staged.close()
+
+    def moments_path(self, layer: int) -> Path:
+        return self.work / f"layer_{layer}.pt"
 
     def hidden_path(self, layer: int) -> Path:
         return self.work / f"hidden_{layer}.bin"
@@ -124,12 +129,15 @@ class _State:
         """The hidden states that enter ``layer``, [B, T, D] a batch, all views of one mapped file."""
         shapes = [(*ids.shape, self.width) for ids, _ in batches]
         sizes = [math.prod(shape) for shape in shapes]
-        path = self.hidden_path(layer)
+        path, size = self.hidden_path(layer), sum(sizes) * dtype.itemsize
         free = shutil.disk_usage(self.work).free + (path.stat().st_size if path.exists() else 0)
-        if free < sum(sizes) * dtype.itemsize:
-            raise ValueError(
-                f"work_directory: expected {sum(sizes) * dtype.itemsize:,} free bytes, got {free:,}"
-            )
+        if free < size:
+            message = f"{size:,} bytes are needed for hidden states, {free:,} are free"
+            raise OSError(errno.ENOSPC, message, str(self.work))
+        if hasattr(os, "posix_fallocate"):
+            # A mapped file that finds no room when it is written to ends the process; here it is an error.
+            with naming_file(path), path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
         mapped = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=dtype)
         return [part.view(shape) for part, shape in zip(mapped.split(sizes), shapes, strict=True)]
 
@@ -211,7 +219,7 @@ class _Pass:
                     state.width = first.shape[-1]
                     hidden = state.hidden(0, batches, self.dtype)
                 hidden[index].copy_(first)
-                with _replacing(state.arguments(index)) as file:
+                with replacing(state.arguments(index)) as file:
                     torch.save((rest, named), file)
                 advance()
         finally:
@@ -265,12 +273,12 @@ def _sequences(checkpoint: Checkpoint, text, max_tokens: int | None) -> tuple[li
     """The token ids of the text, at most ``max_tokens`` of them, and the id that pads."""
     from .integrations import loading
 
-    if "quantization_config" in checkpoint.config:
+    if stored_as(checkpoint.config) is not None:
         raise ValueError("checkpoint: expected dense weights, got a compact form; convert it with --dense")
     tokenizer = loading.tokenizer(checkpoint.path)
     if tokenizer is None:
         raise ValueError(f"checkpoint: expected a tokenizer in {str(checkpoint.path)!r}, found none")
-    config = loading.transformers().AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config = loading.config(checkpoint.path)
     sequences = samples.tokenize(tokenizer, samples.read(text), loading.positions(config))
     if max_tokens is not None:
         cut, left = [], max_tokens
@@ -286,23 +294,12 @@ def _sequences(checkpoint: Checkpoint, text, max_tokens: int | None) -> tuple[li
 
 def _identity(
     checkpoint: Checkpoint, sequences, modules: list[str], batch_size: int, dtype: torch.dtype
-) -> str:
+) -> dict:
     """What a work folder belongs to: the same weights, tokens and arguments, or it is not resumed."""
-    files = [checkpoint.path / file for file in checkpoint.files]
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    what = [checkpoint.config, weights, sequences, modules, batch_size, str(dtype)]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A file that takes the place of ``path`` only when it is whole and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    digests = {f"checkpoint {name}": digest for name, digest in checkpoint.sha256().items()}
+    digests["tokens"] = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
+    options = {"modules": modules, "batch_size": batch_size, "dtype": str(dtype)}
+    return identity("statistics", versions("transformers"), digests, options)
 
 
 __all__ = ["Moments", "collect", "observe"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import gaugekit as gk
 import tiny_directory
 from gaugekit.cli import main
 from tiny_directory import BIAS, LAYERS, SQUARE
@@ -53,8 +54,11 @@ def test_inspect(run, model):
 def test_inspect_reads_text(run, model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("A sentence that is long enough to be read. Another sentence follows right behind it.\n")
-    _, found = run("inspect", model, "--text", text)
-    assert all(-1 <= layer["token_cosine"] <= 1 for layer in found["layers"])
+    status, found = run("inspect", model, "--text", text)
+    assert status == 0 and found == gk.inspect(model, text=text).fields
+    _, other = run("inspect", model)  # by default, of sentences of Python's documentation
+    for own, theirs in zip(found["layers"], other["layers"], strict=True):
+        assert 0 < abs(own["token_cosine"] - theirs["token_cosine"]) < 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import gaugekit as gk
-from gaugekit.codec import stream
+from gaugekit.codec import directory, stream
 from gaugekit.codec.pieces import cuts
 from gaugekit.staging import LOCK, MANIFEST
 
@@ -62,15 +62,50 @@ def test_shards_index_and_back(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "m", "p"]
 
 
-@pytest.mark.parametrize(
-    "index", [b"{", b"[]", b'{"weight_map": {"a": "absent.safetensors"}, "metadata": {}}']
-)
-def test_an_index_that_is_none_is_copied(source, tmp_path, index):
-    (source / INDEX).write_bytes(index)
-    gk.codec.pack(source, tmp_path / "p")
-    assert (tmp_path / "p" / INDEX).read_bytes() == index
+DEEP = b'{"weight_map": ' + b"[" * 100_000
+NO_INDEX = {
+    "torn": b"{",
+    "a list": b"[]",
+    "deep": DEEP,
+    "a map of null": b'{"weight_map": null, "metadata": {"gaugekit": "mine"}}',
+    "no metadata": b'{"weight_map": {"layer.1.weight": "model-00001-of-00004.safetensors"}}',
+    "not UTF-8": '{"weight_map": {}, "metadata": {}}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", NO_INDEX)
+def test_an_index_that_is_none_is_copied(source, tmp_path, name):
+    (source / INDEX).write_bytes(NO_INDEX[name])
+    gk.codec.pack(source, tmp_path / "p", verify=True)
+    assert (tmp_path / "p" / INDEX).read_bytes() == NO_INDEX[name]
     gk.codec.unpack(tmp_path / "p", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(source)
+
+
+@pytest.mark.parametrize(
+    "name", [INDEX, "model.fp16.safetensors.index.json", "sub/other.safetensors.index.json"]
+)
+def test_an_index_that_promises_what_is_not_there_is_refused(source, tmp_path, name):
+    shard = "../" * name.count("/") + "model-00001-of-00004.safetensors"
+    for where, message in (
+        ({"a": "absent.safetensors"}, "names the shard 'absent.safetensors', which is not there"),
+        ({"a": "/dev/null"}, "names the shard '/dev/null'"),
+        (
+            {"layer.1.weight": shard, "layer.2.weight": shard},
+            "which is not there" if "/" in name else "'layer.2.weight'",
+        ),
+    ):
+        (source / name).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        for verb in (gk.codec.pack, gk.codec.unpack):
+            if verb is gk.codec.unpack:
+                (source / name).rename(tmp_path / "aside")
+                gk.codec.pack(source, tmp_path / "p")
+                (tmp_path / "aside").rename(tmp_path / "p" / name)
+            with pytest.raises(ValueError, match=message):
+                verb(tmp_path / "p" if verb is gk.codec.unpack else source, tmp_path / "out")
+            assert not list(tmp_path.glob("out*"))
+        for path in sorted((tmp_path / "p").rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
 
 
 class Stop(BaseException):
@@ -96,18 +131,89 @@ def test_resume_goes_on_behind_the_last_whole_file(source, tmp_path, monkeypatch
     assert {**report.fields, "seconds": 0} == {**expected.fields, "seconds": 0}
 
 
-@pytest.mark.parametrize("change", ["source", "model", "resume"])
-def test_another_job_starts_over(source, tmp_path, change):
+def replaced(source, tmp_path):
+    """Other weights under the same names, of the same sizes and times."""
+    for path in sorted(source.glob("*.safetensors")):
+        times, data = path.stat(), bytearray(path.read_bytes())
+        data[-100] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+CHANGES = {
+    "weights": replaced,
+    "a shard gone": lambda source, tmp_path: [
+        (source / name).unlink() for name in ("model-00001-of-00004.safetensors", INDEX)
+    ],
+    "a result damaged": lambda source, tmp_path: (
+        tmp_path / "out.partial" / "model-00001-of-00004.safetensors"
+    ).write_bytes(b"damaged"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("verb", ["pack", "unpack"])
+def test_what_a_killed_call_finished_is_compared_with_the_source(source, tmp_path, verb, change):
+    def given():
+        if verb == "pack":
+            return source
+        return gk.codec.pack(source, tmp_path / "p") and tmp_path / "p"
+
+    folder, run = given(), getattr(gk.codec, verb)
+    with pytest.raises(Stop):
+        run(folder, tmp_path / "out", progress=stopping)
+    CHANGES[change](source, tmp_path)
+    if verb == "unpack":
+        (tmp_path / "p").rename(tmp_path / "old")
+        folder = given()
+    with pytest.raises(
+        ValueError, match=r"'.*out\.partial.*delete that folder, or pass resume=False, to start over"
+    ):
+        run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run(folder, tmp_path / "out", resume=False)
+    if verb == "pack":
+        gk.codec.unpack(tmp_path / "out", tmp_path / "again")
+    assert contents(tmp_path / ("again" if verb == "pack" else "out")) == contents(source)
+
+
+def test_another_job_is_refused(source, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         gk.codec.pack(source, tmp_path / "p", progress=stopping)
-    if change == "source":
-        sharded(tmp_path / "other", rows=301)
-        for path in (tmp_path / "other").glob("*.safetensors"):
-            path.replace(source / path.name)
-    gk.codec.pack(source, tmp_path / "p", model=1 if change == "model" else None, resume=change != "resume")
+    before = contents(tmp_path / "p.partial")
+    with pytest.raises(ValueError, match="unfinished work of another call .options model differs.; delete"):
+        gk.codec.pack(source, tmp_path / "p", model=1)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="version differs"):
+        patch.setattr("gaugekit.codec.container.BUNDLED", 3)
+        gk.codec.pack(source, tmp_path / "p")
+    assert contents(tmp_path / "p.partial") == before
+    gk.codec.pack(source, tmp_path / "p", model=1, resume=False)
     gk.codec.unpack(tmp_path / "p", tmp_path / "again")
-    restored = contents(tmp_path / "again")
-    assert restored == contents(source)
+    assert contents(tmp_path / "again") == contents(source)
+
+
+def test_other_files_are_those_of_now(source, tmp_path, monkeypatch):
+    """What changes between a kill and the next call is in the result as it is then."""
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda *paths: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        gk.codec.pack(source, tmp_path / "p")
+    monkeypatch.setattr(os, "rename", rename)
+    assert (tmp_path / "p.partial" / "sub" / "notes.txt").is_file()
+    (source / "sub" / "notes.txt").write_text("more")
+    (source / "config.json").rename(source / "sub" / "config.json")
+    (source / "new").mkdir()
+    assert gk.codec.pack(source, tmp_path / "p", verify=True)["verified"]
+    gk.codec.unpack(tmp_path / "p", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(source) and (tmp_path / "again" / "new").is_dir()
+
+
+def test_verify_compares_copies(source, tmp_path, monkeypatch):
+    copy = directory.copy
+    monkeypatch.setattr(directory, "copy", lambda a, b: (copy(a, b), b.write_bytes(b"{}")))
+    with pytest.raises(gk.codec.CorruptFile, match="notes.txt: its copy is not what it is"):
+        gk.codec.pack(source, tmp_path / "p", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_killed_between_the_rename_and_the_end(source, tmp_path, monkeypatch):
@@ -124,6 +230,10 @@ def test_killed_between_the_rename_and_the_end(source, tmp_path, monkeypatch):
     assert (tmp_path / "p" / MANIFEST).is_file() and (tmp_path / "p" / "config.json").is_file()
     with pytest.raises(ValueError, match="new or empty directory"):
         gk.codec.pack(source, tmp_path / "p", model=1)
+    (source / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="new or empty directory"):
+        gk.codec.pack(source, tmp_path / "p")
+    (source / "config.json").write_text('{"model_type": "none"}')
     report = gk.codec.pack(source, tmp_path / "p")
     assert report["bytes_before"] == sum(p.stat().st_size for p in source.glob("*.safetensors"))
     assert not {MANIFEST, LOCK} & set(contents(tmp_path / "p"))

@@ -47,7 +47,8 @@ def test_refusals_leave_nothing(tmp_path):
         ({"a": weight.to(torch.complex128)}, None, "'a' has dtype torch.complex128"),
         ({"a": torch.zeros(3, device="meta")}, None, "'a' is none"),
         ({"a": weight}, {"n": 1}, "metadata: expected a dict of strings"),
-        ({"a": weight}, {"gaugekit": "1"}, "without 'gaugekit'"),
+        ({"\ud800": weight}, None, "expected Unicode text"),
+        ({"a": weight}, {"note": "\udcff"}, "expected Unicode text"),
     ):
         with pytest.raises(ValueError, match=message):
             gk.codec.save_file(given, tmp_path / "p", metadata)

@@ -1,5 +1,6 @@
 """The demo on a small model with random weights: every number of the report, the page, and a second run."""
 
+import functools
 import json
 import sys
 from html.parser import HTMLParser
@@ -87,10 +88,32 @@ def test_speeds_are_measured(done):
     assert coding["rounds"] >= 1
     for row in coding["coders"].values():
         assert row["pack_gb_s"] > 0 and row["unpack_gb_s"] > 0 and 0 < row["ratio"] < 1
-    assert block["ratio"] == pytest.approx(block["standard_ms"] / block["value_free_ms"], rel=0.5)
+    assert block["ratio"] > 0 and block["rounds"] >= 1
     assert report["seconds"]["total"] == pytest.approx(
         sum(value for step, value in report["seconds"].items() if step != "total")
     )
+
+
+def test_speeds_by_hand(source, monkeypatch):
+    """Medians over the rounds: 6 ms, and 2 ms; of the pairs' ratios 2, 3 and 50 the median is 3. A coder's speed is
+    its bytes over the median of its seconds.
+    """
+    rounds = {"standard": [0.004, 0.006, 0.1], "value_free": [0.002, 0.002, 0.002]}
+    monkeypatch.setattr(demo_speed, "interleaved", lambda calls, seconds, progress: rounds)
+    block = demo_speed.attention(1.0)
+    assert (block["standard_ms"], block["value_free_ms"]) == pytest.approx((6, 2))
+    assert block["ratio"] == pytest.approx(3) and block["rounds"] == 3
+
+    def coded(calls, seconds, progress):
+        for call in calls.values():
+            call()
+        return {call: [0.5, 0.25, 2.0] for call in calls}
+
+    monkeypatch.setattr(demo_speed, "interleaved", coded)
+    found = demo_speed.coding(source, 1.0)
+    for row in found["coders"].values():
+        if "absent" not in row:
+            assert row["pack_gb_s"] == row["unpack_gb_s"] == pytest.approx(found["bytes"] / 0.5 / 1e9)
 
 
 def test_without_zstandard_its_row_says_absent(source, monkeypatch):
@@ -117,12 +140,16 @@ def test_the_command_exits_1_where_a_proof_fails(done, monkeypatch, capsys):
     assert "DIFFER" in capsys.readouterr().out
 
 
-def test_a_second_run_over_the_first(source, done, capsys):
+def test_a_second_run_over_the_first(source, done, monkeypatch, capsys):
     """The command reruns over its own output, with JSON alone on stdout."""
     first, directory = done
-    before = (directory / "report.json").read_bytes()
-    again = demo.run(directory, model=source, sentences=24, seconds=0.1)
-    assert (directory / "report.json").read_bytes() != before
+    (directory / "report.json").write_text("{}")
+    small = functools.partial(demo.run, model=source, sentences=24, seconds=0.1)
+    monkeypatch.setattr(demo, "run", small)
+    capsys.readouterr()
+    assert main(["demo", "--directory", str(directory), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert json.loads((directory / "report.json").read_text()) == again
     for key in ("parameters_removed", "fp32", "bf16", "bytes", "exponents", "layers"):
         assert again[key] == first[key], key
 

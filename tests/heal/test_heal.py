@@ -102,7 +102,7 @@ def test_interrupted_and_resumed_is_uninterrupted(home, tmp_path, at):
     found = heal(other, teacher, TEXT, **FAST, work_directory=tmp_path / "work")
     assert found.fields == expected.fields
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), whole.parameters(), strict=True))
-    with pytest.raises(ValueError, match="holds a healing of other text or arguments"):
+    with pytest.raises(ValueError, match="holds the work of another call .*seed differs"):
         heal(other, teacher, TEXT, **{**FAST, "seed": 1}, work_directory=tmp_path / "work")
 
 

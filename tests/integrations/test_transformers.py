@@ -174,9 +174,18 @@ def test_greedy_tokens_stay_equal(tmp_path):
 
 
 def test_it_trains(tmp_path):
-    model = load(converted(gpt2(), tmp_path), "AutoModelForCausalLM", attn_implementation="sdpa").train()
-    model(TOKENS, labels=TOKENS).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    """Every parameter has a gradient; those outside attention have the original's, as the loss is the same function."""
+    original = gpt2()
+    model = load(converted(original, tmp_path), "AutoModelForCausalLM", attn_implementation="sdpa").eval()
+    for one in (model, original):
+        one.double()(TOKENS, labels=TOKENS).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient.count_nonzero() > 0 for gradient in gradients.values())
+    shared = [name for name, _ in original.named_parameters() if ".attn." not in name]
+    assert len(shared) > 10
+    for name in shared:
+        expected = original.get_parameter(name).grad
+        assert (gradients[name] - expected).norm() < 1e-5 * expected.norm(), name  # stored in float32 both
 
 
 @pytest.mark.parametrize(

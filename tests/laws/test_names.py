@@ -52,7 +52,9 @@ def test_no_file_without_a_stem(folder):
     pattern = FOLDERS[folder]
     parent = (ROOT / pattern).parent
     suffix = Path(pattern).suffix
-    for path in parent.glob(f"*{suffix}"):
+    paths = list(parent.glob(f"*{suffix}"))
+    assert paths
+    for path in paths:
         assert path.stem == "__init__" or any(path.stem.startswith(stem) for stem in OPERATORS + CODES), (
             f"{path.relative_to(ROOT)} belongs to no stem"
         )

@@ -92,12 +92,20 @@ def test_opcheck(ranks, mask):
     q, k, v, _ = make(RANKS[ranks], torch.float32, grad=True)
     operands = (q, k, v, RANKS[ranks], *MASKS[mask], 0.4)
     torch.library.opcheck(torch.ops.gaugekit.ragged_attention.default, operands)
+    plain = [x.detach() for x in (q, k, v)]
     strided = (
-        q.detach().mT.contiguous().mT,
-        k.detach()[:, ::1],
-        v.detach().transpose(1, 2).contiguous().transpose(1, 2),
+        plain[0].mT.contiguous().mT,
+        plain[1].repeat_interleave(2, 1)[:, ::2],
+        plain[2].transpose(1, 2).contiguous().transpose(1, 2),
     )
+    assert not any(x.is_contiguous() for x in strided[: 2 if len(RANKS[ranks]) == 1 else 3])
     torch.library.opcheck(torch.ops.gaugekit.ragged_attention.default, (*strided, *operands[3:]))
+    for found, expected in zip(
+        torch.ops.gaugekit.ragged_attention(*strided, *operands[3:]),
+        torch.ops.gaugekit.ragged_attention(*plain, *operands[3:]),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_empty():

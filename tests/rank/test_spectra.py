@@ -95,13 +95,20 @@ def test_rotary_channels_go_in_whole_pairs_chosen_by_energy():
 
 
 def test_partial_rotary_keeps_its_plain_part_free():
+    """Channels (0, 2) and (1, 3) turn in pairs; of 4 and 5 an odd rank keeps one, the strongest direction of both."""
     view = random_view(rotary=4)
     ranks = {rank: Truncate(rank).layer(view) for rank in (1, 3, 5)}
     for rank, after in ranks.items():
         for kept in after.channels:
-            assert len(kept) == rank
-            assert {c % 2 for c in kept if c < 4 and c % 2 == 0} in (set(), {0})
-            assert (0 in kept) == (2 in kept) and (1 in kept) == (3 in kept)
+            assert kept in {1: [(4,)], 3: [(0, 2, 4), (1, 3, 4)], 5: [(0, 1, 2, 3, 4)]}[rank]
+    plain = [torch.cat([part.weight, part.bias[:, None]], 1)[..., 4:] for part in (view.q, view.k)]
+    turned = [torch.cat([part.weight, part.bias[:, None]], 1)[..., 4] for part in (ranks[1].q, ranks[1].k)]
+    for group in range(2):
+        queries, keys = plain[0][2 * group : 2 * group + 2].flatten(0, 1), plain[1][group, :-1]
+        u, values, v = torch.linalg.svd(queries @ keys.mT)
+        strongest = values[0] * torch.outer(u[:, 0], v[0])
+        found = torch.outer(turned[0][2 * group : 2 * group + 2].flatten(), turned[1][group, :-1])
+        torch.testing.assert_close(found, strongest, rtol=1e-10, atol=1e-10)
     assert count(ranks[5])["query_key"] == 0
 
 

@@ -43,7 +43,7 @@ def source(tmp_path):
     return tmp_path / "m"
 
 
-def test_statistics_reach_their_layer(source, tmp_path, monkeypatch):
+def test_statistics_reach_their_layer(source, tmp_path):
     rewrite = CentreKeys()
     report = convert(source, tmp_path / "out", [rewrite], calibration=tmp_path / "text.txt")
     assert report["invariance_error"] < 1e-13

@@ -143,16 +143,35 @@ def test_fix_stays_on_the_orbit(name, case):
         assert symmetry.contains(view, fixed)
 
 
-def test_fix_does_not_depend_on_where_on_the_orbit_it_starts():
-    """A canonical form: moving along the orbit first gives the same fixed weights, for the same rows."""
-    view = random_view()
-    for name in ("value_output", "query_key"):
-        symmetry = SYMMETRIES[name]
-        a, b = symmetry.fix(view), symmetry.fix(symmetry.act(view, symmetry.random(view)))
-        part = "v" if name == "value_output" else "k"
-        a, b = getattr(a, part), getattr(b, part)
-        if torch.equal(a.rows, b.rows):
-            torch.testing.assert_close(a.weight, b.weight, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("how", ["max_volume", "shared_partition"])
+@pytest.mark.parametrize("name", ["value_output", "query_key"])
+def test_fix_does_not_depend_on_where_on_the_orbit_it_starts(name, how):
+    """A canonical form: moving along the orbit first gives the same fixed weights.
+
+    Each head has rows 10⁴ times as large as the others, so that no second choice is of locally maximal volume; the
+    order in which they are taken is left open, and permutes the channels.
+    """
+    symmetry, fixed, takes_up = SYMMETRIES[name], *(("v", "o") if name == "value_output" else ("k", "q"))
+    view = random_view(heads=4, groups=4, values=3)
+    large = torch.randperm(12, generator=torch.Generator().manual_seed(0)).view(4, 3)
+    weight = getattr(view, fixed).weight * 1e-4
+    block = torch.eye(3, dtype=torch.float64) + 0.1 * torch.randn(4, 3, 3, dtype=torch.float64)
+    weight.scatter_(1, large[..., None].expand(4, 3, 3), block)
+    view = replace(view, **{fixed: Projection(weight, getattr(view, fixed).bias)})
+    points = []
+    for start in (view, symmetry.act(view, symmetry.random(view))):
+        point = symmetry.fix(start, how)
+        rows, order = getattr(point, fixed).rows.sort(dim=1)
+        assert torch.equal(rows, large.sort(dim=1).values)
+        channels = order[:, None].expand(-1, 12, -1)
+        other = getattr(point, takes_up).weight
+        other = (
+            other if other.shape[2] == 3 else other.mT
+        )  # what multiplies the channels: W_Q, or W_O transposed
+        points.append((getattr(point, fixed).weight.gather(2, channels), other.gather(2, channels)))
+    assert getattr(view, fixed).weight.sub(getattr(start, fixed).weight).abs().max() > 0.1
+    for a, b in zip(*points, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_rotary_positions_take_the_query_key_freedom_away():

@@ -2,8 +2,9 @@
 
 from ..ops.rans import CorruptFile
 from .device import DeviceDecoder
-from .files import pack, save_file, unpack
+from .files import pack, unpack
 from .reader import load_file, safe_open
+from .saving import save_file
 from .tensors import decode, decode_range, encode
 
 __all__ = [

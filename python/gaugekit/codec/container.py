@@ -1,95 +1,33 @@
-"""The headers of .safetensors files, plain and packed (docs/format.md): read and checked whole, or
-refused.
-"""
+"""The headers of packed .safetensors files (docs/format.md): read and checked whole, or refused."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import torch
+import numpy as np
 
 from ..ops import rans
 from ..ops.rans import CorruptFile, crc32c
+from ..places import naming_file
+from . import bundle
 from .blob import as_byte_tensor
+from .header import DTYPES, MAX_HEADER_BYTES, Entry, Header, natural, parse_header, parse_object, read_raw
 
-VERSION = 1
-MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
-MAX_RANK = 64
-SUFFIX = ".safetensors"
-DTYPES = {  # in the order of safetensors' own enumeration: it stores the last ones first
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+VERSION, BUNDLED = (
+    1,
+    2,
+)  # of a packed file whose header lists the tensors, and of one that holds the list compressed
 # A packed file's header begins with exactly these bytes, so the checksum's eight digits stand at a known
 # place.
 PREFIX = b'{"__metadata__":{"gaugekit":"{\\"header_crc32c\\":\\"'
+# Other pieces of it that stand in no ordinary file: with one of the four gone, a damaged one is still known.
+MARKS = tuple(b',\\"%s\\":' % key for key in (b"version", b"header", b"tensors"))
 DIGITS = slice(len(PREFIX), len(PREFIX) + 8)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its bytes are [begin, end) of the data that follow the header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.begin
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Header:
-    """A file's header: its bytes as they stand, its metadata (None where it has none), its tensors in the
-    order of their bytes.
-    """
-
-    raw: bytes
-    metadata: dict[str, str] | None
-    entries: list[Entry]
-
-    @property
-    def data_start(self) -> int:
-        return 8 + len(self.raw)
-
-    @property
-    def data_bytes(self) -> int:
-        return self.entries[-1].end if self.entries else 0
-
-    @property
-    def file_bytes(self) -> int:
-        return self.data_start + self.data_bytes
 
 
 @dataclass(frozen=True)
@@ -101,6 +39,11 @@ class Packed:
     stored: Header
     original: Header
     tensors: dict[str, tuple[str, int]]  # name -> (codec, crc32c of the stored bytes)
+    section_bytes: int = 0  # behind the tensors: what version 2 says of them
+
+    @property
+    def file_bytes(self) -> int:
+        return self.stored.file_bytes + self.section_bytes
 
 
 @contextmanager
@@ -124,106 +67,23 @@ def codable(dtype: str) -> bool:
     return DTYPES.get(dtype) in rans.ELEMENTS
 
 
-def read_raw(file: BinaryIO) -> bytes:
-    """The header bytes of a .safetensors file."""
-    size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise CorruptFile("not a .safetensors file: its header is longer than the file or than 100 MB")
-    return file.read(length)
-
-
-def _no_duplicates(pairs: list) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result
-
-
-def _parse(text: str | bytes, what: str) -> dict:
-    try:
-        text = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{what} is not sound JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CorruptFile(f"{what} is not a JSON object")
-    return value
-
-
-def _natural(value) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def _entry(name: str, value) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise CorruptFile(f"tensor {name!r}: expected dtype, shape and data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    sound = (
-        isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    )
-    if (
-        not sound
-        or len(shape) > MAX_RANK
-        or not all(map(_natural, shape + offsets))
-        or offsets[0] > offsets[1]
-    ):
-        raise CorruptFile(f"tensor {name!r}: dtype, shape or data_offsets make no sense")
-    entry = Entry(name, dtype, tuple(shape), *offsets)
-    if dtype in ITEM_BYTES and entry.weights * ITEM_BYTES[dtype] != entry.size:
-        raise CorruptFile(f"tensor {name!r}: {dtype} {shape} does not take {entry.size} bytes")
-    return entry
-
-
-def parse_header(raw: bytes, data_bytes: int | None = None) -> Header:
-    """The header in ``raw``; its tensors must fill the data from end to end, ``data_bytes`` of them if
-    given.
-    """
-    fields = _parse(raw, "the header")
-    metadata = fields.pop("__metadata__", None)
-    if metadata is not None and (
-        not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values())
-    ):
-        raise CorruptFile("__metadata__ is not a map of strings")
-    entries = sorted((_entry(name, value) for name, value in fields.items()), key=lambda e: (e.begin, e.end))
-    cursor = 0
-    for entry in entries:
-        if entry.begin != cursor:
-            raise CorruptFile(
-                f"tensor {entry.name!r}: expected its bytes to begin at {cursor}, got {entry.begin}"
-            )
-        cursor = entry.end
-    if data_bytes is not None and cursor != data_bytes:
-        raise CorruptFile(f"the tensors take {cursor} bytes, the file holds {data_bytes}")
-    return Header(raw, metadata, entries)
-
-
 def read(file: BinaryIO) -> Packed | Header:
     """The checked header of any .safetensors file, packed or ordinary; CorruptFile for a damaged one."""
-    raw = read_raw(file)
+    with naming_file(file.name):
+        raw = read_raw(file)
     data_bytes = os.fstat(file.fileno()).st_size - 8 - len(raw)
-    if raw.startswith(PREFIX):
-        return _parse_packed(raw, data_bytes)
-    header = parse_header(raw, data_bytes)
-    metadata = header.metadata or {}
-    # One damaged byte at a packed file's beginning cannot hide both.
-    if "gaugekit" in metadata or any("header_crc32c" in value for value in metadata.values()):
+    if raw.startswith(PREFIX) + sum(mark in raw for mark in MARKS) < 2:
+        return parse_header(raw, data_bytes)
+    if not raw.startswith(PREFIX):
         raise CorruptFile("the header does not begin as a packed file's does")
-    return header
+    return _parse_packed(file, raw, data_bytes)
 
 
-def render_plain(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None) -> bytes:
-    """The header that safetensors itself writes for tensors of these (dtype, shape): by dtype, then by name."""
-    fields = {} if metadata is None else {"__metadata__": dict(metadata)}
-    rank = {dtype: -place for place, dtype in enumerate(DTYPES)}
-    cursor = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (rank[item[1][0]], item[0])):
-        end = cursor + math.prod(shape) * ITEM_BYTES[dtype]
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [cursor, end]}
-        cursor = end
-    raw = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-    return raw + b" " * (-len(raw) % 8)
+def names(file: BinaryIO) -> set[str]:
+    """The names of the tensors in any .safetensors file, as the original has them; CorruptFile for a damaged one."""
+    opened = read(file)
+    header = opened.original if isinstance(opened, Packed) else opened
+    return {entry.name for entry in header.entries}
 
 
 def _header_crc32c(raw: bytes) -> int:
@@ -232,20 +92,12 @@ def _header_crc32c(raw: bytes) -> int:
     return crc32c(as_byte_tensor(zeroed))
 
 
-def render_packed(original: Header, stored: list[tuple[Entry, str, int]], length: int) -> bytes:
-    """The header of a packed file, ``length`` bytes (0: as many as needed), from (entry, codec, crc32c) in
-    data order.
-    """
-    inner = {
-        "header_crc32c": "00000000",
-        "version": VERSION,
-        "header": original.raw.decode(),
-        "tensors": {entry.name: [codec, crc] for entry, codec, crc in stored},
-    }
+def _render(inner: dict, metadata: dict[str, str], entries: Iterable[Entry], length: int) -> bytes:
+    """The header of a packed file, padded to ``length`` bytes (0: to what aligns the data), its checksum made right."""
     compact = {"ensure_ascii": False, "separators": (",", ":")}
-    metadata = {"gaugekit": json.dumps(inner, **compact), **(original.metadata or {})}
-    fields = {"__metadata__": metadata}
-    for entry, _, _ in stored:
+    inner = {"header_crc32c": "00000000", **inner}
+    fields = {"__metadata__": {"gaugekit": json.dumps(inner, **compact), **metadata}}
+    for entry in entries:
         fields[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
@@ -257,22 +109,83 @@ def render_packed(original: Header, stored: list[tuple[Entry, str, int]], length
     return raw[: DIGITS.start] + digits + raw[DIGITS.stop :]
 
 
-def packed_header_bytes(original: Header) -> int:
-    """Enough for the packed header whatever the coded sizes turn out to be; data then starts at a multiple
-    of 16.
+def render_packed(original: Header, stored: list[tuple[Entry, str, int]], length: int) -> bytes:
+    """The header of a packed file, ``length`` bytes (0: as many as needed), from (entry, codec, crc32c) in
+    data order.
     """
+    inner = {
+        "version": VERSION,
+        "header": original.raw.decode(),
+        "tensors": {entry.name: [codec, crc] for entry, codec, crc in stored},
+    }
+    return _render(inner, original.metadata or {}, (entry for entry, _, _ in stored), length)
+
+
+def packed_header_bytes(original: Header) -> int | None:
+    """Enough for the packed header whatever the coded sizes turn out to be; data then starts at a multiple of 16. None
+    where such a header cannot be: it would be too long, or the original's metadata has an entry of that name.
+    """
+    if "gaugekit" in (original.metadata or {}):
+        return None
     longest = original.file_bytes
     entries = [Entry(e.name, "U8", (*e.shape, longest), longest, longest) for e in original.entries]
-    return len(render_packed(original, [(e, "rans", 0xFFFFFFFF) for e in entries], 0))
+    needed = len(render_packed(original, [(e, "rans", 0xFFFFFFFF) for e in entries], 0))
+    return needed if needed <= MAX_HEADER_BYTES else None
 
 
-def _parse_packed(raw: bytes, data_bytes: int) -> Packed:
+def render_bundled(original: Header, stored: list[tuple[Entry, str, int]]) -> tuple[bytes, bytes]:
+    """(header, section behind the tensors) of a packed file of version 2; the tensors begin at ``bundle.START``."""
+    numbers = {entry.name: number for number, entry in enumerate(original.entries)}
+    coded = np.array([codec == "rans" for _, codec, _ in stored], bool)
+    method, section = bundle.render(
+        bundle.Section(
+            original.raw,
+            np.array([numbers[entry.name] for entry, _, _ in stored], np.uint32),
+            coded,
+            np.array([entry.size for entry, _, _ in stored], np.uint64),
+            np.array([crc for _, _, crc in stored], np.uint32),
+        )
+    )
+    end = stored[-1][0].end if stored else 0
+    inner = {
+        "version": BUNDLED,
+        "header": [method, len(original.raw), crc32c(as_byte_tensor(section))],
+        "tensors": len(stored),
+    }
+    entries = (
+        Entry(bundle.TENSORS, "U8", (end,), 0, end),
+        Entry(bundle.HEADER, "U8", (len(section),), end, end + len(section)),
+    )
+    return _render(inner, {}, entries, bundle.START - 8), section
+
+
+def _parse_packed(file: BinaryIO, raw: bytes, data_bytes: int) -> Packed:
     if raw[DIGITS] != b"%08x" % _header_crc32c(raw):
         raise CorruptFile("the header's checksum is wrong")
-    stored = parse_header(raw, data_bytes)
-    inner = _parse(stored.metadata["gaugekit"], "the gaugekit entry")
-    if inner.get("version") != VERSION:
-        raise CorruptFile(f"its version is {inner.get('version')!r}, this gaugekit reads {VERSION}")
+    listed = parse_header(raw, data_bytes)
+    inner = parse_object(listed.metadata["gaugekit"], "the gaugekit entry")
+    if inner.get("version") == BUNDLED:
+        packed = _parse_bundled(file, listed, inner)
+    elif inner.get("version") == VERSION:
+        packed = _parse_listed(listed, inner)
+    else:
+        raise CorruptFile(
+            f"its version is {inner.get('version')!r}, this gaugekit reads {VERSION} and {BUNDLED}"
+        )
+    by_name = {entry.name: entry for entry in packed.original.entries}
+    if not set(packed.tensors) == set(by_name) == {entry.name for entry in packed.stored.entries}:
+        raise CorruptFile("the original header, the codecs and the stored tensors do not agree on the names")
+    for entry in packed.stored.entries:
+        source, codec = by_name[entry.name], packed.tensors[entry.name][0]
+        as_raw = (entry.dtype, entry.shape, entry.size) == (source.dtype, source.shape, source.size)
+        as_blob = (entry.dtype, entry.shape) == ("U8", (entry.size,)) and codable(source.dtype)
+        if not (as_raw if codec == "raw" else as_blob):
+            raise CorruptFile(f"tensor {entry.name!r}: what is stored does not fit the original header")
+    return packed
+
+
+def _parse_listed(stored: Header, inner: dict) -> Packed:
+    """Version 1: the file's own header lists the tensors."""
     if not isinstance(inner.get("header"), str) or not isinstance(inner.get("tensors"), dict):
         raise CorruptFile("the gaugekit entry lacks the original header or the tensors")
     original = parse_header(inner["header"].encode(errors="surrogatepass"))
@@ -282,17 +195,47 @@ def _parse_packed(raw: bytes, data_bytes: int) -> Packed:
             not isinstance(value, list)
             or len(value) != 2
             or value[0] not in ("rans", "raw")
-            or not _natural(value[1])
+            or not natural(value[1])
         ):
             raise CorruptFile(f"tensor {name!r}: its codec is not one this version reads")
         tensors[name] = tuple(value)
-    by_name = {entry.name: entry for entry in original.entries}
-    if not set(tensors) == set(by_name) == {entry.name for entry in stored.entries}:
-        raise CorruptFile("the original header, the codecs and the stored tensors do not agree on the names")
-    for entry in stored.entries:
-        source, codec = by_name[entry.name], tensors[entry.name][0]
-        as_raw = (entry.dtype, entry.shape, entry.size) == (source.dtype, source.shape, source.size)
-        as_blob = (entry.dtype, entry.shape) == ("U8", (entry.size,)) and codable(source.dtype)
-        if not (as_raw if codec == "raw" else as_blob):
-            raise CorruptFile(f"tensor {entry.name!r}: what is stored does not fit the original header")
     return Packed(stored, original, tensors)
+
+
+def _parse_bundled(file: BinaryIO, listed: Header, inner: dict) -> Packed:
+    """Version 2: the header lists two sections, and the second one says what is in the first."""
+    header, count = inner.get("header"), inner.get("tensors")
+    sections = [entry.name for entry in listed.entries]
+    if (
+        not isinstance(header, list)
+        or len(header) != 3
+        or header[0] not in bundle.METHODS
+        or not all(map(natural, (*header[1:], count)))
+        or header[1] > MAX_HEADER_BYTES
+        or sorted(sections) != [bundle.HEADER, bundle.TENSORS]
+        or sections[-1] != bundle.HEADER
+    ):
+        raise CorruptFile("the gaugekit entry does not say where the original header and the tensors are")
+    data, place = listed.entries
+    file.seek(listed.data_start + place.begin)
+    section = file.read(place.size)
+    if len(section) != place.size or crc32c(as_byte_tensor(section)) != header[2]:
+        raise CorruptFile("the checksum of the original header is wrong")
+    parts = bundle.parse(header[0], section, header[1], count)
+    original = parse_header(parts.header)
+    if len(original.entries) != count:
+        raise CorruptFile("the original header has another number of tensors than are stored")
+    tensors, entries, cursor = {}, [], 0
+    rows = zip(
+        *(column.tolist() for column in (parts.order, parts.coded, parts.sizes, parts.crcs)), strict=True
+    )
+    for number, coded, size, crc in rows:
+        entry = original.entries[number]
+        size = size if coded else entry.size
+        dtype, shape = ("U8", (size,)) if coded else (entry.dtype, entry.shape)
+        tensors[entry.name] = ("rans" if coded else "raw", crc)
+        entries.append(Entry(entry.name, dtype, shape, cursor, cursor + size))
+        cursor += size
+    if cursor != data.size:
+        raise CorruptFile("the stored tensors do not fill their section")
+    return Packed(Header(listed.raw, None, entries), original, tensors, place.size)

@@ -1,28 +1,26 @@
-"""pack, unpack and save_file: .safetensors files and directories of them, never over the input."""
+"""pack and unpack: .safetensors files and directories of them, never over the input."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from .. import staging
 from ..ops import rans
+from ..places import check_place, placed
 from ..report import Report
 from . import container, directory, stream
-from .container import SUFFIX, CorruptFile, Packed, naming
+from .container import CorruptFile, Packed, naming
+from .directory import Job, Progress
+from .header import SUFFIX, Entry
 from .pieces import read_at
 from .stream import MEMORY_BYTES, Crew
-
-Progress = Callable[[int, int], None] | None
+from .written import check_room, written
 
 
 def pack(
@@ -41,23 +39,27 @@ def pack(
     is; ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower). ``unpack`` restores each file byte
     for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads once
     ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is restored again in memory and
-    its SHA-256 compared with the source's before it is given its name.
+    compared with the source before it is given its name, and every copy too. No file grows by more than 1 % and 4 KB.
 
     Memory: ``memory_bytes`` of buffers (64 MiB or more), whatever the tensors' sizes. Nothing is written over the
     input. A file is written beside its place, flushed and renamed. A directory grows in ``<target>.partial``; after a
-    kill the same call goes on behind the last whole file, unless ``resume`` is False. ``progress(done, total)`` counts
-    the source's bytes, twice with ``verify``.
+    kill the same call goes on behind the last whole file, unless ``resume`` is False: what was finished is compared
+    with the source as it is now, and refused where it differs. Links in the source are followed, empty folders kept.
+    ``progress(done, total)`` counts the source's bytes, twice with ``verify``.
 
     Report: bytes_before, bytes_after and ratio of the .safetensors files, bits_per_weight over them (headers included),
-    verified, seconds. ValueError for a source that is missing, packed already or holds no .safetensors, CorruptFile for
-    one that is damaged, OSError when the disk is too small.
+    verified, seconds. ValueError for a source that is missing, packed already, holds no .safetensors, something that
+    cannot be copied (a link to nothing, a socket), or an index that promises what is not there; for a target that is a
+    link, a device, or in a folder that cannot be written in; and for unfinished work of another source or ``model``.
+    CorruptFile for a source that is damaged, OSError when the disk is too small or fails.
     """
     if model not in (None, *rans.MODELS[torch.bfloat16]):
         raise ValueError(f"model: expected None or one of {rans.MODELS[torch.bfloat16]}, got {model!r}")
-    job = {"verb": "pack", "format": container.VERSION, "model": model, "verify": verify}
     with Crew(memory_bytes) as crew:
         one = partial(_pack_file, crew=crew, model=model, verify=verify)
-        report = _run(job, _packable, one, source, target, resume, 2 if verify else 1, progress)
+        same = partial(_is_packed, crew=crew)
+        job = Job("pack", {"model": model}, _packable, one, same, verify)
+        report = _run(job, source, target, resume, progress)
     weights, after = report.fields.pop("weights"), report["bytes_after"]
     report.fields["ratio"] = after / report["bytes_before"]
     report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
@@ -80,114 +82,41 @@ def unpack(
     for ``pack``. ValueError for an ordinary .safetensors file. Report: bytes_before, bytes_after (of the .safetensors
     files), seconds.
     """
-    job = {"verb": "unpack", "format": container.VERSION}
     with Crew(memory_bytes) as crew:
-        one = partial(_unpack_file, crew=crew)
-        report = _run(job, _unpackable, one, source, target, resume, 1, progress)
+        one, same = partial(_unpack_file, crew=crew), partial(_is_unpacked, crew=crew)
+        report = _run(Job("unpack", {}, _unpackable, one, same), source, target, resume, progress)
     del report.fields["weights"]
     return report
 
 
-def save_file(
-    tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
-) -> None:
-    """Writes ``tensors`` to a packed file: ``safetensors.torch.save_file``, and ``pack`` of what that wrote.
-
-    ``unpack`` of it gives the file that safetensors would have written. The file is written beside its place, flushed
-    and renamed. ValueError for what is no {name: tensor}, for metadata that is no {str: str}, for a dtype that
-    .safetensors lacks, and for tensors that share memory: they would not when they are loaded.
-    """
-    flat = {name: _stored(name, tensor) for name, tensor in _checked(tensors, metadata).items()}
-    names = {dtype: name for name, dtype in container.DTYPES.items()}
-    raw = container.render_plain({n: (names[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, metadata)
-    path = Path(path).resolve()
-    with Crew() as crew, written(path) as out:
-        stream.pack(
-            container.parse_header(raw),
-            lambda entry, start, stop: flat[entry.name][start:stop].numpy(),
-            out,
-            crew,
-            None,
-            lambda size: None,
-        )
-
-
-def _checked(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> dict[str, torch.Tensor]:
-    if not isinstance(tensors, dict):
-        raise ValueError(f"tensors: expected a dict of tensors by name, got {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"tensors: expected tensors by name, got {name!r}: {type(tensor).__name__}")
-    if "__metadata__" in tensors:
-        raise ValueError("tensors: expected names other than '__metadata__', got it")
-    if metadata is not None and (
-        not isinstance(metadata, dict)
-        or "gaugekit" in metadata
-        or not all(isinstance(text, str) for item in metadata.items() for text in item)
-    ):
-        raise ValueError(f"metadata: expected a dict of strings without 'gaugekit', got {metadata!r}")
-    spans = []
-    for name, tensor in tensors.items():
-        if tensor.dtype not in container.DTYPES.values():
-            raise ValueError(f"tensors: {name!r} has dtype {tensor.dtype}, which .safetensors lacks")
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"tensors: expected dense tensors with data, {name!r} is none")
-        if tensor.numel():
-            last = sum(
-                (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            begin = tensor.data_ptr()
-            spans.append((str(tensor.device), begin, begin + (last + 1) * tensor.itemsize, name))
-    spans.sort()
-    for (device, _, end, name), (other_device, begin, _, other) in pairwise(spans):
-        if device == other_device and begin < end:
-            raise ValueError(f"tensors: {name!r} and {other!r} share memory; leave one out, or clone it")
-    return tensors
-
-
-def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, as they stand in a file."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _run(
-    job: dict,
-    plan: Callable,
-    convert: Callable,
-    source,
-    target,
-    resume: bool,
-    passes: int,
-    progress: Progress,
-) -> Report:
-    """One file or a directory; ``plan(path)`` reads and checks a file's header and says how many bytes may be written,
-    ``convert(path, place, advance)`` does the work and returns (bytes before, after, weights).
-    """
+def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
+    """One file or a directory."""
     started = time.perf_counter()
-    source, target = Path(source), Path(target)
+    source, slash, target = Path(source), os.fspath(target).endswith(("/", os.sep)), Path(target)
     if not source.exists():
         raise ValueError(f"source: expected a {SUFFIX} file or a directory, but {source} does not exist")
-    whole, place = source.resolve(), target.resolve()
-    if place == whole or (target.exists() and source.samefile(target)):
+    if not (source.is_file() or source.is_dir()):
+        raise ValueError(f"source: expected a {SUFFIX} file or a directory, but {source} is neither")
+    whole, place = Path(os.path.realpath(source)), placed(target)
+    check_place(target)
+    if place == whole or (place.exists() and whole.samefile(place)):
         raise ValueError(f"target: expected another path than source, got {target} for both")
     if whole.is_dir():
-        return directory.convert(job, plan, convert, whole, place, resume, passes, progress, started)
-    if place.is_dir():
+        return directory.convert(job, whole, place, resume, progress, started)
+    if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
-    needed = plan(whole)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    directory.check_space(place, needed, shutil.disk_usage(place.parent).free)
-    counts = convert(whole, place, directory.counter(passes * whole.stat().st_size, progress))
+    check_room(place, job.plan(whole))
+    counts = job.one(whole, place, directory.counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
-    return Report(job["verb"], {**fields, "seconds": time.perf_counter() - started})
+    return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})
 
 
 def _packable(path: Path) -> int:
     with path.open("rb") as file, naming(path):
-        found = container.read(file)
-    if isinstance(found, Packed):
+        opened = container.read(file)
+    if isinstance(opened, Packed):
         raise ValueError(f"source: expected an ordinary {SUFFIX} file, but {path} is packed already")
-    return 8 + container.packed_header_bytes(found) + found.file_bytes - found.data_start
+    return stream.most_bytes(opened)
 
 
 def _unpackable(path: Path) -> int:
@@ -208,26 +137,42 @@ def _pack_file(
     with source.open("rb") as file, naming(source), written(target, like=source) as out:
         original = container.read(file)
 
-        def read(entry: container.Entry, start: int, stop: int):
+        def read(entry: Entry, start: int, stop: int):
             return read_at(file, original.data_start + entry.begin + start, stop - start)
 
         advance(original.data_start)
         after = stream.pack(original, read, out, crew, model, advance)
         out.flush()
         if verify:
-            _verify(source, out, crew, advance)
+            _verify(file, out, crew)
+            advance(original.file_bytes)
     return original.file_bytes, after, sum(entry.weights for entry in original.entries)
 
 
-def _verify(source: Path, packed: BinaryIO, crew: Crew, advance: Callable) -> None:
+def _verify(source: BinaryIO, packed: BinaryIO, crew: Crew) -> None:
     """CorruptFile unless what was written to ``packed`` restores ``source``: nothing is published then."""
-    expected = crew.beside(staging.sha256, source)
     with open(packed.name, "rb") as file:
-        header = container.read(file)
-        found = stream.sha256(stream.restored(file, header, crew, lambda size: None))
-    advance(header.original.file_bytes)
-    if found != expected.result():
+        try:
+            restores = stream.restores(file, source, crew)
+        except CorruptFile:
+            restores = False
+    if not restores:
         raise CorruptFile("what was written does not restore it: the disk, the memory or the processor erred")
+
+
+def _is_packed(source: Path, place: Path, *, crew: Crew) -> bool:
+    """Whether ``place`` is a sound packed file of ``source``."""
+    with source.open("rb") as file, place.open("rb") as packed:
+        try:
+            return stream.restores(packed, file, crew)
+        except CorruptFile:
+            return False
+
+
+def _is_unpacked(source: Path, place: Path, *, crew: Crew) -> bool:
+    """Whether ``place`` is what the packed file ``source`` restores."""
+    with source.open("rb") as packed, place.open("rb") as file, naming(source):
+        return stream.restores(packed, file, crew)
 
 
 def _unpack_file(source: Path, target: Path, advance: Callable, *, crew: Crew) -> tuple[int, int, int]:
@@ -237,29 +182,4 @@ def _unpack_file(source: Path, target: Path, advance: Callable, *, crew: Crew) -
         for piece in stream.restored(file, packed, crew, advance):
             out.write(piece)
     weights = sum(entry.weights for entry in packed.original.entries)
-    return packed.stored.file_bytes, packed.original.file_bytes, weights
-
-
-@contextmanager
-def written(target: Path, like: Path | None = None) -> Iterator[BinaryIO]:
-    """A hidden sibling that becomes ``target`` when all was written and reached the disk, and is removed otherwise;
-    what a killed process left of one is written over. ``like`` is the file whose permissions it takes.
-    """
-    path = target.with_name(f".{target.name}.gaugekit-partial")
-    with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
-        held = staging.lock(file) and path.exists()
-        # A process that had the lock may have given the file its name meanwhile: then it is not ours, either.
-        if not held or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            raise ValueError(f"target: another process is writing {str(path)!r}")
-        try:
-            file.truncate(0)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if like is not None:
-                shutil.copymode(like, path)
-            os.replace(path, target)
-            staging.sync(target.parent)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+    return packed.file_bytes, packed.original.file_bytes, weights

@@ -17,6 +17,7 @@ import torch
 from ..ops import rans
 from ..ops.rans import CorruptFile
 from ..ops.rans_numpy_crc32c import joined
+from ..places import naming_file
 from .blob import as_byte_tensor
 
 MAGIC, VERSION = b"GKRANS\x1a\n", 1
@@ -41,11 +42,12 @@ def read_at(file: BinaryIO, start: int, size: int, into: np.ndarray | None = Non
     """
     data = _new(size) if into is None else into
     done = 0
-    while done < size:
-        got = os.preadv(file.fileno(), [memoryview(data)[done:]], start + done)
-        if not got:
-            raise CorruptFile("the file ends within a tensor")
-        done += got
+    with naming_file(file.name):
+        while done < size:
+            got = os.preadv(file.fileno(), [memoryview(data)[done:]], start + done)
+            if not got:
+                raise CorruptFile("the file ends within a tensor")
+            done += got
     return data
 
 

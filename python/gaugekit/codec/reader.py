@@ -16,7 +16,8 @@ import torch
 from ..ops import rans
 from . import container
 from .blob import fresh
-from .container import CorruptFile, Entry, Packed, naming
+from .container import CorruptFile, Packed, naming
+from .header import DTYPES, Entry
 from .pieces import Room, StoredBlob, read_at
 
 PIECE_BYTES = 1 << 23  # decoded bytes handled at once: the coded bytes of no more than that are in memory
@@ -108,7 +109,8 @@ class safe_open:
     def get_tensor(self, name: str) -> torch.Tensor:
         """The tensor, as the original file has it. ValueError for a name or a dtype that is not known."""
         entry = self._entry(name)
-        return self._elements(entry, 0, entry.weights).view(entry.shape).to(self.device)
+        shape = torch_shape(entry)
+        return self._elements(entry, 0, math.prod(shape)).view(shape).to(self.device)
 
     def get_slice(self, name: str) -> Slice:
         """The tensor, not read yet: ``get_slice(name)[rows]`` decodes only the chunks that hold those rows."""
@@ -123,19 +125,24 @@ class safe_open:
         if name not in self._entries:
             raise ValueError(f"{self.path}: expected the name of one of its tensors, got {name!r}")
         entry = self._entries[name]
-        if entry.dtype not in container.DTYPES:
+        if entry.dtype not in DTYPES:
             raise ValueError(f"{self.path}: tensor {name!r} has dtype {entry.dtype}, which torch lacks")
+        if torch_shape(entry) is None:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has dtype F4 and shape {list(entry.shape)}; torch holds pairs of "
+                "such elements, for which the last dimension must be even"
+            )
         return entry
 
     def _elements(self, entry: Entry, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor."""
-        dtype, place = container.DTYPES[entry.dtype], self._places[entry.name]
+        """Elements [start, stop) of the flattened tensor, torch's elements."""
+        dtype, place = DTYPES[entry.dtype], self._places[entry.name]
         begin = self._stored.data_start + place.begin
         codec, crc = self._codecs.get(entry.name, ("raw", None))
         with naming(self.path), naming(f"tensor {entry.name!r}"):
             if codec == "rans":
                 return self._decoded(entry, place, start, stop)
-            if crc is not None and (start, stop) != (0, entry.weights):
+            if crc is not None and (stop - start) * dtype.itemsize != place.size:
                 self._check(entry.name, begin, place.size, crc)
             out = fresh(torch.Size([stop - start]), dtype)
             raw = out.view(torch.uint8)
@@ -148,7 +155,7 @@ class safe_open:
         blob = self._blobs.get(entry.name)
         if blob is None:
             begin = self._stored.data_start + place.begin
-            dtype = container.DTYPES[entry.dtype]
+            dtype = DTYPES[entry.dtype]
             blob = StoredBlob(self._file, begin, place.size, dtype, entry.shape)
             self._blobs[entry.name] = blob
         out = fresh(torch.Size([stop - start]), blob.dtype)
@@ -177,7 +184,7 @@ class Slice:
         self._file, self._entry = file, entry
 
     def get_shape(self) -> list[int]:
-        """The tensor's shape."""
+        """The tensor's shape, in the header's elements: an F4 tensor of torch has half as many in a row."""
         return list(self._entry.shape)
 
     def get_dtype(self) -> str:
@@ -187,7 +194,7 @@ class Slice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         """What the tensor gives for ``index``; a number or a slice of rows in front limits what is read."""
         parts = index if isinstance(index, tuple) else (index,)
-        shape = self._entry.shape
+        shape = torch_shape(self._entry)
         rows = range(shape[0]) if shape else range(1)
         if shape and parts and isinstance(parts[0], slice) and (parts[0].step or 1) > 0:
             chosen = rows[parts[0]]
@@ -203,6 +210,15 @@ class Slice:
         part = self._file._elements(self._entry, start, stop)
         part = part.view((len(rows), *shape[1:]) if shape else ())
         return part[parts].to(self._file.device)
+
+
+def torch_shape(entry: Entry) -> tuple[int, ...] | None:
+    """The shape of ``entry`` as a tensor of torch, which holds two F4 elements in one; None where it cannot be one."""
+    if entry.dtype != "F4":
+        return entry.shape
+    if not entry.shape or entry.shape[-1] % 2:
+        return None
+    return (*entry.shape[:-1], entry.shape[-1] // 2)
 
 
 def load_file(path: str | os.PathLike, device: str | int | torch.device = "cpu") -> dict[str, torch.Tensor]:

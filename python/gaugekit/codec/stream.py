@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +14,20 @@ import torch
 
 from ..ops import rans
 from ..ops.rans_numpy_crc32c import joined
-from . import container
+from . import bundle, container
 from .blob import encode_bytes
-from .container import CorruptFile, Entry, Header, Packed, naming
-from .pieces import BlobWriter, StoredBlob, cuts, read_at
+from .container import CorruptFile, Packed, naming
+from .header import BITS, DTYPES, Entry, Header
+from .pieces import BlobWriter, StoredBlob, chunk_count, cuts, read_at
 
 MIN_MEMORY_BYTES, MEMORY_BYTES = 64 << 20, 256 << 20
 THREADS = (
     2  # one codes while the other reads; the chunks of a piece are coded by as many threads as torch has
 )
+LEAST_BLOB_BYTES = 96  # header, index and padding: nothing smaller gains
+MIN_LOG2 = 17  # of the symbols a chunk, as ``pack`` makes them
+# What the names of tensors in the file's own header may cost at most: any reader can list it for that.
+SLACK_BYTES = 4096 - bundle.START
 Advance = Callable[[int], None]
 
 
@@ -82,22 +87,59 @@ def pack(
     """Writes the packed file of ``original`` to the empty file ``out``; returns its bytes.
 
     ``read(entry, start, stop)`` gives bytes [start, stop) of a tensor. ``model`` is the symbol model of the
-    bfloat16 ones. ``advance`` is told the bytes of each piece.
+    bfloat16 ones. ``advance`` is told the bytes of each piece. The file's header lists the tensors (version 1) unless
+    that cannot be, or makes a file that is larger than the original by more than a few KB (version 2).
     """
     reserved = container.packed_header_bytes(original)
+    begin = bundle.START if reserved is None else 8 + reserved
+    stored = _store(original, read, out, begin, crew, model, advance)
+    end = stored[-1][0].end if stored else 0
+    if reserved is not None and begin + end <= original.file_bytes + SLACK_BYTES:
+        header = container.render_packed(original, stored, reserved)
+    else:
+        _move_down(out, begin, bundle.START, end, crew.piece_bytes)
+        begin = bundle.START
+        header, section = container.render_bundled(original, stored)
+        out.seek(begin + end)
+        out.write(section)
+        end += len(section)
+    out.truncate(begin + end)
+    out.seek(0)
+    out.write(len(header).to_bytes(8, "little") + header)
+    return begin + end
+
+
+def most_bytes(original: Header) -> int:
+    """What ``pack`` may take while it writes: every tensor raw, and behind them the attempt to code the last."""
+    reserved = container.packed_header_bytes(original)
+    sections = len(original.raw) + bundle.ROW_BYTES * len(original.entries)
+    begin = bundle.START + sections if reserved is None else 8 + max(reserved, bundle.START + sections)
+    coded = [entry for entry in original.entries if container.codable(entry.dtype)]
+    beyond = max((64 + 8 * len(e.shape) + 48 * chunk_count(e.weights, MIN_LOG2) for e in coded), default=0)
+    return begin + original.data_bytes + beyond
+
+
+def _store(
+    original: Header,
+    read: Callable,
+    out: BinaryIO,
+    begin: int,
+    crew: Crew,
+    model: int | None,
+    advance: Advance,
+) -> list[tuple[Entry, str, int]]:
+    """Writes all tensors from ``begin`` on: [(entry, codec, crc32c)] in the order in which they stand."""
     stored: list[tuple[Entry, str, int]] = []
     rest: list[Entry] = []
-    cursor, begin = 0, 8 + reserved
+    cursor = 0
 
     def store(entry: Entry, dtype: str, shape: tuple, size: int, codec: str, crc: int) -> None:
         nonlocal cursor
         stored.append((Entry(entry.name, dtype, shape, cursor, cursor + size), codec, crc))
         cursor += size
 
-    coded = [entry for entry in original.entries if container.codable(entry.dtype) and entry.size]
-    pieces = {
-        entry.name: cuts(entry.weights, crew.step(container.ITEM_BYTES[entry.dtype])) for entry in coded
-    }
+    coded = [e for e in original.entries if container.codable(e.dtype) and e.size > LEAST_BLOB_BYTES]
+    pieces = {entry.name: cuts(entry.weights, crew.step(BITS[entry.dtype] // 8)) for entry in coded}
     blobs = crew.run(partial(_encode, read, e, *cut, model) for e in coded for cut in pieces[e.name])
     for entry in original.entries:
         if entry.name not in pieces:
@@ -106,14 +148,14 @@ def pack(
         blob = BlobWriter(out, begin + cursor, entry.shape)
         for start, stop in pieces[entry.name]:
             blob.add(next(blobs))
-            advance((stop - start) * container.ITEM_BYTES[entry.dtype])
+            advance((stop - start) * BITS[entry.dtype] // 8)
         size, crc = blob.finish()
         if size < entry.size:
             store(entry, "U8", (size,), size, "rans", crc)
         else:
             rest.append(entry)
     # Blobs are multiples of 16 bytes: with the widest first, every tensor is aligned to its own elements.
-    for entry in sorted(rest, key=lambda e: -container.ITEM_BYTES.get(e.dtype, 1)):
+    for entry in sorted(rest, key=lambda e: -BITS.get(e.dtype, 8)):
         crc = 0
         out.seek(begin + cursor)
         for start in range(0, entry.size, crew.piece_bytes):
@@ -123,15 +165,20 @@ def pack(
             if entry.name not in pieces:
                 advance(piece.size)
         store(entry, entry.dtype, entry.shape, entry.size, "raw", crc)
-    header = container.render_packed(original, stored, reserved)
-    out.truncate(begin + cursor)
-    out.seek(0)
-    out.write(len(header).to_bytes(8, "little") + header)
-    return begin + cursor
+    return stored
+
+
+def _move_down(file: BinaryIO, begin: int, to: int, size: int, piece_bytes: int) -> None:
+    """Bytes [begin, begin + size) of ``file`` to ``to``, which is not behind ``begin``."""
+    file.flush()
+    for at in range(0, size if to < begin else 0, piece_bytes):
+        piece = read_at(file, begin + at, min(piece_bytes, size - at))
+        file.seek(to + at)
+        file.write(piece)
 
 
 def _encode(read: Callable, entry: Entry, start: int, stop: int, model: int | None) -> np.ndarray:
-    dtype = container.DTYPES[entry.dtype]
+    dtype = DTYPES[entry.dtype]
     data = torch.from_numpy(read(entry, start * dtype.itemsize, stop * dtype.itemsize)).view(dtype)
     return encode_bytes(data, model=model if dtype == torch.bfloat16 else None).numpy()
 
@@ -139,7 +186,7 @@ def _encode(read: Callable, entry: Entry, start: int, stop: int, model: int | No
 def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> Iterator[np.ndarray]:
     """The original file's bytes, piece by piece; every checksum of the packed one is verified, or CorruptFile."""
     header = packed.original.raw
-    yield np.frombuffer(len(header).to_bytes(8, "little") + header, np.uint8)
+    yield np.frombuffer(bytearray(len(header).to_bytes(8, "little") + header), np.uint8)
     found = {name: 0 for name in packed.tensors}
     for name, piece, crc, size in crew.run(_restoring(file, packed, crew, found)):
         found[name] = joined(found[name], crc, size)
@@ -161,7 +208,7 @@ def _restoring(file: BinaryIO, packed: Packed, crew: Crew, found: dict[str, int]
                 yield partial(_copied, file, entry.name, begin + start, size)
             continue
         with naming(f"tensor {entry.name!r}"):
-            blob = StoredBlob(file, begin, place.size, container.DTYPES[entry.dtype], entry.shape)
+            blob = StoredBlob(file, begin, place.size, DTYPES[entry.dtype], entry.shape)
         found[entry.name] = blob.head_crc
         for part in blob.parts(0, blob.count, crew.piece_bytes):
             yield partial(_decoded, blob, entry.name, *part)
@@ -182,9 +229,15 @@ def _decoded(blob: StoredBlob, name: str, start: int, stop: int, first: int, unt
     return name, out.view(torch.uint8).numpy(), crc, size
 
 
-def sha256(pieces: Iterable[np.ndarray]) -> str:
-    """The SHA-256 of the bytes of ``pieces``, in hexadecimal."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
+def restores(packed: BinaryIO, source: BinaryIO, crew: Crew) -> bool:
+    """Whether unpacking ``packed`` gives the bytes of ``source``; CorruptFile where it is damaged."""
+    found = container.read(packed)
+    size = os.fstat(source.fileno()).st_size
+    if not isinstance(found, Packed) or found.original.file_bytes != size:
+        return False
+    at = 0
+    for piece in restored(packed, found, crew, lambda size: None):
+        if not torch.equal(torch.from_numpy(piece), torch.from_numpy(read_at(source, at, piece.size))):
+            return False
+        at += piece.size
+    return True

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..codec import safe_open
+from ..codec.index import INDEX_SUFFIX, check_indices
+from ..config import read_config
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
@@ -29,7 +31,9 @@ def transformers() -> Any:
 
 
 def directory(path: str | Path, argument: str = "model") -> Path:
-    """``path`` as a Path, if a config.json and safetensors files stand in it; else ValueError naming ``argument``."""
+    """``path`` as a Path, if a sound config.json and safetensors files stand in it, all that an index names among them;
+    else ValueError.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(
@@ -39,6 +43,8 @@ def directory(path: str | Path, argument: str = "model") -> Path:
         raise ValueError(f"{argument}: expected a config.json in {str(path)!r}, found none")
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{argument}: expected .safetensors files in {str(path)!r}, found none")
+    read_config(path)
+    check_indices(path, [file.name for file in path.glob("*" + INDEX_SUFFIX)])
     return path
 
 
@@ -59,7 +65,7 @@ def stored_dtype(path: Path) -> torch.dtype:
 def architecture(path: Path) -> type:
     """The model class named first under ``architectures`` in config.json, else the class AutoModel would take."""
     package = transformers()
-    names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    names = read_config(path).get("architectures") or []
     from gaugekit.integrations import sas
 
     for name in names:
@@ -77,7 +83,7 @@ def model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     """
     found = architecture(path)
     stored_dtype(path)
-    with quiet():
+    with quiet(), reading(path):
         loaded, info = found.from_pretrained(
             path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
@@ -93,7 +99,7 @@ def model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
 def skeleton(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model of ``path`` with parameters that have a shape but no memory (meta device); its buffers are real."""
     found, package = architecture(path), transformers()
-    config = package.AutoConfig.from_pretrained(path, local_files_only=True)
+    settings = config(path)
     make = found.from_config if found is package.AutoModel else found._from_config
     register = torch.nn.Module.register_parameter
 
@@ -106,7 +112,8 @@ def skeleton(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     # model cannot be built under torch.device("meta"); each parameter is sent there as it is registered.
     torch.nn.Module.register_parameter = on_meta
     try:
-        return make(config, dtype=dtype).eval()
+        with reading(path):
+            return make(settings, dtype=dtype).eval()
     finally:
         torch.nn.Module.register_parameter = register
 
@@ -116,8 +123,30 @@ def tokenizer(path: str | Path) -> Any | None:
     path = Path(path)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         return None
-    with quiet():
+    with quiet(), reading(path):
         return transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def config(path: str | Path) -> Any:
+    """The configuration of the model in ``path``, as transformers makes it of config.json."""
+    read_config(Path(path))
+    with quiet(), reading(path):
+        return transformers().AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever transformers raises over what stands in ``path`` as a ValueError that names the directory."""
+    try:
+        yield
+    except (ImportError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        package = transformers()
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(
+            f"{path}: transformers {package.__version__} cannot open it: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def home(live: torch.nn.Module) -> Path | None:

@@ -38,8 +38,12 @@ def family(config: dict) -> Family:
     adapter = FAMILIES[kind]
     try:
         adapter.check(config)
+        for layer in range(min(adapter.layers(config), 1)):
+            adapter.outline(config, layer)
     except KeyError as missing:
         raise ValueError(f"config of a {kind} model: expected an entry {missing}, got none") from None
+    except (TypeError, AttributeError, ArithmeticError, RuntimeError) as odd:
+        raise ValueError(f"config of a {kind} model: an entry is of an odd type or size: {odd}") from odd
     return adapter
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoint import Checkpoint
+from .. import samples
+from ..checkpoint import Checkpoint, versions
 from ..models import Layers
+from ..staging import Staging, identity, workplace
 from ..statistics import collect
 from .search import needed, truncate
 from .spectra import spectrum
-from .truncation import Truncate
+from .truncation import Ranks, Truncate
 
 
 def prepare(
@@ -26,25 +31,60 @@ def prepare(
     """The rewrite that ``gaugekit.rewrite.convert(source, ...)`` is to be given, its ranks chosen (see ``truncate``).
 
     For ``rank`` the engine itself calibrates. ``energy`` reads the checkpoint layer by layer, after one streaming pass
-    over the ``calibration`` file, resumable in ``work_directory``. ``min_cosine`` needs the file and the whole model in
-    memory; every second sentence is held out while it searches. Raises ValueError as ``truncate`` does.
+    over the ``calibration`` file. ``min_cosine`` needs the file and the whole model in memory; every second sentence is
+    held out while it searches. ``work_directory`` is a new or empty folder, which is locked and marked as this job's:
+    what stands there after a kill is gone on from by a call of the same weights, text, arguments and versions. Raises
+    ValueError as ``truncate`` and ``gaugekit.statistics`` do.
     """
     if sum(x is not None for x in (rank, energy, min_cosine)) != 1:
         raise ValueError("rank, energy, min_cosine: expected one of them, got none or several")
     if rank is not None:
         return Truncate(rank, aware=calibration is not None)
-    if min_cosine is not None:
-        from ..integrations import loading
-
-        path = loading.directory(source)
-        model = loading.model(path, loading.stored_dtype(path))
-        found = truncate(model, calibration, min_cosine=min_cosine, progress=progress)
-        return Truncate(found["ranks"], aware=True)
-    moments = None
-    if calibration is not None:
-        moments = collect(source, calibration, work_directory=work_directory, progress=progress)
+    if work_directory is None:
+        return _prepare(Checkpoint(source), calibration, energy, min_cosine, None, progress)
     checkpoint = Checkpoint(source)
+    digests = {f"source {name}": digest for name, digest in checkpoint.sha256().items()}
+    if calibration is not None:
+        digests["calibration"] = hashlib.sha256(json.dumps(samples.read(calibration)).encode()).hexdigest()
+    which = identity("ranks", versions("transformers"), digests, {"energy": energy, "min_cosine": min_cosine})
+    with contextlib.closing(workplace(work_directory, which, {"ranks": None})) as staged:
+        return _prepare(checkpoint, calibration, energy, min_cosine, staged, progress)
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    calibration: str | Path | None,
+    energy: float | None,
+    min_cosine: float | None,
+    staged: Staging | None,
+    progress: Callable[[int, int], None] | None,
+) -> Truncate:
+    known = None if staged is None else staged.state["ranks"]
+    aware: bool | list = True
+    if min_cosine is not None:
+        ranks = known or _searched(checkpoint, calibration, min_cosine, progress)
+    else:
+        moments = None
+        if calibration is not None:
+            folder = None if staged is None else staged.folder / "statistics"
+            moments = collect(checkpoint, calibration, work_directory=folder, progress=progress)
+        aware = moments or False
+        ranks = known or _needed(checkpoint, moments, energy)
+    if staged is not None:
+        staged.state["ranks"] = ranks
+        staged.save()
+    return Truncate(ranks, aware=aware)
+
+
+def _searched(checkpoint: Checkpoint, calibration, min_cosine: float, progress) -> Ranks:
+    from ..integrations import loading
+
+    path = loading.directory(checkpoint.path)
+    model = loading.model(path, loading.stored_dtype(path))
+    return truncate(model, calibration, min_cosine=min_cosine, progress=progress)["ranks"]
+
+
+def _needed(checkpoint: Checkpoint, moments: list | None, energy: float) -> Ranks:
     layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
     views = (layers.attention(layer) for layer in range(len(layers)))
-    spectra = (spectrum(v, None if moments is None else moments[v.layer]["q"]) for v in views)
-    return Truncate(needed(spectra, energy), aware=moments or False)
+    return needed((spectrum(v, None if moments is None else moments[v.layer]["q"]) for v in views), energy)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models import AttentionView, Compact, Projection, family
-from ..moments import Moments
+from ..moments import Moments, digest
 from ..rewrite import Rewrite
 from .spectra import Spectrum, spectrum
 
@@ -39,6 +39,11 @@ class Truncate(Rewrite):
     @property
     def arguments(self) -> dict[str, Any]:
         return {"ranks": self.ranks, "aware": bool(self.aware)}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """That of the moments this was given, where it was given them."""
+        return {"moments": digest(self.aware)} if self.aware and self.aware is not True else {}
 
     def plan(self, config: dict) -> dict[str, int]:
         """{query, key, key_bias, total}: stored numbers that go."""

@@ -1,0 +1,253 @@
+"""The engine: streams a checkpoint through rewrites into one locked place of work, and publishes the result whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import CERTIFICATE, INDEX, SCRATCH, Checkpoint, Writer, versions
+from ..config import CONFIG
+from ..places import listing
+from ..report import Report
+from ..staging import MANIFEST, OWN, Staging, check_target, free_bytes, identity, sha256
+from .job import VERSION, Job, storage
+from .rewrite import Later, Rewrite
+
+OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
+Pages = Callable[[dict], dict[str, str]]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    rewrites: Sequence[Rewrite] | Later,
+    *,
+    dense: bool = False,
+    dtype: str | torch.dtype | None = None,
+    calibration: str | Path | None = None,
+    pack: bool = False,
+    resume: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    pages: Pages = lambda certificate: {},
+) -> Report:
+    """Streams the checkpoint ``source`` through ``rewrites``, in order, into a new directory ``target``.
+
+    Both are Hugging Face directories. All arithmetic is float64, rounded once at the end to the dtype a tensor had, or
+    to ``dtype`` (float64, float32, bfloat16, float16). The result is compact (it loads after ``import
+    gaugekit.integrations.transformers``), or with ``dense`` in the family's plain layout, which needs no gaugekit.
+    ``calibration`` is a text file for rewrites that ask for statistics. ``pack`` packs the result
+    (``gaugekit.codec.pack``), for which the disk must hold it twice. Memory: one layer and 1 GB.
+
+    All work happens in the folder ``<target>.partial``, which is locked and marked as this job's; nothing else is
+    written or removed. After a kill the same call goes on where it stopped: the same weights, text, settings and
+    versions. Another one is refused, unless ``resume`` is False, which starts over. What cannot be finished (bad input)
+    leaves nothing behind. ``progress(done_bytes, total_bytes)`` is called as the source is hashed, then rewritten (so
+    the total is twice its size). A certificate, ``gaugekit_certificate.json``, is left in ``target``, and the text
+    files that ``pages`` makes of it: {name: text} (``gaugekit.rank_page.pages`` draws the spectra of a truncation).
+
+    Returns a Report: parameters_before, parameters_after, bytes_before, bytes_after (weight files), steps [{rewrite,
+    claim, removed {group: count, total}, ...arguments}], invariance_error (float64, the largest of any layer), seconds.
+
+    Raises ValueError for a source that is missing, damaged, of an unknown family or already converted, an unknown dtype
+    name, a target that is not empty or lies inside the source (or holds it), a missing ``calibration``, or numbers that
+    do not fit ``dtype``; OSError where the disk is too small or does not take what is written.
+    """
+    start = time.perf_counter()
+    checkpoint, target = Checkpoint(source), Path(target)
+    work = _Conversion(checkpoint, target, dense, storage(dtype), calibration, pack, progress)
+    check_target(checkpoint.path, target)
+    if not isinstance(rewrites, Later):
+        work.take(rewrites)
+        if shortage := work.shortage():
+            raise ValueError(shortage)
+    staged = Staging(
+        target,
+        work.identity(rewrites),
+        work.start(),
+        resume=resume,
+        sound=work.sound if pack else Writer.sound,
+    )
+    try:
+        if not staged.published:
+            work.run(staged, rewrites, pages)
+        fields = staged.state["report"]
+        staged.publish()
+    except ValueError:
+        staged.discard()  # the same call would end so again
+        raise
+    finally:
+        staged.close()
+    work.advance(work.total_bytes)  # the files' headers count too
+    fields["seconds"] += time.perf_counter() - start
+    return Report("convert", fields, work.notes)
+
+
+class _Conversion:
+    """One call of ``convert``: what it reads, what is asked of it, how far it is."""
+
+    def __init__(self, checkpoint, target, dense, dtype, calibration, pack, progress):
+        self.checkpoint, self.target = checkpoint, target
+        self.job = Job(checkpoint, dense, dtype)
+        self.calibration, self.pack, self.progress = calibration, pack, progress
+        self.copies, self.notes = _copies(checkpoint)
+        self.total_bytes, self.done_bytes = 2 * checkpoint.size_bytes(), 0
+        self.steps: list[dict[str, Any]] = []
+        if calibration is not None and not Path(calibration).is_file():
+            raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
+
+    def take(self, rewrites: Sequence[Rewrite]) -> None:
+        """Makes these the job's rewrites; ValueError where they do not fit the model or lack a text."""
+        self.job.rewrites = list(rewrites)
+        self.steps = self.job.steps()
+        asking = ", ".join(rewrite.name for rewrite in rewrites if rewrite.needs_statistics)
+        if asking and self.calibration is None:
+            raise ValueError(f"calibration: expected a text file ({asking} asks for statistics), got None")
+
+    def shortage(self) -> str | None:
+        """What the disk lacks for the result, in words; what an earlier run of the job holds counts as free."""
+        removed = sum(step["removed"]["total"] for step in self.steps)
+        weights = self.job.result_bytes(removed) + (1 << 20)
+        others = sum(path.stat().st_size for path in self.copies.values())
+        needed = (2 if self.pack else 1) * (weights + others)
+        free = free_bytes(self.target)
+        if free >= needed:
+            return None
+        return f"target: expected {needed:,} bytes free in {str(self.target.parent)!r}, got {free:,}"
+
+    def identity(self, rewrites: Sequence[Rewrite] | Later) -> dict:
+        digests = {f"source {name}": digest for name, digest in self.checkpoint.sha256(self.advance).items()}
+        if self.calibration is not None:
+            digests["calibration"] = sha256(Path(self.calibration))
+        if isinstance(rewrites, Later):
+            asked: Any = rewrites.arguments
+        else:
+            asked = self.steps
+            for number, rewrite in enumerate(rewrites):
+                digests |= {f"rewrite {number} {name}": digest for name, digest in rewrite.digests.items()}
+        options = {
+            "rewrites": asked,
+            "dense": self.job.dense,
+            "dtype": str(self.job.dtype),
+            "pack": self.pack,
+        }
+        return identity("convert", {"format": VERSION, **versions()}, digests, options)
+
+    def start(self) -> dict[str, Any]:
+        return {**Writer.start(), "packed": None, "report": None}
+
+    @staticmethod
+    def sound(folder: Path, state: dict) -> bool:
+        """Of a conversion that packs: its shards stand in the scratch until they are packed."""
+        return state["packed"] is not None or Writer.sound(_unpacked(folder), state)
+
+    def advance(self, size: int) -> None:
+        self.done_bytes += size
+        if self.progress:
+            self.progress(min(self.done_bytes, self.total_bytes), self.total_bytes)
+
+    def run(self, staged: Staging, rewrites: Sequence[Rewrite] | Later, pages: Pages) -> None:
+        """Everything up to a folder that is whole, and what there is to report of it."""
+        if not staged.resumed:
+            staged.clean(set())
+            staged.save()
+        scratch = staged.folder / SCRATCH
+        if staged.state["report"] is None:
+            if isinstance(rewrites, Later):
+                scratch.mkdir(exist_ok=True)
+                self.take(rewrites.find(scratch / "rewrites"))
+                if shortage := self.shortage():
+                    raise OSError(errno.ENOSPC, shortage)  # what was found is kept for when there is room
+            folder = _unpacked(staged.folder) if self.pack else staged.folder
+            fields = self._write(Writer(staged, folder), scratch / "statistics", pages)
+            fields["bytes_after"] = Checkpoint(folder).size_bytes()
+            staged.state["report"] = fields
+            staged.save()
+        if self.pack:
+            _pack(staged)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    def _write(self, writer: Writer, folder: Path, pages: Pages) -> dict[str, Any]:
+        job, checkpoint = self.job, self.checkpoint
+        statistics = None
+        if writer.done < len(job.units):
+            statistics = job.statistics(self.calibration, folder)
+        for number, unit in enumerate(job.units):
+            if number >= writer.done:
+                writer.add(*job.run(unit, statistics))
+            self.advance(sum(checkpoint.bytes(name) for name in unit.names))
+        records = writer.records
+        fields = {
+            "parameters_before": sum(record["before"] for record in records),
+            "parameters_after": sum(record["after"] for record in records),
+            "bytes_before": checkpoint.size_bytes(),
+            "steps": self.steps,
+            "invariance_error": max((r["invariance_error"] for r in records if "layer" in r), default=0.0),
+            "seconds": 0.0,
+        }
+
+        def certificate(output: dict[str, str]) -> dict:
+            return {
+                **{name: value for name, value in fields.items() if name != "seconds"},
+                "layers": [
+                    {"layer": r["layer"], "invariance_error": r["invariance_error"], **r["notes"]}
+                    for r in records
+                    if "layer" in r
+                ],
+                "dense": job.dense,
+                "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
+                "source_sha256": checkpoint.sha256(),
+                "output_sha256": output,
+                "versions": {**versions(), "format": VERSION},
+            }
+
+        writer.finish(job.config(records), certificate, self.copies, pages)
+        return fields
+
+
+def _unpacked(folder: Path) -> Path:
+    """Where the result of a conversion stands until it is packed."""
+    return folder / SCRATCH / "unpacked"
+
+
+def _pack(staged: Staging) -> None:
+    """Packs the result, and moves what that gives into its place; each step can be gone on from."""
+    from .. import codec
+
+    packed = staged.folder / SCRATCH / "packed"
+    fields = staged.state["report"]
+    if staged.state["packed"] is None:
+        if packed.is_dir() and not (packed / MANIFEST).is_file():
+            shutil.rmtree(packed)  # whole, but a kill lost its report
+        report = codec.pack(_unpacked(staged.folder), packed)
+        staged.state["packed"] = report.fields
+        fields["bytes_after"] = report["bytes_after"]
+        step = {"rewrite": "pack", "claim": "exact", "bits_per_weight": report["bits_per_weight"]}
+        fields["steps"] = [*fields["steps"], step]
+        staged.save()
+    if packed.is_dir():
+        for path in sorted(packed.iterdir()):
+            os.rename(path, staged.folder / path.name)
+
+
+def _copies(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
+    """The files to copy as they are, by relative name, and a note of every other that stays behind."""
+    copies, notes = {}, []
+    ours = {CONFIG, INDEX, CERTIFICATE, *OWN, *checkpoint.files}
+    for name in listing(checkpoint.path)[0]:
+        path = Path(name)
+        if name in ours or path.parts[0] == SCRATCH:
+            continue
+        if any(part.startswith(".") for part in path.parts):
+            notes.append(f"not copied: {name} (hidden)")
+        elif path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json"):
+            notes.append(f"not copied: {name} (other weights)")
+        else:
+            copies[name] = checkpoint.path / name
+    return copies, notes

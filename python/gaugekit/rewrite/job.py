@@ -1,0 +1,179 @@
+"""The work of a conversion, unit by unit: one layer's attention, or one other tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..config import stored_as
+from ..models import Layers, Stored
+from .rewrite import Rewrite, invariance_error
+
+VERSION = 1  # of what config.json says about compact modules
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work whose result is written whole: one layer's attention, or one other tensor."""
+
+    names: list[str]
+    layer: int | None = None
+
+
+class Job:
+    """What to do to each unit of a checkpoint; ``rewrites`` are set before the first is run."""
+
+    def __init__(self, checkpoint: Checkpoint, dense: bool, dtype: torch.dtype | None):
+        if (method := stored_as(checkpoint.config)) is not None:
+            raise ValueError(
+                f"source: expected plain weights, got a checkpoint stored as {method!r}; use the original"
+            )
+        self.checkpoint, self.dense, self.dtype = checkpoint, dense, dtype
+        self.rewrites: list[Rewrite] = []
+        self.layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
+        self.units = []
+        taken = set()
+        for layer in range(len(self.layers)):
+            shapes = self.layers.family.shapes(checkpoint.config, layer)
+            unit = Unit([self.layers.prefix + name for name in shapes], layer)
+            for name, shape in zip(unit.names, shapes.values(), strict=True):
+                if checkpoint.shape(name) != shape:  # named in an error now, not after an hour
+                    raise ValueError(
+                        f"{name}: expected shape {shape} by the config, got {checkpoint.shape(name)}"
+                    )
+            self.units.append(unit)
+            taken.update(unit.names)
+        rest = sorted(
+            (name for name in checkpoint.names() if name not in taken), key=lambda n: (checkpoint.file(n), n)
+        )
+        self.units[:0] = [Unit([name]) for name in rest]
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What the report says of each rewrite, from the config alone."""
+        return [
+            {
+                "rewrite": rewrite.name,
+                "claim": rewrite.claim,
+                **rewrite.arguments,
+                "removed": rewrite.plan(self.checkpoint.config),
+            }
+            for rewrite in self.rewrites
+        ]
+
+    def statistics(self, calibration: str | Path | None, folder: Path) -> list | None:
+        """The calibration pass, where a rewrite asks for it; indexed by layer. ``folder`` lets it resume, too."""
+        modules = sorted({name for rewrite in self.rewrites for name in rewrite.needs_statistics})
+        if not modules:
+            return None
+        from ..statistics import collect
+
+        return collect(self.checkpoint, calibration, modules=modules, work_directory=folder)
+
+    def run(self, unit: Unit, statistics: list | None) -> tuple[dict[str, Tensor], dict]:
+        """The tensors to write for a unit, and its record: numbers stored before and after, the error of a layer."""
+        source = {name: self.checkpoint.dtype(name) for name in unit.names}
+        before = self._parameters(
+            {name: (self.checkpoint.shape(name), dtype) for name, dtype in source.items()}
+        )
+        record: dict[str, Any] = {"before": before}
+        if unit.layer is None:
+            tensors = {name: self.checkpoint.read(name) for name in unit.names}
+        else:
+            stored, record["invariance_error"], record["notes"] = self._attention(unit.layer, statistics)
+            tensors = {self.layers.prefix + name: tensor for name, tensor in stored.tensors.items()}
+            record |= {"layer": unit.layer, "modules": stored.modules}
+        written = {}
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                dtype = self.dtype or source.get(name) or next(iter(source.values()))
+                tensor = _cast(name, tensor, dtype)
+            written[name] = tensor.contiguous()
+        record["after"] = self._parameters(
+            {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()}
+        )
+        return written, record
+
+    def _attention(self, layer: int, statistics: list | None) -> tuple[Stored, float, dict[str, Any]]:
+        before = after = self.layers.attention(layer)
+        moments, notes = None if statistics is None else statistics[layer], {}
+        for rewrite in self.rewrites:
+            view, after = after, rewrite.layer(after, moments)
+            notes |= rewrite.note(view, moments)
+        compact = {}
+        if not self.dense:
+            for rewrite in self.rewrites:
+                compact |= rewrite.form(after)
+        stored = self.layers.family.store(self.checkpoint.config, layer, after, compact)
+        return stored, invariance_error(before, after, seed=layer), notes
+
+    def _parameters(self, tensors: dict[str, tuple[Sequence[int], torch.dtype]]) -> int:
+        recomputed = self.layers.family.recomputed
+        return sum(
+            torch.Size(shape).numel()
+            for name, (shape, dtype) in tensors.items()
+            if dtype.is_floating_point and not recomputed(name)
+        )
+
+    def config(self, records: list[dict]) -> dict:
+        """config.json of the result."""
+        config = dict(self.checkpoint.config)
+        if self.dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+        modules = {name: spec for record in records for name, spec in record.get("modules", {}).items()}
+        if modules:
+            config["quantization_config"] = {
+                "quant_method": "gaugekit",
+                "version": VERSION,
+                "modules": modules,
+            }
+        return config
+
+    def result_bytes(self, removed: int) -> int:
+        """What the tensors of the result take at most: in the new dtype, without the ``removed`` numbers of compact
+        parts, whose places cost four bytes a channel and rewrite.
+        """
+        size = 0
+        for name in self.checkpoint.names():
+            dtype = self.checkpoint.dtype(name)
+            new = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+            size += torch.Size(self.checkpoint.shape(name)).numel() * new.itemsize
+        if self.dense:
+            return size
+        layers = [unit.names for unit in self.units if unit.layer is not None]
+        channels = sum(sum(self.checkpoint.shape(name)) for names in layers for name in names)
+        smallest = min(self.checkpoint.dtype(name).itemsize for names in layers for name in names)
+        width = smallest if self.dtype is None else self.dtype.itemsize
+        return size - removed * width + 4 * channels * len(self.rewrites)
+
+
+def storage(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype to store weights in; ValueError for one that is not offered."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if dtype != tensor.dtype and bool((cast.isinf() & tensor.isfinite()).any()):
+        raise ValueError(f"dtype: {name} holds numbers too large for {dtype}")
+    return cast

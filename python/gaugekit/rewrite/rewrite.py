@@ -1,0 +1,77 @@
+"""What a rewrite has to say; reading, writing, resuming and certifying are the engine's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models import AttentionView, Compact
+
+
+class Rewrite(ABC):
+    """One change of a checkpoint, layer by layer; reading, writing, resuming and certifying are the engine's.
+
+    ``name`` stands in reports. ``claim`` is what verify may expect: "exact" (the same function up to rounding) or
+    "approximate". ``needs_statistics`` names the modules whose input moments ``layer`` is to be given ("q", "k", "v",
+    "o", or a path inside a block): the engine then makes a calibration pass first (``gaugekit.statistics``).
+    """
+
+    name: str
+    claim: str = "exact"
+    needs_statistics: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What distinguishes this instance (JSON values): a half-done conversion is resumed only with the same."""
+        return {}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of numbers this instance was given and ``arguments`` does not hold, by what they are for: a half-done
+        conversion is resumed only with the same.
+        """
+        return {}
+
+    @abstractmethod
+    def plan(self, config: dict) -> dict[str, int]:
+        """Stored numbers that will go, by group, with their "total", from ``config.json`` alone."""
+
+    @abstractmethod
+    def layer(self, view: AttentionView, statistics: Any = None) -> AttentionView:
+        """The mathematics: one layer's attention in float64, rewritten.
+
+        ``statistics`` is {module: Moments} of this layer, where ``needs_statistics`` names any.
+        """
+
+    def note(self, view: AttentionView, statistics: Any = None) -> dict[str, Any]:
+        """What the certificate is to say of a layer (JSON values); arguments as ``layer`` was given them."""
+        return {}
+
+    def form(self, view: AttentionView) -> dict[str, Compact]:
+        """How the rewritten parts ("q", "k", "v", "o") are stored when not dense; a part left out stays dense."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Later:
+    """Rewrites that take work to find: ``find(folder)`` returns them, once the engine has the target to itself.
+
+    ``folder`` is the conversion's own: what ``find`` leaves there is there again after a kill, and gone from the
+    result. ``arguments`` (JSON values) says what the rewrites depend on beside source and calibration text.
+    """
+
+    arguments: dict[str, Any]
+    find: Callable[[Path], Sequence[Rewrite]]
+
+
+def invariance_error(before: AttentionView, after: AttentionView, seed: int) -> float:
+    """‖after(x) − before(x)‖ / ‖before(x)‖ in float64, for 32 seeded random normal tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 32, before.q.weight.shape[1], dtype=torch.float64, generator=generator)
+    expected = before.attend(x)
+    return float((after.attend(x) - expected).norm() / expected.norm().clamp_min(torch.finfo(x.dtype).tiny))
