@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from .bert import Bert
@@ -67,8 +68,20 @@ class Layers:
         return self._read(self.prefix + name)
 
     def attention(self, layer: int) -> AttentionView:
-        """The float64 view of one layer's attention."""
-        view = replace(self.family.attention(self.config, layer, self.read), layer=layer)
+        """The float64 view of one layer's attention; its projections know the dtypes they are stored in."""
+        stored: dict[str, torch.dtype] = {}
+
+        def read(name: str) -> Tensor:
+            tensor = self.read(name)
+            stored[name] = tensor.dtype
+            return tensor
+
+        view = self.family.attention(self.config, layer, read)
+        paths = self.family.projections(self.config, layer)
+        parts = {
+            part: replace(getattr(view, part), dtype=stored[f"{path}.weight"]) for part, path in paths.items()
+        }
+        view = replace(view, **parts, layer=layer)
         return view if view.q.weight.is_meta else replace(view, channels=used_channels(view))
 
 
