@@ -54,8 +54,8 @@ def covering_bound(
     """The bound of this module for the class of layers whose norms and rank are those of the given weights.
 
     ``scores`` W = W_Q W_Kᵀ [D, D], ``value`` W_V [D, V], ``readout`` w [V]; ``input_norm`` B_x bounds every token's
-    norm; ``rank`` r (default: W's numerical rank, beyond the rounding of its dtype); ``scale`` s multiplies the scores; ``lipschitz`` L_σ;
-    ``loss_lipschitz`` L_ℓ, ``loss_range`` b, ``delta`` δ. The norms are taken from the trained weights, as if the
+    norm; ``rank`` r (default: W's numerical rank, rounding of its dtype apart); ``scale`` s multiplies the scores;
+    ``lipschitz`` L_σ; ``loss_lipschitz`` L_ℓ, ``loss_range`` b, ``delta`` δ. The norms are taken from the trained weights, as if the
     class had been fixed before: a union bound over norms would add a logarithm. Returns {gap, rademacher, rank,
     scores, values, readout, chance}: the last four are the parts of the gap, which is their sum. Raises ValueError for
     arguments that do not fit.

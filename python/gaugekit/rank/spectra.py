@@ -123,18 +123,18 @@ def spectrum(view: AttentionView, moments: Moments | None = None) -> Spectrum:
 def rounding_norm(weight: Tensor, dtype: torch.dtype, root: Tensor | None = None) -> Tensor:
     """τ(W), the spectral norm of what rounding W [m, n] to ``dtype`` has added to it: max_j ‖e_j‖ + max_i ‖e_i‖.
 
-    A number rounded to a multiple of its ulp is off by something between −ulp/2 and ulp/2, evenly: e_ij = ulp_ij/√12 on
-    average (root mean square), where ulp_ij is that of the stored number, subnormal ones included, and 0 of a zero. Errors
-    of different entries are independent, and the norm of such a matrix is the largest norm of a column of e plus that of
-    a row (Gordon's inequality; for unequal entries Bandeira and van Handel 2016). For entries of like size that is
+    A number rounded to a multiple of its ulp is off by something between −ulp/2 and ulp/2, evenly: e_ij = ulp_ij/√12
+    on average (root mean square), where ulp_ij is that of the stored number, subnormal ones included, and 0 of a zero.
+    Errors of different entries are independent, and the norm of such a matrix is the largest norm of a column of e
+    plus that of a row (Gordon; Bandeira and van Handel 2016 for unequal entries). For entries of like size that is
 
         τ(W) = ½ u (√m + √n) ‖W‖_F / √(mn),   u = eps/2: 2⁻⁸ for bfloat16, 2⁻¹¹ for float16, 2⁻²⁴ for float32,
 
     since ulp/√12 is 0.41 u |w| on average over all mantissas (true rounding of normal matrices: 0.82 of it). Seen
     through ``root`` A [p, m] a column of e is long by the lengths of A's columns, and a row by ‖A‖.
 
-    ``weight`` [heads, m, n], or [groups, heads, m, n] for heads stacked on one another, with at least one column; returns
-    [heads] or [groups], float64.
+    ``weight`` [heads, m, n], or [groups, heads, m, n] for heads stacked on one another, with at least one column;
+    returns [heads] or [groups], float64.
     """
     weight = weight if weight.dim() == 4 else weight[:, None]
     kind = torch.finfo(dtype)
@@ -149,16 +149,16 @@ def rounding_norm(weight: Tensor, dtype: torch.dtype, root: Tensor | None = None
 
 
 def head_values(view: AttentionView) -> Tensor:
-    """[H, K] singular values of W_Q W_Kᵀ = Q_q (R_q R_kᵀ) Q_kᵀ of each head, descending: [D, K] never becomes [D, D]."""
+    """[H, K] singular values of W_Q W_Kᵀ = Q_q (R_q R_kᵀ) Q_kᵀ by head, descending: [D, K] never becomes [D, D]."""
     r_q, r_k = _triangles(view)
     return torch.linalg.svdvals(r_q @ r_k.mT)
 
 
 def head_ranks(view: AttentionView, values: Tensor | None = None) -> list[int]:
-    """[H] the numerical rank of W_Q W_Kᵀ of each head: how many of ``values`` the rounding of the weights cannot explain.
+    """[H] the numerical rank of W_Q W_Kᵀ by head: how many of ``values`` the rounding of the weights cannot explain.
 
-    Both factors were rounded, W_Q + E_Q and W_K + E_K, so a product of rank r has a singular value number r + 1 of up to
-    τ(W_Q) ‖W_K‖ + ‖W_Q‖ τ(W_K) + τ(W_Q) τ(W_K) (``rounding_norm``, ``Projection.dtype``; Weyl's inequality). To that
+    Both factors were rounded, W_Q + E_Q and W_K + E_K, so a product of rank r has a singular value number r + 1 of up
+    to τ(W_Q) ‖W_K‖ + ‖W_Q‖ τ(W_K) + τ(W_Q) τ(W_K) (``rounding_norm``, ``Projection.dtype``; Weyl's inequality). To that
     comes D · eps(float64) · σ₁, the arithmetic here. A head of zeros has rank 0.
     """
     values = head_values(view) if values is None else values
