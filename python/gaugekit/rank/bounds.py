@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..models import Live
 from ..report import Report
-from .spectra import head_ranks, rounding_norm
+from .spectra import check, head_ranks, rounding_norm
 
 INTEGRAL = math.sqrt(math.log(9)) + math.sqrt(math.pi) / 2 * 9 * math.erfc(math.sqrt(math.log(9)))
 
@@ -55,10 +55,10 @@ def covering_bound(
 
     ``scores`` W = W_Q W_Kᵀ [D, D], ``value`` W_V [D, V], ``readout`` w [V]; ``input_norm`` B_x bounds every token's
     norm; ``rank`` r (default: W's numerical rank, rounding of its dtype apart); ``scale`` s multiplies the scores;
-    ``lipschitz`` L_σ; ``loss_lipschitz`` L_ℓ, ``loss_range`` b, ``delta`` δ. The norms are taken from the trained weights, as if the
-    class had been fixed before: a union bound over norms would add a logarithm. Returns {gap, rademacher, rank,
-    scores, values, readout, chance}: the last four are the parts of the gap, which is their sum. Raises ValueError for
-    arguments that do not fit.
+    ``lipschitz`` L_σ; ``loss_lipschitz`` L_ℓ, ``loss_range`` b, ``delta`` δ. The norms are taken from the trained
+    weights, as if the class had been fixed before: a union bound over norms would add a logarithm. Returns {gap,
+    rademacher, rank, scores, values, readout, chance}: the last four are the parts of the gap, which is their sum.
+    Raises ValueError for arguments that do not fit.
     """
     if not isinstance(n_samples, int) or n_samples < 1:
         raise ValueError(f"n_samples: expected a positive integer, got {n_samples!r}")
@@ -107,6 +107,7 @@ def bound(
     rows = []
     for layer in range(len(live)):
         view = live.attention(layer)
+        check(view)
         inputs = view.q.weight.shape[1]
         norm = math.sqrt(inputs) if input_norm is None else input_norm
         keys, values = (part.weight.repeat_interleave(view.repeats, 0) for part in (view.k, view.v))

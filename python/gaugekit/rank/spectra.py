@@ -91,6 +91,7 @@ def spectrum(view: AttentionView, moments: Moments | None = None) -> Spectrum:
     Plain means C = I: the singular values of [W_Q; b_Q] W_Kᵀ. Cost: two eigendecompositions of [D, D] a layer and QRs
     of [D, K] a head, in float64.
     """
+    check(view)
     plain = slice(view.rotary, None)
     inputs = view.q.weight.shape[1]
     eye = torch.eye(inputs + 1, dtype=torch.float64)
@@ -118,6 +119,14 @@ def spectrum(view: AttentionView, moments: Moments | None = None) -> Spectrum:
         rounded_k = rounding_norm(view.k.weight[..., plain], view.k.dtype, root_k)
         noise = _product_noise((r_q, rounded_q), (r_k, rounded_k), inputs)
     return Spectrum(of_q * of_k / 2, values, turn_q, turn_k, noise)
+
+
+def check(view: AttentionView) -> None:
+    """ValueError, with the reason, where the scores of a family are no matter of W_Q W_Kᵀ alone."""
+    if "query_key" in view.barred:
+        raise ValueError(
+            f"rank: expected scores that are a function of W_Q W_Kᵀ, got a model in which {view.barred['query_key']}"
+        )
 
 
 def rounding_norm(weight: Tensor, dtype: torch.dtype, root: Tensor | None = None) -> Tensor:
