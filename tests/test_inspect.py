@@ -11,6 +11,7 @@ from transformers import T5Config, T5EncoderModel
 
 import gaugekit.inspect
 from gaugekit import samples
+from gaugekit.inspect import SMOOTH, _smoothing
 from gaugekit.reference.nonlocal_energy import nonlocal_energy
 from helpers import minilm
 from tiny import add_tokenizer, bert, gpt2
@@ -59,6 +60,28 @@ def test_singular_values_and_ranks_are_those_of_the_product():
     assert row["effective_ranks"][2] == 0 and 1 < row["effective_ranks"][1] <= 3.001
     share = torch.tensor(row["singular_values"][0]) / sum(row["singular_values"][0])
     assert row["effective_ranks"][0] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_ranks_are_those_before_rounding_in_every_dtype(make, dtype, tmp_path):
+    """Where projections stand alone and where three share one matrix; on disk and live; wide heads keep theirs."""
+    sizes = {"hidden_size": 256} if make is bert else {"n_embd": 256}
+    model = make(**sizes).double()
+    low = (torch.randn(256, 5).double() @ torch.randn(5, 64).double()) / 50
+    with torch.no_grad():
+        if make is bert:
+            model.encoder.layer[0].attention.self.query.weight[64:128] = low.mT
+            model.encoder.layer[0].attention.self.key.weight[192:] = 0
+        else:
+            model.transformer.h[0].attn.c_attn.weight[:, 64:128] = low
+            model.transformer.h[0].attn.c_attn.weight[:, 256 + 192 : 512] = 0
+    model.to(dtype).save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        first, second = gaugekit.inspect(source)["layers"]
+        assert first["ranks"] == [64, 5, 64, 0] and second["ranks"] == [64] * 4
+        assert first["effective_ranks"][3] == 0 and 4 < first["effective_ranks"][1] < 10
+        assert min(second["effective_ranks"]) > 40
 
 
 def test_exponent_entropy_counts_the_weights_of_a_layer_in_bfloat16():
@@ -129,6 +152,15 @@ def test_a_model_that_over_smooths_is_reported(saved):
         )  # one vector, the same for all tokens, outweighs the rest
     notes = gaugekit.inspect(live, text=TEXT).notes
     assert any("over-smoothing: tokens entering layer 1 have a mean cosine of 1.00" in note for note in notes)
+
+
+def test_over_smoothing_begins_at_a_cosine_of_nine_tenths():
+    assert SMOOTH == 0.9
+    assert _smoothing([0.2, 0.89, 0.9]) == []
+    (note,) = _smoothing([0.2, 0.91, 0.95])
+    assert "entering layer 1 have a mean cosine of 0.91" in note
+    (note,) = _smoothing([0.2, 0.3, 0.91])
+    assert "in the output have a mean cosine of 0.91" in note
 
 
 def test_a_directory_gives_what_its_live_model_gives(saved):

@@ -71,7 +71,12 @@ def test_pool_mean_averages_unpadded_tokens_and_scales_to_length_one():
         rows.append(torch.nn.functional.normalize(torch.stack(means), dim=-1))
     assert report["rows"] == len(sequences)
     assert report["max_abs_error"] == pytest.approx((rows[0] - rows[1]).abs().max().item(), rel=1e-9)
-    assert seen == [(32, 64), (64, 64)]
+    tokens = sum(map(len, sequences))
+    assert report["tokens"] == tokens
+    assert [total for _, total in seen] == [2 * tokens] * 4 and seen[-1][
+        0
+    ] == 2 * tokens  # two passes, two batches
+    assert seen[1][0] == tokens and 0 < seen[0][0] < tokens < seen[2][0] < 2 * tokens
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])

@@ -19,6 +19,7 @@ from . import samples, symmetry
 from .checkpoint import Checkpoint
 from .models import AttentionView, Layers, Live
 from .nn import NonlocalRegularizer
+from .rank import head_ranks, head_values
 from .report import Report
 
 GROUPS = ("value_output", "query_key", "key_bias", "value_bias")
@@ -41,8 +42,8 @@ def inspect(
     ``layers`` for each layer:
 
         singular_values   [H][K] of W_Q W_Kᵀ for each head, in descending order, float64 (thin QRs, then a small SVD)
-        ranks             [H] how many of them exceed D · eps(stored dtype) · the largest
-        effective_ranks   [H] exp of the entropy of σ/Σσ (Roy and Vetterli 2007)
+        ranks             [H] how many of them exceed what rounding to the stored dtype explains (``rank.head_ranks``)
+        effective_ranks   [H] exp of the entropy of σ/Σσ (Roy and Vetterli 2007); 0 for a head of zeros
         exponent_entropy_bits   of the weights of this layer
         token_cosine      of the tokens that enter this layer, None without text
         energy            J/Σ‖v_i‖² of the layer's attention over its values, the mean over texts and heads: with
@@ -94,8 +95,7 @@ def inspect(
         )
         seen.update(inside)
         histogram += exponents
-        eps = max(torch.finfo(dtypes[name]).eps for name in inside)
-        rows.append({"layer": layer, **_spectra(view, eps), "exponent_entropy_bits": _entropy(exponents)})
+        rows.append({"layer": layer, **_spectra(view), "exponent_entropy_bits": _entropy(exponents)})
         advance()
     for name in names:
         if name not in seen and len(sizes[name]) > 1:
@@ -105,6 +105,7 @@ def inspect(
         row |= {"token_cosine": cosine, "energy": energy}
     notes += _smoothing(cosines)
     unobservable["total"] = sum(unobservable.values())
+    notes += [f"{group}: left alone, since {reason}" for group, reason in view.barred.items()]
     notes.insert(0, _meaning(unobservable["total"], parameters, view))
     fields = {
         "parameters": parameters,
@@ -116,17 +117,14 @@ def inspect(
     return Report("inspect", fields, notes)
 
 
-def _spectra(view: AttentionView, eps: float) -> dict[str, list]:
-    """Singular values and ranks of W_Q W_Kᵀ = Q_q (R_q R_kᵀ) Q_kᵀ for each head: [D, K] never becomes [D, D]."""
-    r_q = torch.linalg.qr(view.q.weight, mode="r").R
-    r_k = torch.linalg.qr(view.k.weight, mode="r").R.repeat_interleave(view.repeats, dim=0)
-    values = torch.linalg.svdvals(r_q @ r_k.mT)
+def _spectra(view: AttentionView) -> dict[str, list]:
+    """Singular values, numerical ranks and effective ranks of W_Q W_Kᵀ for each head."""
+    values = head_values(view)
     share = values / values.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     entropy = -torch.special.xlogy(share, share).sum(-1)
-    above = values > view.q.weight.shape[1] * eps * values[:, :1]
-    effective = torch.where(above.any(-1), entropy.exp(), 0.0)
+    effective = torch.where(values[:, 0] > 0, entropy.exp(), 0.0)
     return {
-        "ranks": above.sum(-1).tolist(),
+        "ranks": head_ranks(view, values),
         "effective_ranks": effective.tolist(),
         "singular_values": values.tolist(),
     }

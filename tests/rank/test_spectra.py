@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gaugekit.models import AttentionView, Projection
-from gaugekit.rank import Truncate, compact, spectrum
+from gaugekit.rank import Truncate, compact, head_ranks, rounding_norm, spectrum
 from gaugekit.rank.truncation import cut
 from gaugekit.statistics import Moments
 from gaugekit.symmetry import GaugeFix, count
@@ -141,3 +141,78 @@ def test_bad_ranks():
     with pytest.raises(ValueError, match="2 ranks for layer 1"):
         Truncate([[2, 2]]).layer(replace(view, layer=1))
     assert compact(view) == {}
+
+
+def rounded(x, dtype):
+    return x.to(dtype).double()
+
+
+def test_the_norm_of_rounding_worked_by_hand():
+    """Ones have an ulp of 2⁻⁷ in bfloat16: 2⁻⁷/√12 (√m + √n); a column of 64s outweighs the rest 64 times."""
+    ones = torch.ones(1, 9, 4, dtype=torch.float64)
+    assert rounding_norm(ones, torch.bfloat16).item() == pytest.approx(5 * 2**-7 / 12**0.5)
+    assert rounding_norm(ones, torch.float16).item() == pytest.approx(5 * 2**-10 / 12**0.5)
+    assert rounding_norm(ones, torch.float32).item() == pytest.approx(5 * 2**-23 / 12**0.5)
+    column = ones.clone()
+    column[..., 2] = 64.0
+    row = (3 + 64**2) ** 0.5
+    assert rounding_norm(column, torch.bfloat16).item() == pytest.approx((3 * 64 + row) * 2**-7 / 12**0.5)
+    tiny = torch.full((1, 9, 4), 1e-6, dtype=torch.float64)  # float16 counts in steps of 2⁻²⁴ there
+    assert rounding_norm(tiny, torch.float16).item() == pytest.approx(5 * 2**-24 / 12**0.5)
+    assert rounding_norm(0 * ones, torch.bfloat16).item() == 0
+    stacked = ones.unflatten(1, (3, 3))[None].squeeze(1)
+    assert rounding_norm(stacked, torch.bfloat16).item() == pytest.approx(5 * 2**-7 / 12**0.5)
+    twice = 2 * torch.eye(9, dtype=torch.float64)
+    assert rounding_norm(ones, torch.bfloat16, twice).item() == pytest.approx(10 * 2**-7 / 12**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_norm_of_rounding_is_that_of_true_rounding(dtype):
+    """It covers the errors really made, by less than half again; and so does the formula for entries of like size."""
+    for size in ((576, 64), (64, 64), (384, 32)):
+        weight = 0.02 * torch.randn(1, *size, dtype=torch.float64)
+        true = torch.linalg.matrix_norm(rounded(weight, dtype) - weight, 2)
+        assert true < rounding_norm(rounded(weight, dtype), dtype) < 1.5 * true
+        m, n = size
+        formula = torch.finfo(dtype).eps / 4 * (m**0.5 + n**0.5) * weight.norm() / (m * n) ** 0.5
+        assert 0.9 * formula < rounding_norm(weight, dtype) < 1.2 * formula
+        heavy = weight * torch.randn(1, m, 1, dtype=torch.float64).exp()
+        true = torch.linalg.matrix_norm(rounded(heavy, dtype) - heavy, 2)
+        assert true < rounding_norm(rounded(heavy, dtype), dtype) < 3 * true
+
+
+def low_rank_view(rank, of_q, of_k, inputs=192, width=32):
+    """Four query and two key heads; the queries have ``rank``, the keys full rank, before they are rounded."""
+    turn = torch.linalg.qr(torch.randn(4, width, width, dtype=torch.float64)).Q[:, :rank]
+    q = torch.randn(4, inputs, rank, dtype=torch.float64) @ turn
+    k = torch.randn(2, inputs, width, dtype=torch.float64)
+    view = random_view(inputs=inputs, width=width, biases=False)
+    q = Projection(rounded(0.02 * q, of_q), dtype=of_q)
+    return replace(view, q=q, k=Projection(rounded(0.02 * k, of_k), dtype=of_k))
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("of_q", DTYPES)
+@pytest.mark.parametrize("of_k", DTYPES)
+def test_the_rank_of_a_head_is_that_before_it_was_rounded(of_q, of_k):
+    for rank in (1, 3, 8, 20, 32):
+        view = low_rank_view(rank, of_q, of_k)
+        assert head_ranks(view) == [rank] * 4
+        # Two query heads share a key: their stack has twice the rank.
+        assert spectrum(view).needed(1.0) == [min(2 * rank, 32)] * 2
+    dead = replace(
+        view, q=replace(view.q, weight=view.q.weight * torch.tensor([0.0, 1, 1, 1])[:, None, None])
+    )
+    assert head_ranks(dead) == [0, 32, 32, 32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_energy_that_only_rounding_made_asks_for_no_channel(dtype):
+    """Seen by activations too, whose longest directions are a thousand times the shortest."""
+    view = low_rank_view(5, dtype, dtype)
+    x = torch.randn(400, 192, dtype=torch.float64) * torch.logspace(0, -3, 192, dtype=torch.float64)
+    assert spectrum(view, moments(x)).needed(1.0) == [10, 10]
+    exact = replace(view, q=replace(view.q, dtype=torch.float64), k=replace(view.k, dtype=torch.float64))
+    assert spectrum(exact).needed(1.0) == [32, 32]  # what is stored in float64 is taken at its word

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..codec import safe_open
+from .. import models
+from ..checkpoint import Checkpoint
 from ..codec.index import INDEX_SUFFIX, check_indices
 from ..config import read_config
 
@@ -50,16 +51,14 @@ def directory(path: str | Path, argument: str = "model") -> Path:
 
 def stored_dtype(path: Path) -> torch.dtype:
     """The floating type most numbers in ``path`` are stored in, packed or not; ValueError for a damaged file."""
-    bytes_of: Counter[torch.dtype] = Counter()
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                stored = opened.get_slice(name)
-                if (dtype := STORED.get(stored.get_dtype())) is not None:
-                    bytes_of[dtype] += math.prod(stored.get_shape())
-    if not bytes_of:
+    checkpoint = Checkpoint(path)  # the files the model consists of, not others that stand beside them
+    numbers: Counter[torch.dtype] = Counter()
+    for name in checkpoint.names():
+        if (dtype := checkpoint.dtype(name)) in STORED.values():
+            numbers[dtype] += math.prod(checkpoint.shape(name))
+    if not numbers:
         raise ValueError(f"{path}: expected weights stored as {', '.join(STORED)}, found none")
-    return bytes_of.most_common(1)[0][0]
+    return numbers.most_common(1)[0][0]
 
 
 def architecture(path: Path) -> type:
@@ -156,9 +155,9 @@ def home(live: torch.nn.Module) -> Path | None:
 
 
 def positions(config: Any) -> int:
-    """How many positions a model has; 512 where its config names no limit."""
+    """How many positions a model has for tokens; 512 where its config names no limit."""
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
-    return min([limit for limit in limits if limit] or [512])
+    return min([limit - models.unused_positions(config.to_dict()) for limit in limits if limit] or [512])
 
 
 @contextlib.contextmanager

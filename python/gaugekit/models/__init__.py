@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from .bert import Bert
-from .family import Family, Read
+from . import bert, llama, t5, vit
+from .family import Family, Read, linear
 from .gpt2 import Gpt2
-from .llama import NAMES, Llama
 from .view import AttentionView, Compact, Projection, Stored, parameters, used_channels
 
 FAMILIES: dict[str, Family] = {
-    adapter.name: adapter for adapter in (Bert(), Gpt2(), *(Llama(name) for name in NAMES))
+    adapter.name: adapter
+    for adapter in (
+        *(bert.Bert(name) for name in bert.NAMES),
+        Gpt2(),
+        *(llama.Llama(name) for name in llama.NAMES),
+        *(t5.T5(name) for name in t5.NAMES),
+        *(vit.Vit(name) for name in vit.NAMES),
+    )
 }
-NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone between them"
-POSITIONS = "it adds position to the scores, and the key/query symmetry no longer holds"
+FUSED = "its fused projection of queries, keys and values has no adapter yet"
 REFUSED = {
-    **dict.fromkeys(("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2", "olmo3", "chameleon"), NORMS),
-    **dict.fromkeys(("t5", "mt5", "umt5", "deberta", "deberta-v2", "bloom", "mpt", "mpnet"), POSITIONS),
+    **dict.fromkeys(("bloom", "deberta", "mpt"), FUSED),
+    "gemma3": "its language model has an adapter only by itself (gemma3_text)",
 }
 
 
@@ -28,7 +34,7 @@ def family(config: dict) -> Family:
     """The adapter for ``config`` (the content of ``config.json``).
 
     Raises ValueError for a family that is not known (naming those that are) and for a config of a known family that the
-    mathematics does not cover (naming the entry or the reason: normalised queries and keys, position in the scores).
+    mathematics does not cover (naming the entry or the reason).
     """
     kind = config.get("model_type")
     if kind in REFUSED:
@@ -47,6 +53,11 @@ def family(config: dict) -> Family:
     return adapter
 
 
+def unused_positions(config: dict) -> int:
+    """How many of a model's first position embeddings no token has: RoBERTa and its kin begin after the padding's."""
+    return (config.get("pad_token_id") or 0) + 1 if config.get("model_type") in bert.OFFSET else 0
+
+
 class Layers:
     """The attention of a model, layer by layer, from anything that reads tensors by name.
 
@@ -58,7 +69,8 @@ class Layers:
 
     def __init__(self, config: dict, names: Iterable[str], read: Read):
         self.config = config
-        self.family = family(config)
+        names = list(names)
+        self.family = family(config).named(names)
         self.prefix = self.family.prefix(names)
         self._read = read
 
@@ -71,8 +83,20 @@ class Layers:
         return self._read(self.prefix + name)
 
     def attention(self, layer: int) -> AttentionView:
-        """The float64 view of one layer's attention."""
-        view = replace(self.family.attention(self.config, layer, self.read), layer=layer)
+        """The float64 view of one layer's attention; its projections know the dtypes they are stored in."""
+        stored: dict[str, torch.dtype] = {}
+
+        def read(name: str) -> Tensor:
+            tensor = self.read(name)
+            stored[name] = tensor.dtype
+            return tensor
+
+        view = self.family.attention(self.config, layer, read)
+        paths = self.family.projections(self.config, layer)
+        parts = {
+            part: replace(getattr(view, part), dtype=stored[f"{path}.weight"]) for part, path in paths.items()
+        }
+        view = replace(view, **parts, layer=layer)
         return view if view.q.weight.is_meta else replace(view, channels=used_channels(view))
 
 
@@ -116,6 +140,8 @@ __all__ = [
     "Projection",
     "Stored",
     "family",
+    "linear",
     "parameters",
+    "unused_positions",
     "used_channels",
 ]

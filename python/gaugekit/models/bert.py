@@ -1,23 +1,35 @@
-"""BERT: separate nn.Linear projections (weight [out, in]) under encoder.layer.<l>.attention."""
+"""BERT and its kin: separate nn.Linear projections (weight [out, in]) under encoder.layer.<l>.attention."""
 
 from __future__ import annotations
 
 from .family import Read
 from .linears import Linears
-from .view import AttentionView
+from .view import POSITIONS, AttentionView
 
 PARTS = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
+OTHER_PARTS = {
+    "mpnet": {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o"},
+    "deberta-v2": {"q": "self.query_proj", "k": "self.key_proj", "v": "self.value_proj", "o": "output.dense"},
+}
+NAMES = ("bert", "roberta", "xlm-roberta", "camembert", *OTHER_PARTS)
+OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # the first position has number pad_token_id + 1
+# DeBERTa multiplies queries and keys with vectors of position too, so that even its key bias can be seen.
+BARRED = {
+    "mpnet": {"query_key": POSITIONS},
+    "deberta-v2": {"query_key": POSITIONS, "key_bias": POSITIONS},
+}
 
 
 class Bert(Linears):
-    """Encoders of model_type "bert" (and causal decoders of that type, without cross-attention)."""
+    """Encoders of the model types in ``NAMES`` (and causal decoders of those types, without cross-attention)."""
 
-    name = "bert"
-    anchor = "encoder.layer.0.attention.output.dense.weight"
+    def __init__(self, name: str = "bert"):
+        self.name = name
+        self.anchor = f"encoder.layer.0.attention.{self._parts()['o']}.weight"
 
     def check(self, config: dict) -> None:
         position = config.get("position_embedding_type") or "absolute"
-        if position != "absolute":
+        if position != "absolute" and self.name != "deberta-v2":
             raise ValueError(
                 f"position_embedding_type: expected 'absolute', got {position!r} (a relative one adds position to the "
                 "scores, and the key/query symmetry no longer holds)"
@@ -37,7 +49,7 @@ class Bert(Linears):
         return f"encoder.layer.{layer}"
 
     def projections(self, config: dict, layer: int) -> dict[str, str]:
-        return {part: f"{self.block(layer)}.attention.{path}" for part, path in PARTS.items()}
+        return {part: f"{self.block(layer)}.attention.{path}" for part, path in self._parts().items()}
 
     def shapes(self, config: dict, layer: int) -> dict[str, tuple[int, ...]]:
         size = config["hidden_size"]
@@ -55,4 +67,8 @@ class Bert(Linears):
     def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
         width = config["hidden_size"] // config["num_attention_heads"]
         parts = self.parts(config, layer, read)
-        return AttentionView(**parts, scale=width**-0.5, causal=bool(config.get("is_decoder")))
+        causal, barred = bool(config.get("is_decoder")), BARRED.get(self.name, {})
+        return AttentionView(**parts, scale=width**-0.5, causal=causal, barred=barred)
+
+    def _parts(self) -> dict[str, str]:
+        return OTHER_PARTS.get(self.name, PARTS)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .view import AttentionView, Compact, Stored
+from .view import AttentionView, Compact, Projection, Stored
 
 Read = Callable[[str], Tensor]
 
@@ -56,6 +56,14 @@ class Family(ABC):
     @abstractmethod
     def block(self, layer: int) -> str:
         """The path of the module of layer ``layer``."""
+
+    def named(self, names: Iterable[str]) -> Family:
+        """The adapter that goes by ``names``: a family may call its tensors otherwise in files than in memory."""
+        return self
+
+    def modules(self, config: dict, layer: int) -> dict[str, str]:
+        """``projections`` of a live model, whatever names this adapter goes by: where forms are put."""
+        return self.projections(config, layer)
 
     def recomputed(self, name: str) -> bool:
         """Whether a stored tensor is no parameter: old files hold masks that the model makes anew."""
@@ -112,3 +120,13 @@ def join(weight: Tensor) -> Tensor:
 def bias_or_zeros(part_bias: Tensor | None, size: int) -> Tensor:
     """A bias as one row, zeros where there is none."""
     return torch.zeros(size, dtype=torch.float64) if part_bias is None else part_bias.flatten()
+
+
+def linear(projection: Projection) -> Compact:
+    """A q, k or v projection as the form "linear": where a family would store zeros for a bias that is gone."""
+    weight = join(projection.weight).mT.contiguous()
+    arguments = {"inputs": weight.shape[1], "outputs": weight.shape[0], "bias": projection.bias is not None}
+    tensors = {"weight": weight}
+    if projection.bias is not None:
+        tensors["bias"] = projection.bias.flatten()
+    return Compact("linear", arguments, tensors)

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from .family import Family, Read, bias_or_zeros, join, split
+from .family import Family, Read, bias_or_zeros, join, linear, split
 from .view import AttentionView, Compact, Projection, Stored
 
 
@@ -72,7 +72,7 @@ class Gpt2(Family):
         fused = {part: getattr(view, part) for part in "qkv"}
         if any(part in compact for part in fused):
             # The three are no longer of one kind: a concatenation of forms, its parts under 0, 1, 2.
-            parts = [compact.get(part) or _linear(projection) for part, projection in fused.items()]
+            parts = [compact.get(part) or linear(projection) for part, projection in fused.items()]
             for index, part in enumerate(parts):
                 tensors |= {f"{paths['q']}.{index}.{name}": tensor for name, tensor in part.tensors.items()}
             modules[paths["q"]] = {"form": "concat", "arguments": {"parts": [part.spec for part in parts]}}
@@ -99,12 +99,3 @@ class Gpt2(Family):
     @staticmethod
     def _sizes(config: dict) -> tuple[int, int]:
         return config["n_embd"], config["n_head"]
-
-
-def _linear(projection: Projection) -> Compact:
-    weight = join(projection.weight).mT.contiguous()
-    arguments = {"inputs": weight.shape[1], "outputs": weight.shape[0], "bias": projection.bias is not None}
-    tensors = {"weight": weight}
-    if projection.bias is not None:
-        tensors["bias"] = projection.bias.flatten()
-    return Compact("linear", arguments, tensors)

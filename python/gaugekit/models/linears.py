@@ -36,10 +36,11 @@ class Linears(Family):
         self, config: dict, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None
     ) -> Stored:
         tensors, modules = {}, {}
+        places = self.modules(config, layer)
         for part, path in self.projections(config, layer).items():
             if compact and part in compact:
                 tensors |= {f"{path}.{name}": tensor for name, tensor in compact[part].tensors.items()}
-                modules[path] = compact[part].spec
+                modules[places[part]] = compact[part].spec
                 continue
             projection = getattr(view, part)
             weight = projection.weight.flatten(0, 1) if part == "o" else join(projection.weight)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from .family import Read
 from .linears import Linears
-from .view import AttentionView
+from .view import NORMS, AttentionView
 
-NAMES = ("llama", "mistral", "qwen2")
+NORMED = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text", "chameleon")  # queries and keys have norms
+NAMES = ("llama", "mistral", "qwen2", *NORMED)
 BIASED = {"qwen2": "qkv"}  # the parts with biases where no config entry says so
 
 
 class Llama(Linears):
-    """Decoders of model_type "llama", "mistral" and "qwen2": every channel of a head is turned by position."""
+    """Decoders of the model types in ``NAMES``: every channel of a head is turned by position."""
 
     anchor = "layers.0.self_attn.o_proj.weight"
 
@@ -55,8 +56,12 @@ class Llama(Linears):
         _, _, width = self._sizes(config)
         rope = config.get("rope_parameters") or {}
         base = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
+        scale = (config.get("query_pre_attn_scalar") or width) ** -0.5
+        barred = dict.fromkeys(("query_key", "key_bias"), NORMS) if self.name in NORMED else {}
         parts = self.parts(config, layer, read)
-        return AttentionView(**parts, scale=width**-0.5, rotary=width, causal=True, rotary_base=float(base))
+        return AttentionView(
+            **parts, scale=scale, rotary=width, causal=True, rotary_base=float(base), barred=barred
+        )
 
     @staticmethod
     def _sizes(config: dict) -> tuple[int, int, int]:

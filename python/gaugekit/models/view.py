@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,11 +16,19 @@ class Projection:
     q, k, v: ``y_h = x @ weight[h] + bias[h]`` with ``weight`` [heads, D, width] and ``bias`` [heads, width] or None.
     o: ``y = sum_h x_h @ weight[h] + bias`` with ``weight`` [H, V, D] and ``bias`` [D] or None.
     ``rows`` [heads, width] int64, where a gauge has been fixed: ``weight[h, rows[h]]`` is the identity, exactly.
+    ``dtype`` is the one the numbers were rounded to where they are stored: what tells a small singular value from
+    rounding (``rank.spectra.rounding_norm``).
     """
 
     weight: Tensor
     bias: Tensor | None = None
     rows: Tensor | None = None
+    dtype: torch.dtype = torch.float64
+
+
+# Why a group may be left alone in a family (``AttentionView.barred``)
+NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone between them"
+POSITIONS = "it adds position to the scores, which are then not a function of W_Q W_Kᵀ alone"
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class AttentionView:
     by position (0: none), channel i < rotary/2 paired with i + rotary/2 and turned by position · base^(−2i/rotary);
     ``causal``: no token sees a later one. ``layer`` is its place in the model. ``channels`` [G][R_g] lists, where some
     are zero in queries and keys alike, those of the K channels that are not (ascending; None: all are in use).
+    ``barred`` {group: reason} names the groups that are left alone in this family although the parts are there, and
+    only those: what comes between queries and keys says nothing of values.
     """
 
     q: Projection
@@ -42,6 +53,7 @@ class AttentionView:
     rotary_base: float = 10_000.0
     layer: int = 0
     channels: tuple[tuple[int, ...], ...] | None = None
+    barred: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def heads(self) -> int:
@@ -69,7 +81,8 @@ class AttentionView:
         """softmax(scale·q kᵀ) v Wₒ + bₒ for ``x`` [B, T, D] in the view's dtype: the layer as its formula says, T×T.
 
         It is the measure of what a rewrite does to a layer. Rotary channels are turned by the base alone, without the
-        corrections a config may ask for at long contexts: those change angles, not what a rewrite may do.
+        corrections a config may ask for at long contexts: those change angles, not what a rewrite may do. Norms of
+        queries and keys and biases of position are left out likewise: no rewrite of theirs touches what they stand on.
         """
         q, k, v = (_project(x, part) for part in (self.q, self.k, self.v))
         if self.rotary:

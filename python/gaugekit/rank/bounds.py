@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..models import Live
 from ..report import Report
+from .spectra import check, head_ranks, rounding_norm
 
 INTEGRAL = math.sqrt(math.log(9)) + math.sqrt(math.pi) / 2 * 9 * math.erfc(math.sqrt(math.log(9)))
 
@@ -53,11 +54,11 @@ def covering_bound(
     """The bound of this module for the class of layers whose norms and rank are those of the given weights.
 
     ``scores`` W = W_Q W_Kᵀ [D, D], ``value`` W_V [D, V], ``readout`` w [V]; ``input_norm`` B_x bounds every token's
-    norm; ``rank`` r (default: W's numerical rank); ``scale`` s multiplies the scores; ``lipschitz`` L_σ;
-    ``loss_lipschitz`` L_ℓ, ``loss_range`` b, ``delta`` δ. The norms are taken from the trained weights, as if the
-    class had been fixed before: a union bound over norms would add a logarithm. Returns {gap, rademacher, rank,
-    scores, values, readout, chance}: the last four are the parts of the gap, which is their sum. Raises ValueError for
-    arguments that do not fit.
+    norm; ``rank`` r (default: W's numerical rank, rounding of its dtype apart); ``scale`` s multiplies the scores;
+    ``lipschitz`` L_σ; ``loss_lipschitz`` L_ℓ, ``loss_range`` b, ``delta`` δ. The norms are taken from the trained
+    weights, as if the class had been fixed before: a union bound over norms would add a logarithm. Returns {gap,
+    rademacher, rank, scores, values, readout, chance}: the last four are the parts of the gap, which is their sum.
+    Raises ValueError for arguments that do not fit.
     """
     if not isinstance(n_samples, int) or n_samples < 1:
         raise ValueError(f"n_samples: expected a positive integer, got {n_samples!r}")
@@ -69,8 +70,13 @@ def covering_bound(
             f"scores, readout: expected [{inputs}, {inputs}] and [{width}] beside value [{inputs}, {width}], "
             f"got {list(scores.shape)} and {list(readout.shape)}"
         )
+    stored = scores.dtype
     scores, value, readout = (x.detach().double() for x in (scores, value, readout))
-    rank = int(torch.linalg.matrix_rank(scores)) if rank is None else rank
+    if rank is None:
+        rounding = float(rounding_norm(scores[None], stored))
+        rank = int(
+            torch.linalg.matrix_rank(scores, atol=rounding, rtol=inputs * torch.finfo(scores.dtype).eps)
+        )
     size, through = float(readout.norm()), float(torch.linalg.matrix_norm(value, 2))
     whole = float(value.norm())
     steps = {
@@ -94,27 +100,28 @@ def bound(
     Each head stands for itself, its values read through W_O by the unit vector that hears them best (‖w‖ = 1, σ the
     identity, loss range 1). ``input_norm`` B_x defaults to √D, the norm of a normalised token. These numbers are far
     above 1 for real models: compare them, do not believe them. ``layers``: [{layer, ranks [H], stable_ranks [H]
-    ‖W‖_F²/‖W‖², spectral_norms [H], log_rank_sum Σ_h log r_h, bounds [H]}]. Raises ValueError for an unknown family.
+    ‖W‖_F²/‖W‖², spectral_norms [H], log_rank_sum Σ_h log r_h over heads that are not zero,
+    bounds [H]}]. Raises ValueError for an unknown family.
     """
     live = Live(model)
     rows = []
     for layer in range(len(live)):
         view = live.attention(layer)
+        check(view)
         inputs = view.q.weight.shape[1]
         norm = math.sqrt(inputs) if input_norm is None else input_norm
         keys, values = (part.weight.repeat_interleave(view.repeats, 0) for part in (view.k, view.v))
-        found = []
+        found, ranks = [], head_ranks(view)
         for head in range(view.heads):
             product = view.q.weight[head] @ keys[head].mT
             spectrum = torch.linalg.svdvals(product)
-            width = min(view.ranks[head // view.repeats], int(torch.linalg.matrix_rank(product)))
+            width = min(view.ranks[head // view.repeats], ranks[head])
             through = values[head] @ view.o.weight[head]
             reader = torch.linalg.svd(through, full_matrices=False)[2][0]
             limits = covering_bound(product, through, reader, n_samples, input_norm=norm, rank=width, scale=view.scale,
                                     delta=delta)  # fmt: skip
-            found.append(
-                (width, float(spectrum.square().sum() / spectrum[0] ** 2), float(spectrum[0]), limits["gap"])
-            )
+            stable = float(spectrum.square().sum() / spectrum[0] ** 2) if spectrum[0] else 0.0
+            found.append((width, stable, float(spectrum[0]), limits["gap"]))
         ranks, stable, norms, bounds = map(list, zip(*found, strict=True))
         rows.append(
             {
@@ -122,7 +129,7 @@ def bound(
                 "ranks": ranks,
                 "stable_ranks": stable,
                 "spectral_norms": norms,
-                "log_rank_sum": sum(map(math.log, ranks)),
+                "log_rank_sum": sum(math.log(rank) for rank in ranks if rank),
                 "bounds": bounds,
             }
         )

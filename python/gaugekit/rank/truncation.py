@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models import AttentionView, Compact, Projection, family
 from ..moments import Moments, digest
 from ..rewrite import Rewrite
-from .spectra import Spectrum, spectrum
+from .spectra import Spectrum, check, spectrum
 
 Ranks = list[list[int]]  # [L][G]
 
@@ -92,6 +92,7 @@ class Truncate(Rewrite):
 
     def _ranks(self, view: AttentionView) -> list[int]:
         """[G] the ranks of this layer; ValueError where they do not fit it."""
+        check(view)
         width, ranks = view.k.weight.shape[2], self.ranks
         if isinstance(ranks, int):
             ranks = [ranks] * view.groups

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..models import AttentionView, Compact, Live, Projection, family
+from ..models import AttentionView, Compact, Live, Projection, family, linear
 from ..nn.gauge_projection import free_rows
 from ..report import Report
 from ..rewrite import Rewrite, invariance_error
@@ -64,7 +64,9 @@ class GaugeFix(Rewrite):
 
     def form(self, view: AttentionView) -> dict[str, Compact]:
         parts = {"k": view.k, "v": view.v}
-        return {name: compact(part) for name, part in parts.items() if part.rows is not None}
+        forms = {name: compact(part) for name, part in parts.items() if part.rows is not None}
+        bare = "query_key" in view.barred and "key_bias" not in view.barred and view.k.bias is None
+        return forms | ({"k": linear(view.k)} if bare else {})
 
 
 def compact(part: Projection) -> Compact:
@@ -102,9 +104,10 @@ def fix(model: nn.Module, *, rows: str = "max_volume") -> Report:
     live = Live(model)
     gauge = GaugeFix(rows)
     removed = gauge.plan(live.config)
-    layers = []
+    layers, notes = [], []
     for layer in range(len(live)):
         before = live.attention(layer)
+        notes = [f"{group}: left alone, since {reason}" for group, reason in before.barred.items()]
         after = gauge.layer(before)
         found = {
             "layer": layer,
@@ -115,4 +118,4 @@ def fix(model: nn.Module, *, rows: str = "max_volume") -> Report:
         live.write(live.family.store(live.config, layer, after).tensors)
         layers.append(found)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Report("fix", {"parameters": parameters, "removed": removed, "layers": layers})
+    return Report("fix", {"parameters": parameters, "removed": removed, "layers": layers}, notes)

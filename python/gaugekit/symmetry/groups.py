@@ -8,6 +8,9 @@ output is Σ_h A_h (x W_V + b_V) W_O + b_O. It does not move under
 - key_bias, R^K a key/value head, without rotary positions: b_K → b_K + e (it shifts a whole row of scores)
 - value_bias, R^V a key/value head: b_V → b_V + e and b_O → b_O − Σ_h e W_O^h (the rows of A sum to one)
 
+Norms of queries and keys take the second and the third away, whatever else holds; the other two do not ask how A came
+about. A family says so by ``AttentionView.barred``, which also names a group that is left alone in it.
+
 Source: van Nierop, "Transformer models are gauge invariant" (arXiv 2412.14543).
 """
 
@@ -62,7 +65,8 @@ class Symmetry(ABC):
 
     def _check(self, view: AttentionView, element: Tensor, shape: tuple[int, ...]) -> None:
         if self.dimension(view) == 0:
-            raise ValueError(f"{self.name}: this view has no such freedom (rotary positions, or no bias)")
+            reason = view.barred.get(self.name, "rotary positions, or no bias")
+            raise ValueError(f"{self.name}: this view has no such freedom ({reason})")
         if tuple(element.shape) != shape:
             raise ValueError(f"element of {self.name}: expected shape {shape}, got {tuple(element.shape)}")
 
@@ -106,7 +110,9 @@ class QueryKey(Symmetry):
     name = "query_key"
 
     def dimension(self, view: AttentionView) -> int:
-        return 0 if view.rotary or len(set(view.ranks)) > 1 else view.groups * view.ranks[0] ** 2
+        if self.name in view.barred or view.rotary or len(set(view.ranks)) > 1:
+            return 0
+        return view.groups * view.ranks[0] ** 2
 
     def random(self, view: AttentionView, generator: Generator | None = None) -> Tensor:
         return _random_matrices(view.groups, view.k.weight.shape[2], generator)
@@ -145,7 +151,9 @@ class KeyBias(Symmetry):
     name = "key_bias"
 
     def dimension(self, view: AttentionView) -> int:
-        return 0 if view.rotary or view.k.bias is None else view.k.bias.numel()
+        if self.name in view.barred or view.rotary or view.k.bias is None:
+            return 0
+        return view.k.bias.numel()
 
     def random(self, view: AttentionView, generator: Generator | None = None) -> Tensor:
         return torch.randn(view.groups, view.k.weight.shape[2], dtype=torch.float64, generator=generator)
