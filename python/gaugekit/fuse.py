@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .models import Live
 from .nn import forms, packing
+from .nn.packed_layer import PackedLayer
 from .rank import compact
 from .report import Report
 from .rewrite import VERSION
@@ -30,7 +31,6 @@ class _Undo:
     """What a fused instance was before; it stands on the instance, as plain data that no state_dict shows."""
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    packed: list[str] = field(default_factory=list)
     attention: str | None = None
     taps: list[str] = field(default_factory=list)
     neutreno: bool = False
@@ -94,10 +94,10 @@ def fuse(
         if gauge:
             _fuse_gauge(model, fields, undo)
         if packed:
-            _fuse_packed(model, fields, undo)
+            _fuse_packed(model, fields)
         if attention:
             _fuse_attention(model, fields, undo, neutreno)
-        if undo.modules or undo.packed or undo.neutreno or _attention(model) != undo.attention:
+        if undo.modules or undo.neutreno or _attention(model) != undo.attention:
             model.__dict__[RECORD] = undo
     fields["attention"] = _attention(model)
     fields["parameters_after"] = _count(model)
@@ -116,16 +116,15 @@ def unfuse(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
+    unpacked = packing.unpack(model)
     undo = model.__dict__.pop(RECORD, None)
     if undo is None:
-        return Report("unfuse", {"restored": [], "attention": _attention(model)}, ["the model is not fused"])
+        notes = [] if unpacked else ["the model is not fused"]
+        return Report("unfuse", {"restored": unpacked, "attention": _attention(model)}, notes)
     for path, original in undo.modules.items():
         fused = model.get_submodule(path)
         first = next(fused.parameters())
         model.set_submodule(path, original.to(first.device, first.dtype).train(fused.training))
-    packing.unpack(model, undo.packed)
-    if undo.packed:
-        model.__dict__.pop("save_pretrained", None)
     if undo.modules or undo.neutreno:
         if undo.quantization_config is None:
             model.config.__dict__.pop("quantization_config", None)
@@ -138,7 +137,7 @@ def unfuse(model: nn.Module) -> Report:
         neutreno.detach(model)
     if undo.attention is not None and undo.attention != _attention(model):
         model.set_attn_implementation(undo.attention)
-    return Report("unfuse", {"restored": [*undo.modules, *undo.packed], "attention": _attention(model)})
+    return Report("unfuse", {"restored": [*undo.modules, *unpacked], "attention": _attention(model)})
 
 
 def _fuse_gauge(model: nn.Module, fields: dict, undo: _Undo) -> None:
@@ -181,21 +180,12 @@ def _fuse_gauge(model: nn.Module, fields: dict, undo: _Undo) -> None:
         }
 
 
-def _fuse_packed(model: nn.Module, fields: dict, undo: _Undo) -> None:
+def _fuse_packed(model: nn.Module, fields: dict) -> None:
     done = packing.pack(model)
-    undo.packed = list(done.packed)
-    if done.packed and hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = _refuse_to_save
     fields["replaced"] += [{"module": path, "form": form} for path, form in done.packed.items()]
     fields["left"] += [{"module": path, "reason": reason} for path, reason in done.left.items()]
     fields["bytes_before"], fields["bytes_after"] = done.bytes_before, done.bytes_after
-
-
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise ValueError(
-        "save_pretrained: expected a model with plain weights, got one fused with packed=True; "
-        "gaugekit.unfuse(model) restores them, or keep the directory it was loaded from"
-    )
+    fields["plain_in_vectors"] = done.vectors
 
 
 def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:
@@ -236,6 +226,8 @@ def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:
 
 def _check_plain(path: str, module: nn.Module) -> None:
     """Only a bare projection may go: anything hung on it (adapters, hooks, offloading) would be lost."""
+    if isinstance(module, PackedLayer):
+        raise ValueError(f"{path} is packed: compact forms are not packed, so unfuse it first")
     if list(module.children()) or set(dict(module.named_parameters())) - {"weight", "bias"}:
         raise ValueError(f"{path} is no plain projection but a {type(module).__name__} with more inside")
     if (
@@ -278,7 +270,7 @@ def _attention(model: nn.Module) -> str | None:
 
 
 def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters()) + packing.count(model)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class _Verb(types.ModuleType):

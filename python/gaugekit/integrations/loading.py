@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from ..codec.index import INDEX_SUFFIX, check_indices
 from ..config import read_config
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# transformers sets torch's default dtype and more while it builds a model: two threads must not undo each other's.
+_building = threading.RLock()
+_switch = threading.Lock()
+_loud: list[tuple[bool, int]] = []  # one entry for each thread that keeps quiet: what it was before the first
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
@@ -75,16 +80,16 @@ def architecture(path: Path) -> type:
     return package.AutoModel
 
 
-def model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The model of ``path`` in ``dtype``, in evaluation mode.
+def model(path: Path, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
+    """The model of ``path`` in ``dtype``, in evaluation mode; ``options`` are ``from_pretrained``'s.
 
     ValueError where weights are missing, since transformers would fill them with random numbers.
     """
     found = architecture(path)
     stored_dtype(path)
-    with quiet(), reading(path):
+    with _building, quiet(), reading(path):
         loaded, info = found.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
+            path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
         )
     # A bare encoder reads its pooler for nothing that is compared here, and published ones often lack it.
     bare = type(loaded).__name__.endswith("Model")
@@ -100,21 +105,18 @@ def skeleton(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     found, package = architecture(path), transformers()
     settings = config(path)
     make = found.from_config if found is package.AutoModel else found._from_config
-    register = torch.nn.Module.register_parameter
-
-    def on_meta(module, name, parameter):
-        if parameter is not None:
-            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    # Buffers that no file holds (position ids, rotary frequencies) are made by the modules themselves, so the whole
-    # model cannot be built under torch.device("meta"); each parameter is sent there as it is registered.
-    torch.nn.Module.register_parameter = on_meta
-    try:
-        with reading(path):
-            return make(settings, dtype=dtype).eval()
-    finally:
-        torch.nn.Module.register_parameter = register
+    with _building, reading(path):
+        with torch.device("meta"):
+            empty = make(settings, dtype=dtype).eval()
+        # Buffers that no file holds (position ids, rotary frequencies) are made anew as from_pretrained makes them:
+        # each gets memory, and every module is initialised once more, which costs nothing on the meta device.
+        for module in empty.modules():
+            module._is_hf_initialized = False
+            for name, buffer in module.named_buffers(recurse=False):
+                kept = name not in module._non_persistent_buffers_set
+                module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=kept)
+        empty.initialize_weights()
+    return empty.requires_grad_(False)
 
 
 def tokenizer(path: str | Path) -> Any | None:
@@ -162,14 +164,24 @@ def positions(config: Any) -> int:
 
 @contextlib.contextmanager
 def quiet():
-    """Keeps transformers' progress bars and advice off the terminal: the caller shows its own progress."""
+    """Keeps transformers' progress bars and advice off the terminal: the caller shows its own progress.
+
+    They are switches of the whole process: the first of several threads turns them off, the last turns them back.
+    """
     logging = transformers().utils.logging
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    with _switch:
+        if not _loud:
+            _loud.append((logging.is_progress_bar_enabled(), logging.get_verbosity()))
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
+        else:
+            _loud.append(_loud[0])
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        with _switch:
+            bars, verbosity = _loud.pop()
+            if not _loud:
+                logging.set_verbosity(verbosity)
+                if bars:
+                    logging.enable_progress_bar()

@@ -8,7 +8,9 @@ shards of tensor parallelism (only their rows are decoded), quantizers, threads.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from contextvars import ContextVar
 from typing import Any
 
 from transformers import modeling_utils
@@ -17,6 +19,7 @@ from ..codec import safe_open
 from ..codec.container import seems_packed
 
 _ordinary = modeling_utils.safe_open
+_mapping: ContextVar[bool] = ContextVar("mapping", default=True)
 
 
 def register() -> None:
@@ -24,8 +27,18 @@ def register() -> None:
     modeling_utils.safe_open = open_file
 
 
+@contextlib.contextmanager
+def without_mapping():
+    """Reads ordinary files through gaugekit too, a tensor at a time and without mapping them; this thread only."""
+    token = _mapping.set(False)
+    try:
+        yield
+    finally:
+        _mapping.reset(token)
+
+
 def open_file(filename: str | os.PathLike, framework: str = "pt", device: Any = "cpu", **options: Any) -> Any:
-    """The opened file: through gaugekit where it is packed, else as transformers opens it."""
-    if seems_packed(filename):
+    """The opened file: through gaugekit where it is packed or not to be mapped, else as transformers opens it."""
+    if not _mapping.get() or seems_packed(filename):
         return safe_open(filename, framework, device)
     return _ordinary(filename, framework=framework, device=device, **options)

@@ -88,7 +88,7 @@ class GaugekitQuantizer(HfQuantizer):
         self.packing = Packing() if quantization_config.packed else None
 
     def is_serializable(self) -> bool:
-        return self.packing is None
+        return True
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_) -> bool:
         return self.packing is not None and self.packing.takes(model, param_name)
@@ -112,6 +112,8 @@ class GaugekitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_):
         if self.packing is not None:
             self.packing.finish(model)
+            # What is packed is seen from the layers; the model saves as the plain one that was read.
+            del model.config.quantization_config, model.hf_quantizer
         model.is_quantized = (
             False  # transformers would refuse .half(), .float() and training, which are all fine here
         )

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
-from gaugekit.nn.packed_matrix import PackedMatrix
-from gaugekit.ops.packed_linear_weight import packed_rows, unpack_weight
+from gaugekit.ops.packed_linear_weight import packed_rows
+
+from .packed_layer import PackedLayer
+from .packed_matrix import PackedMatrix
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(PackedLayer):
     """rows = W[ids], W [``count``, ``width``] frozen in the layout of docs/packed.md; only rows asked for are decoded.
 
-    ids int64 [...] -> [..., width] in W's dtype. A tied head is ``PackedLinear.from_parts(embedding.packed)``: one
-    packed weight for both.
+    ids int64 or int32 [...] -> [..., width] in W's dtype; ValueError for ids of another dtype. A tied head is
+    ``PackedLinear.from_parts(embedding.packed)``: one packed weight for both.
     """
 
     form = "packed_embedding"
 
     def __init__(self, count: int, width: int, padding_idx: int | None = None, weights: str = "bfloat16",
                  matrix: PackedMatrix | None = None, device=None, dtype=None):  # fmt: skip
-        super().__init__()
-        if weights not in ("bfloat16", "float16"):
-            raise ValueError(f"weights: expected bfloat16 or float16, got {weights!r}")
+        super().__init__(matrix, count, width, weights, device)
         self.num_embeddings, self.embedding_dim, self.padding_idx = count, width, padding_idx
-        self.packed = (
-            PackedMatrix(count, width, getattr(torch, weights), device) if matrix is None else matrix
-        )
+        # what nn.Embedding has besides, so that this layer can be made one again
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding) -> PackedEmbedding:
@@ -35,22 +35,15 @@ class PackedEmbedding(nn.Module):
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected one without max_norm, got max_norm={embedding.max_norm}")
         matrix = PackedMatrix.of(embedding.weight)
-        kind = str(matrix.value.dtype).split(".")[1]
-        return cls(*matrix.value.shape, embedding.padding_idx, kind, matrix)
+        return cls(*matrix.shape, embedding.padding_idx, str(matrix.dtype).split(".")[1], matrix)
 
     def to_embedding(self) -> nn.Embedding:
-        """A plain embedding with the table bit for bit."""
-        return nn.Embedding(*self.packed.value.shape, self.padding_idx, _weight=self.weight)
-
-    @property
-    def weight(self) -> Tensor:
-        """W, unpacked anew each time it is asked for."""
-        return unpack_weight(self.packed.value)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Memory of the packed table."""
-        return self.packed.value.bytes
+        """A plain embedding with a copy of the table, bit for bit."""
+        return nn.Embedding(*self.weight.shape, self.padding_idx, _weight=self.weight.detach().clone())
 
     def forward(self, ids: Tensor) -> Tensor:
-        return packed_rows(ids.flatten().long(), self.packed.value).view(*ids.shape, self.embedding_dim)
+        if not isinstance(self.weight, PackedMatrix):
+            return embedding(ids, self.weight, self.padding_idx)
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids: expected int64 or int32, got {ids.dtype}")
+        return packed_rows(ids.flatten().long(), self.weight.value).view(*ids.shape, self.weight.shape[1])

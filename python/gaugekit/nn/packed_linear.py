@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from gaugekit.nn.packed_matrix import PackedMatrix
 from gaugekit.ops.packed_linear import packed_linear
-from gaugekit.ops.packed_linear_weight import unpack_weight
+
+from .packed_layer import PackedLayer
+from .packed_matrix import PackedMatrix
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedLayer):
     """y = x Wᵀ + b, W frozen in the lossless layout of docs/packed.md: x [..., inputs] -> [..., outputs].
 
     x may be of W's dtype, float32 or float64; under autocast y has autocast's dtype, as nn.Linear's has, while W is
-    multiplied as it is. The bias is a parameter. ``matrix`` is a PackedMatrix to share (a tied
-    embedding's); without it one is made, its weights still to be loaded. Gradients flow to x and the bias.
+    multiplied as it is. ``weight`` is a PackedMatrix, the bias a plain parameter. ``matrix`` is a PackedMatrix to share
+    (a tied embedding's); without it one is made, its weights still to be loaded. Gradients flow to x and the bias.
     """
 
     form = "packed_linear"
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, weights: str = "bfloat16",
                  matrix: PackedMatrix | None = None, device=None, dtype=None):  # fmt: skip
-        super().__init__()
-        if weights not in ("bfloat16", "float16"):
-            raise ValueError(f"weights: expected bfloat16 or float16, got {weights!r}")
-        if matrix is not None and matrix.value.shape != (outputs, inputs):
-            raise ValueError(f"matrix: expected [{outputs}, {inputs}], got {list(matrix.value.shape)}")
-        kind = getattr(torch, weights)
+        super().__init__(matrix, outputs, inputs, weights, device)
         self.in_features, self.out_features = inputs, outputs
-        self.packed = PackedMatrix(outputs, inputs, kind, device) if matrix is None else matrix
-        self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype or kind)) if bias else None
+        kind = dtype or getattr(torch, weights)
+        self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=kind)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> PackedLinear:
@@ -41,32 +38,27 @@ class PackedLinear(nn.Module):
     def from_parts(cls, matrix: PackedMatrix, bias: Tensor | None = None) -> PackedLinear:
         """A layer around ``matrix``, which it shares, and a copy of ``bias``."""
         outputs, inputs = matrix.value.shape
-        made = cls(inputs, outputs, False, str(matrix.value.dtype).split(".")[1], matrix)
+        layer = cls(inputs, outputs, False, str(matrix.dtype).split(".")[1], matrix)
         if bias is not None:
-            made.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-        return made
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        return layer
 
     def to_linear(self) -> nn.Linear:
-        """A plain linear layer with the weight bit for bit and a copy of the bias."""
-        weight = self.weight
-        made = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-        made.weight = nn.Parameter(weight)
+        """A plain linear layer with copies of the weight, bit for bit, and of the bias."""
+        weight = self._outputs_first().detach().clone(memory_format=torch.contiguous_format)
+        layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight)
         if self.bias is not None:
-            made.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return made
+            layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return layer
 
-    @property
-    def weight(self) -> Tensor:
-        """W, unpacked anew each time it is asked for."""
-        return unpack_weight(self.packed.value)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Memory of the packed weight."""
-        return self.packed.value.bytes
+    def _outputs_first(self) -> Tensor:
+        return self.weight if self.__dict__.get("stands_for", nn.Linear) is nn.Linear else self.weight.T
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, kind = self.packed.value, None
+        if not isinstance(self.weight, PackedMatrix):
+            return linear(x, self._outputs_first(), self.bias)
+        weight, kind = self.weight.value, None
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             kind = torch.get_autocast_dtype(x.device.type)
             x = x.to(kind)

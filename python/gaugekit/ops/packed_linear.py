@@ -39,13 +39,19 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
             f"bias: expected [{packed.shape[0]}] of {x.dtype} on {x.device}, "
             f"got {list(bias.shape)} of {bias.dtype} on {bias.device}"
         )
-    fused = plan(x.numel() // max(1, x.shape[-1]), x.dtype, x.device.type) == "fused"
-    return torch.ops.gaugekit.packed_linear(x, *packed[:5], bias, fused)
+    if torch.compiler.is_compiling():  # a graph for any number of rows: which way is decided as it runs
+        return torch.ops.gaugekit.packed_linear_planned(x, *packed[:5], bias)
+    return planned(x, *packed[:5], bias)
 
 
 def plan(rows: int, dtype: torch.dtype, device: str) -> str:
     """ "fused" (W is decoded inside the product) or "decode" (by tiles, for torch's matmul), for ``rows`` rows of x."""
     return "fused" if dtype != torch.float64 and rows <= FUSED_ROWS.get(device, 0) else "decode"
+
+
+def planned(x, raw, planes, escapes, offsets, window, bias) -> Tensor:
+    fused = plan(x.numel() // max(1, x.shape[-1]), x.dtype, x.device.type) == "fused"
+    return torch.ops.gaugekit.packed_linear(x, raw, planes, escapes, offsets, window, bias, fused)
 
 
 def composition(x, raw, planes, escapes, offsets, window, bias, fused) -> Tensor:
@@ -64,7 +70,7 @@ def composition_backward(grad, raw, planes, escapes, offsets, window, columns) -
 
 
 def _save(ctx, inputs, output):
-    x, *weight, bias, _ = inputs
+    x, *weight, bias = inputs[:7]
     ctx.save_for_backward(*weight)
     ctx.columns, ctx.biased = x.shape[-1], bias is not None
 
@@ -75,7 +81,11 @@ def _backward(ctx, grad):
         dx = torch.ops.gaugekit.packed_linear_backward(grad, *ctx.saved_tensors, ctx.columns)
     if ctx.biased and ctx.needs_input_grad[6]:
         db = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad.clone()
-    return dx, None, None, None, None, None, db, None
+    return dx, None, None, None, None, None, db
+
+
+def _backward_fused(ctx, grad):
+    return *_backward(ctx, grad), None
 
 
 _library.define(
@@ -88,6 +98,14 @@ _library.define(
     composition_backward,
     lambda grad, raw, *rest: grad.new_empty((*grad.shape[:-1], rest[-1])),
 )
+_library.define(
+    f"packed_linear_planned(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
+    planned,
+    lambda x, raw, *_: x.new_empty((*x.shape[:-1], raw.shape[0])),
+)
 torch.library.register_autograd(
-    "gaugekit::packed_linear", _backward, setup_context=_save, lib=_library.library
+    "gaugekit::packed_linear", _backward_fused, setup_context=_save, lib=_library.library
+)
+torch.library.register_autograd(
+    "gaugekit::packed_linear_planned", _backward, setup_context=_save, lib=_library.library
 )
