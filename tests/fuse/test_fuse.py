@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 import gaugekit.integrations.transformers  # noqa: E402, F401
 from gaugekit.fuse import RECORD, fuse, unfuse  # noqa: E402
 from gaugekit.nn import Concat, GaugeProjection  # noqa: E402
+from helpers import assert_accurate  # noqa: E402
 
 
 def bert(**changes):
@@ -86,7 +87,9 @@ def test_a_fused_model_saves_and_loads(make, tmp_path):
     model.save_pretrained(tmp_path / "m")
     again, info = type(model).from_pretrained(tmp_path / "m", output_loading_info=True, dtype=torch.float64)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    # Tensors mapped from a file start at other addresses than allocated ones, and BLAS then sums in another order.
+    assert_accurate(again(tokens).logits, model(tokens).logits.double(), copy.deepcopy(model)(tokens).logits)
     report = fuse(again)
     assert report["replaced"] == [] and "stored as 'gaugekit' already" in report["left"][0]["reason"]
 

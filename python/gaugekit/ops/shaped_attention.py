@@ -56,11 +56,10 @@ def shaped_attention(
     Simplifying Transformer Blocks (ICLR 2024), eq. 5; NeuTRENO (NeurIPS 2023) for lam.
     """
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, v0 = (None if x is None else x.to(_autocast(x)) for x in (q, k, v, v0))
     uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    dtype = _autocast(q)
-    if uses.core in (FUSED, RAGGED) and dtype != q.dtype:
-        q, k, v, v0 = (None if x is None else x.to(dtype) for x in (q, k, v, v0))
     if uses.core == FUSED:
         return torch.ops.gaugekit.shaped_attention(q, k, v, alpha, beta, gamma, v0, lam, *mask, float(scale))[
             0
@@ -72,8 +71,6 @@ def shaped_attention(
     else:
         core = packed_core if uses.mask == "sequences" else softmax_core
         a = (flex_core if uses.core == FLEX else core)(q, k, v, mask, scale)
-    if a.dtype != v.dtype:  # torch.autocast chose the core's dtype
-        v, v0 = v.to(a.dtype), None if v0 is None else v0.to(a.dtype)
     if uses.combine:
         operands = (v, alpha, beta, gamma, v0, lam, *mask)
         differentiable = (a, v, alpha, beta, gamma, v0, lam)
@@ -117,6 +114,9 @@ def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
     if asked in (FUSED, FLEX):
         return Plan(asked, kind, q.shape[2], v.shape[3], asked == FLEX and combine)
     on_cpu = asked is None and q.device.type == "cpu"
+    # While compiling, torch's kernels would be given all packed sequences as one, and blocks want a number of rows.
+    if on_cpu and kind == "blocks" and torch.compiler.is_compiling():
+        asked = RAGGED if mask.cu_seqlens is not None or isinstance(q.shape[2], torch.SymInt) else asked
     if asked == RAGGED or (on_cpu and cpu_core(_autocast(q), q.shape[2], q.shape[3], v.shape[3]) == RAGGED):
         return Plan(RAGGED, kind, q.shape[2], v.shape[3], combine)
     if q.device.type == "cuda":
