@@ -25,7 +25,7 @@ THREADS = (
     2  # one codes while the other reads; the chunks of a piece are coded by as many threads as torch has
 )
 LEAST_BLOB_BYTES = 96  # header, index and padding: nothing smaller gains
-MIN_LOG2 = 17  # of the symbols a chunk, as ``pack`` makes them
+CHUNK_LOG2 = 17  # of the symbols a chunk, as ``pack`` makes them
 # What the names of tensors in the file's own header may cost at most: any reader can list it for that.
 SLACK_BYTES = 4096 - bundle.START
 Advance = Callable[[int], None]
@@ -115,7 +115,7 @@ def most_bytes(original: Header) -> int:
     sections = len(original.raw) + bundle.ROW_BYTES * len(original.entries)
     begin = bundle.START + sections if reserved is None else 8 + max(reserved, bundle.START + sections)
     coded = [entry for entry in original.entries if container.codable(entry.dtype)]
-    beyond = max((64 + 8 * len(e.shape) + 48 * chunk_count(e.weights, MIN_LOG2) for e in coded), default=0)
+    beyond = max((64 + 8 * len(e.shape) + 48 * chunk_count(e.weights, CHUNK_LOG2) for e in coded), default=0)
     return begin + original.data_bytes + beyond
 
 
