@@ -54,3 +54,26 @@ def test_refusals_leave_nothing(tmp_path):
             gk.codec.save_file(given, tmp_path / "p", metadata)
     assert not list(tmp_path.iterdir())
     gk.codec.save_file({"a": weight[:5], "b": weight[5:]}, tmp_path / "p")  # one storage, no byte in common
+
+
+def test_views_that_conjugate_or_negate_are_stored_as_they_look(tmp_path):
+    waves = torch.randn(40, dtype=torch.complex64)
+    views = {
+        "conjugate": waves.conj(),
+        "negative": torch._neg_view(torch.randn(50, 60).bfloat16()),
+        "imaginary": torch.randn(30, dtype=torch.complex64).conj().imag,
+    }
+    assert views["conjugate"].is_conj() and views["negative"].is_neg() and views["imaginary"].is_neg()
+    gk.codec.save_file(views, tmp_path / "p")
+    loaded = gk.codec.load_file(tmp_path / "p")
+    assert all(torch.equal(loaded[name], view) for name, view in views.items())
+    plain = {name: view.resolve_conj().resolve_neg().contiguous() for name, view in views.items()}
+    safetensors.torch.save_file(plain, tmp_path / "s")
+    gk.codec.unpack(tmp_path / "p", tmp_path / "r")
+    assert (tmp_path / "r").read_bytes() == (tmp_path / "s").read_bytes()
+    for layout in ("rans", "fixed"):
+        assert torch.equal(
+            gk.codec.decode(gk.codec.encode(views["negative"], layout=layout)), views["negative"]
+        )
+    with pytest.raises(ValueError, match="out: expected memory to write to"):
+        gk.codec.decode(gk.codec.encode(plain["negative"]), views["negative"])

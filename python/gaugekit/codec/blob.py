@@ -117,4 +117,6 @@ def _target(out: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> 
         raise ValueError(
             f"out: expected a contiguous CPU tensor of {dtype} {list(shape)} without grad, got {given}"
         )
+    if out.is_neg():
+        raise ValueError("out: expected memory to write to, got a view that negates what is there")
     return out

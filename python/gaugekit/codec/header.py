@@ -169,11 +169,13 @@ def parse_header(raw: bytes, data_bytes: int | None = None) -> Header:
         not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values())
     ):
         raise CorruptFile("__metadata__ is not a map of strings")
-    try:
-        "".join((*fields, *(metadata or {}), *(metadata or {}).values())).encode()
-    except UnicodeEncodeError:
-        raise CorruptFile("a tensor's name or the metadata is no Unicode text") from None
     entries = sorted((_entry(name, value) for name, value in fields.items()), key=lambda e: (e.begin, e.end))
+    try:
+        "".join(
+            (*fields, *(entry.dtype for entry in entries), *(metadata or {}), *(metadata or {}).values())
+        ).encode()
+    except UnicodeEncodeError:
+        raise CorruptFile("a tensor's name, its dtype or the metadata is no Unicode text") from None
     cursor = 0
     for entry in entries:
         if entry.begin != cursor:

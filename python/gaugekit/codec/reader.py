@@ -144,12 +144,13 @@ class safe_open:
                 return self._decoded(entry, place, start, stop)
             if crc is not None and (stop - start) * dtype.itemsize != place.size:
                 self._check(entry.name, begin, place.size, crc)
-            out = fresh(torch.Size([stop - start]), dtype)
-            raw = out.view(torch.uint8)
+            raw = fresh(
+                torch.Size([(stop - start) * dtype.itemsize]), torch.uint8
+            )  # all of torch's types view bytes
             read_at(self._file, begin + start * dtype.itemsize, raw.numel(), raw.numpy())
             if crc is not None and entry.name not in self._sound and rans.crc32c(raw) != crc:
                 raise CorruptFile("the checksum of its stored bytes is wrong")
-            return out
+            return raw.view(dtype)
 
     def _decoded(self, entry: Entry, place: Entry, start: int, stop: int) -> torch.Tensor:
         blob = self._blobs.get(entry.name)
@@ -209,6 +210,8 @@ class Slice:
         start, stop = rows.start * width, rows.stop * width
         part = self._file._elements(self._entry, start, stop)
         part = part.view((len(rows), *shape[1:]) if shape else ())
+        if self._entry.dtype == "F4":  # which torch indexes only as bytes
+            return part.view(torch.uint8)[parts].view(part.dtype).to(self._file.device)
         return part[parts].to(self._file.device)
 
 

@@ -29,10 +29,11 @@ def encode(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
-    if layout == "rans":
-        return coded.encode(tensor, model=model, chunk_log2=chunk_log2)
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    tensor = tensor.resolve_neg()  # a view that negates has other bits in memory than it shows
+    if layout == "rans":
+        return coded.encode(tensor, model=model, chunk_log2=chunk_log2)
     if model is not None or chunk_log2 is not None:
         raise ValueError("model, chunk_log2: expected None with layout='fixed', which has none")
     return fixed.encode(tensor)
