@@ -1,5 +1,6 @@
 """Where results may go and what sources may hold: refused by name before any work, or done whole."""
 
+import errno
 import os
 import shutil
 import socket
@@ -393,3 +394,28 @@ def test_a_write_that_fails_names_its_file_and_leaves_what_goes_on(source, tmp_p
     gk.codec.unpack(tmp_path / "out", tmp_path / "again")
     again = (tmp_path / "again" / "z.safetensors") if whole else tmp_path / "again"
     assert again.read_bytes() == (source / "z.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["pack", "unpack", "load"])
+def test_a_read_that_fails_names_its_file(source, tmp_path, monkeypatch, verb):
+    gk.codec.pack(source / "model.safetensors", tmp_path / "p")
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    given = source / "model.safetensors" if verb == "pack" else tmp_path / "p"
+    with pytest.raises(OSError, match=f"Input/output error: '{given}'"):
+        gk.codec.load_file(given) if verb == "load" else getattr(gk.codec, verb)(given, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "p"]
+
+
+def test_a_source_that_is_neither_file_nor_folder_is_refused(tmp_path):
+    fifo(tmp_path / "fifo")
+    for given in (tmp_path / "fifo", os.devnull):
+        refused(
+            gk.codec.pack,
+            given,
+            tmp_path / "out",
+            match="source: expected a .safetensors file or a directory",
+        )
