@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -61,9 +62,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status; ``argv`` defaults to the process's arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    printable = streams.secure()
     try:
-        return _run(argv, printable)
+        return _run(argv, streams.secure())
     except KeyboardInterrupt:
         streams.put(sys.stderr, "gaugekit: interrupted")
         return 130
@@ -113,8 +113,7 @@ def _explained(argv: list[str], error: Exception) -> str:
         return f"{verb}: the memory of this machine is not enough ({error or 'an allocation failed'})"
     if isinstance(error, RecursionError):
         return f"{verb}: the input is nested more deeply than can be read ({error})"
-    shown = " ".join(str(error).split())
-    shown = shown[:LONGEST] + " …" * (len(shown) > LONGEST)
+    shown = textwrap.shorten(str(error), LONGEST, placeholder=" …")
     return f"{verb}: unexpected {type(error).__name__}: {shown} (GAUGEKIT_TRACEBACK=1 shows where)"
 
 
