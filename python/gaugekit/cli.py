@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ EXTRA_OF = {
     "zipnn": "bench",
     "triton": "triton",
 }
+CLOSED = "standard output is closed, so the result cannot be printed"
 # verbs whose work stands, in files or in the exit status, also where nothing can be printed
 LASTING = {"convert", "heal", "verify", "pack", "unpack", "demo"}
 LONGEST = 400  # characters shown of an error that was not foreseen: some libraries write pages
@@ -52,17 +54,16 @@ class Parser(argparse.ArgumentParser):
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
         raise UsageError(f"{message}; expected: {usage}")
 
+    def print_help(self, file=None):
+        if _lost(streams.put(file or sys.stdout, self.format_help().rstrip("\n"))):
+            self.exit(2)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status; ``argv`` defaults to the process's arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    printable = streams.secure()
     try:
-        return _run(argv, printable)
-    except SystemExit:  # --help: argparse has printed it
-        if _lost(streams.flush(sys.stdout)):
-            return 2
-        raise
+        return _run(argv, streams.secure())
     except KeyboardInterrupt:
         streams.put(sys.stderr, "gaugekit: interrupted")
         return 130
@@ -76,16 +77,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str], printable: bool) -> int:
     arguments = parser().parse_args(argv)
-    closed = "standard output is closed, so the result cannot be printed"
     if not (printable or arguments.lasting):
-        raise ValueError(closed)
+        raise ValueError(CLOSED)
     # what a library prints while it works must not stand among the results
     with contextlib.redirect_stdout(sys.stderr):
         status, result, text = arguments.run(arguments)
     error = streams.put(sys.stdout, json.dumps(result, allow_nan=False) if arguments.json else text())
     if printable and not _lost(error):
         return status
-    reason = f"the result could not be printed: {error}" if printable else closed
+    reason = f"the result could not be printed: {error}" if printable else CLOSED
     if not arguments.lasting:
         return _refuse(f"gaugekit {argv[0]}: {reason}")
     streams.put(sys.stderr, f"gaugekit {argv[0]}: done, but {reason}")
@@ -103,8 +103,7 @@ def _explained(argv: list[str], error: Exception) -> str:
         return f"gaugekit: {error}; got: {' '.join(['gaugekit', *argv])}"
     verb = f"gaugekit {argv[0]}"
     if isinstance(error, ImportError):
-        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
-        if extra:
+        if extra := EXTRA_OF.get((error.name or "").partition(".")[0]):
             return f"{verb}: needs {error.name}: pip install gaugekit[{extra}]"
         if "pip install" in str(error):
             return f"{verb}: {error}"
@@ -114,8 +113,7 @@ def _explained(argv: list[str], error: Exception) -> str:
         return f"{verb}: the memory of this machine is not enough ({error or 'an allocation failed'})"
     if isinstance(error, RecursionError):
         return f"{verb}: the input is nested more deeply than can be read ({error})"
-    message = " ".join(str(error).split())
-    shown = message if len(message) <= LONGEST else message[:LONGEST] + " …"
+    shown = textwrap.shorten(str(error), LONGEST, placeholder=" …")
     return f"{verb}: unexpected {type(error).__name__}: {shown} (GAUGEKIT_TRACEBACK=1 shows where)"
 
 
@@ -269,17 +267,17 @@ def convert(arguments: argparse.Namespace) -> Outcome:
         raise UsageError("convert: expected a rewrite (--gauge, --rank, --energy, --min-cosine)")
     if arguments.calibration and all(goal is None for goal in goals.values()):
         raise UsageError("convert: --calibration goes with --rank, --energy or --min-cosine")
-    from . import rank_page
-    from .rewrite import Later
-    from .rewrite import convert as run
+    from . import rank_page, rewrite
 
-    asked = {**goals, "gauge": arguments.gauge, "rows": arguments.rows}
     with bar("convert") as progress:
         return _shown(
-            run(
+            rewrite.convert(
                 arguments.model,
                 arguments.out,
-                Later(asked, functools.partial(_rewrites, arguments, goals)),
+                rewrite.Later(
+                    {**goals, "gauge": arguments.gauge, "rows": arguments.rows},
+                    functools.partial(_rewrites, arguments, goals),
+                ),
                 dense=arguments.dense,
                 dtype=arguments.dtype,
                 calibration=arguments.calibration,

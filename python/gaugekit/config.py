@@ -11,10 +11,10 @@ from typing import Any
 
 CONFIG = "config.json"
 LARGEST = 2**31 - 1  # a count beyond it is a slip: no tensor of a model has as many rows
+DEEPEST = 10_000  # layers; a loader would build more of them for hours before it missed their weights
 # Counts that every family writes under one of these names; some give a list, one for each layer.
 SIZES = (
     "hidden_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -22,7 +22,6 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
     "n_embd",
-    "n_layer",
     "n_head",
     "n_positions",
     "n_inner",
@@ -75,6 +74,10 @@ def _is_size(value: Any) -> bool:
     return all(map(_is_count, value)) if isinstance(value, list) else _is_count(value)
 
 
+def _is_depth(value: Any) -> bool:
+    return _is_size(value) and (isinstance(value, list) or value <= DEEPEST)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e308 < value < 1e308
 
@@ -96,6 +99,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "architectures": ("a list of strings", _is_strings),
     "quantization_config": ("null or an object with a quant_method", _is_quantization),
     **dict.fromkeys(SIZES, (f"a whole number from 1 to {LARGEST}", _is_size)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), (f"a whole number from 1 to {DEEPEST}", _is_depth)),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), ("null or an object", _a(dict))),
     **dict.fromkeys(
         ("rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "initializer_range"),

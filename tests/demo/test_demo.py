@@ -164,6 +164,28 @@ def test_what_is_not_the_demos_stays(source, tmp_path, capsys):
     assert (tmp_path / "models" / "precious").exists()
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_report_that_is_not_the_demos_stays(source, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"directory: expected .*{name} is not the demo's"):
+        demo.run(tmp_path, model=source)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_a_workspace_loses_what_a_demo_made_and_nothing_else(tmp_path):
+    models = tmp_path / "models"
+    with demo._workspace(tmp_path):
+        (models / "original-bfloat16").mkdir()
+        (models / "original-float32.packed.safetensors").touch()
+        (models / "mine").mkdir()
+        (models / "mine" / "weights").touch()
+        with pytest.raises(ValueError, match="another demo is writing"), demo._workspace(tmp_path):
+            pass
+    with demo._workspace(tmp_path):
+        assert sorted(path.name for path in models.iterdir()) == [demo.MARK, "mine"]
+        assert (models / "mine" / "weights").exists()
+
+
 class Page(HTMLParser):
     """Checks that tags nest, and gathers what a page refers to and says."""
 

@@ -11,7 +11,7 @@ from transformers import AutoModel
 import gaugekit as gk
 from gaugekit import samples
 from gaugekit.cli import main
-from gaugekit.heal import heal
+from gaugekit.heal import heal, heal_directory
 from gaugekit.models import Live
 from tiny import add_tokenizer, bert, gpt2
 
@@ -104,6 +104,75 @@ def test_interrupted_and_resumed_is_uninterrupted(home, tmp_path, at):
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), whole.parameters(), strict=True))
     with pytest.raises(ValueError, match="holds the work of another call .*seed differs"):
         heal(other, teacher, TEXT, **{**FAST, "seed": 1}, work_directory=tmp_path / "work")
+
+
+def test_a_work_directory_knows_its_models(home, tmp_path):
+    """Another student or teacher of equal names and shapes is refused; an equal one from elsewhere goes on."""
+    student, teacher = pair(home["bert"])
+    other, moved = pair(home["bert"], rank=3)[0], copy.deepcopy(student)
+    heal(student, teacher, TEXT, **FAST, work_directory=tmp_path / "work")
+    taught = copy.deepcopy(teacher)
+    with torch.no_grad():
+        taught.encoder.layer[1].output.dense.bias[0] += 1
+    moved.name_or_path = other.name_or_path = taught.name_or_path = teacher.name_or_path
+    before = [parameter.clone() for parameter in other.parameters()]
+    for a, b, what in (
+        (other, teacher, "student"),
+        (moved, taught, "teacher"),
+        (student, teacher, "student"),
+    ):
+        with pytest.raises(ValueError, match=f"work_directory: .* another call .*digests {what}"):
+            heal(a, b, TEXT, **FAST, work_directory=tmp_path / "work")
+    assert all(torch.equal(x, y) for x, y in zip(other.parameters(), before, strict=True))
+    steps = []
+    heal(
+        moved,
+        teacher,
+        TEXT,
+        **FAST,
+        work_directory=tmp_path / "work",
+        progress=lambda *now: steps.append(now),
+    )
+    assert steps == []
+    assert all(torch.equal(x, y) for x, y in zip(moved.parameters(), student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["heal.pt", "heal.pt.tmp", "notes.txt"])
+def test_a_folder_that_is_not_ours_is_left_alone(home, tmp_path, name):
+    student, teacher = pair(home["bert"])
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="work_directory: expected .* to be free"):
+        heal(student, teacher, TEXT, **FAST, work_directory=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_a_directory_goes_on_and_refuses_another_student(home, tmp_path):
+    for rank in (2, 3):
+        gk.rewrite.convert(home["bert"], tmp_path / f"small{rank}", [gk.rank.Truncate(rank)])
+    arguments = home["bert"], tmp_path / "out", TEXT
+    heal_directory(tmp_path / "small2", home["bert"], tmp_path / "whole", TEXT, **FAST)
+
+    def stop(done, total):
+        if done == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        heal_directory(tmp_path / "small2", *arguments, **FAST, progress=stop)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(
+        ValueError, match="unfinished work of another call .digests student model.safetensors"
+    ):
+        heal_directory(tmp_path / "small3", *arguments, **FAST)
+    steps = []
+    report = heal_directory(
+        tmp_path / "small2", *arguments, **FAST, progress=lambda done, _: steps.append(done)
+    )
+    assert steps[0] > 1 and report["curve"][-1]["step"] == 12
+    whole, out = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out")
+    )
+    assert whole == out and "gaugekit_manifest.json" not in out
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_on_the_command_line(home, tmp_path, capsys):

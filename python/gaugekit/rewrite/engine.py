@@ -233,7 +233,11 @@ def _pack(staged: Staging) -> None:
         staged.save()
     if packed.is_dir():
         for path in sorted(packed.iterdir()):
-            os.rename(path, staged.folder / path.name)
+            _move(path, staged.folder)
+
+
+def _move(path: Path, folder: Path) -> None:
+    os.rename(path, folder / path.name)
 
 
 def _copies(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
