@@ -218,3 +218,16 @@ def test_an_error_in_one_layer_teaches_no_other(home):
         if not torch.equal(parameter, healed[name])
     }
     assert moved == {"0"}
+
+
+def test_two_sentences_are_enough(home):
+    """One is held out and draws the curve, one trains; a quarter as many steps go layer by layer as end to end."""
+    student, teacher = pair(home)
+    disturb(student, "query", "key")
+    report = heal(student, teacher, TEXT[:2], steps=4, learning_rate=RATE)
+    assert report["steps"] == 5 and [row["stage"] for row in report["curve"]] == [
+        "before",
+        "layers",
+        *["end to end"] * 4,
+    ]
+    assert report["curve"][-1]["loss"] < report["curve"][0]["loss"]
