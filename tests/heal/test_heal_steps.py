@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModel
 
 from gaugekit import samples
-from gaugekit.heal import heal
+from gaugekit.heal import heal, heal_directory
 from gaugekit.integrations import loading
 from tiny import add_tokenizer, bert
 
@@ -218,3 +219,41 @@ def test_an_error_in_one_layer_teaches_no_other(home):
         if not torch.equal(parameter, healed[name])
     }
     assert moved == {"0"}
+
+
+def test_two_sentences_are_enough(home):
+    """One is held out and draws the curve, one trains; a quarter as many steps go layer by layer as end to end."""
+    student, teacher = pair(home)
+    disturb(student, "query", "key")
+    report = heal(student, teacher, TEXT[:2], steps=4, learning_rate=RATE)
+    assert report["steps"] == 5 and [row["stage"] for row in report["curve"]] == [
+        "before",
+        "layers",
+        *["end to end"] * 4,
+    ]
+    assert report["curve"][-1]["loss"] < report["curve"][0]["loss"]
+
+
+def test_a_directory_goes_on_where_it_was_ended(home, tmp_path):
+    """The state is kept after every one of eight steps: ended in the third, two are not taken again."""
+    student, _ = pair(home)
+    disturb(student, "query", "key")
+    student.save_pretrained(tmp_path / "student")
+    add_tokenizer(tmp_path / "student")
+    options = {"text": TEXT, "steps": 8, "layer_steps": 0, "learning_rate": RATE}
+
+    def stop(done, total):
+        if done == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        heal_directory(tmp_path / "student", home, tmp_path / "out", progress=stop, **options)
+    assert not (tmp_path / "out").exists()
+    seen = []
+    heal_directory(
+        tmp_path / "student", home, tmp_path / "out", progress=lambda *now: seen.append(now), **options
+    )
+    assert seen == [(step, 8) for step in range(3, 9)]
+    heal_directory(tmp_path / "student", home, tmp_path / "whole", **options)
+    out, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert out.keys() == whole.keys() and all(torch.equal(out[name], whole[name]) for name in out)

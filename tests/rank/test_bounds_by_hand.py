@@ -92,6 +92,7 @@ def test_a_model_of_one_head_by_hand():
         attention.self.value.weight.copy_(VALUE[:, :4])
         attention.output.dense.weight.copy_(torch.eye(4))
     report = rank.bound(model, SAMPLES, delta=DELTA)
+    assert len(report["layers"]) == 1
     layer = report["layers"][0]
     assert (report["n_samples"], report["delta"], layer["layer"]) == (25, DELTA, 0)
     assert layer["ranks"] == [4] and layer["log_rank_sum"] == pytest.approx(math.log(4))
@@ -116,6 +117,24 @@ def test_heads_read_the_keys_of_their_own_group():
     with torch.no_grad():
         attention.q_proj.weight.copy_(torch.eye(4).repeat(4, 4))
         attention.k_proj.weight.copy_(torch.cat([3 * torch.eye(4), 7 * torch.eye(4)]).repeat(1, 4))
+        attention.v_proj.weight.copy_(torch.cat([torch.eye(4, 16), 5 * torch.eye(4, 16)]))
+        attention.o_proj.weight.copy_(torch.eye(16))
     # Q_h K_gᵀ is [16, 16] of 4 × 4 blocks c · I: its norm is c times that of the all-ones [4, 4], 4.
-    layer = rank.bound(model, SAMPLES)["layers"][0]
+    report = rank.bound(model, SAMPLES)
+    assert report["delta"] == 0.05
+    (layer,) = report["layers"]
     assert layer["spectral_norms"] == pytest.approx([12, 12, 28, 28])
+    # It has that norm four times: ‖W‖_F = 8 c, r = 4, √(r (2D + 1)) = 2 √33. Values through W_O are v times four unit
+    # vectors: ‖W_V‖ = v, ‖W_V‖_F = 2 v. With s = 1/√4 and B_x = √16 the parts are (2 · ½ · v · 4³) · 8 c · 2 √33,
+    # 4 · 2 v · √(16 · 16) and 2 v · 4 · √16; δ is one in twenty.
+    for head, (c, v) in enumerate([(3, 1), (3, 1), (7, 5), (7, 5)]):
+        steps = 64 * v * 8 * c * 2 * math.sqrt(33) + 128 * v + 32 * v
+        expected = 2 * 36 * INTEGRAL / 5 * steps + math.sqrt(math.log(20) / 50)
+        assert layer["bounds"][head] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_module_without_keys_is_no_pair_of_factors():
+    module = torch.nn.Module()
+    module.query = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="found none"):
+        rank.nuclear_penalty(module)
