@@ -92,6 +92,7 @@ def verify(
 
     model, highest, more = original.reference(trial)
     notes += more
+    result.one_by_one = original.one_by_one
     working = original.dtype(model) if working is None else working
     if working == torch.float64 != highest:
         working = highest

@@ -97,6 +97,7 @@ class Subject:
         from .integrations import loading
 
         self.argument = argument
+        self.one_by_one = False  # whether float64 takes experts one by one, for want of grouped products
         self.live = source if isinstance(source, torch.nn.Module) else None
         self.path = None
         if self.live is None:
@@ -149,6 +150,11 @@ class Subject:
     def model(self, dtype: torch.dtype) -> torch.nn.Module:
         from .integrations import loading
 
+        if self.one_by_one and dtype == torch.float64:
+            loaded = copy.deepcopy(self.live) if self.live is not None else loading.model(self.path, dtype)
+            loaded = loaded.to(dtype).eval()
+            loaded.set_experts_implementation("eager")
+            return loaded
         if self.live is None:
             return loading.model(self.path, dtype)
         state = [*self.live.parameters(), *self.live.buffers()]
@@ -169,19 +175,16 @@ class Subject:
             runs(model)
             return model, torch.float64, []
         except (RuntimeError, NotImplementedError) as error:
-            failure = error
+            failure = error.with_traceback(None)  # it would hold on to the model
         name = type(model).__name__
-        one_by_one = getattr(model, "set_experts_implementation", None)
-        if one_by_one is not None:
-            model = copy.deepcopy(model) if model is self.live else model
-            try:
-                model.set_experts_implementation("eager")
-                runs(model)
-            except (RuntimeError, NotImplementedError, ValueError):
-                pass
-            else:
-                return model, torch.float64, [f"reference: the experts of {name} run one by one in float64"]
         del model
+        self.one_by_one = True
+        try:
+            model = self.model(torch.float64)
+            runs(model)
+            return model, torch.float64, [f"reference: the experts of {name} run one by one in float64"]
+        except (RuntimeError, NotImplementedError, ValueError, AttributeError):
+            self.one_by_one = False  # it was something else
         model = self.model(torch.float32)
         try:
             runs(model)
