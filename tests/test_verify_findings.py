@@ -13,7 +13,7 @@ import gaugekit.verify
 from gaugekit import samples
 from gaugekit.integrations import loading
 from gaugekit.verify import _Comparison, allowed
-from gaugekit.verify_runs import LOGITS, TOKENS, WORK, Kept, Output, affordable, text_batches
+from gaugekit.verify_runs import LOGITS, SMALL, TOKENS, Kept, Output, affordable, text_batches
 from tiny import bert, copy_of, gpt2
 
 NAN = float("nan")
@@ -159,10 +159,11 @@ def test_a_model_that_runs_in_float32_at_most_is_held_against_float32():
 
 def test_the_default_text_is_cut_to_what_is_cheap():
     sentences = [[1] * 30] * 500
-    assert affordable(sentences, 22_713_216) == sentences[: int(WORK / 22_713_216) // 30]
-    assert sum(map(len, affordable(sentences, 10**12))) == 2070 == 69 * 30  # the first to reach 2,048
-    assert affordable(sentences, 10**6) == sentences and affordable(sentences[:9], 10**12) == sentences[:9]
-    assert TOKENS == 2048 and LOGITS == 2**23
+    assert affordable(sentences, 22_713_216) == affordable(sentences, SMALL) == sentences
+    assert sum(map(len, affordable(sentences, SMALL + 1))) == 2070 == 69 * 30  # the first to reach 2,048
+    assert sum(map(len, affordable([[1] * 32] * 500, SMALL + 1))) == 2048
+    assert affordable(sentences[:9], 10**12) == sentences[:9]
+    assert TOKENS == 2048 and SMALL == 3 * 10**7 and LOGITS == 2**23
 
 
 def test_batches_of_logits_stay_small():

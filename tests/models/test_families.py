@@ -141,8 +141,8 @@ BERT = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "opt"}, "bert, gpt2, llama, mistral, qwen2; got 'opt'"),
-        ({}, "qwen2; got None"),
+        ({"model_type": "opt"}, "expected one of bert, camembert, .*vit, xlm-roberta; got 'opt'"),
+        ({}, "xlm-roberta; got None"),
         ({"model_type": "bert"}, "hidden_size"),
         ({**BERT, "position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({**BERT, "add_cross_attention": True}, "add_cross_attention"),
