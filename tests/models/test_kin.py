@@ -6,7 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import gaugekit as gk  # noqa: E402
-import gaugekit.integrations.transformers  # noqa: E402, F401
+import gaugekit.integrations.transformers  # noqa: E402
 from gaugekit.integrations import loading  # noqa: E402
 from gaugekit.models import Live, unused_positions  # noqa: E402
 from gaugekit.symmetry import SYMMETRIES  # noqa: E402
