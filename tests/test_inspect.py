@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import T5Config, T5EncoderModel
+from transformers import BloomConfig, BloomModel
 
 import gaugekit.inspect
 from gaugekit import samples
@@ -181,9 +181,9 @@ def test_without_a_tokenizer_there_is_no_token_cosine():
 def test_what_cannot_be_inspected_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a directory with config.json"):
         gaugekit.inspect(tmp_path / "nowhere")
-    t5 = T5EncoderModel(T5Config(vocab_size=90, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
-    with pytest.raises(ValueError, match="model_type: 't5' is not covered: it adds position"):
-        gaugekit.inspect(t5)
+    bloom = BloomModel(BloomConfig(vocab_size=90, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="model_type: 'bloom' is not covered: its fused projection"):
+        gaugekit.inspect(bloom)
 
 
 @pytest.mark.parametrize(

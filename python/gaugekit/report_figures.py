@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .svg import Bar, Series, bars, columns, lines, superscript
+from .svg import Bar, Series, bars, columns, is_number, lines, superscript
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -12,16 +12,21 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 def error_by_layer(report: dict, kind: str) -> str:
     """Hidden-state errors of the converted model and of the original in its own dtype, layer by layer."""
     layers = report[kind]["layers"]
-    power = math.floor(math.log10(max(max(row["noise"], row["relative_error"]) for row in layers)))
-    noise, error = ([row[name] / 10.0**power for row in layers] for name in ("noise", "relative_error"))
+    both = [[row[name] for row in layers] for name in ("noise", "relative_error")]
+    largest = max((value for values in both for value in values if is_number(value)), default=0.0)
+    power = math.floor(math.log10(largest)) if largest else 0
+    noise, error = (
+        [value / 10.0**power if is_number(value) else None for value in values] for values in both
+    )
+    last = (f"{values[-1]:.2f}" if is_number(values[-1]) else "not finite" for values in (noise, error))
     return lines(
         [Series(noise, "noise", marks=True), Series(error, "ours", marks=True)],
         title=f"Relative error of the hidden states by layer, {DTYPES[kind]}",
-        desc=f"After the last layer, in units of 1e{power}: original {noise[-1]:.2f}, converted {error[-1]:.2f}",
+        desc=f"After the last layer, in units of 1e{power}: original {next(last)}, converted {next(last)}",
         x_label="after layer (0: the embedding)",
         y_label=f"relative error (10{superscript(power)})",
         x_ticks=[(place, str(place)) for place in range(len(noise))],
-        y_range=(0, max(*noise, *error) * 1.08),
+        y_range=(0, largest / 10.0**power * 1.08 or 1.0),
         inset=0.15,
     )
 
@@ -87,12 +92,14 @@ def attention(report: dict) -> str:
 def spectrum(row: dict) -> str:
     """Singular values of W_Q W_Kᵀ of every head of one layer, each relative to the head's largest.
 
-    Where the row holds ``kept``, how many channels each head keeps, a dot stands on the last of them.
+    A dead head, all of whose values are zero, is a line at zero. Where the row holds ``kept``, how many channels each
+    head keeps, a dot stands on the last of them.
     """
-    found = zip(row["singular_values"], row.get("kept", [0] * len(row["singular_values"])), strict=True)
-    found = [([value / values[0] for value in values], kept) for values, kept in found if values[0] > 0]
-    spectra = [values for values, _ in found]
-    ends = [Series([values[kept - 1]], "ours", [kept], marks=True) for values, kept in found if kept]
+    heads = zip(row["singular_values"], row.get("kept", [0] * len(row["singular_values"])), strict=True)
+    heads = [([value / (values[0] or 1.0) for value in values], kept) for values, kept in heads]
+    spectra = [values for values, _ in heads]
+    dead = sum(values[0] == 0 for values in spectra)
+    ends = [Series([values[kept - 1]], "ours", [kept], marks=True) for values, kept in heads if kept]
     width = max(map(len, spectra))
     middle = [sorted(column)[len(spectra) // 2] for column in zip(*spectra, strict=True)]
     places = list(range(1, width + 1))
@@ -100,7 +107,8 @@ def spectrum(row: dict) -> str:
     return lines(
         [*(Series(values, "head", places) for values in spectra), Series(middle, "ours", places), *ends],
         title=f"Singular values in layer {row['layer'] + 1}",
-        desc=f"{len(spectra)} heads; smallest over largest, median head: {middle[-1]:.2f}",
+        desc=f"{len(spectra)} heads; smallest over largest, median head: {middle[-1]:.2f}"
+        + (f"; {dead} of them dead, with no value above zero" if dead else ""),
         x_label="singular value number",
         y_label="relative size",
         x_ticks=[(place, str(place)) for place in ticks],
@@ -114,17 +122,21 @@ def smoothing(report: dict) -> str:
     """How alike the tokens are at the input of each layer, and the energy left in its values; "" without text."""
     cosines, energies = ([row.get(name) for row in report["layers"]] for name in ("token_cosine", "energy"))
     series = [Series(values, kind, marks=True) for values, kind in ((cosines, "noise"), (energies, "ours"))
-              if None not in values]  # fmt: skip
+              if any(map(is_number, values))]  # fmt: skip
     if not series:
         return ""
+    drawn = [value for one in series for value in one.y if is_number(value)]
     return lines(
         series,
         title="Token cosine and energy by layer",
-        desc="; ".join(f"layer {place + 1}: cosine {value:.2f}" for place, value in enumerate(series[0].y)),
+        desc="; ".join(
+            f"layer {place + 1}: cosine {value:.2f}" if is_number(value) else f"layer {place + 1}: no cosine"
+            for place, value in enumerate(cosines)
+        ),
         x_label="layer",
         y_label="no unit",
         x_ticks=[(place, str(place + 1)) for place in range(len(cosines))],
-        y_range=(min(0, *(min(one.y) for one in series)), 1.08 * max(max(one.y) for one in series)),
+        y_range=(min(0, *drawn), 1.08 * max(drawn) or 1.0),
         inset=0.15,
     )
 

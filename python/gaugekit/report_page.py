@@ -12,7 +12,7 @@ from html import escape
 from . import report_figures as figures
 from .report_figures import DTYPES
 from .report_parts import document, figure, section, table
-from .svg import superscript
+from .svg import is_number, superscript
 
 GROUPS = {
     "value_output": (
@@ -235,7 +235,7 @@ def _seen(report: dict) -> str:
             str(row["layer"] + 1),
             _span(row["ranks"]),
             f"{row['exponent_entropy_bits']:.2f}",
-            "–" if row.get("token_cosine") is None else f"{row['token_cosine']:.3f}",
+            f"{row['token_cosine']:.3f}" if is_number(row.get("token_cosine")) else "–",
         ]
         for row in layers
     ]
@@ -294,14 +294,16 @@ def _footer(report: dict) -> str:
 
 
 def _ratio(row: dict) -> str:
-    if row["relative_error"] is None or not row["noise"]:
+    if not (is_number(row["relative_error"]) and is_number(row["noise"])):
         return "not finite"
+    if row["noise"] == 0:  # a model without noise: nothing to measure an error by
+        return "no error" if row["relative_error"] == 0 else "error beside no noise"
     return f"{row['relative_error'] / row['noise']:.2f} ×"
 
 
 def _small(value: float | None) -> str:
     """A small number as a person writes it: 2.7e-07 gives 2.7 · 10⁻⁷."""
-    if value is None:
+    if not is_number(value):
         return "not finite"
     if value == 0:
         return "0"
@@ -310,7 +312,7 @@ def _small(value: float | None) -> str:
 
 
 def _cosine(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.7f}"
+    return f"{value:.7f}" if is_number(value) else "not finite"
 
 
 def _span(values: list[int]) -> str:

@@ -76,6 +76,7 @@ svg .line.noise { stroke: var(--other); stroke-dasharray: 5 4; }
 svg .line.head { stroke-width: 1; opacity: .35; }
 svg .mark { fill: var(--ours); }
 svg .mark.noise { fill: var(--card); stroke: var(--other); stroke-width: 1.5; }
+svg .missing path { fill: none; stroke: var(--alt); stroke-width: 2; }
 svg .bar { fill: var(--ours); }
 svg .bar.other { fill: var(--other); }
 svg .bar.alt { fill: var(--alt); }

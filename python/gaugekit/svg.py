@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import count
+from itertools import count, groupby
 
 Ticks = Sequence[tuple[float, str]]
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 42  # room around the plotting area; the left holds numbers and a label
@@ -22,9 +22,12 @@ _identifiers = count(1)
 
 @dataclass
 class Series:
-    """One line: ``y`` at ``x``, or at 0, 1, 2, …; ``kind`` is its CSS class, ``marks`` adds a dot a point."""
+    """One line: ``y`` at ``x``, or at 0, 1, 2, …; ``kind`` is its CSS class, ``marks`` adds a dot a point.
 
-    y: Sequence[float]
+    Where ``y`` is None, NaN or infinite the line is broken, and a cross stands on the axis.
+    """
+
+    y: Sequence[float | None]
     kind: str
     x: Sequence[float] | None = None
     marks: bool = False
@@ -32,10 +35,13 @@ class Series:
 
 @dataclass
 class Bar:
-    """One horizontal bar: its name, its length, its CSS class, the text at its end, the group it belongs to."""
+    """One horizontal bar: its name, its length, its CSS class, the text at its end, the group it belongs to.
+
+    A ``value`` that is None, NaN or infinite has no bar but a cross.
+    """
 
     label: str
-    value: float
+    value: float | None
     kind: str
     text: str
     group: str = ""
@@ -65,9 +71,14 @@ def lines(
     if heading:
         body.append(_text(LEFT, 16, heading, "heading"))
     for one in series:
-        pairs = [(to_x(x), to_y(y)) for x, y in zip(_places(one), one.y, strict=True)]
-        path = "L".join(f"{x:.1f},{y:.1f}" for x, y in pairs)
-        body.append(f'<path class="line {one.kind}" d="M{path}"/>')
+        points = list(zip(_places(one), one.y, strict=True))
+        pairs = [(to_x(x), to_y(y)) for x, y in points if is_number(y)]
+        for there, run in groupby(points, key=lambda point: is_number(point[1])):
+            if there:
+                path = "L".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in run)
+                body.append(f'<path class="line {one.kind}" d="M{path}"/>')
+            else:
+                body += [_cross(to_x(x), bottom) for x, _ in run]
         if one.marks:
             body += [f'<circle class="mark {one.kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in pairs]
     return _svg(size, title, desc, body)
@@ -105,7 +116,7 @@ def bars(
 
     A ``group`` stands as a heading above the first of its rows.
     """
-    longest = max((row.value for row in rows), default=0.0) or 1.0
+    longest = max((row.value for row in rows if is_number(row.value)), default=0.0) or 1.0
     to_x = _scale(0, longest, 0, width - room)
     body, y, group = [], 0, ""
     for row in rows:
@@ -115,9 +126,13 @@ def bars(
             body.append(_text(0, y + 14, group, "heading"))
             y += 24
         body.append(_text(0, y + 13, row.label, "label"))
-        shape = f'x="0" y="{y + 19}" width="{max(to_x(row.value), 1):.1f}" height="14" rx="2"'
-        body.append(f'<rect class="bar {row.kind}" {shape}/>')
-        body.append(_text(to_x(row.value) + 8, y + 30.5, row.text, "value"))
+        end = to_x(row.value) if is_number(row.value) else 8.0
+        if is_number(row.value):
+            shape = f'x="0" y="{y + 19}" width="{max(end, 1):.1f}" height="14" rx="2"'
+            body.append(f'<rect class="bar {row.kind}" {shape}/>')
+        else:
+            body.append(_cross(4, y + 26))
+        body.append(_text(end + 8, y + 30.5, row.text, "value"))
         y += 42
     body.append(_text(0, y + 16, x_label, "tick"))
     return _svg((width, y + 24), title, desc, body)
@@ -132,6 +147,11 @@ def nice(low: float, high: float, about: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
+def is_number(value: float | None) -> bool:
+    """Whether a value can be drawn: it is there and finite."""
+    return value is not None and math.isfinite(value)
+
+
 def superscript(value: int) -> str:
     """An exponent as raised digits: −7 gives ⁻⁷."""
     return str(value).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
@@ -140,6 +160,14 @@ def superscript(value: int) -> str:
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1.0
     return lambda value: start + (value - low) / span * (end - start)
+
+
+def _cross(x: float, y: float) -> str:
+    """Says that a value is missing where it should stand."""
+    strokes = (
+        f"M{x - 4:.1f},{y - 4:.1f}L{x + 4:.1f},{y + 4:.1f}M{x - 4:.1f},{y + 4:.1f}L{x + 4:.1f},{y - 4:.1f}"
+    )
+    return f'<g class="missing"><title>not finite, or not measured</title><path d="{strokes}"/></g>'
 
 
 def _places(one: Series) -> Sequence[float]:

@@ -65,10 +65,10 @@ def verify(
     default is the one most numbers of ``a`` are stored in. A model that does not run in float64 is held against the
     highest dtype it runs in, ``reference_dtype``.
 
-    ``text`` is a UTF-8 file (or a list of strings), read whole; the default is up to 500 English sentences where there
-    is a tokenizer, of large models the first 2,048 ``tokens`` of them or some more; else 64 sequences of seeded random
-    ids, or 16 seeded random images for a model that reads pixels. ``progress(done, total)`` counts tokens (or images)
-    over all passes.
+    ``text`` is a UTF-8 file (or a list of strings), read whole; the default is 500 English sentences where there is a
+    tokenizer, of which a model above 30 M parameters reads the first that have 2,048 ``tokens``; else 64 sequences
+    of seeded random ids, or 16 seeded random images for a model that reads pixels. ``progress(done, total)`` counts
+    tokens (or images) over all passes.
 
     Raises ValueError for a directory without config.json, weights or a known architecture, for models of different
     vocabularies or output shapes, and for text without a tokenizer; ImportError where transformers is absent.
@@ -92,6 +92,7 @@ def verify(
 
     model, highest, more = original.reference(trial)
     notes += more
+    result.one_by_one = original.one_by_one
     working = original.dtype(model) if working is None else working
     if working == torch.float64 != highest:
         working = highest

@@ -6,8 +6,10 @@ temporary file, in the order of the batches, and come back batch by batch.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import inspect
+import itertools
 import math
 import tempfile
 from collections import Counter
@@ -23,7 +25,7 @@ from .checkpoint import Checkpoint
 
 OUTPUTS = ("logits", "prediction_logits", "last_hidden_state")  # the first that a model gives is compared
 TOKENS = 2048  # as many are always run, where the text holds them
-WORK = 3.3e11  # parameters · tokens of the default text: some 15 seconds a pass of two cores in float64
+SMALL = 30_000_000  # parameters up to which the whole default text is cheap
 LOGITS = 1 << 23  # numbers a batch of logits may hold: 64 MB in float64
 IMAGES = 16  # seeded random images for a model that reads pixels
 
@@ -97,6 +99,7 @@ class Subject:
         from .integrations import loading
 
         self.argument = argument
+        self.one_by_one = False  # whether float64 takes experts one by one, for want of grouped products
         self.live = source if isinstance(source, torch.nn.Module) else None
         self.path = None
         if self.live is None:
@@ -149,6 +152,11 @@ class Subject:
     def model(self, dtype: torch.dtype) -> torch.nn.Module:
         from .integrations import loading
 
+        if self.one_by_one and dtype == torch.float64:
+            loaded = copy.deepcopy(self.live) if self.live is not None else loading.model(self.path, dtype)
+            loaded = loaded.to(dtype).eval()
+            loaded.set_experts_implementation("eager")
+            return loaded
         if self.live is None:
             return loading.model(self.path, dtype)
         state = [*self.live.parameters(), *self.live.buffers()]
@@ -169,19 +177,16 @@ class Subject:
             runs(model)
             return model, torch.float64, []
         except (RuntimeError, NotImplementedError) as error:
-            failure = error
+            failure = error.with_traceback(None)  # it would hold on to the model
         name = type(model).__name__
-        one_by_one = getattr(model, "set_experts_implementation", None)
-        if one_by_one is not None:
-            model = copy.deepcopy(model) if model is self.live else model
-            try:
-                model.set_experts_implementation("eager")
-                runs(model)
-            except (RuntimeError, NotImplementedError, ValueError):
-                pass
-            else:
-                return model, torch.float64, [f"reference: the experts of {name} run one by one in float64"]
         del model
+        self.one_by_one = True
+        try:
+            model = self.model(torch.float64)
+            runs(model)
+            return model, torch.float64, [f"reference: the experts of {name} run one by one in float64"]
+        except (RuntimeError, NotImplementedError, ValueError, AttributeError):
+            self.one_by_one = False  # it was something else
         model = self.model(torch.float32)
         try:
             runs(model)
@@ -223,15 +228,11 @@ def sequences(original: Subject, result: Subject, text, notes: list[str]) -> tup
 
 
 def affordable(ids: list[list[int]], parameters: int) -> list[list[int]]:
-    """The first sequences that together have 2,048 tokens, or more while parameters · tokens stay within ``WORK``."""
-    budget = max(TOKENS, int(WORK / max(parameters, 1)))
-    taken, tokens = [], 0
-    for sequence in ids:
-        if tokens >= TOKENS and tokens + len(sequence) > budget:
-            break
-        taken.append(sequence)
-        tokens += len(sequence)
-    return taken
+    """All sequences for a model of up to 30 M ``parameters``, else the first that together have 2,048 tokens."""
+    if parameters <= SMALL:
+        return ids
+    tokens = list(itertools.accumulate(map(len, ids)))
+    return ids[: bisect.bisect_left(tokens, TOKENS) + 1]
 
 
 def text_batches(ids: list[list[int]], pad: int, batch_size: int, model: torch.nn.Module) -> list[Batch]:

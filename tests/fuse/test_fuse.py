@@ -153,10 +153,7 @@ def test_an_unknown_family_is_left_alone():
     )
     model = transformers.OPTModel(config)
     report = fuse(model, attention=False)
-    assert (
-        report["replaced"] == []
-        and "bert, gpt2, llama, mistral, qwen2; got 'opt'" in report["left"][0]["reason"]
-    )
+    assert report["replaced"] == [] and report["left"][0]["reason"].endswith("; got 'opt'")
     assert RECORD not in model.__dict__
     plain = fuse(torch.nn.Linear(2, 2))
     assert len(plain["left"]) == 2 and plain["parameters_after"] == 6

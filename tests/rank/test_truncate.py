@@ -5,12 +5,23 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    LlamaModel,
+    MPNetConfig,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import gaugekit as gk
-from gaugekit import models, samples
+from gaugekit import samples
 from gaugekit.cli import main
 from gaugekit.models import Live
+from gaugekit.rank import Truncate
 from gaugekit.rewrite import convert
 from gaugekit.symmetry import GaugeFix
 from tiny import add_tokenizer, bert, gpt2
@@ -163,11 +174,12 @@ def test_what_is_refused(saved, tmp_path, capsys):
             gk.rank.truncate(model, **arguments)
     with pytest.raises(ValueError, match="even number, since rotary"):
         gk.rank.truncate(made("llama"), rank=3)
-    with pytest.raises(ValueError, match="'qwen3' is not covered: it normalises queries and keys"):
-        models.family(Qwen3Config(**SIZES).to_dict())
-    for kind in ("t5", "bloom", "deberta-v2"):
-        with pytest.raises(ValueError, match=f"'{kind}' is not covered: it adds position to the scores"):
-            models.family({"model_type": kind})
+    normed = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    for goal in ({"rank": 4}, {"energy": 0.9}):
+        with pytest.raises(ValueError, match="rank: expected scores .* it normalises queries and keys"):
+            gk.rank.truncate(normed, **goal)
+    with pytest.raises(ValueError, match="rank: expected scores .* it adds position to the scores"):
+        Truncate(2).plan(MPNetConfig(num_hidden_layers=1).to_dict())
     source = saved("bert")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(
