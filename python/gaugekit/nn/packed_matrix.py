@@ -148,6 +148,11 @@ class PackedMatrix(torch.Tensor):
         parameter.__dict__.update(self._attributes())
         return parameter
 
+    def received(self, weight: Tensor) -> PackedParameter:
+        """The parameter, for all layers that share this place on the meta device, once ``weight`` is packed into it."""
+        self._cell.value = pack_weight(weight.T if self.transposed else weight)
+        return self.parameter()
+
     def moved(self, change: Callable[[Tensor], Tensor]) -> PackedParameter:
         """The parameter after ``change`` (as of nn.Module._apply) of the parts; their dtypes stay."""
         parts = (change(part).to(part.dtype) for part in self.value[:5])
