@@ -1,4 +1,4 @@
-"""Packing a model in place: what hangs on its layers stays, what must not be packed is left, and everything comes back."""
+"""Packing in place: what hangs on layers stays, what must not be packed is left, and everything comes back."""
 
 import copy
 

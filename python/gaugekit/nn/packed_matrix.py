@@ -118,8 +118,8 @@ class PackedMatrix(torch.Tensor):
             raise RuntimeError(f"weight: expected a plain tensor to pack, got a {type(weight).__name__}")
         if weight.shape != self.shape:
             raise RuntimeError(
-                f"weight: expected {list(self.shape)}, got {list(weight.shape)}; a wrapper that cuts parameters in place "
-                "(FullyShardedDataParallel) has to be told to ignore packed ones, fully_shard has not"
+                f"weight: expected {list(self.shape)}, got {list(weight.shape)}; a wrapper that cuts parameters in "
+                "place (FullyShardedDataParallel) has to be told to ignore packed ones, fully_shard has not"
             )
         weight = weight.detach().to(self.device, self.dtype)
         if not self.is_meta:  # nothing is held on that device, as nothing is by a plain tensor
