@@ -58,9 +58,11 @@ def fuse(
     probabilities, so fuse with ``attention=False`` to train a model that asks for it.
 
     ``packed``: plain linear layers, GPT-2's Conv1D and embeddings of bfloat16 or float16 keep their weights packed in
-    memory and frozen, bit for bit (docs/packed.md); tied ones share one matrix. Nothing is kept for ``unfuse``, which
-    unpacks, so the memory is saved in this process; unfuse before ``save_pretrained``. The report then has
-    ``bytes_before`` and ``bytes_after`` of what was packed.
+    memory and frozen, bit for bit (docs/packed.md); each layer stays the same object, with its hooks, attributes and
+    ties. Nothing is kept for ``unfuse``, which unpacks whatever is packed, so the memory is saved in this process. The
+    model saves as the plain one. The report then has ``bytes_before`` and ``bytes_after`` of all parameters and buffers
+    and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``left`` names every other module that
+    holds a plain matrix.
 
     ``neutreno``: λ, a number or one a layer (the first is not used): above the first layer attention becomes
     softmax(Q Kᵀ) V + λ (V⁰ − V), V⁰ the first layer's values of the same token (docs/neutreno.md). This changes the
@@ -110,7 +112,8 @@ def fuse(
 def unfuse(model: nn.Module) -> Report:
     """Puts back what ``fuse`` replaced: the very modules, their weights bit for bit, and the attention implementation.
 
-    Modules follow the model to another device or dtype; what the forms learnt since is dropped. Returns a Report:
+    Packed layers become plain ones, whichever way they were packed. Modules follow the model to another device or
+    dtype; what the forms learnt since is dropped. Returns a Report:
     ``restored`` [module], ``attention``; nothing is restored in a model that is not fused. Raises ValueError where
     ``model`` is no nn.Module.
     """

@@ -10,6 +10,7 @@ from torch import nn
 
 import gaugekit as gk
 from gaugekit.nn import PackedEmbedding, PackedLinear, forms, packing
+from gaugekit.nn.packed_matrix import PARTS, PackedMatrix
 from helpers import assert_accurate
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -62,9 +63,9 @@ def test_embedding_with_max_norm_is_refused():
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(50, 70)
-        self.inner = nn.Linear(70, 70)
-        self.head = nn.Linear(70, 50, bias=False)
+        self.embedding = nn.Embedding(50, 128)
+        self.inner = nn.Linear(128, 128)
+        self.head = nn.Linear(128, 50, bias=False)
         self.head.weight = self.embedding.weight
         self.bfloat16()
 
@@ -77,45 +78,68 @@ IDS = torch.arange(40).view(2, 20)
 
 def test_tied_layers_share_one_matrix_and_come_back_tied():
     model = Tied()
-    expected = model(IDS)
+    expected, exact = model(IDS).detach(), copy.deepcopy(model).double()(IDS).detach()
+    plain_bytes = sum(p.nbytes for p in model.parameters())
     done = packing.pack(model)
-    assert set(done.packed) == {"embedding", "inner", "head"}
+    assert set(done.packed) == {"embedding", "inner", "head"} and not done.left
     assert model.head.packed is model.embedding.packed
-    assert done.bytes_after == model.embedding.packed_bytes + model.inner.packed_bytes
-    assert torch.equal(model(IDS), expected)
+    assert done.bytes_before == plain_bytes
+    assert (
+        done.bytes_after == model.embedding.packed_bytes + model.inner.packed_bytes + model.inner.bias.nbytes
+    )
+    assert_accurate(model(IDS).detach(), exact, expected)
     model.to("meta")
     assert model.head.packed.raw.is_meta and model.head.packed is model.embedding.packed
     model = Tied()
-    packing.unpack(model, list(packing.pack(model).packed))
+    packing.pack(model)
+    assert packing.unpack(model) == ["embedding", "inner", "head"]
     assert model.head.weight is model.embedding.weight and type(model.inner) is nn.Linear
 
 
-def test_state_dict_round_trip():
-    model, other = Tied(), Tied()
-    for one in (model, other):
-        packing.pack(one)
+def test_state_dict_is_the_plain_model_s():
+    plain, packed, other = Tied(), Tied(), Tied()
+    for model in (packed, other):
+        packing.pack(model)
+    packed.load_state_dict(plain.state_dict())
+    assert torch.equal(packed.inner.weight, plain.inner.weight)
+    assert packed.head.packed is packed.embedding.packed
     buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
+    torch.save(packed.state_dict(), buffer)
     buffer.seek(0)
     state = torch.load(buffer)
-    other.load_state_dict(state)
-    assert torch.equal(other(IDS), model(IDS))
-    assert other.head.packed is other.embedding.packed
-    state["inner.packed.raw"].zero_()
-    assert torch.equal(other(IDS), model(IDS)), "loading copies"
+    assert state.keys() == plain.state_dict().keys()
+    assert all(type(state[name]) is torch.Tensor for name in state)
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    Tied().load_state_dict(packed.state_dict())
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(other(IDS), packed(IDS)) and other.head.packed is other.embedding.packed
+    with pytest.raises(RuntimeError, match=r"Missing key.*inner.weight"):
+        other.load_state_dict({name: state[name] for name in state if name != "inner.weight"})
+    with pytest.raises(RuntimeError, match=r"inner.weight: expected \[128, 128\], got \[128\]"):
+        other.load_state_dict(state | {"inner.weight": state["inner.bias"]})
 
 
-def test_damaged_state_is_refused():
-    model = PackedLinear.from_linear(linear())
-    state = {name: part.clone() for name, part in model.state_dict().items()}
-    state["packed.offsets"] += 1
+def parts(layer):
+    return {f"packed.{name}": getattr(layer.packed, name).clone() for name in PARTS} | {
+        "bias": layer.bias.detach()
+    }
+
+
+def test_packed_parts_load_and_damaged_ones_are_refused():
+    model, other = PackedLinear.from_linear(linear()), PackedLinear.from_linear(linear())
+    state = parts(other)
+    model.load_state_dict(state)
+    assert torch.equal(model.weight, other.weight)
+    state["packed.raw"].zero_()
+    assert torch.equal(model.weight, other.weight), "loading copies"
     with pytest.raises(ValueError, match="packed.offsets"):
-        model.load_state_dict(state)
-    state = {name: part for name, part in model.state_dict().items() if name != "packed.raw"}
+        model.load_state_dict(parts(other) | {"packed.offsets": state["packed.offsets"] + 1})
     with pytest.raises(RuntimeError, match="packed.raw"):
-        model.load_state_dict(state)
-    with pytest.raises(ValueError, match="9 rows, got 8"):
-        model.load_state_dict(PackedLinear.from_linear(linear(outputs=8)).state_dict())
+        model.load_state_dict({name: part for name, part in state.items() if name != "packed.raw"})
+    with pytest.raises(
+        ValueError, match=r"expected torch.bfloat16 \[9, 130\], got torch.bfloat16 \[8, 130\]"
+    ):
+        model.load_state_dict(parts(PackedLinear.from_linear(linear(outputs=8))) | {"bias": state["bias"]})
 
 
 def test_forms():
@@ -126,6 +150,9 @@ def test_forms():
     made.load_state_dict(packed.state_dict())
     x = torch.randn(3, 130).bfloat16()
     assert torch.equal(made(x), packed(x))
+    made = forms.build({"form": "packed_linear", "arguments": {"inputs": 130, "outputs": 9}}, device="meta")
+    made.load_state_dict({name: tensor.clone() for name, tensor in packed.state_dict().items()}, assign=True)
+    assert made.packed is not None and torch.equal(made(x), packed(x))
     table = PackedEmbedding.from_embedding(nn.Embedding(5, 70).half())
     arguments = {"count": 5, "width": 70, "weights": "float16"}
     made = forms.build({"form": "packed_embedding", "arguments": arguments})
@@ -158,23 +185,80 @@ def test_autocast_gives_the_dtypes_of_a_plain_layer(dtype, under):
         assert packed(x).dtype == torch.float64  # autocast leaves float64 alone
 
 
-def test_pickling_is_refused_and_copying_is_not():
-    packed = PackedLinear.from_linear(linear())
-    with pytest.raises(TypeError, match="state_dict"):
-        pickle.dumps(packed)
+def test_pickles_and_copies_are_packed_and_tied():
     model = Tied()
     packing.pack(model)
-    twin = copy.deepcopy(model)
-    assert twin.head.packed is twin.embedding.packed is not model.head.packed
-    model.inner.packed.raw.zero_()
-    assert not torch.equal(twin.inner.weight, model.inner.weight)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.head.packed is twin.embedding.packed is not model.head.packed
+        assert torch.equal(twin(IDS), model(IDS))
+        twin.inner.weight.data = torch.zeros(128, 128, dtype=torch.bfloat16)
+        assert not torch.equal(twin.inner.weight, model.inner.weight)
 
 
 def test_adapter_on_a_frozen_packed_layer_learns():
     packed, down = PackedLinear.from_linear(linear()), nn.Linear(130, 130, dtype=torch.bfloat16)
     packed(down(torch.randn(4, 130).bfloat16())).sum().backward()
     assert down.weight.grad.abs().sum() > 0 and packed.bias.grad is not None
-    assert [name for name, _ in packed.named_parameters()] == ["bias"]
+    assert [name for name, p in packed.named_parameters() if p.requires_grad] == ["bias"]
+
+
+def test_what_a_weight_is_like_is_known_without_decoding(monkeypatch):
+    packed = PackedLinear.from_linear(linear())
+    monkeypatch.setattr(PackedMatrix, "unpack", lambda self: pytest.fail("decoded"))
+    weight = packed.weight
+    assert (weight.dtype, weight.shape, weight.device.type) == (torch.bfloat16, (9, 130), "cpu")
+    assert weight.is_floating_point() and weight.numel() == 9 * 130 and isinstance(weight, nn.Parameter)
+    assert weight.detach().dtype == weight.data.dtype == torch.bfloat16
+    packed(torch.randn(2, 130).bfloat16())
+
+
+WRITES = {
+    "add_": lambda weight: weight.add_(1),
+    "copy_": lambda weight: weight.copy_(torch.ones_like(weight)),
+    "init": nn.init.ones_,
+    "an entry": lambda weight: weight.__setitem__((0, 0), 1.0),
+    "entries": lambda weight: weight.__setitem__(torch.tensor([0]), 1.0),
+    "a row": lambda weight: weight[0].fill_(1),
+    "transposed": lambda weight: weight.T.add_(1),
+    "flat": lambda weight: weight.view(-1)[0].zero_(),
+    "out": lambda weight: torch.add(torch.ones(9, 130).bfloat16(), 1, out=weight),
+    "several": lambda weight: torch._foreach_add_([weight], 1),
+    "NumPy": lambda weight: weight.half().numpy() is None or weight.detach().numpy().fill(0),
+}
+
+
+@pytest.mark.parametrize("of", [lambda p: p.weight, lambda p: p.weight.data], ids=["weight", "data"])
+@pytest.mark.parametrize("name", WRITES)
+@torch.no_grad()
+def test_writes_in_place_are_refused(name, of):
+    packed = PackedLinear.from_linear(linear(dtype=torch.float16))
+    before = packed.to_linear().weight.clone()
+    with pytest.raises((RuntimeError, ValueError), match=r"packed weight|read-only|dtype"):
+        WRITES[name](of(packed))
+    assert torch.equal(packed.to_linear().weight, before)
+
+
+def test_assignment_changes_the_weight():
+    packed, other = PackedLinear.from_linear(linear()), linear()
+    x = torch.randn(3, 130).bfloat16()
+    packed.weight.data = other.weight.data
+    assert isinstance(packed.weight, PackedMatrix) and torch.equal(packed.weight, other.weight)
+    packed.weight.data = packed.weight.data
+    assert torch.equal(packed.weight, other.weight)
+    packed.weight = nn.Parameter(other.weight.detach() * 2)  # a plain parameter in its place is used as it is
+    assert packed.packed is None
+    assert torch.equal(packed(x), nn.functional.linear(x, packed.weight, packed.bias))
+    with pytest.raises(RuntimeError, match=r"expected \[9, 130\], got \[130, 9\]"):
+        PackedLinear.from_linear(linear()).weight.data = other.weight.data.T
+    with pytest.raises(RuntimeError, match="frozen"):
+        PackedLinear.from_linear(linear()).requires_grad_(True)
+
+
+def test_ids_that_are_no_integers_are_an_error():
+    packed = PackedEmbedding.from_embedding(nn.Embedding(5, 70).bfloat16())
+    for ids in (torch.ones(2), torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.int16)):
+        with pytest.raises(ValueError, match="ids: expected int64 or int32, got"):
+            packed(ids)
 
 
 @pytest.mark.parametrize(

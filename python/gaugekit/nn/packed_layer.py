@@ -75,7 +75,10 @@ class PackedLayer(nn.Module):
         unexpected[:] = [name for name in unexpected if name != f"{prefix}weight" and name not in parts]
         plain, held = state_dict.get(f"{prefix}weight"), {name for name in parts if name in state_dict}
         if plain is not None and plain.shape == weight.shape:
-            weight.write(plain)
+            if weight.is_meta and local_metadata.get("assign_to_params_buffers"):
+                self._parameters["weight"] = weight.received(plain.clone())
+            else:
+                weight.write(plain)
         elif plain is not None:
             errors.append(f"{prefix}weight: expected {list(weight.shape)}, got {list(plain.shape)}")
         elif held == parts.keys():
@@ -83,3 +86,6 @@ class PackedLayer(nn.Module):
             weight.hold(PackedWeight(**tensors, columns=weight.value.columns))
         else:
             missing += sorted(parts.keys() - held) if held else [f"{prefix}weight"]
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight!r}" if self.packed is not None else f"weight={list(self.weight.shape)}"

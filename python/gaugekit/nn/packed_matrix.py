@@ -118,8 +118,8 @@ class PackedMatrix(torch.Tensor):
             raise RuntimeError(f"weight: expected a plain tensor to pack, got a {type(weight).__name__}")
         if weight.shape != self.shape:
             raise RuntimeError(
-                f"weight: expected {list(self.shape)}, got {list(weight.shape)}; a wrapper that cuts parameters in place "
-                "(FullyShardedDataParallel) has to be told to ignore packed ones, fully_shard has not"
+                f"weight: expected {list(self.shape)}, got {list(weight.shape)}; a wrapper that cuts parameters in "
+                "place (FullyShardedDataParallel) has to be told to ignore packed ones, fully_shard has not"
             )
         weight = weight.detach().to(self.device, self.dtype)
         if not self.is_meta:  # nothing is held on that device, as nothing is by a plain tensor
@@ -147,6 +147,11 @@ class PackedMatrix(torch.Tensor):
         parameter = nn.Parameter(plain.T.contiguous() if self.transposed else plain, self._cell.trainable)
         parameter.__dict__.update(self._attributes())
         return parameter
+
+    def received(self, weight: Tensor) -> PackedParameter:
+        """The parameter, for all layers that share this place on the meta device, once ``weight`` is packed into it."""
+        self._cell.value = pack_weight(weight.T if self.transposed else weight)
+        return self.parameter()
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> PackedParameter:
         """The parameter after ``change`` (as of nn.Module._apply) of the parts; their dtypes stay."""
