@@ -56,18 +56,19 @@ def outputs(model, **more):
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_model_that_computes_the_same_takes_it(name):
-    model = TAKEN[name]().double().eval()
+    model = TAKEN[name]().eval()  # in float32: experts have no float64
     before = outputs(model)
     report = gk.fuse(model, gauge=False)
     assert report["attention"] == "gaugekit" and report["left"] == []
-    torch.testing.assert_close(outputs(model), before)
+    assert (outputs(model) - before).norm() <= probe.LIMIT * before.norm()
     mask = torch.ones_like(IDS)
     mask[1, 6:] = 0
     padded = outputs(model, attention_mask=mask)
     gk.unfuse(model)
     assert model.config._attn_implementation == "sdpa"
     real = mask.bool() if name != "bart" else slice(None)  # the decoder has no padding
-    torch.testing.assert_close(padded[real], outputs(model, attention_mask=mask)[real])
+    expected = outputs(model, attention_mask=mask)[real]
+    assert (padded[real] - expected).norm() <= probe.LIMIT * expected.norm()
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -120,7 +121,7 @@ def test_a_large_config_is_tried_small():
 def test_parts_keep_their_own_implementations():
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = tr.LlavaConfig(
-        text_config=tr.LlamaConfig(**GROUPS), vision_config=tr.CLIPVisionConfig(**vision, image_size=28)
+        text_config=tr.LlamaConfig(**GROUPS), vision_config=tr.CLIPVisionConfig(**vision, image_size=64)
     )
     model = tr.LlavaForConditionalGeneration(config).eval()
     model.set_attn_implementation({"vision_config": "eager"})
