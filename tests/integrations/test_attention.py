@@ -171,13 +171,20 @@ def test_packed_sequences_do_not_see_each_other(make, rows):
     torch.testing.assert_close(ours[:1, 5:], alone)
 
 
-@pytest.mark.parametrize("dtype, low", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
-@pytest.mark.parametrize("make", [llama, gpt2, bert])
+@pytest.mark.parametrize(
+    "make, dtype, low",
+    [
+        (llama, torch.float32, torch.bfloat16),
+        (llama, torch.bfloat16, torch.float16),  # torch's own LayerNorm, which the others have, refuses this
+        (gpt2, torch.float32, torch.bfloat16),
+        (bert, torch.float32, torch.bfloat16),
+    ],
+)
 def test_autocast_is_that_of_sdpa(make, dtype, low):
     """Rotary angles leave queries and keys in float32 beside values in the lower dtype."""
     model, ids = make().to(dtype), torch.randint(1, 90, (3, T))
     outputs, gradients = {}, {}
-    for name in ("eager", "gaugekit", "sdpa"):
+    for name in ("gaugekit", "sdpa"):
         model.set_attn_implementation(name)
         model.zero_grad()
         with torch.autocast("cpu", low):
@@ -187,7 +194,6 @@ def test_autocast_is_that_of_sdpa(make, dtype, low):
     assert outputs["gaugekit"].dtype == outputs["sdpa"].dtype
     model.double()
     reference = output(model, "sdpa", input_ids=ids)
-    reference = reference if isinstance(reference, torch.Tensor) else reference[0]
     assert_accurate(outputs["gaugekit"], reference, outputs["sdpa"], ulps=64)
     assert gradients["gaugekit"].isfinite().all() and gradients["gaugekit"].any()
 
