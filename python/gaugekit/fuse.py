@@ -32,6 +32,7 @@ class _Undo:
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     attention: str | None = None
+    attentions: dict[str, Any] = field(default_factory=dict)
     taps: list[str] = field(default_factory=list)
     neutreno: bool = False
     quantization_config: Any = None
@@ -139,7 +140,7 @@ def unfuse(model: nn.Module) -> Report:
         attention.remove_taps(model, undo.taps)
         neutreno.detach(model)
     if undo.attention is not None and undo.attention != _attention(model):
-        model.set_attn_implementation(undo.attention)
+        model.set_attn_implementation(undo.attentions)
     return Report("unfuse", {"restored": [*undo.modules, *unpacked], "attention": _attention(model)})
 
 
@@ -192,12 +193,12 @@ def _fuse_packed(model: nn.Module, fields: dict) -> None:
 
 
 def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:
-    if not hasattr(model, "set_attn_implementation"):
+    if not hasattr(model, "set_attn_implementation"):  # then transformers need not be installed either
         reason = "attention: it is no transformers model, so there is no interface to set"
         fields["left"].append({"module": "", "reason": reason})
         return
     from .integrations import attention as ours
-    from .integrations import neutreno
+    from .integrations import neutreno, probe
 
     if lam is not None:
         try:
@@ -207,15 +208,9 @@ def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:
             return
         lam = neutreno.numbers(model.config, lam)
         undo.quantization_config = getattr(model.config, "quantization_config", None)
-    try:
-        ours.register()
-        model.set_attn_implementation(ours.NAME)
-    except ValueError as reason:
+    undo.attentions = _attentions(model.config)
+    if reason := probe.adopt(model):
         fields["left"].append({"module": "", "reason": f"attention: {reason}"})
-        return
-    if _attention(model) != ours.NAME:
-        reason = f"attention: {type(model).__name__} does not take another implementation"
-        fields["left"].append({"module": "", "reason": reason})
         return
     undo.taps = ours.add_taps(model)
     if lam is not None:
@@ -270,6 +265,12 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _attention(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def _attentions(config: Any) -> dict[str, Any]:
+    """The implementation of a config and of those within, as ``set_attn_implementation`` takes them."""
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    return {"": config._attn_implementation} | {name: _attentions(part) for name, part in parts.items()}
 
 
 def _count(model: nn.Module) -> int:

@@ -56,9 +56,36 @@ def test_a_mask_for_other_keys():
         attention.attend(torch.nn.Module(), x, x, x, mask)
 
 
-def test_packed_sequences_in_several_rows():
-    places = torch.arange(6).repeat(2, 2)
-    refused("position_ids: expected one row of packed", gpt2(use_cache=False), position_ids=places)
+@pytest.mark.parametrize("name", ["indices", "sinks", "block_indices", "cu_seq_lens_q", "no_such_thing"])
+def test_an_argument_that_may_change_the_result(name):
+    x = torch.randn(1, 2, 12, 8)
+    with pytest.raises(ValueError, match=f"{name}: shaped attention does not cover it; .*'sdpa'"):
+        attention.attend(torch.nn.Module(), x, x, x, None, **{name: torch.zeros(2)})
+    told = dict(position_ids=torch.zeros(2), output_attentions=False, num_items_in_batch=3)
+    out, _ = attention.attend(torch.nn.Module(), x, x, x, None, **told, **{name: None})
+    assert out.shape == (1, 12, 2, 8)
+    with pytest.raises(ValueError, match=f"{name}: a mask without an array"):
+        attention.visible(1, 12, 12, **{name: 3})
+
+
+def test_a_model_that_reads_its_mask():
+    mask = attention.visible(1, 12, 12, allow_is_causal_skip=False)
+    for read in (
+        lambda: mask[:, :, :4],
+        lambda: mask.dtype,
+        lambda: torch.where(mask, 0, 1),
+        lambda: torch.ones(2) + mask,
+    ):
+        with pytest.raises(ValueError, match="attention_mask: expected to be handed to the attention only"):
+            read()
+    assert not hasattr(mask, "device")
+
+
+def test_causal_queries_of_which_nobody_says_where_they_stand():
+    q, x = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 12, 8)
+    with pytest.raises(ValueError, match="where 5 causal queries stand among 12 keys"):
+        attention.attend(torch.nn.Module(), q, x, x, None)
+    attention.attend(torch.nn.Module(), q, x, x, None, is_causal=False)
 
 
 def test_a_window_over_holes():

@@ -5,9 +5,10 @@ that makes its mask. A name that stands in the first only gets no mask at all, a
 ``register`` always enters both. Our mask is a ``Visible``: a few numbers a sequence, never a [T, S] array.
 
 Covered: encoders and decoders, key/value groups, padding on either side or anywhere, caches (growing, sliding and
-static), prefill in chunks, beams, sliding windows, one row of packed sequences. Refused with a ValueError, never
-computed wrongly: masks of any other shape, attention dropout, logit soft-caps, attention sinks, position biases,
-paged caches, and returned attention weights.
+static), prefill in chunks, beams, sliding windows, rows of packed sequences, torch.compile and torch.export of these.
+Refused with a ValueError, never computed wrongly: masks of any other shape or read by the model, attention dropout,
+returned attention weights, and every argument not known to be mere information: logit soft-caps, sinks, position
+biases, indices of sparse attention, paged caches.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ except ImportError as error:
 NAME = "gaugekit"
 TAP = "gaugekit_tap"
 # Keyword arguments that only inform: whatever else is given may change the scores or the probabilities, and is refused.
-INFORMATIVE = {"cache_position", "deterministic", "num_items_in_batch", "position_ids", "use_cache"}
+INFORMATIVE = {
+    "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
+PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}  # say again what a mask of packed rows says
 FLAGS = {"output_attentions"}  # those that ask for nothing where they are False
 
 
@@ -71,11 +76,13 @@ def attend(
             f"dropout: expected 0, got {dropout}; shaped attention has no dropout on its probabilities. Set the "
             f"config's attention dropout to 0, call model.eval(), or {INSTEAD}"
         )
+    packed = isinstance(attention_mask, Visible) and attention_mask.cu_seqlens is not None
     for name, given in kwargs.items():
-        if given is not None and not (given is False and name in FLAGS) and name not in INFORMATIVE:
+        known = name in INFORMATIVE or (packed and name in PACKED) or (given is False and name in FLAGS)
+        if given is not None and not known:
             raise ValueError(f"{name}: shaped attention does not cover it; {INSTEAD}")
     mask = _mask(module, query, key, attention_mask, is_causal, sliding_window)
-    if mask.cu_seqlens is not None:
+    if packed:
         batch = query.shape[0]
         query, key, value = (_one_row(x) for x in (query, key, value))
     tap = getattr(module, TAP, None) if query.shape[2] == key.shape[2] else None
@@ -114,7 +121,7 @@ def attend(
     if mask.query_order is not None:
         out = _gather(out, query_order.argsort(1))
     out = out.transpose(1, 2)
-    return (out if mask.cu_seqlens is None else out.unflatten(1, (batch, -1))[0]).contiguous(), None
+    return (out.unflatten(1, (batch, -1))[0] if packed else out).contiguous(), None
 
 
 def _mask(

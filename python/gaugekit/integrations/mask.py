@@ -33,10 +33,9 @@ OPTIONS = {
 class Read(ValueError, AttributeError):
     """A model reads or changes its mask, which has no entries: raised where it tries to (hasattr still says no)."""
 
-    def __init__(self, name: str = ""):
+    def __init__(self, name: str = "its entries"):
         super().__init__(
-            f"attention_mask: expected a model that hands its mask to the attention only, got one that reads it{name and ': '}{name}; "
-            f"{INSTEAD}"
+            f"attention_mask: expected to be handed to the attention only, but the model reads {name}; {INSTEAD}"
         )
 
 
@@ -127,7 +126,11 @@ def visible(
     real = _real(attention_mask, kv_length, kv_offset)
     plain = causal and counted_start and start + q_length == kv_length
     if real is None or (not tracing and bool(real.all())):
-        if window is None and plain and (q_length != kv_length or not options.get("allow_is_causal_skip", True)):
+        if (
+            window is None
+            and plain
+            and (q_length != kv_length or not options.get("allow_is_causal_skip", True))
+        ):
             return Visible(kv_length, causal)
         if window is None and (plain or not causal):
             return None

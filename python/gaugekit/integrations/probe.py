@@ -8,35 +8,29 @@ layers, narrow, of random weights, runs with its own attention and with ours bef
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
-import json
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
-from . import attention
-from .twin import candidates
+from . import attention, twin
 from .upstream import unfit
 
 try:
-    from transformers import PreTrainedModel
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.utils import logging
 except ImportError as error:
     raise unfit(__name__, error) from error
 
-TOKENS = 12
+NAME = "gaugekit_probe"  # our attention again, counted
 # Rounding grows to some 1e-5 in a few layers; a mask or a term that is missing changes tenths.
 LIMIT = torch.finfo(torch.float32).eps ** 0.5
-_verdicts: dict[tuple[type, str, str], str | None] = {}
+_verdicts: dict[tuple, str | None] = {}
 
 
 def adopt(model: nn.Module) -> str | None:
-    """Sets our attention on ``model``, a transformers model or a wrapper of one; None, or why it was left as it was."""
+    """Sets our attention on ``model``, a transformers model or a wrapper of one; else why it stays as it was."""
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None or not hasattr(model, "set_attn_implementation"):
         return "it is no transformers model, so there is no interface to set"
@@ -45,44 +39,97 @@ def adopt(model: nn.Module) -> str | None:
     for part in inner.modules():
         if isinstance(part, PreTrainedModel) and id(part.config) not in configs:
             configs.add(id(part.config))
-            if reason := _verdict(type(part), part.config, part is inner):
+            if reason := verdict(type(part), part.config, whole=part is inner):
                 return reason
     model.set_attn_implementation(attention.NAME)
     return None
 
 
-def _verdict(kind: type, config: Any, whole: bool) -> str | None:
+def verdict(kind: type, config: Any, whole: bool = True) -> str | None:
+    """Why models of this class and config may not have our attention, None where they may; asked once a process.
+
+    A part of another model (``whole`` False) need not attend at all.
+    """
+    if whole and not (kind._supports_sdpa or kind._supports_attention_backend):
+        return f"{kind.__name__} does not declare an attention interface"
     own = config._attn_implementation
     if own not in ("sdpa", "eager"):
         own = "sdpa" if kind._supports_sdpa else "eager"
     key = (kind, config.to_json_string(use_diff=False), own, whole)
     if key not in _verdicts:
-        _verdicts[key] = _ask(kind, config, own, whole)
+        with _quiet():
+            _verdicts[key] = _ask(kind, config, own, whole)
     return _verdicts[key]
 
 
 def _ask(kind: type, config: Any, own: str, whole: bool) -> str | None:
-    if whole and not (kind._supports_sdpa or kind._supports_attention_backend):
-        return f"{kind.__name__} does not declare an attention interface"
-    failure = "it takes no input that can be made up"
-    for smaller in candidates(config):
-        with _aside():
+    reason = None
+    for size in twin.smaller(config):
+        with twin.aside():
             try:
-                twin = _twin(kind, smaller, own)
-                calls = _calls(twin)
-                before = [call() for call in calls]
-            except Exception as error:  # the size does not fit this family: the next may
-                failure = f"{type(error).__name__}: {error}"
+                model = twin.make(kind, size, own)
+                calls, before = _run(model)
+            except Exception as error:  # these sizes do not fit this family: the next may
+                reason = reason or f"{kind.__name__} cannot be tried on a small scale: {_line(error)}"
                 continue
-            asked = attention.counted()
-            try:
-                twin.set_attn_implementation(attention.NAME)
-                with asked:
+            times: list[None] = []
+            with _counted(times):
+                try:
+                    model.set_attn_implementation(NAME)
                     after = [call() for call in calls]
-            except Exception as error:
-                return f"{kind.__name__} does not run with it: {error}"
-        if not asked.count:
-            failure = ""
-            continue
-        return None if all(map(_same, before, after)) else f"{kind.__name__} computes something else with it"
-    return None
+                except Exception as error:
+                    return f"{kind.__name__} does not run with it: {_line(error)}"
+        if times or not whole:
+            same = all(_same(*pair) for pair in zip(before, after, strict=True))
+            return None if same else f"{kind.__name__} computes something else with it"
+        reason = f"{kind.__name__} never asks transformers' attention interface"
+    return reason
+
+
+def _run(model: nn.Module) -> tuple[list[Callable], list[list[Tensor]]]:
+    """The calls that run with the model's own attention, the first of which must, and what they return."""
+    calls, outputs = twin.calls(model), []
+    for call in list(calls):
+        try:
+            outputs.append(call())
+        except Exception:
+            if not outputs:
+                raise
+            calls.remove(call)
+    return calls, outputs
+
+
+@contextlib.contextmanager
+def _counted(times: list[None]) -> Iterator[None]:
+    """While open, our attention is registered once more, under ``NAME``, and each call is noted in ``times``."""
+
+    def attend(*arguments: Any, **keywords: Any) -> Any:
+        times.append(None)
+        return attention.attend(*arguments, **keywords)
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, attention.visible)
+    yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' advice is about the user's model, not about ours."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+    if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True)):
+        return False
+    return all(
+        bool((a - b).norm() <= LIMIT * a.norm()) for a, b in zip(before, after, strict=True)
+    )  # False for NaN
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import torch
 
+from .upstream import unfit
+
 try:
     from transformers import PreTrainedModel
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.utils import logging
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
-    raise ImportError(
-        "gaugekit.integrations.transformers needs transformers: pip install gaugekit[hf]"
-    ) from error
+    raise unfit(__name__, error) from error
 
 from ..fuse import fuse
 from ..nn import forms
 from ..rewrite import VERSION
-from . import attention, packed_files, sas
+from . import attention, packed_files, probe, sas
 from .packing import Packing
 
 NAME = "gaugekit"
+logger = logging.get_logger(__name__)
 
 
 @register_quantization_config(NAME)
@@ -86,6 +88,7 @@ class GaugekitQuantizer(HfQuantizer):
     def __init__(self, quantization_config, **arguments):
         super().__init__(quantization_config, **arguments)
         self.packing = Packing() if quantization_config.packed else None
+        self.attention_asked = False
 
     def is_serializable(self) -> bool:
         return True
@@ -97,8 +100,7 @@ class GaugekitQuantizer(HfQuantizer):
         return self.packing
 
     def update_attn_implementation(self, config):
-        if getattr(config, "_attn_implementation_internal", None) is None:
-            config._attn_implementation = attention.NAME
+        self.attention_asked = getattr(config, "_attn_implementation_internal", None) is not None
         return config
 
     def _process_model_before_weight_loading(
@@ -117,6 +119,8 @@ class GaugekitQuantizer(HfQuantizer):
         model.is_quantized = (
             False  # transformers would refuse .half(), .float() and training, which are all fine here
         )
+        if not self.attention_asked and (reason := probe.adopt(model)):
+            logger.warning(f"gaugekit: attention: {reason}; {model.config._attn_implementation!r} stays")
         lam = self.quantization_config.neutreno
         if lam is not None:
             self.quantization_config.neutreno = (
