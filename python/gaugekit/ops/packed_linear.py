@@ -12,11 +12,8 @@ from torch.nn.functional import linear
 
 from gaugekit import _library
 from gaugekit.ops import packed_linear_layout as layout
+from gaugekit.ops.packed_linear_plan import plan
 from gaugekit.ops.packed_linear_weight import WEIGHT, PackedWeight
-
-# Rows of x up to which the product that decodes as it goes is taken; beyond, W is decoded by tiles for torch's matmul.
-# A processor that multiplies 16-bit numbers by itself goes over to tiles at 16 rows.
-FUSED_ROWS = {"cpu": 64, "cuda": 256}
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -41,11 +38,6 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         )
     fused = plan(x.numel() // max(1, x.shape[-1]), x.dtype, x.device.type) == "fused"
     return torch.ops.gaugekit.packed_linear(x, *packed[:5], bias, fused)
-
-
-def plan(rows: int, dtype: torch.dtype, device: str) -> str:
-    """ "fused" (W is decoded inside the product) or "decode" (by tiles, for torch's matmul), for ``rows`` rows of x."""
-    return "fused" if dtype != torch.float64 and rows <= FUSED_ROWS.get(device, 0) else "decode"
 
 
 def composition(x, raw, planes, escapes, offsets, window, bias, fused) -> Tensor:
