@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent
 STABLE_ABI_TORCH_2_11 = "0x020b000000000000"
 DEFINES = [("TORCH_TARGET_VERSION", STABLE_ABI_TORCH_2_11)]
 # -Wno-psabi: vectors wider than the baseline's registers go to inlined functions only, so GCC's note is moot.
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", "-ffp-contract=off", "-Wno-psabi"]
-LINK_FLAGS = ["-Wl,-s"] if sys.platform.startswith("linux") else []
+FLAGS = ["-O3", "-std=c++17", "-pthread", "-fvisibility=hidden", "-g0", "-ffp-contract=off", "-Wno-psabi"]
+LINK_FLAGS = ["-pthread", "-Wl,-s"] if sys.platform.startswith("linux") else []
 
 try:
     import torch

@@ -1,33 +1,23 @@
 // gaugekit::packed_survey, packed_encode, packed_rows and packed_linear on the CPU.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
-#include <array>
 #include <atomic>
 
 #include "common/check.h"
+#include "common/turns.h"
 #include "packed_linear_encode.h"
 #include "packed_linear_stream.h"
-
-#ifdef GAUGEKIT_X86
-#include <cpuid.h>
-#endif
+#include "packed_linear_tiles.h"
 
 namespace gaugekit::packed {
 namespace {
 
-using Optional = std::optional<Tensor>;
-using torch::stable::parallel_for;
-
-constexpr int64_t GRAIN_WEIGHTS = 1 << 16;  // worth a thread
+constexpr double SURVEY_NS = 0.8, ENCODE_NS = 0.8, DECODE_NS = 0.4;  // about, of a weight
 constexpr int64_t PIECE_WEIGHTS = 1 << 19;  // of the product for one thread; packed, they fit its cache
-constexpr int64_t FUSED_BATCH =
-    64;  // up to here the fused product, 16 rows of x at a time, beats torch's in float
-constexpr int64_t TILE_BYTES = int64_t(8) << 20;  // as float, decoded for torch's matmul at a time: that
-                                                  // needs enough rows, of 14,336 weights, too, to be quick
 
-int64_t grain_of_rows(int64_t columns, int64_t multiple = 1) {
-  const int64_t rows = std::max<int64_t>(1, GRAIN_WEIGHTS / std::max<int64_t>(1, columns));
-  return (rows + multiple - 1) / multiple * multiple;
+// Calls body(begin, end) for ranges of rows; a weight takes about `weight_ns`.
+template <class Body>
+void over_rows(int64_t rows, int64_t columns, double weight_ns, const Body& body) {
+  const int64_t step = grain_of_rows(columns);
+  take_ranges(rows, step, torch::stable::get_num_threads(), int64_t(weight_ns * step * columns), body);
 }
 
 template <class T>
@@ -85,7 +75,7 @@ Tensor survey(const Tensor& weight) {
   const Words w = words(weight);
   Tensor out = torch::stable::new_empty(weight, {w.rows, 2, 2}, ScalarType::Int);
   int32_t* to = static_cast<int32_t*>(out.mutable_data_ptr());
-  parallel_for(0, w.rows, grain_of_rows(w.columns), [&](int64_t begin, int64_t end) {
+  over_rows(w.rows, w.columns, SURVEY_NS, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const Survey found = survey_row(w, row, level());
       for (int c = 0; c < 2; ++c)
@@ -122,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode(const Tensor& weight, const Te
   uint8_t* to_escapes = static_cast<uint8_t*>(escapes.mutable_data_ptr());
   int32_t* to_offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
   const uint8_t* base = data<uint8_t>(window);
-  parallel_for(0, w.rows, grain_of_rows(w.columns), [&](int64_t begin, int64_t end) {
+  over_rows(w.rows, w.columns, ENCODE_NS, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const Target target{to_raw + row * blocks * BLOCK, to_planes + row * planes * blocks, blocks,
                           to_escapes + start[row],       to_escapes + start[row + 1],       base[row]};
@@ -134,12 +124,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode(const Tensor& weight, const Te
   return {raw, plane, escapes, offsets};
 }
 
-ScalarType dtype_of(const Weight& w) { return w.half() ? ScalarType::Half : ScalarType::BFloat16; }
-
 // Rows `index` of W (or rows first, first + 1, ...) into out [count, columns].
 void decode(const Weight& w, const int64_t* index, int64_t first, int64_t count, int64_t columns,
             uint16_t* out) {
-  parallel_for(0, count, grain_of_rows(columns), [&](int64_t begin, int64_t end) {
+  over_rows(count, columns, DECODE_NS, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       decode_row(w, index ? index[i] : first + i, columns, out + i * columns, level());
   });
@@ -189,46 +177,6 @@ void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch
   });
 }
 
-Tensor call_linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// Whether the processor multiplies this 16-bit format by itself; without that torch's matmul in float is
-// several times as fast as its matmul in 16 bits.
-bool multiplies(ScalarType dtype) {
-#ifdef GAUGEKIT_X86
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (dtype == ScalarType::Half)
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);  // AVX512-FP16
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);     // AVX512-BF16
-#else
-  return true;
-#endif
-}
-
-// Some rows of W at a time are decoded and handed to torch's matmul, which gives those columns of the output.
-void tiled(const Weight& w, const Tensor& x, const Optional& bias, int64_t columns, Tensor& out) {
-  const bool widened = x.scalar_type() == dtype_of(w) && !multiplies(dtype_of(w));
-  const ScalarType dtype = widened ? ScalarType::Float : x.scalar_type();
-  const Tensor left = widened ? torch::stable::to(x, dtype) : x;
-  const int64_t step =
-      std::clamp<int64_t>(TILE_BYTES / 4 / std::max<int64_t>(1, columns), 1, std::max<int64_t>(1, w.rows));
-  Tensor buffer = torch::stable::new_empty(x, {step, columns}, dtype_of(w));
-  for (int64_t first = 0; first < w.rows; first += step) {
-    const int64_t count = std::min(step, w.rows - first);
-    Tensor tile = torch::stable::narrow(buffer, 0, 0, count);
-    decode(w, nullptr, first, count, columns, static_cast<uint16_t*>(tile.mutable_data_ptr()));
-    if (tile.scalar_type() != dtype) tile = torch::stable::to(tile, dtype);
-    Optional part = bias;
-    if (part) part = torch::stable::to(torch::stable::narrow(*part, 0, first, count), dtype);
-    Tensor columns_out = torch::stable::narrow(out, 1, first, count);
-    torch::stable::copy_(columns_out, call_linear(left, tile, part));
-  }
-}
-
 Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Tensor& escapes,
               const Tensor& offsets, const Tensor& window, const Optional& bias, bool fuse) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected [..., K]");
@@ -248,10 +196,9 @@ Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Te
   Tensor out = torch::stable::new_empty(x, {batch, w.rows});
   const ScalarType dtype = x.scalar_type();
   const bool suits = dtype == dtype_of(w) || dtype == ScalarType::Float;
-  const int64_t most = dtype != ScalarType::Float && !multiplies(dtype) ? FUSED_BATCH : MAX_BATCH;
   if (out.numel() == 0) {
-  } else if (!fuse || !suits || batch > most) {
-    tiled(w, flat, shift, columns, out);
+  } else if (!fuse || !suits) {
+    Tiles(w, flat, shift, columns, out).run();
   } else if (dtype == ScalarType::Float) {
     fused<float>(w, flat, shift, batch, columns, out);
   } else if (dtype == ScalarType::Half) {

@@ -10,14 +10,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <mutex>
-#include <utility>
 #include <vector>
 
+#include "common/turns.h"
 #include "rans_decoder.h"
-#include "rans_encoder.h"
+#include "rans_places.h"
 
 namespace gaugekit::rans {
 namespace {
@@ -25,53 +22,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Calls work(next) on each thread; next() gives the numbers below n in ascending order, each to one thread,
-// and then n. Whoever is free takes the next: a thread that others slow down holds up nobody.
-template <class Work>
-void take_turns(uint64_t n, Work work) {
-  const uint64_t threads = std::min<uint64_t>(n, torch::stable::get_num_threads());
-  std::atomic<uint64_t> next{0};
-  torch::stable::parallel_for(0, int64_t(threads), 1, [&](int64_t, int64_t) {
-    work([&] { return std::min(n, next.fetch_add(1)); });
-  });
-}
-
-// Where chunks begin: known of a chunk once all before it are coded.
-class Places {
- public:
-  Places(uint64_t first, uint64_t chunks) : begins_(chunks + 1) { begins_[0] = first; }
-
-  // Chunk i takes `length` > 0 bytes.
-  void add(uint64_t i, uint64_t length) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (begins_[i + 1] = length; known_ + 1 < begins_.size() && begins_[known_ + 1]; ++known_)
-      begins_[known_ + 1] += begins_[known_];
-    changed_.notify_all();
-  }
-  bool knows(uint64_t i) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return i <= known_;
-  }
-  // Waits until it is known.
-  uint64_t of(uint64_t i) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return i <= known_; });
-    return begins_[i];
-  }
-  // About where chunk i will begin: chunks are about as long as those before them.
-  uint64_t guess(uint64_t i) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const uint64_t length = known_ ? (begins_[known_] - begins_[0]) / known_ : 0;
-    return i <= known_ ? begins_[i] : begins_[known_] + (i - known_) * length;
-  }
-  uint64_t end() const { return begins_.back(); }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::vector<uint64_t> begins_;  // of chunks not yet known the length of the one before, or 0
-  uint64_t known_ = 0;
-};
+// About what an element's byte takes, coded and decoded: good enough to tell when a thread is worth calling.
+constexpr double kEncodeNs = 0.8, kDecodeNs = 0.4;
 
 // New memory comes in huge pages where it is so large that the C library maps it anew (no other memory
 // changes): filling pages of 4 KiB takes longer than coding into them. All of this is advice, and a refusal
@@ -115,32 +67,30 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
     return i + 1 == chunks ? count - (i << chunk_log2) : uint64_t(1) << chunk_log2;
   };
   const uint64_t threads = std::min<uint64_t>(chunks, torch::stable::get_num_threads());
-  take_turns(chunks, [&](auto next) {
-    // A chunk whose place is not known yet is kept while the thread codes its next one. Nothing may fail for
-    // want of memory once others wait for a place.
-    EncoderScratch scratch[2];
-    for (EncoderScratch& s : scratch) s.reserve(std::max(symbols(0), symbols(chunks - 1)), int(width));
-    EncoderScratch *free = scratch, *kept = scratch + 1;
-    uint64_t kept_chunk = chunks;
-    auto put = [&](uint64_t i, const EncoderScratch& coded) {
+  const uint64_t chunk_bytes = std::min(count, uint64_t(1) << chunk_log2) * width;
+  take_turns(chunks, threads, kEncodeNs * chunk_bytes, [&](auto& next) {
+    Kept kept(chunk_bytes / width, int(width));
+    const auto put = [&](uint64_t i, const EncoderScratch& coded) {
       const uint64_t place = entries[i].offset = places.of(i);
       pages.reach(out + place, out + place + entries[i].length);
       put_chunk(input(i), symbols(i), int(width), coded, entries[i], out + place);
     };
+    const auto put_oldest = [&] {
+      put(kept.oldest().index, *kept.oldest().coded);
+      kept.drop_oldest();
+    };
     for (uint64_t i; (i = next()) < chunks;) {
-      free->ahead = {input(std::min(i + threads, chunks - 1)), out + places.guess(i), int(width)};
-      entries[i] = code_chunk(input(i), symbols(i), element, model, *free, path);
+      EncoderScratch& coded = kept.next();
+      coded.ahead = {input(std::min(i + threads, chunks - 1)), out + places.guess(i), int(width)};
+      entries[i] = code_chunk(input(i), symbols(i), element, model, coded, path);
       places.add(i, entries[i].length);
-      if (kept_chunk < chunks) put(kept_chunk, *kept);
-      kept_chunk = chunks;
-      if (places.knows(i)) {
-        put(i, *free);
-      } else {
-        kept_chunk = i;
-        std::swap(free, kept);
-      }
+      while (!kept.empty() && places.knows(kept.oldest().index)) put_oldest();
+      if (kept.empty() && places.knows(i))
+        put(i, coded);
+      else if (!kept.keep(i))
+        put_oldest();
     }
-    if (kept_chunk < chunks) put(kept_chunk, *kept);
+    while (!kept.empty()) put_oldest();
   });
   write_header(out, places.end(), element, model, chunk_log2, shape, rank, count, entries.data(), chunks);
   return places.end();
@@ -154,7 +104,8 @@ const char* decode_blob(const Blob& blob, uint64_t start, uint64_t stop, uint8_t
   const uint64_t from = std::min(start >> blob.chunk_log2, last_chunk);
   const uint64_t to = std::min((stop - 1) >> blob.chunk_log2, last_chunk) + 1;
   std::vector<const char*> errors(to - from, nullptr);
-  take_turns(to - from, [&](auto next) {
+  const double chunk_bytes = std::min<uint64_t>(stop - start, uint64_t(1) << blob.chunk_log2) * blob.width;
+  take_turns(to - from, torch::stable::get_num_threads(), kDecodeNs * chunk_bytes, [&](auto& next) {
     for (uint64_t i; (i = next()) < errors.size();)
       errors[i] = decode_overlap(blob, from + i, start, stop, out, path);
   });

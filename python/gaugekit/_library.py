@@ -8,6 +8,7 @@ implementations under the same names; each may be missing without anything break
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -21,6 +22,7 @@ import torch
 
 NAMESPACE = "gaugekit"
 FOLDER = Path(__file__).resolve().parent
+PROCESS = os.getpid()  # that imported gaugekit; another number means a forked child of it
 library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -35,6 +37,25 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
+
+
+def fork_safe(function: Callable) -> Callable:
+    """``function`` with torch on one thread in a forked child: torch's other threads stayed with the parent, and its
+    operators would wait for them for ever. Our own threads begin anew there (csrc/common/turns.h).
+    """
+
+    @functools.wraps(function)
+    def run(*arguments, **keywords):
+        if os.getpid() == PROCESS:
+            return function(*arguments, **keywords)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 def define(schema: str, composition: Callable, fake: Callable) -> None:

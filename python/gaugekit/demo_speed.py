@@ -50,8 +50,8 @@ def interleaved(
 def coding(source: Path, seconds: float, progress: Progress = None) -> dict:
     """GB/s (10⁹ bytes of weights) of coding and decoding every weight tensor of the directory ``source``.
 
-    In memory, one thread, a fresh result each time: the coders are compared, not the disk. Both carry checksums. Where
-    zstandard is not installed its row says so.
+    In memory, each on one thread, a fresh result each time: the coders are compared, not the disk. Both carry
+    checksums. Where zstandard is not installed its row says so.
     """
     checkpoint = Checkpoint(source)
     tensors = [tensor for name in checkpoint.names() if (tensor := checkpoint.read(name)).is_floating_point()]
@@ -80,7 +80,12 @@ def coding(source: Path, seconds: float, progress: Progress = None) -> dict:
                 decoder(blob)
 
         calls[name, "pack"], calls[name, "unpack"] = pack, unpack
-    times = interleaved(calls, seconds, progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # zstd has one, too
+    try:
+        times = interleaved(calls, seconds, progress)
+    finally:
+        torch.set_num_threads(threads)
     for (name, verb), measured in times.items():
         found[name][f"{verb}_gb_s"] = size / statistics.median(measured) / 1e9
         found[name]["ratio"] = sum(map(len, coded[name])) / size

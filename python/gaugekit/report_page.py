@@ -204,7 +204,7 @@ def _speed(report: dict) -> str:
         figure(
             "Packing and unpacking",
             figures.coding(report),
-            f"In memory, one thread, the bfloat16 weights ({coding['bytes'] / 1e6:.0f} MB), median of "
+            f"In memory, each on one thread, the bfloat16 weights ({coding['bytes'] / 1e6:.0f} MB), median of "
             f"{coding['rounds']} interleaved rounds; longer is better. {beside}.",
         ),
         figure(

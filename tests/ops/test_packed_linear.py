@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 import gaugekit as gk
-from gaugekit.ops import packed_linear as ops
+from gaugekit.ops import packed_linear_plan as planning
 from gaugekit.ops.packed_linear import packed_linear
 from gaugekit.ops.packed_linear_weight import pack_weight
 from gaugekit.reference import packed_linear as reference
@@ -155,7 +155,41 @@ def test_bad_weight(weight, options, message):
         gk.pack_weight(weight, **options)
 
 
-def test_plan_is_a_table():
-    assert ops.plan(1, torch.bfloat16, "cpu") == ops.plan(64, torch.float32, "cpu") == "fused"
-    assert ops.plan(65, torch.bfloat16, "cpu") == ops.plan(1, torch.float64, "cpu") == "decode"
-    assert ops.plan(1, torch.bfloat16, "mps") == "decode"
+def test_plan_is_a_table_by_processor(monkeypatch):
+    for kind, most in (("avx2", 16), ("avx512", 64), ("16-bit", 4), ("other", 16)):
+        monkeypatch.setitem(planning.KINDS, torch.bfloat16, kind)
+        assert planning.plan(most, torch.bfloat16, "cpu") == "fused"
+        assert planning.plan(most + 1, torch.bfloat16, "cpu") == "decode"
+        assert planning.plan(16, torch.float32, "cpu") == "fused"
+    assert planning.plan(17, torch.float32, "cpu") == planning.plan(1, torch.float64, "cpu") == "decode"
+    assert planning.plan(256, torch.float16, "cuda") == "fused"
+    assert planning.plan(257, torch.float16, "cuda") == planning.plan(1, torch.bfloat16, "mps") == "decode"
+
+
+def test_the_note_on_speed_says_where_packed_products_lose(monkeypatch):
+    said = {}
+    for kind in planning.FUSED_ROWS:
+        monkeypatch.setitem(planning.KINDS, torch.bfloat16, kind)
+        said[kind] = planning.speed_note()
+    assert "0.82" in said["avx2"] and "Zen 3" in said["avx2"]
+    assert "0.50" in said["16-bit"] and "not been measured" in said["other"]
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("biased", [False, True])
+def test_tiles_are_the_same_bits_on_any_number_of_threads_and_under_autocast(kind, biased):
+    """Several tiles, the last one short, each thread taking those it comes to."""
+    packed = pack_weight(normal(300, 1000, torch.bfloat16))
+    x = torch.randn(20, 1000).to(kind).requires_grad_()
+    bias = torch.randn(300).to(kind) if biased else None
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.ops.gaugekit.packed_linear(x, *packed[:5], bias, False))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(torch.ops.gaugekit.packed_linear(x, *packed[:5], bias, False))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)
+    assert found[0].dtype == kind and found[0].requires_grad

@@ -55,6 +55,15 @@ _shared: weakref.WeakValueDictionary[str, _Rooms] = (
 )  # by all files that are open
 
 
+def _renew_rooms() -> None:
+    for rooms in list(_shared.values()):
+        rooms.__init__()
+
+
+if hasattr(os, "register_at_fork"):  # the threads that hold the parent's rooms are missing in its child
+    os.register_at_fork(after_in_child=_renew_rooms)
+
+
 class safe_open:
     """Opens a .safetensors file, packed or ordinary, and returns the original's tensors as asked.
 

@@ -12,11 +12,8 @@ from torch.nn.functional import linear
 
 from gaugekit import _library
 from gaugekit.ops import packed_linear_layout as layout
+from gaugekit.ops.packed_linear_plan import plan
 from gaugekit.ops.packed_linear_weight import WEIGHT, PackedWeight
-
-# Rows of x up to which the product that decodes as it goes is taken; beyond, W is decoded by tiles for torch's matmul.
-# A processor that multiplies 16-bit numbers by itself goes over to tiles at 16 rows.
-FUSED_ROWS = {"cpu": 64, "cuda": 256}
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -42,11 +39,6 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
     if torch.compiler.is_compiling():  # a graph for any number of rows: which way is decided as it runs
         return torch.ops.gaugekit.packed_linear_planned(x, *packed[:5], bias)
     return planned(x, *packed[:5], bias)
-
-
-def plan(rows: int, dtype: torch.dtype, device: str) -> str:
-    """ "fused" (W is decoded inside the product) or "decode" (by tiles, for torch's matmul), for ``rows`` rows of x."""
-    return "fused" if dtype != torch.float64 and rows <= FUSED_ROWS.get(device, 0) else "decode"
 
 
 def planned(x, raw, planes, escapes, offsets, window, bias) -> Tensor:

@@ -1,0 +1,105 @@
+// Where coded chunks go, and what a thread keeps of those whose place is not known yet. Free of torch.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "rans_encoder.h"
+
+namespace gaugekit::rans {
+
+// Where chunks begin: known of a chunk once all before it are coded.
+class Places {
+ public:
+  Places(uint64_t first, uint64_t chunks) : begins_(chunks + 1) { begins_[0] = first; }
+
+  // Chunk i takes `length` > 0 bytes.
+  void add(uint64_t i, uint64_t length) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (begins_[i + 1] = length; known_ + 1 < begins_.size() && begins_[known_ + 1]; ++known_)
+      begins_[known_ + 1] += begins_[known_];
+    changed_.notify_all();
+  }
+  bool knows(uint64_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return i <= known_;
+  }
+  // Waits until it is known.
+  uint64_t of(uint64_t i) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return i <= known_; });
+    return begins_[i];
+  }
+  // About where chunk i will begin: chunks are about as long as those before them.
+  uint64_t guess(uint64_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const uint64_t length = known_ ? (begins_[known_] - begins_[0]) / known_ : 0;
+    return i <= known_ ? begins_[i] : begins_[known_] + (i - known_) * length;
+  }
+  uint64_t end() const { return begins_.back(); }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<uint64_t> begins_;  // of chunks not yet known the length of the one before, or 0
+  uint64_t known_ = 0;
+};
+
+// One thread's coded chunks that have no place yet, the oldest first, and memory for the next one. While
+// another thread is held up with an early chunk, this one goes on with later ones.
+class Kept {
+ public:
+  struct Chunk {
+    uint64_t index;
+    std::unique_ptr<EncoderScratch> coded;
+  };
+
+  // For chunks of up to `symbols` elements. std::bad_alloc where there is no memory for one.
+  Kept(uint64_t symbols, int width)
+      : symbols_(symbols), width_(width), most_(std::max<uint64_t>(1, kMostBytes / (symbols * width))) {
+    free_.reserve(most_ + 1);
+    free_.push_back(fresh());
+  }
+
+  bool empty() const { return chunks_.empty(); }
+  const Chunk& oldest() const { return chunks_.front(); }
+  EncoderScratch& next() { return *free_.back(); }
+
+  // The chunk in next() is number i. False where there is no memory for a next one before the oldest is
+  // dropped; no error, since others may wait for this thread's chunks.
+  bool keep(uint64_t i) {
+    chunks_.push_back({i, std::move(free_.back())});
+    free_.pop_back();
+    if (free_.empty() && chunks_.size() <= most_) try {
+        free_.push_back(fresh());
+      } catch (const std::bad_alloc&) {
+      }
+    return !free_.empty();
+  }
+  void drop_oldest() {
+    free_.push_back(std::move(chunks_.front().coded));
+    chunks_.pop_front();
+  }
+
+ private:
+  static constexpr uint64_t kMostBytes = uint64_t(8) << 20;  // of elements: some six milliseconds' work
+
+  std::unique_ptr<EncoderScratch> fresh() const {
+    auto scratch = std::make_unique<EncoderScratch>();
+    scratch->reserve(symbols_, width_);
+    return scratch;
+  }
+
+  uint64_t symbols_;
+  int width_;
+  uint64_t most_;
+  std::vector<std::unique_ptr<EncoderScratch>> free_;
+  std::deque<Chunk> chunks_;
+};
+
+}  // namespace gaugekit::rans
