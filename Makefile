@@ -55,6 +55,11 @@ test-oldest test-newest:
 	  constraints.txt > build/upstream/$@.txt
 	@$(MAKE) VENV=build/upstream/$@ CONSTRAINTS=build/upstream/$@.txt test
 
+# Changes one place of a module at a time, in a copy, and prints what no test notices: MUTANTS=50 takes a sample,
+# MODULES="heal.py rank" some modules.
+mutants: build
+	@$(VENV)/bin/python tests/mutants.py $(if $(MUTANTS),--sample $(MUTANTS)) $(MODULES)
+
 # Ten minutes of mutated blobs under the sanitizers; FUZZ_SECONDS says how long.
 fuzz: build
 	@FUZZ_SECONDS=$${FUZZ_SECONDS:-600} $(VENV)/bin/python -m pytest -q tests/codec/test_fuzz.py
@@ -89,4 +94,4 @@ gpu:
 clean:
 	rm -rf build python/gaugekit/*.so python/gaugekit/_build.json python/*.egg-info
 
-.PHONY: build demo test test-upstream test-oldest test-newest fuzz lint bench doctor constraints gpu clean
+.PHONY: build demo test test-upstream test-oldest test-newest mutants fuzz lint bench doctor constraints gpu clean

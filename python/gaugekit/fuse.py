@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .models import Live
 from .nn import forms, packing
 from .nn.packed_layer import PackedLayer
+from .ops.packed_linear_plan import speed_note
 from .rank import compact
 from .report import Report
 from .rewrite import VERSION
@@ -62,8 +63,8 @@ def fuse(
     memory and frozen, bit for bit (docs/packed.md); each layer stays the same object, with its hooks, attributes and
     ties. Nothing is kept for ``unfuse``, which unpacks whatever is packed, so the memory is saved in this process. The
     model saves as the plain one. The report then has ``bytes_before`` and ``bytes_after`` of all parameters and buffers
-    and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``left`` names every other module that
-    holds a plain matrix.
+    and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``speed`` [sentence] says what is known of
+    packed products on this kind of processor; ``left`` names every other module that holds a plain matrix.
 
     ``neutreno``: λ, a number or one a layer (the first is not used): above the first layer attention becomes
     softmax(Q Kᵀ) V + λ (V⁰ − V), V⁰ the first layer's values of the same token (docs/neutreno.md). This changes the
@@ -190,6 +191,8 @@ def _fuse_packed(model: nn.Module, fields: dict) -> None:
     fields["left"] += [{"module": path, "reason": reason} for path, reason in done.left.items()]
     fields["bytes_before"], fields["bytes_after"] = done.bytes_before, done.bytes_after
     fields["plain_in_vectors"] = done.vectors
+    dtypes = {model.get_submodule(path).weight.dtype for path in done.packed}
+    fields["speed"] = [speed_note(dtype) for dtype in sorted(dtypes, key=str)]
 
 
 def _fuse_attention(model: nn.Module, fields: dict, undo: _Undo, lam) -> None:
