@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models, samples
-from .checkpoint import SCRATCH, Checkpoint, safetensors_package, versions
+from .checkpoint import CERTIFICATE, INDEX, SCRATCH, Checkpoint, safetensors_package, versions
 from .heal_state import State, digest, digest_of
 from .moments import evaluating, tokens
 from .places import listing
@@ -202,13 +202,17 @@ def _directory_identity(paths: list[Path], strings: list[str], options: dict[str
 
 
 def _save(model: nn.Module, source: Path, folder: Path) -> None:
-    """The model, and what stands beside the weights in ``source``, whole and on the disk."""
+    """The model, and what stands beside the weights in ``source``, whole and on the disk.
+
+    Not what speaks of the student's own weights: their index of shards and their certificate.
+    """
     try:
         model.save_pretrained(folder)
     except safetensors_package().SafetensorError as error:
         raise OSError(f"{folder} could not be written: {error}") from error
     for name in listing(source)[0]:
-        if Path(name).suffix in KEPT and name not in OWN and not (folder / name).exists():
+        kept = Path(name).suffix in KEPT and not name.endswith((INDEX, CERTIFICATE)) and name not in OWN
+        if kept and not (folder / name).exists():
             copy(source / name, folder / name)
     for path in folder.rglob("*"):
         if path.is_file():

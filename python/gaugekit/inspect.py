@@ -176,7 +176,7 @@ class _Text:
                 raise ValueError("text: expected a tokenizer beside the model to read text with, found none")
             notes.append("token_cosine: no tokenizer was found, so no text was read")
             return
-        config = loading.transformers().AutoConfig.from_pretrained(path, local_files_only=True)
+        config = loading.config(path)
         strings = samples.read(text) if text is not None else samples.sentences(SENTENCES)
         ids = samples.tokenize(tokenizer, strings, loading.positions(config))
         self.batches = list(
@@ -234,13 +234,14 @@ class _Text:
 @contextlib.contextmanager
 def _energies(model: torch.nn.Module, layers: int) -> Iterator[NonlocalRegularizer | None]:
     """Collects the energies of a live model's attentions while it attends through ours; None where it cannot."""
-    from .integrations import attention
+    from .integrations import attention, probe
 
     before = getattr(model.config, "_attn_implementation", None)
     taps, collector = [], None
     try:
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
+        if probe.adopt(model) is not None:
+            yield None
+            return
         taps = attention.add_taps(model)
         collector = NonlocalRegularizer(model, relative=True)
         yield collector if collector.count == layers else None

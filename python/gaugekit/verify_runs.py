@@ -104,7 +104,7 @@ class Subject:
         self.path = None
         if self.live is None:
             self.path = loading.directory(source, argument)
-            self.config = loading.transformers().AutoConfig.from_pretrained(self.path, local_files_only=True)
+            self.config = loading.config(self.path)
         elif hasattr(source, "config"):
             self.config = source.config
             self.path = loading.home(source)

@@ -13,12 +13,16 @@ import os
 from contextvars import ContextVar
 from typing import Any
 
-from transformers import modeling_utils
-
 from ..codec import safe_open
 from ..codec.container import seems_packed
+from .upstream import unfit
 
-_ordinary = modeling_utils.safe_open
+try:
+    from transformers import modeling_utils
+    from transformers.modeling_utils import safe_open as _ordinary
+except ImportError as error:
+    raise unfit(__name__, error) from error
+
 _mapping: ContextVar[bool] = ContextVar("mapping", default=True)
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
 
 from ..checkpoint import Checkpoint
 from ..nn import packing
 from . import loading, packed_files
+from .upstream import unfit
+
+try:
+    from transformers.core_model_loading import ConversionOps
+except ImportError as error:
+    raise unfit(__name__, error) from error
 
 
 class Packing(ConversionOps):
