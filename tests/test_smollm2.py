@@ -50,7 +50,8 @@ def test_inspect_sees_full_ranks(source):
     assert report["parameters"] == SIZE and report["unobservable"]["total"] == REMOVED
     assert report["unobservable"]["value_output"] == REMOVED
     ranks = [rank for row in report["layers"] for rank in row["ranks"]]
-    assert min(ranks) > 0 and sum(rank == 64 for rank in ranks) > len(ranks) / 2
+    # A few trained heads have singular values that bfloat16 cannot tell from its rounding; the least rank is 38.
+    assert len(ranks) == 30 * 9 and min(ranks) == 38 and sum(rank == 64 for rank in ranks) > 0.9 * len(ranks)
 
 
 def test_the_converted_model_answers_and_verify_says_what_bfloat16_lost(source, converted):
@@ -59,7 +60,7 @@ def test_the_converted_model_answers_and_verify_says_what_bfloat16_lost(source, 
     assert answer(model, source).startswith(" Paris")
     report = gk.verify(source, converted)
     assert report["dtype"] == "bfloat16" and 2048 <= report["tokens"] < 2200 and report["findings"] == []
-    assert report["relative_error"] / report["noise"] == pytest.approx(1.23, abs=0.1)
+    assert report["relative_error"] / report["noise"] == pytest.approx(1.21, abs=0.1)
     assert report["ok"] == (report["relative_error"] <= 1.2 * report["noise"])
 
 

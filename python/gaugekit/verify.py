@@ -262,15 +262,18 @@ class _Error:
     def add_original(self, r: torch.Tensor, p: torch.Tensor) -> None:
         self.rows += len(r)
         for reference, plain in _blocks(r, p):
-            self.reference += reference.square().sum().item()
-            self.of["p"] += (plain - reference).square().sum().item()
-            self.broken["r"] += _broken(reference)
-            self.broken["p"] += _broken(plain)
+            size, error = reference.square().sum().item(), (plain - reference).square().sum().item()
+            self.reference += size
+            self.of["p"] += error
+            # A sum of squares is finite only where every number is, so rows are looked at one by one when it is not.
+            self.broken["r"] += 0 if math.isfinite(size) else _broken(reference)
+            self.broken["p"] += 0 if math.isfinite(error) else _broken(plain)
 
     def add_result(self, r: torch.Tensor, p: torch.Tensor, y: torch.Tensor) -> None:
         for reference, plain, found in _blocks(r, p, y):
-            self.of["y"] += (found - reference).square().sum().item()
-            self.broken["y"] += _broken(found)
+            error = (found - reference).square().sum().item()
+            self.of["y"] += error
+            self.broken["y"] += 0 if math.isfinite(error) else _broken(found)
             self.max_abs = max(self.max_abs, (found - plain).abs().max().item())
             norms = found.norm(dim=-1) * plain.norm(dim=-1)
             same = (found == plain).all(-1).double()
