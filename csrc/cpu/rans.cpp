@@ -69,14 +69,12 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
   const uint64_t threads = std::min<uint64_t>(chunks, torch::stable::get_num_threads());
   const uint64_t chunk_bytes = std::min(count, uint64_t(1) << chunk_log2) * width;
   take_turns(chunks, threads, kEncodeNs * chunk_bytes, [&](auto& next) {
-    Kept kept(chunk_bytes / width, int(width));
-    const auto put = [&](uint64_t i, const EncoderScratch& coded) {
+    Kept kept(std::max(symbols(0), symbols(chunks - 1)), int(width));
+    const auto put_oldest = [&] {
+      const auto& [i, coded] = kept.oldest();
       const uint64_t place = entries[i].offset = places.of(i);
       pages.reach(out + place, out + place + entries[i].length);
-      put_chunk(input(i), symbols(i), int(width), coded, entries[i], out + place);
-    };
-    const auto put_oldest = [&] {
-      put(kept.oldest().index, *kept.oldest().coded);
+      put_chunk(input(i), symbols(i), int(width), *coded, entries[i], out + place);
       kept.drop_oldest();
     };
     for (uint64_t i; (i = next()) < chunks;) {
@@ -84,11 +82,9 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
       coded.ahead = {input(std::min(i + threads, chunks - 1)), out + places.guess(i), int(width)};
       entries[i] = code_chunk(input(i), symbols(i), element, model, coded, path);
       places.add(i, entries[i].length);
+      kept.keep(i);
       while (!kept.empty() && places.knows(kept.oldest().index)) put_oldest();
-      if (kept.empty() && places.knows(i))
-        put(i, coded);
-      else if (!kept.keep(i))
-        put_oldest();
+      if (!kept.make_room()) put_oldest();
     }
     while (!kept.empty()) put_oldest();
   });

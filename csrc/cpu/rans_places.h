@@ -70,11 +70,14 @@ class Kept {
   const Chunk& oldest() const { return chunks_.front(); }
   EncoderScratch& next() { return *free_.back(); }
 
-  // The chunk in next() is number i. False where there is no memory for a next one before the oldest is
-  // dropped; no error, since others may wait for this thread's chunks.
-  bool keep(uint64_t i) {
+  // The chunk in next() is number i; then there is no next() before make_room() or drop_oldest().
+  void keep(uint64_t i) {
     chunks_.push_back({i, std::move(free_.back())});
     free_.pop_back();
+  }
+  // False where there is no memory for a next one before the oldest is dropped; no error, since others may
+  // wait for this thread's chunks.
+  bool make_room() {
     if (free_.empty() && chunks_.size() <= most_) try {
         free_.push_back(fresh());
       } catch (const std::bad_alloc&) {

@@ -8,7 +8,6 @@ implementations under the same names; each may be missing without anything break
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import json
@@ -22,8 +21,12 @@ import torch
 
 NAMESPACE = "gaugekit"
 FOLDER = Path(__file__).resolve().parent
-PROCESS = os.getpid()  # that imported gaugekit; another number means a forked child of it
 library = torch.library.Library(NAMESPACE, "DEF")
+
+if hasattr(os, "register_at_fork"):
+    # Torch's threads stay with the parent, and its operators wait for them for ever in a forked child: there it has one
+    # thread, as in the workers of its own DataLoader. Our own threads begin anew (csrc/common/turns.h).
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @dataclass
@@ -37,25 +40,6 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
-
-
-def fork_safe(function: Callable) -> Callable:
-    """``function`` with torch on one thread in a forked child: torch's other threads stayed with the parent, and its
-    operators would wait for them for ever. Our own threads begin anew there (csrc/common/turns.h).
-    """
-
-    @functools.wraps(function)
-    def run(*arguments, **keywords):
-        if os.getpid() == PROCESS:
-            return function(*arguments, **keywords)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function(*arguments, **keywords)
-        finally:
-            torch.set_num_threads(threads)
-
-    return run
 
 
 def define(schema: str, composition: Callable, fake: Callable) -> None:

@@ -12,7 +12,6 @@ import struct
 
 import torch
 
-from .. import _library
 from ..ops import packed_linear_layout as layout
 from ..ops import rans
 from ..ops.packed_linear_weight import PackedWeight, pack_weight
@@ -26,7 +25,6 @@ CRC32C, WORD_SUM = 1, 2
 SLAB = 1 << 20  # words summed at once
 
 
-@_library.fork_safe
 def encode(tensor: torch.Tensor) -> torch.Tensor:
     """uint8 [bytes] on the tensor's device; ValueError unless it is bfloat16 or float16."""
     if tensor.dtype not in ELEMENTS:
@@ -58,7 +56,6 @@ def is_fixed(blob: torch.Tensor) -> bool:
     return blob.numel() >= FIELDS.size and bytes(blob[:8].tolist()) == MAGIC
 
 
-@_library.fork_safe
 def decode(blob: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
     """The tensor on the blob's device, or flat its elements [start, stop); CorruptFile for damage."""
     packed, shape = _opened(blob)

@@ -38,7 +38,6 @@ class PackedWeight(NamedTuple):
         return sum(part.numel() * part.element_size() for part in self[:5])
 
 
-@_library.fork_safe
 def pack_weight(weight: Tensor, *, code_bits: int | None = None) -> PackedWeight:
     """Packs a bfloat16 or float16 matrix [N, K], any strides and bit patterns; nothing is lost.
 
@@ -65,7 +64,6 @@ def pack_weight(weight: Tensor, *, code_bits: int | None = None) -> PackedWeight
     return PackedWeight(*parts, window, weight.shape[1])
 
 
-@_library.fork_safe
 def unpack_weight(packed: PackedWeight) -> Tensor:
     """The matrix [N, K] that was packed, bit for bit. ValueError where the parts do not fit together."""
     check(packed)

@@ -90,7 +90,6 @@ def _checked(operator, *arguments):
         raise CorruptFile("not a sound coded blob: " + sentence.splitlines()[0]) from None
 
 
-@_library.fork_safe
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
