@@ -9,7 +9,7 @@ import torch
 # Rows of x up to which a product that decodes as it goes is taken; beyond, W is decoded by tiles for torch's matmul.
 # Kinds of processor by what they multiply with: "16-bit" multiplies the weights' dtype itself.
 FUSED_ROWS = {
-    "avx2": 16,  # measured (Zen 3): 17 to 20 rows take as long either way, 24 rows are faster by tiles
+    "avx2": 16,  # measured (Zen 3): 16 rows take about as long either way, 24 are faster by tiles
     "avx512": 64,  # measured (Cascade Lake)
     "16-bit": 4,  # 4 and 16 rows measured, at 0.50 and 0.34 of torch; tiles grow less with rows
     "other": 16,
@@ -19,8 +19,8 @@ FLOAT_ROWS = 16  # of float32, whatever the processor
 FLAGS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 
 NOTES = {
-    "avx2": "on an AMD EPYC (Zen 3, AVX2), one thread, packed bfloat16 products ran at 0.82 of the speed of torch's "
-    "at 1 row and at 1.07 to 1.5 times it from 2 to 16 rows; float16 ones at 0.49 at 1 row and 0.86 at 4",
+    "avx2": "on an AMD EPYC (Zen 3, AVX2), one thread, packed bfloat16 products ran at 0.82 to 1.0 of the speed of "
+    "torch's at 1 row, 1.04 to 1.5 times it from 2 to 16 rows, more beyond; float16 ones at 0.49 at 1 row, 0.86 at 4",
     "avx512": "on a Cascade Lake (AVX-512 without 16-bit products) packed bfloat16 products ran faster than torch's "
     "at 1 to 64 rows; float16 ones at 1 row",
     "16-bit": "this processor multiplies 16-bit numbers itself; on one such (AVX512-BF16, one thread) packed products "
