@@ -58,8 +58,8 @@ def test_the_converted_model_answers_and_verify_says_what_bfloat16_lost(source, 
     """Float64 noise before rounding, but beyond 1.2 times bfloat16's own noise after it: not ok, and said so."""
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert answer(model, source).startswith(" Paris")
-    report = gk.verify(source, converted)
-    assert report["dtype"] == "bfloat16" and 2048 <= report["tokens"] < 2200 and report["findings"] == []
+    report = gk.verify(source, converted, text=samples.sentences(16))  # the default reads four times as much
+    assert report["dtype"] == "bfloat16" and report["findings"] == []
     assert report["relative_error"] / report["noise"] == pytest.approx(1.21, abs=0.1)
     assert report["ok"] == (report["relative_error"] <= 1.2 * report["noise"])
 
