@@ -19,6 +19,7 @@ import transformers
 
 import gaugekit as gk
 from gaugekit.integrations.transformers import GaugekitConfig
+from gaugekit.nn.packing import held_bytes
 
 SIZES = {
     "small": dict(vocab_size=4000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,
@@ -26,12 +27,6 @@ SIZES = {
     "1b": dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
                num_attention_heads=32, num_key_value_heads=4),
 }  # fmt: skip
-
-
-def weight_bytes(model) -> int:
-    """Memory of parameters and buffers, shared ones once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
 
 
 class Clock(transformers.generation.BaseStreamer):
@@ -89,7 +84,7 @@ def main() -> None:
         ).eval()
         seconds = time.perf_counter() - begin
     models = {"plain": plain, "packed": packed}
-    held = {name: weight_bytes(model) for name, model in models.items()}
+    held = {name: held_bytes(model) for name, model in models.items()}
     kernel = "C++" if gk._library.implementation("packed_linear") else "composition of torch operators (slow)"
     print(f"product: {kernel}; loaded and packed in {seconds:.1f} s")
     for name, total in held.items():

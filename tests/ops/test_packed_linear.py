@@ -87,6 +87,7 @@ def test_opcheck_linear(dtype, biased, batch):
     x = torch.randn(2, batch, 70).to(dtype).requires_grad_()
     bias = torch.zeros(5, dtype=dtype, requires_grad=True) if biased else None
     torch.library.opcheck(torch.ops.gaugekit.packed_linear.default, (x, *packed[:5], bias, batch < 4))
+    torch.library.opcheck(torch.ops.gaugekit.packed_linear_planned.default, (x, *packed[:5], bias))
     grad = torch.randn(2, batch, 5).to(dtype)
     torch.library.opcheck(torch.ops.gaugekit.packed_linear_backward.default, (grad, *packed[:5], 70))
 
@@ -157,7 +158,7 @@ def test_bad_weight(weight, options, message):
 
 def test_plan_is_a_table_by_processor(monkeypatch):
     for kind, most in (("avx2", 16), ("avx512", 64), ("16-bit", 4), ("other", 16)):
-        monkeypatch.setitem(planning.KINDS, torch.bfloat16, kind)
+        monkeypatch.setattr(planning, "kind", lambda dtype, kind=kind: kind)
         assert planning.plan(most, torch.bfloat16, "cpu") == "fused"
         assert planning.plan(most + 1, torch.bfloat16, "cpu") == "decode"
         assert planning.plan(16, torch.float32, "cpu") == "fused"
@@ -169,7 +170,7 @@ def test_plan_is_a_table_by_processor(monkeypatch):
 def test_the_note_on_speed_says_where_packed_products_lose(monkeypatch):
     said = {}
     for kind in planning.FUSED_ROWS:
-        monkeypatch.setitem(planning.KINDS, torch.bfloat16, kind)
+        monkeypatch.setattr(planning, "kind", lambda dtype, kind=kind: kind)
         said[kind] = planning.speed_note()
     assert "0.82" in said["avx2"] and "Zen 3" in said["avx2"]
     assert "0.50" in said["16-bit"] and "not been measured" in said["other"]

@@ -9,6 +9,7 @@ import torch
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from gaugekit.codec import pack  # noqa: E402
 from gaugekit.rewrite import Rewrite, convert  # noqa: E402
 from gaugekit.symmetry import GaugeFix  # noqa: E402
 
@@ -103,6 +104,10 @@ def test_calibration(source, tmp_path):
     )
 
 
-def test_a_packed_file_is_named(source, tmp_path):
-    safetensors_torch.save_file({"a": torch.zeros(1)}, source / "model.safetensors", {"gaugekit": "{}"})
-    refused(source, tmp_path / "out", "packed")
+def test_a_damaged_packed_file_is_named(source, tmp_path):
+    pack(source, tmp_path / "packed")
+    weights = tmp_path / "packed" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[20] ^= 1  # in the words that every packed file begins with
+    weights.write_bytes(content)
+    refused(tmp_path / "packed", tmp_path / "out", "does not begin as a packed file's does")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -29,7 +30,11 @@ NOTES = {
 }
 
 
-def _kind(dtype: torch.dtype) -> str:
+@functools.cache
+def kind(dtype: torch.dtype) -> str:
+    """The kind of this machine's processor for weights of ``dtype``, found when first asked: torch settles then which
+    instructions it takes.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512") and FLAGS[dtype] in _flags():
         return "16-bit"
@@ -44,19 +49,16 @@ def _flags() -> list[str]:
     return next((line for line in lines if line.startswith("flags")), "").split()
 
 
-KINDS = {dtype: _kind(dtype) for dtype in FLAGS}  # of this machine
-
-
 def plan(rows: int, dtype: torch.dtype, device: str) -> str:
     """ "fused" (W is decoded inside the product) or "decode" (by tiles, for torch's matmul), for ``rows`` rows of x of
     ``dtype``.
     """
     if dtype == torch.float64 or device not in ("cpu", "cuda"):
         return "decode"
-    on_cpu = FUSED_ROWS[KINDS[dtype]] if dtype in KINDS else FLOAT_ROWS
+    on_cpu = FUSED_ROWS[kind(dtype)] if dtype in FLAGS else FLOAT_ROWS
     return "fused" if rows <= (on_cpu if device == "cpu" else CUDA_FUSED_ROWS) else "decode"
 
 
 def speed_note(dtype: torch.dtype = torch.bfloat16) -> str:
     """A clause for reports: what is known of the speed of packed products of ``dtype`` on this kind of processor."""
-    return NOTES[KINDS[dtype]]
+    return NOTES[kind(dtype)]
