@@ -60,7 +60,8 @@ def test_the_converted_model_answers_and_verify_says_what_bfloat16_lost(source, 
     assert answer(model, source).startswith(" Paris")
     report = gk.verify(source, converted, text=samples.sentences(16))  # the default reads four times as much
     assert report["dtype"] == "bfloat16" and report["findings"] == []
-    assert report["relative_error"] / report["noise"] == pytest.approx(1.21, abs=0.1)
+    # 1.10 on these sentences, 1.23 on the default ones
+    assert report["relative_error"] / report["noise"] == pytest.approx(1.1, abs=0.05)
     assert report["ok"] == (report["relative_error"] <= 1.2 * report["noise"])
 
 

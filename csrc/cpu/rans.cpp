@@ -69,7 +69,7 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
   const uint64_t threads = std::min<uint64_t>(chunks, torch::stable::get_num_threads());
   const uint64_t chunk_bytes = std::min(count, uint64_t(1) << chunk_log2) * width;
   take_turns(chunks, threads, kEncodeNs * chunk_bytes, [&](auto& next) {
-    Kept kept(std::max(symbols(0), symbols(chunks - 1)), int(width));
+    Kept kept(std::max(symbols(0), symbols(chunks - 1)), int(width), threads);
     const auto put_oldest = [&] {
       const auto& [i, coded] = kept.oldest();
       const uint64_t place = entries[i].offset = places.of(i);

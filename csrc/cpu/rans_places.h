@@ -59,9 +59,12 @@ class Kept {
     std::unique_ptr<EncoderScratch> coded;
   };
 
-  // For chunks of up to `symbols` elements. std::bad_alloc where there is no memory for one.
-  Kept(uint64_t symbols, int width)
-      : symbols_(symbols), width_(width), most_(std::max<uint64_t>(1, kMostBytes / (symbols * width))) {
+  // One of `threads`, for chunks of up to `symbols` elements. std::bad_alloc where there is no memory for
+  // one.
+  Kept(uint64_t symbols, int width, uint64_t threads)
+      : symbols_(symbols),
+        width_(width),
+        most_(std::max<uint64_t>(1, kMostBytes / (threads * symbols * width))) {
     free_.reserve(most_ + 1);
     free_.push_back(fresh());
   }
@@ -90,7 +93,8 @@ class Kept {
   }
 
  private:
-  static constexpr uint64_t kMostBytes = uint64_t(8) << 20;  // of elements: some six milliseconds' work
+  static constexpr uint64_t kMostBytes = uint64_t(16)
+                                         << 20;  // of all threads' elements: of two, six milliseconds' work
 
   std::unique_ptr<EncoderScratch> fresh() const {
     auto scratch = std::make_unique<EncoderScratch>();

@@ -22,6 +22,7 @@ import torch
 
 from . import samples
 from .checkpoint import Checkpoint
+from .wide_products import wide_products
 
 OUTPUTS = ("logits", "prediction_logits", "last_hidden_state")  # the first that a model gives is compared
 TOKENS = 2048  # as many are always run, where the text holds them
@@ -268,7 +269,8 @@ def run(model: torch.nn.Module, batch: Batch, pool: str | None) -> Output:
     extra = {"use_cache": False} if "use_cache" in known else {}
     inputs = {name: tensor.to(parameter.device) for name, tensor in batch.inputs.items()}
     inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    out = model(**inputs, output_hidden_states=True, return_dict=True, **extra)
+    with wide_products(parameter.dtype):
+        out = model(**inputs, output_hidden_states=True, return_dict=True, **extra)
     keep = batch.keep
 
     def tokens(state: torch.Tensor) -> torch.Tensor:

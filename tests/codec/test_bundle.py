@@ -33,7 +33,7 @@ FILES = {  # tensors, metadata, whether the file's own header can list them
         False,
     ),
     "spaces": ({"w": WEIGHT[:3]}, {"spaces": " " * 500_000}, False),
-    "a key of our name": ({"w": WEIGHT}, {"gaugekit": "mine", "note": "header_crc32c"}, False),
+    "a key of our name": ({"w": WEIGHT}, {"gaugekit": "header_crc32c"}, False),
     "no tensors": ({}, {"tags": words(300)}, False),
     "noise": ({"noise": torch.randint(0, 255, (9000,), dtype=torch.uint8)}, None, True),
 }

@@ -294,14 +294,14 @@ source, folder = sys.argv[1:]
 def data():
     return int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) << 10
 gk.codec.decode(gk.codec.encode(torch.zeros(1000)))
-cap = data() + (64 << 20) + (28 << 20)  # the buffers, and the stacks of two threads and of one that codes beside them
+cap = data() + (64 << 20) + (20 << 20)  # the buffers, and the stacks of two threads
 resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
 gk.codec.pack(source, folder + "/p", memory_bytes=64 << 20, verify=True)
 gk.codec.unpack(folder + "/p", folder + "/r", memory_bytes=64 << 20)
 with gk.codec.safe_open(folder + "/p") as file:
     assert file.get_slice("w")[100:200].shape == (100, 1 << 10)
 try:
-    torch.empty(98 << 20, dtype=torch.uint8)
+    torch.empty(90 << 20, dtype=torch.uint8)
 except RuntimeError:
     print("capped")
 """

@@ -12,7 +12,18 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "gaugekit"
 # A room may import rooms of a lower floor, and its own. Lazy imports (inside a function) count as well.
 FLOORS = [
     {"places"},
-    {"report", "_library", "samples", "progress", "streams", "config", "staging", "svg", "report_style"},
+    {
+        "report",
+        "_library",
+        "samples",
+        "progress",
+        "streams",
+        "config",
+        "staging",
+        "svg",
+        "report_style",
+        "wide_products",
+    },
     {"reference"},
     {"ops"},
     {"codec"},

@@ -43,8 +43,9 @@ class Crew:
                 f"memory_bytes: expected {MIN_MEMORY_BYTES:,} (64 MiB) or more, got {memory_bytes!r}"
             )
         self.threads = min(THREADS, memory_bytes // MIN_MEMORY_BYTES)
-        # Besides what the threads work on, one piece waits and one is written; each has its plain and its coded bytes.
-        self.piece_bytes = memory_bytes // (4 * (self.threads + 2))
+        # Besides what the threads work on, one piece waits and one is written; each has its plain and its coded bytes,
+        # and the C library keeps up to half as much again of freed ones for each thread.
+        self.piece_bytes = memory_bytes // (6 * (self.threads + 2))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="gaugekit-codec")
 
     def __enter__(self) -> Crew:
