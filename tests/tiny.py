@@ -29,6 +29,17 @@ def copy_of(model, amount=0.0):
     return other
 
 
+def save_spread(model, path):
+    """Saves ``model`` with a tokenizer, its matrices drawn so wide that its layers differ from each other."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(path)
+    add_tokenizer(path)
+    return path
+
+
 def add_tokenizer(directory, letters="abcdefghijklmnopqrstuvwxyz"):
     """Saves a tokenizer beside the model: id 0 pads, 1 is any unknown character, then one id a letter."""
     vocabulary = {"[PAD]": 0, "[UNK]": 1, **{letter: 2 + index for index, letter in enumerate(letters)}}

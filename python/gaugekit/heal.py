@@ -171,7 +171,7 @@ def heal_directory(
     dtype = loading.stored_dtype(paths[0])
     strings = samples.read(text)
     staged = Staging(target, _directory_identity(paths, strings, options), {"report": None})
-    try:
+    with staged.until_closed(ValueError):
         if not staged.published:
             staged.clean({SCRATCH} if staged.resumed else set())
             staged.save()
@@ -184,11 +184,6 @@ def heal_directory(
             staged.save()
         fields = staged.state["report"]
         staged.publish()
-    except ValueError:
-        staged.discard()  # the same call would end so again
-        raise
-    finally:
-        staged.close()
     return Report("heal", fields)
 
 

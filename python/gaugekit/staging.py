@@ -161,6 +161,17 @@ class Staging:
         """Lets another process at the folder; what is on disk stays for it to go on from."""
         self._lock.close()
 
+    @contextlib.contextmanager
+    def until_closed(self, hopeless: type[Exception]) -> Iterator[None]:
+        """Closes at the end; discards first after a ``hopeless`` error: the same call would end so again."""
+        try:
+            yield
+        except hopeless:
+            self.discard()
+            raise
+        finally:
+            self.close()
+
 
 def workplace(
     folder: str | os.PathLike,

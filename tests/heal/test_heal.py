@@ -13,7 +13,7 @@ from gaugekit import samples
 from gaugekit.cli import main
 from gaugekit.heal import heal, heal_directory
 from gaugekit.models import Live
-from tiny import add_tokenizer, bert, gpt2
+from tiny import add_tokenizer, bert, gpt2, save_spread
 
 TEXT = samples.sentences(24)
 FAST = {"steps": 8, "layer_steps": 4, "batch_size": 8, "learning_rate": 5e-3}
@@ -23,15 +23,7 @@ FAST = {"steps": 8, "layer_steps": 4, "batch_size": 8, "learning_rate": 5e-3}
 def home(tmp_path_factory):
     def save(make):
         torch.manual_seed(1)
-        path = tmp_path_factory.mktemp("models") / make.__name__
-        model = make()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 0.3)
-        model.save_pretrained(path)
-        add_tokenizer(path)
-        return path
+        return save_spread(make(), tmp_path_factory.mktemp("models") / make.__name__)
 
     return {make.__name__: save(make) for make in (bert, gpt2)}
 

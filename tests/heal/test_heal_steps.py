@@ -12,7 +12,7 @@ from transformers import AutoModel
 from gaugekit import samples
 from gaugekit.heal import heal, heal_directory
 from gaugekit.integrations import loading
-from tiny import add_tokenizer, bert
+from tiny import add_tokenizer, bert, save_spread
 
 TEXT = [sentence[: 12 + index] for index, sentence in enumerate(samples.sentences(24))]
 HELD_OUT = TEXT[::8]
@@ -22,15 +22,7 @@ RATE = 1e-3
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("models")
-    model = bert(num_hidden_layers=3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(path)
-    add_tokenizer(path)
-    return path
+    return save_spread(bert(num_hidden_layers=3), tmp_path_factory.mktemp("models"))
 
 
 def pair(home):
@@ -151,14 +143,17 @@ def test_a_small_gradient_is_not_stretched(home):
     assert all(0 < norm < 0.1 for _, _, norm in seen)
 
 
+def assert_healed(student, teacher, parameters):
+    report = heal(student, teacher, TEXT, parameters=[parameters], steps=8, layer_steps=0, learning_rate=1e-2)
+    losses = [row["loss"] for row in report["curve"]]
+    assert losses[0] > 1e-3 and losses[-1] < 0.8 * losses[0]
+
+
 def test_only_the_last_hidden_state_is_off(home):
     """What enters no hidden state but the last is healed all the same."""
     student, teacher = pair(home)
     disturb(student, "layer.2.output.dense")
-    report = heal(student, teacher, TEXT, parameters=["encoder.layer.2.output.dense.*"], steps=8, layer_steps=0,
-                  learning_rate=1e-2)  # fmt: skip
-    losses = [row["loss"] for row in report["curve"]]
-    assert losses[0] > 1e-3 and losses[-1] < 0.8 * losses[0]
+    assert_healed(student, teacher, "encoder.layer.2.output.dense.*")
 
 
 def test_only_an_earlier_hidden_state_is_off(home):
@@ -169,10 +164,7 @@ def test_only_an_earlier_hidden_state_is_off(home):
             model.encoder.layer[2].output.LayerNorm.weight.zero_()
             model.encoder.layer[2].output.LayerNorm.bias.normal_(generator=torch.Generator().manual_seed(0))
     disturb(student, "layer.1.output.dense")
-    report = heal(student, teacher, TEXT, parameters=["encoder.layer.1.output.dense.*"], steps=8, layer_steps=0,
-                  learning_rate=1e-2)  # fmt: skip
-    losses = [row["loss"] for row in report["curve"]]
-    assert losses[0] > 1e-3 and losses[-1] < 0.8 * losses[0]
+    assert_healed(student, teacher, "encoder.layer.1.output.dense.*")
 
 
 def test_the_loss_by_its_formula(home):

@@ -87,17 +87,12 @@ def convert(job: Job, source: Path, target: Path, resume: bool, progress: Progre
     check_space(target, needed, free_bytes(target))
     what = identity(job.verb, container.BUNDLED, {}, job.options)
     staged = Staging(target, what, {"done": {}}, resume=resume, sound=_sound)
-    try:
+    with staged.until_closed(CorruptFile):
         advance = counter(job.passes * sum(contents.bytes[name] for name in contents.weights), progress)
         _check_done(job, contents, staged, advance)
         if not staged.published:
             _fill(job, contents, staged, advance)
         staged.publish(contents.modes())
-    except CorruptFile:
-        staged.discard()
-        raise
-    finally:
-        staged.close()
     done = staged.state["done"]
     totals = [sum(counts[i] for counts in done.values()) for i in range(3)]
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), totals, strict=True))

@@ -74,16 +74,11 @@ def convert(
         resume=resume,
         sound=work.sound if pack else Writer.sound,
     )
-    try:
+    with staged.until_closed(ValueError):
         if not staged.published:
             work.run(staged, rewrites, pages)
         fields = staged.state["report"]
         staged.publish()
-    except ValueError:
-        staged.discard()  # the same call would end so again
-        raise
-    finally:
-        staged.close()
     work.advance(work.total_bytes)  # the files' headers count too
     fields["seconds"] += time.perf_counter() - start
     return Report("convert", fields, work.notes)
