@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from . import models, samples
 from .checkpoint import CERTIFICATE, INDEX, SCRATCH, Checkpoint, safetensors_package, versions
+from .codec.directory import check_space
 from .heal_state import State, digest, digest_of
 from .moments import evaluating, tokens
 from .places import listing
 from .report import Report
-from .staging import OWN, Staging, check_target, copy, identity, sync
+from .staging import OWN, Staging, check_target, copy, free_bytes, identity, sync
 
 QUERY_KEY = (
     "*query*",
@@ -160,7 +161,8 @@ def heal_directory(
     Both models are in memory, in float32; the result is stored as the student was. The work happens in
     ``<target>.partial``, which is locked and marked as this job's: after a kill the same call, of the same weights,
     text, options and versions, goes on where it stopped. Raises ValueError as ``heal`` does, and for a target that is
-    not empty or lies inside a source; OSError where the disk does not take what is written.
+    not empty or lies inside a source; OSError where the disk has no room for the result, before any work, or does not
+    take what is written.
     """
     from .integrations import loading
 
@@ -170,6 +172,9 @@ def heal_directory(
         check_target(path, target)
     dtype = loading.stored_dtype(paths[0])
     strings = samples.read(text)
+    weights = Checkpoint(paths[0])
+    numbers = sum(math.prod(weights.shape(name)) for name in weights.names())
+    check_space(target, numbers * dtype.itemsize, free_bytes(target))
     staged = Staging(target, _directory_identity(paths, strings, options), {"report": None})
     with staged.until_closed(ValueError):
         if not staged.published:

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import shutil
+from collections import namedtuple
 
 import pytest
 import torch
@@ -249,3 +251,11 @@ def test_a_directory_goes_on_where_it_was_ended(home, tmp_path):
     heal_directory(tmp_path / "student", home, tmp_path / "whole", **options)
     out, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
     assert out.keys() == whole.keys() and all(torch.equal(out[name], whole[name]) for name in out)
+
+
+def test_a_disk_without_room_for_the_result_is_refused_before_any_work(home, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="bytes are needed beside out, 1,000 are free"):
+        heal_directory(home, home, tmp_path / "out", TEXT)
+    assert list(tmp_path.iterdir()) == []
