@@ -41,20 +41,18 @@ class Kernel:
     spill_bytes: int = 0
 
     def loops(self) -> list[list[str]]:
-        """The instructions of each innermost loop: what lies between a backward branch and its target."""
+        """The instructions of each loop, from a backward branch's target to the branch; the shortest first."""
         spans = []
         for address, text in self.code.items():
             jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
             if jump and int(jump[1], 16) < address:
                 spans.append((int(jump[1], 16), address))
-        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-        return [[text for at, text in self.code.items() if low <= at <= high] for low, high in inner]
+        spans.sort(key=lambda span: span[1] - span[0])
+        return [[text for at, text in self.code.items() if low <= at <= high] for low, high in spans]
 
-    def loop_with(self, mnemonic: str) -> list[str]:
-        """The one innermost loop that holds this instruction."""
-        loops = [loop for loop in self.loops() if any(mnemonic in text for text in loop)]
-        assert len(loops) == 1, f"{self.name}: expected one innermost loop with {mnemonic}, got {len(loops)}"
-        return loops[0]
+    def loops_with(self, mnemonic: str, times: int) -> list[list[str]]:
+        """The loops that hold an instruction exactly so many times."""
+        return [loop for loop in self.loops() if sum(mnemonic in text for text in loop) == times]
 
 
 def compile_cuda(source: Path, out: Path, arch: str = "90a") -> list[Kernel]:
