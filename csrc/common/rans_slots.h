@@ -1,6 +1,7 @@
-// One word for each of a chunk's 4096 slots, so that a lane decodes a symbol with one look; made by all threads
-// of a block together, in steps between which they meet. The slots are those of the alias table of rans_table.h,
-// found by prefix sums instead of one after another. Integers only; a test runs it on the processor.
+// One word for each of a chunk's 4096 slots, so that a lane decodes a symbol with one look; made by all
+// threads of a block together, in steps between which they meet. The slots are those of the alias table of
+// rans_table.h, found by prefix sums instead of one after another. Integers only; a test runs it on the
+// processor.
 #pragma once
 
 #include "common/rans_lane.h"
@@ -22,13 +23,23 @@ GAUGEKIT_HD inline uint32_t slot_step(uint32_t x, const uint32_t* slots, uint32_
 
 GAUGEKIT_HD inline uint32_t slot_symbol(uint32_t found) { return found >> 12 & 0xff; }
 
+// a where the mask is set, else b: one instruction, of which the compiler left to itself makes two.
+GAUGEKIT_HD inline uint32_t choose(uint32_t a, uint32_t b, uint32_t mask) {
+#ifdef __CUDA_ARCH__
+  uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(bits) : "r"(a), "r"(b), "r"(mask));
+  return bits;
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+
 // An element of models 0 and 1 from its slot's word and its planes' bytes.
 template <int width, int model>
 GAUGEKIT_HD inline uint32_t element_of(uint32_t found, const uint32_t* raw) {
   if constexpr (width == 2 && model == kExponent) {
-    // The byte twice: its mantissa stays below, its sign comes from above.
-    constexpr uint32_t exponent = 0x7f80;
-    return (found >> 5 & exponent) | (raw[0] * 0x101u & ~exponent & 0xffff);
+    // The byte twice: its mantissa stays below, its sign comes from above. The upper half is no part of it.
+    return choose(raw[0] * 0x101u, found >> 5, 0xffff807fu);
   } else {
     uint32_t y = slot_symbol(found) << (8 * width - 8);
     for (int plane = 0; plane < width - 1; ++plane) y |= raw[plane] << 8 * plane;
@@ -38,8 +49,8 @@ GAUGEKIT_HD inline uint32_t element_of(uint32_t found, const uint32_t* raw) {
   }
 }
 
-// What the threads share while they make the table. A bucket below its width is filled from the ones above it,
-// both taken from the last to the first: `missing` and `spare` are the sums over those up to one of them.
+// What the threads share while they make the table. A bucket below its width is filled from the ones above
+// it, both taken from the last to the first: `missing` and `spare` are the sums over those up to one of them.
 struct SlotMaker {
   int count, width_log2, smalls, larges;
   uint16_t frequency[kMaxSymbols], divider[kMaxSymbols], place[kMaxSymbols];
@@ -75,8 +86,8 @@ GAUGEKIT_HD inline bool read_slots(const uint8_t* pairs, int size, int model, in
 }
 
 // Symbols and frequencies; true where one does not fit.
-GAUGEKIT_HD inline bool read_frequencies(const uint8_t* pairs, int size, int thread, int threads, SlotMaker& m,
-                                         const SlotTable& table) {
+GAUGEKIT_HD inline bool read_frequencies(const uint8_t* pairs, int size, int thread, int threads,
+                                         SlotMaker& m, const SlotTable& table) {
   bool bad = false;
   for (int i = thread; i < m.count; i += threads) {
     const int symbol = i < size ? load<uint16_t>(pairs + 4 * i) : 0;

@@ -1,6 +1,6 @@
-// gaugekit::rans_decode_rows on the GPU: a block a chunk, a warp a segment, in one of two ways. Variant 0 finds a
-// symbol in the buckets of an alias table (common/rans_lane.h), variant 1 in a table of all slots (rans_slots.h).
-// csrc/cpu/rans_rows.cpp runs what the lanes of both do, one lane after another.
+// gaugekit::rans_decode_rows on the GPU: a block a chunk, a warp a segment, in one of two ways. Variant 0
+// finds a symbol in the buckets of an alias table (common/rans_lane.h), variant 1 in a table of all slots
+// (rans_slots.h). csrc/cpu/rans_rows.cpp runs what the lanes of both do, one lane after another.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -86,8 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (threadIdx.x == 0) damaged[blockIdx.x] = bad;
 }
 
-void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tensor damaged,
-                      int64_t variant) {
+void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tensor damaged, int64_t variant) {
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                       rows.scalar_type() == ScalarType::Byte && rows.is_contiguous() &&
                       out.scalar_type() == ScalarType::Byte && out.is_contiguous() &&

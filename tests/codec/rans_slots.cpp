@@ -1,12 +1,12 @@
-// The table that a GPU's threads make together (csrc/common/rans_slots.h), step by step for all of them, beside
-// the one that one thread makes: every slot of random tables. Prints the cases that differ. Compiled and run by
-// test_rans_slots.py.
+// The table that a GPU's threads make together (csrc/common/rans_slots.h), step by step for all of them,
+// beside the one that one thread makes: every slot of random tables. Prints the cases that differ. Compiled
+// and run by test_rans_slots.py.
+#include "common/rans_slots.h"
+
 #include <cstdio>
 #include <memory>
 #include <random>
 #include <vector>
-
-#include "common/rans_slots.h"
 
 namespace {
 
