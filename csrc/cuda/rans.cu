@@ -100,6 +100,8 @@ void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tens
   STD_TORCH_CHECK(rows.get_device_index() == device && out.get_device_index() == device &&
                       damaged.get_device_index() == device,
                   "packed, rows, out, damaged: expected tensors of one device");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0,
+                  "packed: expected it to begin at a multiple of 16 bytes");
   if (chunks == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

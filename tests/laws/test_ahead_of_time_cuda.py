@@ -4,7 +4,6 @@ loops of the kernels that are to reach the memory's speed keep their budgets of 
 import shutil
 
 import pytest
-
 from sass import CUOBJDUMP, NVCC, ROOT, Kernel, compile_cuda
 
 # Instructions that a thread issues in the loop, for 64 weights of packed_linear's tile. The variant for an H200 may

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 
 
