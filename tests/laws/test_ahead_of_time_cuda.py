@@ -4,6 +4,7 @@ loops of the kernels that are to reach the memory's speed keep their budgets of 
 import shutil
 
 import pytest
+
 from sass import CUOBJDUMP, NVCC, ROOT, Kernel, compile_cuda
 
 # Instructions that a thread issues in the loop of packed_linear's tile, which takes 64 of its weights: 8 a weight, an
