@@ -14,12 +14,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tensor damaged) {
+void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tensor damaged, int64_t variant) {
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                       rows.scalar_type() == ScalarType::Byte && rows.is_contiguous() &&
                       out.scalar_type() == ScalarType::Byte && out.is_contiguous() &&
                       damaged.scalar_type() == ScalarType::Int && damaged.is_contiguous(),
                   "packed, rows, out: expected contiguous uint8 tensors, damaged: int32");
+  STD_TORCH_CHECK(variant == 0 || variant == 1, "variant: expected 0 or 1, got ", variant);
   const int64_t chunks = rows.numel() / int64_t(sizeof(ChunkRow));
   STD_TORCH_CHECK(rows.numel() == chunks * int64_t(sizeof(ChunkRow)) && damaged.numel() == chunks,
                   "rows, damaged: expected 48 bytes and one number a chunk");
@@ -28,7 +29,7 @@ void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tens
   for (int64_t i = 0; i < chunks; ++i)
     static_cast<int32_t*>(damaged.mutable_data_ptr())[i] =
         !decode_row(load<ChunkRow>(row + i * sizeof(ChunkRow)), data, packed.numel(),
-                    static_cast<uint8_t*>(out.mutable_data_ptr()), out.numel());
+                    static_cast<uint8_t*>(out.mutable_data_ptr()), out.numel(), variant == 1);
 }
 
 }  // namespace

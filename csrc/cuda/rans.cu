@@ -1,5 +1,6 @@
-// gaugekit::rans_decode_rows on the GPU: a block a chunk, a warp a segment. What a lane does stands in
-// common/rans_lane.h; csrc/cpu/rans_rows.cpp runs the same code lane by lane.
+// gaugekit::rans_decode_rows on the GPU: a block a chunk, a warp a segment, in one of two ways. Variant 0
+// finds a symbol in the buckets of an alias table (common/rans_lane.h), variant 1 in a table of all slots
+// (rans_slots.h). csrc/cpu/rans_rows.cpp runs what the lanes of both do, one lane after another.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -9,7 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "common/rans_lane.h"
+#include "cuda/rans_slots.h"
 
 namespace gaugekit::rans {
 namespace {
@@ -85,12 +86,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (threadIdx.x == 0) damaged[blockIdx.x] = bad;
 }
 
-void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tensor damaged) {
+void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tensor damaged, int64_t variant) {
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                       rows.scalar_type() == ScalarType::Byte && rows.is_contiguous() &&
                       out.scalar_type() == ScalarType::Byte && out.is_contiguous() &&
                       damaged.scalar_type() == ScalarType::Int && damaged.is_contiguous(),
                   "packed, rows, out: expected contiguous uint8 tensors, damaged: int32");
+  STD_TORCH_CHECK(variant == 0 || variant == 1, "variant: expected 0 or 1, got ", variant);
   const int64_t chunks = rows.numel() / int64_t(sizeof(ChunkRow));
   STD_TORCH_CHECK(rows.numel() == chunks * int64_t(sizeof(ChunkRow)) && damaged.numel() == chunks,
                   "rows, damaged: expected 48 bytes and one number a chunk");
@@ -98,11 +100,14 @@ void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tens
   STD_TORCH_CHECK(rows.get_device_index() == device && out.get_device_index() == device &&
                       damaged.get_device_index() == device,
                   "packed, rows, out, damaged: expected tensors of one device");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0,
+                  "packed: expected it to begin at a multiple of 16 bytes");
   if (chunks == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  _rans_decode_rows<<<unsigned(chunks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  const auto decode = variant == 0 ? _rans_decode_rows : _rans_decode_slots;
+  decode<<<unsigned(chunks), variant == 0 ? kThreads : kSlotThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const uint8_t*>(packed.const_data_ptr()), packed.numel(),
       static_cast<const ChunkRow*>(rows.const_data_ptr()), static_cast<uint8_t*>(out.mutable_data_ptr()),
       out.numel(), static_cast<int32_t*>(damaged.mutable_data_ptr()));

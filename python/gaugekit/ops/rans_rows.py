@@ -33,6 +33,12 @@ ROW = np.dtype(
 ELEMENT_OF_WIDTH = {1: 6, 2: 1, 4: 3}  # any type of that width: rows say nothing of types
 
 
+# How a lane finds its symbol: in the buckets of an alias table, or in a table of all slots. No GPU has chosen yet; by
+# its machine code the second takes a third of the instructions a symbol, and its table is made by all threads.
+VARIANTS = {"buckets": 0, "slots": 1}
+VARIANT = VARIANTS["slots"]
+
+
 def _contradicts(row: np.ndarray, packed_bytes: int, out_bytes: int) -> bool:
     """Whether a row does not fit the sizes of what it names, as ``place_sections`` (csrc) says."""
     start, out, n, first, last, length = (
@@ -75,7 +81,7 @@ def _decode_row(packed: np.ndarray, row: np.ndarray) -> np.ndarray:
     return rans_numpy.decode_whole(blob, 0)[cut]
 
 
-def _decode_rows(packed, rows, out, damaged):
+def _decode_rows(packed, rows, out, damaged, variant=0):
     data = packed.cpu().numpy()
     for i, row in enumerate(rows.cpu().numpy().view(ROW)):
         try:
@@ -91,9 +97,9 @@ def _decode_rows(packed, rows, out, damaged):
 
 
 _library.define(
-    "rans_decode_rows(Tensor packed, Tensor rows, Tensor(a!) out, Tensor(b!) damaged) -> ()",
+    "rans_decode_rows(Tensor packed, Tensor rows, Tensor(a!) out, Tensor(b!) damaged, int variant=0) -> ()",
     _decode_rows,
-    lambda packed, rows, out, damaged: None,
+    lambda packed, rows, out, damaged, variant=0: None,
 )
 
 
@@ -125,10 +131,13 @@ def rows_of(blob: torch.Tensor, start: int, stop: int, place: int, out: int) -> 
     return rows
 
 
-def decode_rows(packed: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, damaged: torch.Tensor) -> None:
+def decode_rows(
+    packed: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, damaged: torch.Tensor, variant: int = VARIANT
+) -> None:
     """Every row of ``rows`` uint8 [48 · chunks] from ``packed`` uint8 into ``out`` uint8, in one launch.
 
     ``damaged`` int32 [chunks] becomes 1 where a chunk did not end as a sound one does, else 0. Nothing is
-    synchronised: on a GPU the call only adds to the current stream, and a CUDA graph may hold it.
+    synchronised: on a GPU the call only adds to the current stream, and a CUDA graph may hold it. ``variant``: one of
+    ``VARIANTS``; all give the same bytes.
     """
-    torch.ops.gaugekit.rans_decode_rows(packed, rows, out, damaged)
+    torch.ops.gaugekit.rans_decode_rows(packed, rows, out, damaged, variant)
