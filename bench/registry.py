@@ -34,7 +34,7 @@ MOST_COPIES = 128
 
 @dataclass
 class Call:
-    """A function and the operands (tensors; lists, tuples and named tuples of them; anything else) it is called with."""
+    """A function and its operands: tensors; lists, tuples and named tuples of them; anything else."""
 
     function: Callable[..., object]
     operands: tuple
@@ -121,7 +121,7 @@ class Case:
 
 @dataclass
 class Planned:
-    """A case before it is built: what names it, and the rest of its fields from ``make``, called once it is its turn."""
+    """A case before it is built: what names it, and ``make``, which gives its other fields when it is its turn."""
 
     op: str
     shape: str
