@@ -1,16 +1,14 @@
-// gaugekit::packed_linear_rows on the GPU: up to 16 rows of x, a warp a row of W, K split in a fixed way and
-// its parts added in order. What a lane does stands in common/packed_lane.h, which a test runs on the
-// processor.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+// gaugekit::packed_linear_rows on the GPU: up to 16 rows of x, in one of two ways. Variant 0: a warp a row of
+// W, K split in a fixed way and its parts added in order by a second kernel; what a lane does stands in
+// common/packed_lane.h. Variant 1, for x of the weights' dtype: packed_linear_tile.h. Tests run the lanes of
+// both on the processor.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
 
 #include "common/check.h"
-#include "common/packed_lane.h"
+#include "cuda/packed_linear_tile.h"
 
 namespace gaugekit::packed {
 namespace {
@@ -18,6 +16,7 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 constexpr int kWarps = 8, kMostRows = 16, kBlock = 64;
+constexpr int64_t kLaneVariant = 0, kTileVariant = 1;
 constexpr int64_t kPrograms = 2048;  // warps' blocks that fill the largest GPU; no result depends on the card
 
 template <bool HALF, int C, class X, int T>
@@ -49,12 +48,6 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(X) == 4 ? 1 : 2)
     if (lane == 0) parts[(int64_t(blockIdx.y) * batch + t) * w.rows + row] = sum[t];
   }
 }
-
-__device__ void put(float* to, float value) { *to = value; }
-__device__ void put(BFloat16Bits* to, float value) {
-  *reinterpret_cast<__nv_bfloat16*>(to) = __float2bfloat16(value);
-}
-__device__ void put(Float16Bits* to, float value) { *reinterpret_cast<__half*>(to) = __float2half(value); }
 
 // out [batch, rows] = the parts [splits, batch, rows] in their order, and the bias.
 template <class X>
@@ -103,8 +96,33 @@ void launch(const Lanes& w, int code_bits, const Tensor& x, const Optional& bias
   STD_TORCH_CHECK(error == cudaSuccess, "packed_linear_rows: ", cudaGetErrorString(error));
 }
 
-Tensor linear_rows(const Tensor& x, const Tensor& raw, const Tensor& planes, const Tensor& escapes,
-                   const Tensor& offsets, const Tensor& window, const Optional& bias) {
+template <bool HALF, class X>
+void launch_tile(const Lanes& w, int code_bits, const Tensor& x, const Optional& bias, int64_t batch,
+                 Tensor& out, cudaStream_t stream) {
+  const int64_t shared = tile_shared_bytes(w);
+  const X* shift = bias ? static_cast<const X*>(bias->const_data_ptr()) : nullptr;
+  const auto start = [&](auto kernel) {
+    // A block may have 48 KiB without asking, of which 16 are the kernel's own.
+    if (shared > 32 * 1024) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      STD_TORCH_CHECK(error == cudaSuccess, "packed_linear_rows: ", cudaGetErrorString(error));
+    }
+    kernel<<<static_cast<unsigned>((w.rows + kTileRows - 1) / kTileRows), kTileWarps * kLanes, shared,
+             stream>>>(w, static_cast<const X*>(x.const_data_ptr()), static_cast<int>(batch), shift,
+                       static_cast<X*>(out.mutable_data_ptr()));
+  };
+  if (batch <= kTileColumns)
+    code_bits == 3 ? start(_packed_linear_tile<HALF, 3, 1, X>) : start(_packed_linear_tile<HALF, 4, 1, X>);
+  else
+    code_bits == 3 ? start(_packed_linear_tile<HALF, 3, 2, X>) : start(_packed_linear_tile<HALF, 4, 2, X>);
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "packed_linear_rows: ", cudaGetErrorString(error));
+}
+
+// The packed matrix, once its parts are known to fit each other and x.
+Lanes checked(const Tensor& x, const Tensor& raw, const Tensor& planes, const Tensor& escapes,
+              const Tensor& offsets, const Tensor& window) {
   STD_TORCH_CHECK(
       x.dim() == 2 && 0 < x.size(0) && x.size(0) <= kMostRows && x.size(1) > 0 && x.is_contiguous(),
       "x: expected a contiguous [M, K], M at most 16");
@@ -114,7 +132,6 @@ Tensor linear_rows(const Tensor& x, const Tensor& raw, const Tensor& planes, con
   const int64_t segments = (columns + kSegment - 1) / kSegment;
   STD_TORCH_CHECK(count == 3 || count == 4 || count == 6 || count == 7,
                   "planes: expected 3, 4, 6 or 7 a block");
-  const bool half = count > 4;
   check_dtype("raw", raw, ScalarType::Byte);
   check_dtype("planes", planes, ScalarType::Long);
   check_dtype("escapes", escapes, ScalarType::Byte);
@@ -130,11 +147,30 @@ Tensor linear_rows(const Tensor& x, const Tensor& raw, const Tensor& planes, con
                     "raw, planes, escapes, offsets, window: expected contiguous tensors on x's device");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(raw.const_data_ptr()) % 16 == 0,
                   "raw: expected it to begin at a multiple of 16 bytes");
-  const ScalarType dtype = x.scalar_type();
-  const ScalarType own = half ? ScalarType::Half : ScalarType::BFloat16;
+  return Lanes{static_cast<const uint8_t*>(raw.const_data_ptr()),
+               static_cast<const uint32_t*>(planes.const_data_ptr()),
+               static_cast<const uint8_t*>(escapes.const_data_ptr()),
+               static_cast<const int32_t*>(offsets.const_data_ptr()),
+               static_cast<const uint8_t*>(window.const_data_ptr()),
+               rows,
+               blocks,
+               segments,
+               escapes.numel()};
+}
+
+Tensor linear_rows(const Tensor& x, const Tensor& raw, const Tensor& planes, const Tensor& escapes,
+                   const Tensor& offsets, const Tensor& window, const Optional& bias, int64_t variant) {
+  const Lanes w = checked(x, raw, planes, escapes, offsets, window);
+  const int64_t count = planes.size(1), batch = x.size(0);
+  const bool half = count > 4;
+  const ScalarType dtype = x.scalar_type(), own = half ? ScalarType::Half : ScalarType::BFloat16;
   STD_TORCH_CHECK(dtype == own || dtype == ScalarType::Float, "x: expected the weights' dtype or float32");
+  STD_TORCH_CHECK(
+      variant == kLaneVariant || (variant == kTileVariant && dtype == own && x.size(1) <= kMostTileColumns),
+      "variant: expected 0, or 1 for x of the weights' dtype and at most 32768 columns, got ", variant);
+  const int device = x.get_device_index();
   if (bias) {
-    check_shape("bias", *bias, {rows});
+    check_shape("bias", *bias, {w.rows});
     check_dtype("bias", *bias, dtype);
     STD_TORCH_CHECK(bias->is_contiguous() && bias->get_device_index() == device,
                     "bias: expected it contiguous on x's device");
@@ -143,25 +179,19 @@ Tensor linear_rows(const Tensor& x, const Tensor& raw, const Tensor& planes, con
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   const cudaStream_t stream = static_cast<cudaStream_t>(current);
-  const Lanes w{static_cast<const uint8_t*>(raw.const_data_ptr()),
-                static_cast<const uint32_t*>(planes.const_data_ptr()),
-                static_cast<const uint8_t*>(escapes.const_data_ptr()),
-                static_cast<const int32_t*>(offsets.const_data_ptr()),
-                static_cast<const uint8_t*>(window.const_data_ptr()),
-                rows,
-                blocks,
-                segments,
-                escapes.numel()};
   const int code_bits = static_cast<int>(half ? count - 3 : count);
-  const Tensor whole = whole_blocks(x, blocks);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), rows});
-  if (dtype == ScalarType::Float)
-    half ? launch<true, float>(w, code_bits, whole, bias, x.size(0), out, stream)
-         : launch<false, float>(w, code_bits, whole, bias, x.size(0), out, stream);
+  const Tensor whole = whole_blocks(x, w.blocks);
+  Tensor out = torch::stable::new_empty(x, {batch, w.rows});
+  if (variant == kTileVariant)
+    half ? launch_tile<true, Float16Bits>(w, code_bits, whole, bias, batch, out, stream)
+         : launch_tile<false, BFloat16Bits>(w, code_bits, whole, bias, batch, out, stream);
+  else if (dtype == ScalarType::Float)
+    half ? launch<true, float>(w, code_bits, whole, bias, batch, out, stream)
+         : launch<false, float>(w, code_bits, whole, bias, batch, out, stream);
   else if (half)
-    launch<true, Float16Bits>(w, code_bits, whole, bias, x.size(0), out, stream);
+    launch<true, Float16Bits>(w, code_bits, whole, bias, batch, out, stream);
   else
-    launch<false, BFloat16Bits>(w, code_bits, whole, bias, x.size(0), out, stream);
+    launch<false, BFloat16Bits>(w, code_bits, whole, bias, batch, out, stream);
   return out;
 }
 

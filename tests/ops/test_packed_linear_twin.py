@@ -31,3 +31,9 @@ def test_lanes_of_the_gpu_product_decode_every_word(tmp_path):
     differing, (halves, cases) = run("packed_linear_lanes", tmp_path)
     assert not differing
     assert (halves, cases) == (65536, 16)
+
+
+def test_lanes_of_the_product_on_tensor_cores_decode_every_word(tmp_path):
+    differing, (passes, cases) = run("packed_linear_tile", tmp_path)
+    assert not differing
+    assert passes >= 1 and cases == 16  # a row of more escapes than are listed at a time is among them
