@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from gaugekit.ops.packed_linear import packed_linear
+from gaugekit.ops.packed_linear_cuda import BINARY_ROWS, VARIANTS
 from gaugekit.ops.packed_linear_weight import pack_weight
 from registry import Call, Planned, benchmark
 from rivals import assert_close
@@ -16,13 +17,15 @@ SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336)]
 TOTAL_BYTES = 384 << 20  # of plain weights a case
 
 
-def few_rows(x, packed):
-    return torch.ops.gaugekit.packed_linear_rows(x, *packed[:5], None)
+def few_rows(variant: int):
+    """The binary's product, in one of its ways; where there is no binary, the composition."""
+    return lambda x, packed: torch.ops.gaugekit.packed_linear_rows(x, *packed[:5], None, variant)
 
 
 def versions(batch: int) -> dict:
-    """The ways to the product, by name."""
-    return {"as chosen": packed_linear}
+    """What a call takes, and up to 16 rows each way of the binary's, by name."""
+    ways = {name: few_rows(variant) for name, variant in VARIANTS.items()} if batch <= BINARY_ROWS else {}
+    return {"as chosen": packed_linear} | ways
 
 
 def product(name, ours, n, k, batch, dtype, device):
