@@ -1,4 +1,4 @@
-"""What is measured: cases, registered by operator.
+"""What is measured: cases, registered by operator and by device.
 
 A benchmark file ``ops/bench_<stem>.py`` registers one generator of cases::
 
@@ -13,13 +13,62 @@ A benchmark file ``ops/bench_<stem>.py`` registers one generator of cases::
 
 ``ours`` and every rival are called without arguments and do the whole work once. A rival that is ``None`` is not
 installed: its row says absent. ``check`` raises if ``ours`` is wrong; a case that fails it is not timed (house law 8:
-no figure on red). ``without_us`` names the rival that is the same mathematics as a good user would write it today.
+no figure on red). ``without_us`` names the rival that is the same mathematics as a good user would write it today, or
+several of whom the fastest counts.
+
+What a GPU runs stands in ``ops/gpu_<stem>.py`` under ``@benchmark(stem, device="cuda")``: that generator yields
+``Planned`` cases, which take memory only once they are built, and their calls are ``Call``, a function beside its
+operands, so that copies of the operands can take turns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+import torch
+
+MOST_COPIES = 128
+
+
+@dataclass
+class Call:
+    """A function and its operands: tensors; lists, tuples and named tuples of them; anything else."""
+
+    function: Callable[..., object]
+    operands: tuple
+
+    def __call__(self):
+        return self.function(*self.operands)
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors among the operands."""
+        return sum(x.numel() * x.element_size() for x in _tensors(self.operands))
+
+    def copies(self, total_bytes: int) -> list[Call]:
+        """This call, and as many on copies of its operands that all together hold ``total_bytes`` or more."""
+        count = min(MOST_COPIES, math.ceil(total_bytes / self.bytes)) if self.bytes else 1
+        return [self] + [Call(self.function, _copy(self.operands)) for _ in range(count - 1)]
+
+
+def _tensors(value) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _copy(value):
+    """Tensors with the strides and the need of a gradient that they had."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, (list, tuple)):
+        items = [_copy(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 @dataclass
@@ -32,6 +81,7 @@ class Case:
     ``control`` names two rivals, the same arithmetic on one thread and on two: a round in which either was clearly
     slower than it can be was disturbed, on a core that the system believes to be ours.
     ``label`` says what a reader must know to compare fairly (fresh or reused buffer, page size, ...).
+    ``goal`` is what a GPU row should reach: a rival's name, or "share_of_peak", and the least ratio or share.
     """
 
     op: str
@@ -40,7 +90,7 @@ class Case:
     device: str
     ours: Callable[[], object]
     rivals: dict[str, Callable[[], object] | None]
-    without_us: str
+    without_us: str | tuple[str, ...]
     check: Callable[[], None]
     bytes_moved: int = 0
     flops: int = 0
@@ -49,20 +99,49 @@ class Case:
     rounds: int = 25
     seconds: float = 3.0
     control: tuple[str, str] | None = None
+    goal: tuple[str, float] | None = None
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.without_us not in self.rivals:
+        named = (self.without_us,) if isinstance(self.without_us, str) else self.without_us
+        if not named or not set(named) <= set(self.rivals):
             raise ValueError(
                 f"without_us must name one of the rivals {list(self.rivals)}, got {self.without_us!r}"
             )
         if self.control and not all(self.rivals.get(name) for name in self.control):
             raise ValueError(f"control must name two of the rivals {list(self.rivals)}, got {self.control!r}")
+        if self.goal and self.goal[0] not in {"share_of_peak", *self.rivals}:
+            raise ValueError(
+                f"goal must name share_of_peak or one of the rivals {list(self.rivals)}, got {self.goal[0]!r}"
+            )
+
+    def build(self) -> Case:
+        return self
+
+
+@dataclass
+class Planned:
+    """A case before it is built: what names it, and ``make``, which gives its other fields when it is its turn."""
+
+    op: str
+    shape: str
+    dtype: str
+    make: Callable[[], dict]
+    label: str = ""
+    device: str = "cuda"
+
+    def build(self) -> Case:
+        return Case(self.op, self.shape, self.dtype, self.device, label=self.label, **self.make())
 
 
 ONLY: list[
     str
 ] = []  # words that the cases to measure have in their shape, dtype or label; all cases if empty
+
+
+def name_of(case: Case | Planned) -> str:
+    """What ``wanted`` looks into, and what a listing prints."""
+    return f"{case.shape} {case.dtype} {case.label}".rstrip()
 
 
 def wanted(text: str) -> bool:
@@ -71,13 +150,14 @@ def wanted(text: str) -> bool:
 
 
 BENCHMARKS: dict[str, Callable[[str, bool], Iterator[Case]]] = {}
+GPU_BENCHMARKS: dict[str, Callable[[str, bool], Iterator[Planned]]] = {}
 
 
-def benchmark(op: str):
+def benchmark(op: str, device: str = "cpu"):
     """Registers a generator ``(device, quick) -> cases`` under the operator's name."""
 
     def register(generator):
-        BENCHMARKS[op] = generator
+        (GPU_BENCHMARKS if device == "cuda" else BENCHMARKS)[op] = generator
         return generator
 
     return register

@@ -4,6 +4,7 @@
     python bench/run.py --op rans --quick      # one operator, a fraction of the time
     python bench/run.py --device cuda --save   # GPU rows, kept under bench/results/
     python bench/run.py --op packed_linear --only 4096x4096 --only "1 threads" --save   # some cases of one operator
+    python bench/run.py --device cuda --op rans --rows FILE   # one line a case in FILE the moment it is measured
 
 ``ratio`` is the rival's time over ours, the median of interleaved pairs: above 1 we are faster. ``without_us`` is that
 ratio against the rival a good user would write today.
@@ -17,7 +18,6 @@ import importlib.util
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -28,8 +28,12 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from registry import BENCHMARKS, ONLY, Case, wanted  # noqa: E402
+import device_rows  # noqa: E402
+import host_rows  # noqa: E402
+from backends import CudaBackend, one_line  # noqa: E402
+from registry import BENCHMARKS, GPU_BENCHMARKS, ONLY, name_of, wanted  # noqa: E402
 
+GPU_SECONDS = 0.5  # of measuring a case, after what it compiles
 COLUMNS = ["op", "shape", "dtype", "baseline", "median_ms", "baseline_ms", "ratio", "share_of_peak", "label"]
 
 
@@ -47,7 +51,9 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    """This checkout's commit, marked when files differ from it."""
+    """This checkout's commit, marked when files differ from it; GAUGEKIT_COMMIT where there is no checkout."""
+    if os.environ.get("GAUGEKIT_COMMIT"):
+        return os.environ["GAUGEKIT_COMMIT"]
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=HERE, capture_output=True, text=True
@@ -60,225 +66,89 @@ def commit() -> str:
     return (head.stdout.strip() or "unknown") + ("-modified" if dirty.stdout.strip() else "")
 
 
-class Clock:
-    """Seconds one call takes; on a GPU by events, with the L2 cache flushed before each call."""
-
-    def __init__(self, device: str):
-        self.device = device
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if device == "cuda" else None
-
-    def __call__(self, call, repeat: int = 1) -> float:
-        if self.device == "cuda":
-            self.flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(repeat):
-                call()
-            stop.record()
-            torch.cuda.synchronize()
-            return start.elapsed_time(stop) / 1e3 / repeat
-        begin = time.perf_counter()
-        for _ in range(repeat):
-            call()
-        return (time.perf_counter() - begin) / repeat
-
-
-def peak_rates(device: str, dtype: str, clock: Clock, known: dict) -> tuple[float, float]:
-    """Bytes a second of a large copy (read and written both counted), operations a second of a large product."""
-    if (device, dtype) not in known:
-        size = (1 << 30) if device == "cuda" else (1 << 27)
-        source = torch.ones(size, dtype=torch.uint8, device=device)
-        target = torch.ones_like(source)
-        kind = getattr(torch, dtype, torch.float32)
-        kind = kind if kind.is_floating_point and kind.itemsize > 1 else torch.float32
-        width = 8192 if device == "cuda" else 1024
-        a = torch.ones(width, width, device=device, dtype=kind)
-        for call in (lambda: target.copy_(source), lambda: a @ a):
-            clock(call)
-        copy = min(clock(lambda: target.copy_(source)) for _ in range(5))
-        product = min(clock(lambda: a @ a) for _ in range(5))
-        known[device, dtype] = (2 * size / copy, 2 * width**3 / product)
-    return known[device, dtype]
-
-
-def peak_bytes(call, device: str) -> int | None:
-    """Memory the call needs at its peak beyond what was there before; None where the system does not tell."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_bytes("VmRSS")
-        call()
-        return max(0, _status_bytes("VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{name} is not in /proc/self/status")
-
-
-DISTURBED = 0.05  # of the processors' time taken by others during a call: its round is then left out
-TWO_CORES = 1.9  # times as fast is a product of matrices on two threads where both have a core to themselves
-
-
-def of_others() -> tuple[float, float, float]:
-    """Wall clock, seconds all processors were busy or taken by the hypervisor, seconds this process used."""
-    try:
-        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    except (OSError, ValueError):
-        return time.perf_counter(), 0.0, 0.0
-    busy = sum(ticks) - ticks[3] - ticks[4]  # all but idle and waiting for a disk
-    return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), time.process_time()
-
-
-def share_of_others(before: tuple[float, float, float]) -> float:
-    """Share of the processors' time since ``before`` that went to others; 0 where the clock of /proc is too coarse."""
-    wall, busy, own = (b - a for a, b in zip(before, of_others(), strict=True))
-    foreign = busy - own
-    return max(0.0, foreign / (wall * os.cpu_count())) if foreign > 0.03 else 0.0
-
-
-def shares_of_neighbours(times: dict[str, list[float]], control: tuple[str, str] | None) -> list[float]:
-    """For each round, what /proc cannot see: the share that others took on the hardware below a virtual machine.
-
-    Both calls of ``control`` are held against the fastest on one thread. A slow call on one thread counts as much as a
-    slow one on two: it would make the second thread look better than it is.
-    """
-    if control is None or not times["ours"]:
-        return [0.0] * len(times["ours"])
-    one, two = (times[name] for name in control)
-    best = min(one)
-    return [max(1 - best / a, 1 - best / (TWO_CORES * b)) for a, b in zip(one, two, strict=True)]
-
-
-def enough(shares: list[float], spent: float, seconds: float, rounds: int = 25) -> bool:
-    """So many undisturbed ``rounds``, and ``seconds``; the end at eight times that, but never before the fifth."""
-    undisturbed = sum(share <= DISTURBED for share in shares)
-    return len(shares) >= 5 and (spent >= 8 * seconds or (undisturbed >= rounds and spent >= seconds))
-
-
-def measure(case: Case, seconds: float, clock: Clock, known: dict) -> list[dict]:
-    """One row for each rival of the case."""
-    threads = torch.get_num_threads()
-    if case.threads is not None:
-        torch.set_num_threads(case.threads)
-    times: dict[str, list[float]] = {}
-    others: dict[str, list[float]] = {}
-
-    def disturbances(name: str) -> list[float]:
-        """For each round, the largest share that others took from ours, from this rival or from the control."""
-        neighbours = shares_of_neighbours(times, case.control)
-        return [max(shares) for shares in zip(others["ours"], others[name], neighbours, strict=True)]
-
-    try:
-        case.check()
-        calls = {"ours": case.ours, **{name: call for name, call in case.rivals.items() if call is not None}}
-        repeats = {}
-        for name, call in calls.items():
-            call()
-            repeats[name] = max(1, min(1000, int(2e-3 / max(clock(call), 1e-7))))
-        times |= {name: [] for name in calls}
-        others |= {name: [] for name in calls}
-        order, begin = list(calls), time.perf_counter()
-        while not enough(disturbances("ours"), time.perf_counter() - begin, seconds, case.rounds):
-            for name in order:
-                before = of_others()
-                times[name].append(clock(calls[name], repeats[name]))
-                others[name].append(share_of_others(before) if case.device == "cpu" else 0.0)
-            order.append(order.pop(0))  # so that no call always follows the same one
-        memory = peak_bytes(case.ours, case.device)
-        bandwidth, rate = peak_rates(case.device, case.dtype, clock, known)
-    finally:
-        used = torch.get_num_threads()
-        torch.set_num_threads(threads)
-
-    def kept(name: str) -> list[int]:
-        """The rounds that count for ours beside this rival: those in which both were left alone, or nearly."""
-        shares = disturbances(name)
-        limit = max(DISTURBED, sorted(shares)[4])
-        return [i for i, share in enumerate(shares) if share <= limit]
-
-    ours = [times["ours"][i] for i in kept("ours")]
-    p20, median, p80 = (1e3 * q for q in _quantiles(ours))
-    floor = max(case.bytes_moved / bandwidth, case.flops / rate)
-    rounds = {name: kept(name) for name in calls if name != "ours"}
-    ratios = {
-        name: statistics.median(times[name][i] / times["ours"][i] for i in found)
-        for name, found in rounds.items()
-    }
-    all_rounds = {
-        name: statistics.median(a / b for a, b in zip(times[name], times["ours"], strict=True))
-        for name in rounds
-    }
-    rows = []
-    for name in case.rivals:
-        rows.append(
-            {
-                "op": case.op,
-                "shape": case.shape,
-                "dtype": case.dtype,
-                "device": case.device,
-                "threads": used if case.device == "cpu" else None,
-                "label": case.label,
-                "baseline": name,
-                "absent": name not in calls,
-                "median_ms": median,
-                "p20_ms": p20,
-                "p80_ms": p80,
-                "baseline_ms": (
-                    1e3 * statistics.median(times[name][i] for i in rounds[name]) if name in calls else None
-                ),
-                "ratio": ratios.get(name),
-                "ratio_all_rounds": all_rounds.get(name),
-                "share_of_peak": floor / (median / 1e3) if floor else None,
-                "peak_bytes": memory,
-                "without_us": ratios.get(case.without_us),
-                "rounds": len(rounds.get(name, ours)),
-                "rounds_disturbed": len(times["ours"]) - len(rounds.get(name, ours)),
-                **case.extra,
-            }
-        )
-    return rows
-
-
-def _quantiles(values: list[float]) -> tuple[float, float, float]:
-    ordered = sorted(values)
-    return tuple(ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.2, 0.5, 0.8))
-
-
 def load_benchmarks() -> None:
-    """Imports every ``ops/bench_*.py`` beside this file; each registers itself."""
-    for path in sorted((HERE / "ops").glob("bench_*.py")):
+    """Imports every ``ops/bench_*.py`` and ``ops/gpu_*.py`` beside this file; each registers itself."""
+    for path in sorted((HERE / "ops").glob("bench_*.py")) + sorted((HERE / "ops").glob("gpu_*.py")):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def run(ops: list[str] | None, device: str, quick: bool, log=sys.stderr) -> tuple[list[dict], int]:
-    """All rows of the named operators (all if None), and how many cases failed their check."""
+def chosen(ops: list[str] | None, device: str, quick: bool):
+    """The cases of the named operators (all if None) that ``--case`` leaves, each as its generator comes to it."""
     load_benchmarks()
-    unknown = [op for op in ops or [] if op not in BENCHMARKS]
+    known = GPU_BENCHMARKS if device == "cuda" else BENCHMARKS
+    unknown = [op for op in ops or [] if op not in known]
     if unknown:
-        raise ValueError(f"op must be one of {', '.join(sorted(BENCHMARKS))}; got {', '.join(unknown)}")
-    clock, known, rows, failed = Clock(device), {}, [], 0
+        raise ValueError(f"op must be one of {', '.join(sorted(known))}; got {', '.join(unknown)}")
+
+    def cases():
+        for op in ops or sorted(known):
+            yield from (case for case in known[op](device, quick) if wanted(name_of(case)))
+
+    return cases()
+
+
+class Record:
+    """Appends one JSON line a case to a file, on the disk before the next case begins; without a file, nothing."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+
+    def line(self, case, **fields) -> None:
+        if self.path is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"op": case.op, "case": name_of(case), **fields}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def measurer(device: str, quick: bool, budget: float | None, once: bool):
+    """A function from a built case to its rows."""
+    known: dict = {}
+    if device == "cpu":
+        return lambda case: host_rows.measure(case, budget or (0.4 if quick else case.seconds), known)
+    backend = CudaBackend()
+
+    def on_gpu(case):
+        backend.clean()
+        if once:
+            return device_rows.rehearse(case)
+        return device_rows.measure(case, budget or GPU_SECONDS, backend, known)
+
+    return on_gpu
+
+
+def run(
+    ops: list[str] | None, device: str, quick: bool, log=sys.stderr, budget: float | None = None,
+    record: Path | None = None, once: bool = False,
+) -> tuple[list[dict], int]:  # fmt: skip
+    """All rows of the named operators (all if None), and how many cases failed.
+
+    A wrong result has no row. With a ``record``, or on a GPU, no exception of a case stops those that follow.
+    """
+    cases = chosen(ops, device, quick)
+    lines, rows, failed = Record(record), [], 0
     where = {"machine": machine(device), "commit": commit()}
-    for op in ops or sorted(BENCHMARKS):
-        for case in BENCHMARKS[op](device, quick):
-            if not wanted(f"{case.shape} {case.dtype} {case.label}"):
-                continue
-            try:
-                rows += [row | where for row in measure(case, 0.4 if quick else case.seconds, clock, known)]
-            except AssertionError as error:
-                failed += 1
-                print(f"{case.op} {case.shape} {case.dtype}: wrong result, not timed: {error}", file=log)
+    passed_by = Exception if record is not None or device == "cuda" else AssertionError
+    measure = measurer(device, quick, budget, once)
+    for planned in cases:
+        begin = time.perf_counter()
+        try:
+            found = measure(planned.build())
+        except passed_by as error:
+            failed += 1
+            wrong = "wrong result, not timed: " if isinstance(error, AssertionError) else "not timed: "
+            print(f"{planned.op} {name_of(planned)}: {wrong}{one_line(error)}", file=log)
+            lines.line(planned, error=one_line(error), **where)
+            continue
+        seconds = round(time.perf_counter() - begin, 2)
+        if once:
+            lines.line(planned, once=found, seconds=seconds, **where)
+            continue
+        found = [row | where for row in found]
+        lines.line(planned, seconds=seconds, rows=found)
+        rows += found
     return rows, failed
 
 
@@ -331,29 +201,57 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--op", action="append", help="an operator to measure (repeatable); default all")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small shapes and short runs")
-    parser.add_argument(
-        "--json", action="store_true", help="print the rows as one JSON list and nothing else"
-    )
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.split("\n\n")[0])
+    made.add_argument("--op", action="append", help="an operator to measure (repeatable); default all")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--quick", action="store_true", help="small shapes and short runs")
+    made.add_argument("--json", action="store_true", help="print the rows as one JSON list and nothing else")
+    made.add_argument(
         "--only",
+        "--case",
         action="append",
         default=[],
         help="only cases with this in shape, dtype or label (repeatable)",
     )
-    parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
-    arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can see; none is here")
+    made.add_argument("--list", action="store_true", help="print the cases, measure nothing")
+    made.add_argument(
+        "--once", action="store_true", help="on a GPU: each check, and each call once; nothing is timed"
+    )
+    made.add_argument("--budget", type=float, metavar="SECONDS", help="of measuring, a case")
+    made.add_argument(
+        "--rows", type=Path, metavar="FILE", help="append one JSON line a case, once it is measured"
+    )
+    made.add_argument("--commit", help="what the rows say was measured; default GAUGEKIT_COMMIT, else git's")
+    made.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser()
+    arguments = options.parse_args(argv)
+    if arguments.commit:
+        os.environ["GAUGEKIT_COMMIT"] = arguments.commit
     ONLY[:] = arguments.only
     try:
-        rows, failed = run(arguments.op, arguments.device, arguments.quick)
+        if arguments.list:
+            for case in chosen(arguments.op, arguments.device, arguments.quick):
+                print(case.op, name_of(case))
+            return 0
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a GPU that torch can see; none is here")
+        if arguments.once and arguments.device == "cpu":
+            raise ValueError("--once is for --device cuda")
+        rows, failed = run(
+            arguments.op,
+            arguments.device,
+            arguments.quick,
+            budget=arguments.budget,
+            record=arguments.rows,
+            once=arguments.once,
+        )
     except ValueError as error:
-        parser.error(str(error))
+        options.error(str(error))
     print(json.dumps(rows) if arguments.json else table(rows))
     if arguments.save:
         for op in sorted({row["op"] for row in rows}):

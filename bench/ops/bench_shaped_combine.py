@@ -31,9 +31,9 @@ def in_place(a, v, alpha, beta, gamma):
     torch.ops.gaugekit.shaped_combine_(a, v, alpha, beta, gamma, None, None, True, None, None, None, None)
 
 
-def compiler(device: str):
+def compiler():
     """torch.compile where it can generate code, else None: the rival is then absent."""
-    return torch.compile if device == "cuda" or shutil.which("g++") or shutil.which("clang++") else None
+    return torch.compile if shutil.which("g++") or shutil.which("clang++") else None
 
 
 def both_ways(function, operands, weight):
@@ -57,76 +57,8 @@ def check(found, operands, weight):
     return call
 
 
-def backward_alone(grad, operands):
-    a, v, *gains = operands
-
-    def call():
-        return torch.ops.gaugekit.shaped_combine_backward(
-            grad, a, v, *gains, None, None, True, None, None, None, None
-        )
-
-    return call
-
-
-def gradients(a, v, alpha, beta, gamma, grad):
-    """What autograd makes of ``plain``, written out so that one compiled graph holds it."""
-    count = torch.arange(1, v.shape[2] + 1, device=v.device, dtype=torch.float32)[:, None]
-    grad, share = grad.float(), grad.float() / count
-    suffix = share.flip(2).cumsum(2).flip(2)
-    mean = v.float().cumsum(2) / count
-    da = (beta[:, None, None] * grad).to(a.dtype)
-    dv = (alpha[:, None, None] * grad - gamma[:, None, None] * suffix).to(v.dtype)
-    return da, dv, *((grad * x).sum((0, 2, 3)) for x in (v.float(), a.float(), -mean))
-
-
-def on_gpu(quick: bool):
-    """The sweeps alone at a training shape: 3 passes over memory forward, 5 backward (dO, A, V in, dA, dV out)."""
-    batch, heads, length, width = (1, 16, 1024, 128) if quick else (8, 16, 4096, 128)
-
-    def rows():
-        x = torch.randn(batch, length, heads, width, device="cuda")
-        return x.to(torch.bfloat16).transpose(1, 2)
-
-    a, v, grad, scratch = rows(), rows(), rows(), rows()
-    operands = [a, v, *(torch.rand(heads, device="cuda") for _ in range(3))]
-    forward, backward = torch.compile(plain), torch.compile(gradients)
-    size = a.numel() * a.itemsize
-    few = [x[:1, :2] for x in (a, v)] + [x[:2] for x in operands[2:]]
-    wanted, weight = [x.clone().requires_grad_() for x in few], grad[:1, :2]
-    common = {
-        "op": "shaped_combine",
-        "dtype": "bfloat16",
-        "device": "cuda",
-        "without_us": "torch.compile, cumsum",
-    }
-    name = f"B{batch} T{length} D{heads * width} H{heads} causal"
-    yield Case(
-        shape=f"{name} forward",
-        ours=lambda: in_place(scratch, *operands[1:]),
-        rivals={"torch.compile, cumsum": lambda: forward(*operands), "copy": lambda: scratch.copy_(v)},
-        check=check(lambda: [ours(*few)], few, None),
-        bytes_moved=3 * size,
-        label="over the core's output",
-        **common,
-    )
-    yield Case(
-        shape=f"{name} backward alone",
-        ours=backward_alone(grad, operands),
-        rivals={
-            "torch.compile, cumsum": lambda: backward(*operands, grad),
-            "copy": lambda: scratch.copy_(v),
-        },
-        check=check(both_ways(ours, wanted, weight), wanted, weight),
-        bytes_moved=5 * size,
-        label="new tensors",
-        **common,
-    )
-
-
 @benchmark("shaped_combine")
 def cases(device: str, quick: bool):
-    if device == "cuda":
-        yield from on_gpu(quick)
     batch, heads, length, width = (1, 12, 512, 64) if quick else SHAPE
     for dtype in (torch.float32, torch.bfloat16):
 
@@ -136,7 +68,7 @@ def cases(device: str, quick: bool):
         operands = [rows(), rows(), *(torch.rand(heads, device=device) for _ in range(3))]
         wanted = [x.clone().requires_grad_() for x in operands]
         weight, scratch = rows(), operands[0].clone()
-        compiled = compiler(device) and compiler(device)(plain)
+        compiled = compiler() and compiler()(plain)
         size = operands[0].numel() * dtype.itemsize
         common = {
             "op": "shaped_combine",

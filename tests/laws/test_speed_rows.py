@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
+MODULES = ("registry.py", "run.py", "backends.py", "host_rows.py", "device_rows.py")
 FIELDS = {
     "op",
     "shape",
@@ -37,7 +38,7 @@ def run(folder, *arguments):
 @pytest.fixture
 def bench(tmp_path):
     """The runner with benchmarks of its own: one right, one wrong, and a rival that is not installed."""
-    for name in ("registry.py", "run.py"):
+    for name in MODULES:
         (tmp_path / name).write_text((BENCH / name).read_text())
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / "bench_probe.py").write_text(
@@ -72,7 +73,7 @@ def test_rounds_disturbed_on_either_number_of_threads_do_not_count(bench):
     two 4.2 ms or 16. One and two threads are undisturbed together in 3/5 · 1/3 = 1/5 of the rounds.
     """
     (bench / "ops" / "bench_probe.py").write_text(
-        "import __main__, itertools, time\n"
+        "import host_rows, itertools, time\n"
         "from registry import Case, benchmark\n"
         "now = [0.0]\n"
         "def wait(ms): now[0] += ms / 1000\n"
@@ -80,7 +81,7 @@ def test_rounds_disturbed_on_either_number_of_threads_do_not_count(bench):
         "    wait(1e-4)\n"
         "    return now[0]\n"
         "time.perf_counter = tick\n"
-        "__main__.of_others = lambda: (now[0], 0.0, 0.0)\n"
+        "host_rows.of_others = lambda: (now[0], 0.0, 0.0)\n"
         "ones, twos = itertools.cycle([8, 8, 8, 24, 24]), itertools.cycle([4.2, 16, 16])\n"
         "@benchmark('probe')\n"
         "def cases(device, quick):\n"
@@ -102,6 +103,31 @@ def test_rounds_disturbed_on_either_number_of_threads_do_not_count(bench):
 def test_unknown_operator_is_one_line(bench):
     done = run(bench, "--op", "nothing")
     assert done.returncode == 2 and "op must be one of probe; got nothing" in done.stderr
+
+
+def test_each_case_is_a_line_on_disk_and_an_error_stops_none_that_follow(bench, tmp_path):
+    """The case that raises comes first, and its error is no AssertionError."""
+    probe = (bench / "ops" / "bench_probe.py").read_text()
+    raising = "def broken(): raise RuntimeError('no room\\nsecond line')\n@benchmark('probe')\n"
+    probe = probe.replace("@benchmark('probe')\n", raising)
+    first = "    yield Case(shape='broken', check=broken, **common)\n    yield Case(shape='right'"
+    (bench / "ops" / "bench_probe.py").write_text(probe.replace("    yield Case(shape='right'", first))
+    path = tmp_path / "rows.jsonl"
+    done = run(bench, "--rows", str(path), "--commit", "0123abc", "--budget", "0.05")
+    assert done.returncode == 1
+    broken, right, wrong = (json.loads(line) for line in path.read_text().splitlines())
+    assert (broken["op"], broken["case"]) == ("probe", "broken float32")
+    assert broken["error"] == "RuntimeError: no room" and broken["commit"] == "0123abc"
+    assert wrong["error"] == "AssertionError: off by one" and "rows" not in wrong
+    assert right["rows"] == json.loads(done.stdout) and {row["commit"] for row in right["rows"]} == {
+        "0123abc"
+    }
+    run(bench, "--rows", str(path), "--case", "right", "--budget", "0.05")
+    assert len(path.read_text().splitlines()) == 4  # appended, and only the case that was asked for
+
+
+def test_list_names_cases_and_measures_none(bench):
+    assert run(bench, "--list").stdout.splitlines() == ["probe right float32", "probe wrong float32"]
 
 
 @pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*.json")), ids=lambda p: p.stem)
