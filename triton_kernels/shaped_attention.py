@@ -9,8 +9,8 @@ in shaped_combine.
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .shaped_attention_tiles import described, tiles, varied
 from .shaped_combine import (
     _chunk_sums,
     _gain,
@@ -26,7 +26,7 @@ from .shaped_combine import (
 from .shaped_combine_launch import Mask, interpretable, named, small
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Numbers that a caller changes from call to call: one kernel serves them all.
+# Numbers that change from call to call: one kernel serves them all.
 NUMBERS = ("T", "S", "window", "chunks", "key_chunks")
 LOW = tl.constexpr(-1.0e30)  # below every score, and finite: a row that has met no key yet stays free of NaN
 
@@ -161,9 +161,8 @@ def _shaped_attention_fwd(
     hi = tl.where(i < rows, hi, lo)
     n0, _, n_edge, n1 = _reach(lo, hi, BLOCK_N, WINDOWED)
 
-    if KEYS is None:
-        boxes: tl.constexpr = None
-    else:
+    boxes = None
+    if KEYS is not None:
         boxes = (KEYS, VALUES, batch, h // GROUP)
     x = _tile(q, t, rows, KEY_WIDTH, BLOCK_M, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -233,52 +232,6 @@ def _add_edge(
     return total
 
 
-# (part, bytes of an element, widest of K and V) -> queries and keys of a tile, warps, stages. Triton 3.6 compiles them
-# for sm_90 without spills; none has been timed. Float32 products run on the ordinary cores, from registers.
-TILES = {
-    ("forward", 2, 64): (128, 64, 8, 3),
-    ("forward", 2, 128): (128, 64, 8, 3),
-    ("forward", 2, 256): (64, 64, 8, 2),
-    ("forward", 4, 64): (32, 32, 4, 1),
-    ("forward", 4, 128): (32, 32, 8, 1),
-    ("forward", 4, 256): (32, 16, 8, 1),
-    ("forward, window", 2, 128): (64, 64, 8, 3),
-    ("keys", 2, 64): (64, 128, 8, 2),
-    ("keys", 2, 128): (64, 64, 8, 2),
-    ("keys", 2, 256): (16, 64, 8, 2),
-    ("keys", 4, 64): (32, 32, 8, 1),
-    ("keys", 4, 128): (32, 32, 8, 1),
-    ("keys", 4, 256): (16, 16, 8, 1),
-    ("keys, groups", 2, 128): (32, 64, 8, 2),
-    ("keys, groups", 2, 256): (32, 32, 8, 2),
-    ("keys, groups", 4, 64): (16, 32, 4, 1),
-    ("queries", 2, 64): (128, 64, 8, 2),
-    ("queries", 2, 128): (128, 64, 8, 2),
-    ("queries", 2, 256): (64, 32, 8, 2),
-    ("queries", 4, 64): (32, 32, 8, 1),
-    ("queries", 4, 128): (16, 16, 8, 2),
-    ("queries", 4, 256): (16, 16, 8, 2),
-    ("forward, small", 2, 256): (64, 32, 8, 2),
-    ("queries, small", 2, 256): (32, 32, 8, 2),
-}
-
-
-def tiles(part: str, key_width: int, width: int, dtype: torch.dtype, windowed: bool, grouped: bool,
-          little_memory: bool = False) -> dict:  # fmt: skip
-    """The tile of ``part`` (forward, keys, queries): a pure function of its arguments.
-
-    ``little_memory``: what ``small`` says of the card; every tile then fits 99 KiB of shared memory.
-    """
-    block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (key_width, width))
-    key = (dtype.itemsize, max(64, block_k, block_v))
-    m, n, warps, stages = TILES[(part, *key)]
-    for applies, kind in ((windowed, "window"), (grouped, "groups"), (little_memory, "small")):
-        if applies:
-            m, n, warps, stages = TILES.get((f"{part}, {kind}", *key), (m, n, warps, stages))
-    sizes = {"BLOCK_K": block_k, "BLOCK_V": block_v, "BLOCK_M": m, "BLOCK_N": n}
-    return sizes | {"num_warps": warps, "num_stages": stages}
-
-
 @interpretable("out", "a")
 def shaped_attention(
     q,
@@ -309,12 +262,13 @@ def shaped_attention(
         return
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
     tile = tiles("forward", key_width, width, q.dtype, window is not None, heads > groups, small(q))
+    tile, descriptors = varied("forward", tile, q.dtype, scale)
+    if descriptors:
+        box = (1, 1, tile["BLOCK_N"])
+        tile |= described(mask, KEYS=(k, [*box, tile["BLOCK_K"]]), VALUES=(v, [*box, tile["BLOCK_V"]]))
     programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
     with torch.cuda.device_of(q):
         sums = None if gamma is None else chunk_sums(v, queries, keys, mask, tile["BLOCK_M"], False)
-        if tile.pop("TMA", False):
-            tile["KEYS"]=TensorDescriptor.from_tensor(k, [1,1,tile["BLOCK_N"],tile["BLOCK_K"]])
-            tile["VALUES"]=TensorDescriptor.from_tensor(v, [1,1,tile["BLOCK_N"],tile["BLOCK_V"]])
         _shaped_attention_fwd[(programs, heads)](
             q, k, v, v0, out, a, lse, alpha, beta, gamma, lam, sums, TABLE=table, **mask.tensors,
             **named("q", q), **named("k", k), **named("v", v), **named("v0", v0), **named("o", out), **named("a", a),
