@@ -42,7 +42,7 @@ def _gather_keys(
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, boxes,
 ):  # fmt: skip
     """What queries [t0, t1) add to dK/scale and dV of the keys ``x`` with values ``y``; [t2, t3) see them all."""
-    rows, keys, start = place
+    rows = place[0]
     # One loop over all blocks: two loops over the same accumulators make ptxas serialise every product.
     for t in range(t0, t1, BLOCK_M):
         i = t + tl.arange(0, BLOCK_M)
@@ -117,7 +117,7 @@ def _shaped_attention_bwd_kv(
     g = tl.program_id(1)
     heads = tl.num_programs(1) * GROUP
     batch, block, first, place = _sequence(index, chunks, BOUNDS, TABLE, START, LENGTHS, T, S, CAUSAL, PACKED)
-    rows, keys, start = place
+    rows, keys, _ = place
     k = _head(K, batch, g, first, k_b, k_h, k_t, k_d)
     v = _head(V, batch, g, first, v_b, v_h, v_t, v_d)
     n0 = block * BLOCK_N
