@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gaugekit.triton_kernels.shaped_attention_tiles import VARIANTS, use_variant
-from test_shaped_attention import backward, bounds, build, check, forward, lengths
+from triton_attention import backward, bounds, build, check, forward, lengths
 from triton_cases import DEVICE
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
