@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .shaped_attention import LOG2E, NUMBERS, _box, _load, _product, _rank_tile, _reach
+from .shaped_attention import LOG2E, _box, _load, _product, _rank_tile, _reach
 from .shaped_attention_tiles import described, tiles, varied
 from .shaped_combine import _gain, _head, _put, _seen, _sequence, _tile
 from .shaped_combine_backward import shaped_combine_backward
@@ -101,7 +101,6 @@ def _query_whole(n0, t0, t1, place, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
     return t2, tl.maximum(stop, 0) // BLOCK_M * BLOCK_M
 
 
-# T and S stay: that their multiples align the rows of LSE and δ saves a quarter of the loop's instructions.
 @triton.jit(do_not_specialize=("window", "chunks"))
 def _shaped_attention_bwd_kv(
     Q, K, V, DO, LSE, DELTA, DIRECT, DK, DV, BETA, BOUNDS, TABLE, START, LENGTHS,
@@ -185,7 +184,7 @@ def _gather_query(
     return dq
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=("window", "chunks"))
 def _shaped_attention_bwd_q(
     Q, K, V, DO, LSE, DELTA, DQ, BETA, BOUNDS, TABLE, START, LENGTHS,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, do_b, do_h, do_t, do_d, dq_b, dq_h, dq_t, dq_d,
