@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .shaped_attention_tiles import described, tiles, varied
 from .shaped_combine import (
     _chunk_sums,
     _gain,
@@ -25,6 +26,9 @@ from .shaped_combine import (
 from .shaped_combine_launch import Mask, interpretable, named, small
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Numbers that change from call to call: one kernel serves them all. T and S are not among them: that multiples of 16
+# align what is indexed with them saves registers, and in the keys' kernel a quarter of the loop's instructions.
+NUMBERS = ("window", "chunks", "key_chunks")
 LOW = tl.constexpr(-1.0e30)  # below every score, and finite: a row that has met no key yet stays free of NaN
 
 
@@ -42,6 +46,12 @@ def _load(
         address = pointer + row.to(tl.int64)[:, None] * stride + column[None, :] * stride_last
         x = tl.load(address, (column < WIDTH)[None, :], other=0.0) if WIDTH < BLOCK else tl.load(address)
     return x
+
+
+@triton.jit
+def _box(descriptor, batch, group, first, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [first, first + BLOCK_T) of a head by the tensor memory accelerator; zero where the tensor ends."""
+    return descriptor.load([batch, group, first, 0]).reshape(BLOCK_T, BLOCK)
 
 
 @triton.jit
@@ -78,41 +88,63 @@ def _reach(lo, hi, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
 
 
 @triton.jit
+def _soften(s, step, top, total, FOLD: tl.constexpr):
+    """(2^(s − new top), its rows' sums added to ``total``, the new top, 2^(top − new top)), s in base 2.
+
+    With FOLD ``s`` is yet to be multiplied by ``step`` > 0: one multiply-add an element does it and subtracts the top.
+    """
+    if FOLD:
+        highest = tl.maximum(top, tl.max(s, 1) * step)
+        p = tl.exp2(s * step - highest[:, None])
+    else:
+        highest = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - highest[:, None])
+    shrink = tl.exp2(top - highest)
+    return p, total * shrink + tl.sum(p, 1), highest, shrink
+
+
+@triton.jit
 def _attend(
     acc, total, top, q, k, v, n0, n1, keys, lo, hi, scale, MASKED: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, rank=None,
+    FOLD: tl.constexpr = False, boxes=None,
 ):  # fmt: skip
     """The online softmax over keys [n0, n1): ``acc`` = Σ 2^(s − top) v, ``total`` = Σ 2^(s − top), s in base 2.
 
     Keys are K wide or, where given, ``rank``.
     """
     for n in range(n0, n1, BLOCK_N):
-        if rank is None:
+        if boxes is not None:
+            x = _box(boxes[0], boxes[2], boxes[3], n, BLOCK_N, BLOCK_K)
+        elif rank is None:
             x = _load(k, n, keys, MASKED, K, BLOCK_N, BLOCK_K)
         else:
             x = _rank_tile(k, n, keys, rank, BLOCK_N, BLOCK_K)
-        s = _product(q, tl.trans(x)) * scale
+        s = _product(q, tl.trans(x))
+        if MASKED or not FOLD:
+            s = s * scale
         if MASKED:
             j = (n + tl.arange(0, BLOCK_N))[None, :]
             s = tl.where((j >= lo[:, None]) & (j < hi[:, None]), s, LOW)
-        highest = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - highest[:, None])
-        shrink = tl.exp2(top - highest)
-        total = total * shrink + tl.sum(p, 1)
+        p, total, top, shrink = _soften(s, scale, top, total, FOLD and not MASKED)
         acc = acc * shrink[:, None]
-        acc += _product(p.to(q.dtype), _load(v, n, keys, MASKED, V, BLOCK_N, BLOCK_V))
-        top = highest
+        if boxes is not None:
+            y = _box(boxes[1], boxes[2], boxes[3], n, BLOCK_N, BLOCK_V)
+        else:
+            y = _load(v, n, keys, MASKED, V, BLOCK_N, BLOCK_V)
+        acc += _product(p.to(q.dtype), y)
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _shaped_attention_fwd(
     Q, K, V, V0, OUT, A, LSE, ALPHA, BETA, GAMMA, LAM, SUMS, BOUNDS, TABLE, START, LENGTHS,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, v0_b, v0_h, v0_t, v0_d,
     o_b, o_h, o_t, o_d, a_b, a_h, a_t, a_d, scale, T, S, window, chunks, key_chunks,
     GROUP: tl.constexpr, KEY_WIDTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr, FOLD: tl.constexpr = False,
+    KEYS=None, VALUES=None,
 ):  # fmt: skip
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the longest rows first
     h = tl.program_id(1)
@@ -130,6 +162,9 @@ def _shaped_attention_fwd(
     hi = tl.where(i < rows, hi, lo)
     n0, _, n_edge, n1 = _reach(lo, hi, BLOCK_N, WINDOWED)
 
+    boxes = None
+    if KEYS is not None:
+        boxes = (KEYS, VALUES, batch, h // GROUP)
     x = _tile(q, t, rows, KEY_WIDTH, BLOCK_M, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -140,9 +175,9 @@ def _shaped_attention_fwd(
                                   KEY_WIDTH, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
     else:
         acc, total, top = _attend(acc, total, top, x, k, v, 0, n_edge, keys, lo, hi, step, False,
-                                  KEY_WIDTH, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
+                                  KEY_WIDTH, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V, None, FOLD, boxes)  # fmt: skip
         acc, total, top = _attend(acc, total, top, x, k, v, n_edge, n1, keys, lo, hi, step, True,
-                                  KEY_WIDTH, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
+                                  KEY_WIDTH, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V, None, False, boxes)  # fmt: skip
 
     total = tl.where(hi > lo, total, 1.0)
     acc *= tl.where(hi > lo, 1.0 / total, 0.0)[:, None]
@@ -198,52 +233,6 @@ def _add_edge(
     return total
 
 
-# (part, bytes of an element, widest of K and V) -> queries and keys of a tile, warps, stages. Triton 3.6 compiles them
-# for sm_90 without spills; none has been timed. Float32 products run on the ordinary cores, from registers.
-TILES = {
-    ("forward", 2, 64): (128, 64, 8, 3),
-    ("forward", 2, 128): (128, 64, 8, 3),
-    ("forward", 2, 256): (64, 64, 8, 2),
-    ("forward", 4, 64): (32, 32, 4, 1),
-    ("forward", 4, 128): (32, 32, 8, 1),
-    ("forward", 4, 256): (32, 16, 8, 1),
-    ("forward, window", 2, 128): (64, 64, 8, 3),
-    ("keys", 2, 64): (64, 128, 8, 2),
-    ("keys", 2, 128): (64, 64, 8, 2),
-    ("keys", 2, 256): (16, 64, 8, 2),
-    ("keys", 4, 64): (32, 32, 8, 1),
-    ("keys", 4, 128): (32, 32, 8, 1),
-    ("keys", 4, 256): (16, 16, 8, 1),
-    ("keys, groups", 2, 128): (32, 64, 8, 2),
-    ("keys, groups", 2, 256): (32, 32, 8, 2),
-    ("keys, groups", 4, 64): (16, 32, 4, 1),
-    ("queries", 2, 64): (128, 64, 8, 2),
-    ("queries", 2, 128): (128, 64, 8, 2),
-    ("queries", 2, 256): (64, 32, 8, 2),
-    ("queries", 4, 64): (32, 32, 8, 1),
-    ("queries", 4, 128): (16, 16, 8, 2),
-    ("queries", 4, 256): (16, 16, 8, 2),
-    ("forward, small", 2, 256): (64, 32, 8, 2),
-    ("queries, small", 2, 256): (32, 32, 8, 2),
-}
-
-
-def tiles(part: str, key_width: int, width: int, dtype: torch.dtype, windowed: bool, grouped: bool,
-          little_memory: bool = False) -> dict:  # fmt: skip
-    """The tile of ``part`` (forward, keys, queries): a pure function of its arguments.
-
-    ``little_memory``: what ``small`` says of the card; every tile then fits 99 KiB of shared memory.
-    """
-    block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (key_width, width))
-    key = (dtype.itemsize, max(64, block_k, block_v))
-    m, n, warps, stages = TILES[(part, *key)]
-    for applies, kind in ((windowed, "window"), (grouped, "groups"), (little_memory, "small")):
-        if applies:
-            m, n, warps, stages = TILES.get((f"{part}, {kind}", *key), (m, n, warps, stages))
-    sizes = {"BLOCK_K": block_k, "BLOCK_V": block_v, "BLOCK_M": m, "BLOCK_N": n}
-    return sizes | {"num_warps": warps, "num_stages": stages}
-
-
 @interpretable("out", "a")
 def shaped_attention(
     q,
@@ -274,6 +263,10 @@ def shaped_attention(
         return
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
     tile = tiles("forward", key_width, width, q.dtype, window is not None, heads > groups, small(q))
+    tile, descriptors = varied("forward", tile, q.dtype, scale)
+    if descriptors:
+        box = (1, 1, tile["BLOCK_N"])
+        tile |= described(mask, KEYS=(k, [*box, tile["BLOCK_K"]]), VALUES=(v, [*box, tile["BLOCK_V"]]))
     programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
     with torch.cuda.device_of(q):
         sums = None if gamma is None else chunk_sums(v, queries, keys, mask, tile["BLOCK_M"], False)
