@@ -192,7 +192,13 @@ class BuildBinaries(BuildExtension):
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [*extension.cxx.split(), "-shared", "-o", str(target), *objects, *LINK_FLAGS]
-        command += [f"-L{cuda_library_directory(extension.nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        command += [
+            f"-L{cuda_library_directory(extension.nvcc)}",
+            "-lcudart_static",
+            "-lrt",
+            "-ldl",
+            "-lpthread",
+        ]
         command += ["-Wl,--no-as-needed", *(f"-L{folder}" for folder in library_paths())]
         command += ["-ltorch", "-ltorch_cpu", "-lc10"]
         subprocess.run(command, check=True)

@@ -1,4 +1,4 @@
-"""With this folder on PYTHONPATH a checkout is imported as it stands, without an installation: nothing is built for it."""
+"""With this folder on PYTHONPATH a checkout is imported as it stands: without an installation, nothing built for it."""
 
 import importlib.util
 import sys

@@ -95,7 +95,7 @@ def load() -> None:
 
 
 def _gpu_is_here() -> bool:
-    """Whether the system shows an NVIDIA GPU, asked without CUDA: a process that has asked CUDA cannot fork and use it."""
+    """Whether the system shows an NVIDIA GPU, asked without CUDA: who has asked CUDA cannot fork and use it."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
