@@ -73,7 +73,8 @@ def pieces(out: Path) -> list[Piece]:
         timed("shaped_combine", out, 20, "shaped_combine"),
         timed("nonlocal_energy", out, 15, "nonlocal_energy"),
         timed("ragged_attention", out, 15, "ragged_attention"),
-        timed("packed_linear_batches", out, 15, "packed_linear", "batch "),
-        program("tiles", out, 55),
-        program("profile", out, 45),
+        timed("packed_linear_16", out, 12, "packed_linear", "batch 16,"),
+        timed("packed_linear_256", out, 12, "packed_linear", "batch 256,"),
+        program("tiles", out, 50),
+        program("profile", out, 40),
     ]
