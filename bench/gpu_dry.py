@@ -39,13 +39,8 @@ class Wrong(Exception):
 
 def asked(command: list[str], required: tuple[str, ...] = gpu.BACKENDS, **more: str):
     """The program's end and what it printed, in the environment of a run on a GPU."""
-    return subprocess.run(
-        command,
-        env=gpu.environment(required) | {"OMP_NUM_THREADS": "1"} | more,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    environment = gpu.environment(required) | {"OMP_NUM_THREADS": "1"} | more
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 def last(done) -> str:
@@ -166,32 +161,21 @@ def launches() -> str:
     if not RECORDER.exists():
         raise Wrong(f"{RECORDER.relative_to(ROOT)} is missing")
     record, report = FOLDER / "launches.jsonl", FOLDER / "compiled.jsonl"
-    recorded = asked(
-        [sys.executable, str(RECORDER), "record", str(record), "--arch", ARCHITECTURE], ("cpu", "triton")
-    )
-    command = [
-        sys.executable,
-        str(RECORDER),
-        "compile",
-        str(record),
-        "--arch",
-        ARCHITECTURE,
-        "--jobs",
-        PROCESSES,
-    ]
-    compiled = asked([*command, "--report", str(report)], ("cpu", "triton"))
-    lines = [last(done).splitlines()[-1:] or ["no output"] for done in (recorded, compiled)]
-    summary = "\n".join(line for (line,) in lines)
+    report.unlink(missing_ok=True)
+    program, card = [sys.executable, str(RECORDER)], ["--arch", ARCHITECTURE]
+    recorded = asked([*program, "record", str(record), *card], ("cpu", "triton"))
+    options = [*card, "--jobs", PROCESSES, "--report", str(report)]
+    compiled = asked([*program, "compile", str(record), *options], ("cpu", "triton"))
+    summary = [(done.stdout.strip().splitlines() or ["no output"])[-1] for done in (recorded, compiled)]
     if report.exists():
-        summary += "\n" + spills([json.loads(line) for line in report.read_text().splitlines()])
+        summary += spills([json.loads(line) for line in report.read_text().splitlines()])
     if recorded.returncode or compiled.returncode:
-        raise Wrong(
-            f"{summary}\n{recorded.stderr.strip()}\n{compiled.stdout.strip()}\n{compiled.stderr.strip()}".strip()
-        )
-    return summary
+        said = [recorded.stderr, compiled.stdout, compiled.stderr]
+        raise Wrong("\n".join(summary + [text.strip() for text in said if text.strip()]))
+    return "\n".join(summary)
 
 
-def spills(rows: list[dict]) -> str:
+def spills(rows: list[dict]) -> list[str]:
     """The launches that spill, counted for each reason of the table; those that are in no table are said so."""
     sys.path.insert(0, str(RECORDER.parent))
     from spills import SPILLS
@@ -204,11 +188,12 @@ def spills(rows: list[dict]) -> str:
                 spill.reason
                 for spill in SPILLS
                 if spill.kernel == row["kernel"]
+                and row["stack"] <= spill.stack
                 and all(known.get(n) == value for n, value in spill.where.items())
             ]
             counts[row["kernel"], (reasons or ["in no table"])[0]] += 1
     lines = [f"  {count} × {kernel}: {reason}" for (kernel, reason), count in sorted(counts.items())]
-    return "\n".join([f"spills: {sum(counts.values())}", *lines])
+    return [f"spills: {sum(counts.values())}", *lines]
 
 
 def schedule() -> str:
@@ -242,12 +227,11 @@ def main() -> int:
             verdict, found = "well", step()
         except Wrong as error:
             verdict, found, failed = "WRONG", str(error), failed + 1
-        summary.append(
-            f"{verdict:5}  {name} ({time.monotonic() - begin:.0f} s): " + found.replace("\n", "\n       ")
-        )
-        print(summary[-1], flush=True)
-    print("\nrehearsed: " + (f"{failed} of {len(STEPS)} steps went wrong" if failed else "all is well"))
-    print("\n".join(line for text in summary for line in text.splitlines() if not line.startswith("  ")))
+        took = time.monotonic() - begin
+        print(f"{name}: {verdict} ({took:.0f} s)", flush=True)
+        summary.append(f"{verdict:5}  {name}: " + found.replace("\n", "\n       "))
+    print("", *summary, sep="\n")
+    print(f"{failed} of {len(STEPS)} steps went wrong" if failed else "all is well")
     return 1 if failed else 0
 
 
