@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -106,12 +105,11 @@ def loaded() -> str:
 
 def imports() -> str:
     """Every module is imported, the integrations apart that say they do not fit this transformers."""
-    package = ROOT / "python" / "gaugekit"
-    names = [info.name for info in pkgutil.walk_packages([str(package)], "gaugekit.")]
-    names += [
-        f"gaugekit.triton_kernels.{info.name}"
-        for info in pkgutil.iter_modules([str(ROOT / "triton_kernels")])
-    ]
+    names = []
+    for package, folder in (("gaugekit", "python/gaugekit"), ("gaugekit.triton_kernels", "triton_kernels")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            names.append(".".join((package, *parts)).removesuffix(".__init__"))
     names = [name for name in names if not name.endswith("__main__")]
     program = (
         f"import importlib\nfor name in {names}:\n"
