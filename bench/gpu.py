@@ -122,15 +122,11 @@ def run(out: Path, names: list[str], seconds: float) -> bool:
     machine = RealMachine(out, environment(()))
     runner = Runner(machine, out, seconds)
     try:
-        machine.environment = environment(ready(out, runner))
+        machine.environment = environment(ready(runner))
         well = runner.run(chosen)
-    except Stopped:
-        well = False
-    print(
-        (out / ledger.TABLE).read_text()
-        if (out / ledger.TABLE).exists()
-        else "stopped before the first piece"
-    )
+    except Stopped:  # while a binary was built
+        return False
+    print((out / ledger.TABLE).read_text())
     return well
 
 

@@ -13,6 +13,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import gpu  # noqa: E402
 import gpu_ledger as ledger  # noqa: E402
 import gpu_pieces  # noqa: E402
 from gpu_profile import parsed  # noqa: E402
@@ -203,3 +204,39 @@ def test_the_profiler_s_table_is_read():
     metrics = {"Registers Per Thread": "40 register/thread", "DRAM Throughput": "61.5 %"}
     assert parsed(text) == {"rans_decode_rows #0": metrics}
     assert parsed("==ERROR== no permission\n") == {}
+
+
+def test_rows_that_came_back_become_results_a_second_try_replacing_the_first(tmp_path):
+    """What is kept is what tests/laws/test_speed_rows.py asks of a committed result."""
+    common = {
+        "op": "rans",
+        "shape": "decode",
+        "dtype": "bfloat16",
+        "label": "",
+        "machine": "NVIDIA H100 80GB HBM3",
+    }
+    for median in (5.0, 2.0):
+        row = common | {"baseline": "copy", "median_ms": median, "commit": "abc"}
+        ledger.append(tmp_path / ledger.ROWS, {"op": "rans", "case": "decode", "rows": [row]})
+    ledger.append(tmp_path / ledger.ROWS, {"op": "rans", "case": "encode", "error": "OutOfMemoryError: no"})
+    about = {"commit": "abc", "date": "2026-12-01", "torch": "2.11.0+cu130"}
+    ledger.append(tmp_path / ledger.MEASURES, about)
+    (path,) = gpu.keep(tmp_path, tmp_path)
+    assert path.name == "rans-nvidia-h100-80gb-hbm3-2026-12-01.json"
+    record = json.loads(path.read_text())
+    assert [row["median_ms"] for row in record["rows"]] == [2.0]
+    assert {name: record[name] for name in about} == about and record["machine"] == common["machine"]
+
+
+def test_an_unknown_piece_is_one_line():
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "gpu.py"), "--piece", "rans nothing"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "expected names among ceilings, smoke" in done.stderr
+    assert done.stderr.rstrip().endswith("got nothing")
+
+
+def test_only_files_with_tests_for_a_gpu_are_collected():
+    files = gpu_pieces.gpu_test_files()
+    assert {"tests/codec/test_device.py", "tests/nn/test_on_gpu.py"} <= set(files)
+    assert not [name for name in files if "integrations" in name or name.endswith("test_verify.py")]
