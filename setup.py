@@ -30,7 +30,7 @@ LINK_FLAGS = ["-pthread", "-Wl,-s"] if sys.platform.startswith("linux") else []
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
     TORCH_MISSING = ""
 except ImportError as error:
@@ -183,7 +183,12 @@ class BuildBinaries(BuildExtension):
         return str(target)
 
     def link_cuda(self, extension, objects: list[str]) -> None:
-        """A shared library of nvcc's objects alone; torch's symbols are found in the torch that loads it."""
+        """A shared library of nvcc's objects that names torch's libraries as its own needs.
+
+        torch is loaded with its symbols hidden from everyone who does not name it, and a linker told to leave out what
+        is not needed (Ubuntu's default) finds that CUDA's part of torch, which ``libtorch`` brings in, is not: hence
+        ``--no-as-needed``. At run time the names are met by the torch that is loaded already, wherever it stands.
+        """
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [*extension.cxx.split(), "-shared", "-o", str(target), *objects, *LINK_FLAGS]
@@ -194,6 +199,8 @@ class BuildBinaries(BuildExtension):
             "-ldl",
             "-lpthread",
         ]
+        command += ["-Wl,--no-as-needed", *(f"-L{folder}" for folder in library_paths())]
+        command += ["-ltorch", "-ltorch_cpu", "-lc10"]
         subprocess.run(command, check=True)
 
     def run(self):

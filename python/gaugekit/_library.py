@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Backend:
     loaded: bool
     why: str = ""
     remedy: str = ""
+    error: Exception | None = field(default=None, repr=False, compare=False)  # what loading it raised
 
 
 _backends: dict[str, Backend] = {}
@@ -72,7 +73,6 @@ def load() -> None:
     built = _build_record()
     for name in ("cpu", "cuda"):
         _backends[name] = _load_one(name, {"sources": built.get("sources"), **built.get(name, {})})
-    cpu = _backends["cpu"]
     required = [name for name in os.environ.get("GAUGEKIT_REQUIRE", "").replace(" ", "").split(",") if name]
     for name in required:
         backend = backends().get(name)
@@ -81,13 +81,22 @@ def load() -> None:
         if not backend.loaded:
             raise ImportError(
                 f"GAUGEKIT_REQUIRE asks for {name}: {backend.why}. To mend it: {backend.remedy}"
-            )
-    if not cpu.loaded:
+            ) from backend.error
+    for name, language in (("cpu", "C++"), ("cuda", "CUDA")):
+        backend = _backends[name]
+        if backend.loaded or (name == "cuda" and not (torch.version.cuda and _gpu_is_here())):
+            continue
         warnings.warn(
-            f"gaugekit runs without its C++ binary (slower, same results): {cpu.why}. To mend it: {cpu.remedy}",
+            f"gaugekit runs without its {language} binary (slower, same results): {backend.why}. "
+            f"To mend it: {backend.remedy}",
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _gpu_is_here() -> bool:
+    """Whether the system shows an NVIDIA GPU, asked without CUDA: who has asked CUDA cannot fork and use it."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 def _build_record() -> dict:
@@ -125,8 +134,15 @@ def _load_one(name: str, built: dict) -> Backend:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        return Backend(
-            name, False, f"{path.name} does not load beside torch {torch.__version__}: {reason}", rebuild
-        )
+        why = f"{path.name} does not load beside torch {torch.__version__}: {_reasons(error)}"
+        return Backend(name, False, why, rebuild, error)
     return Backend(name, True)
+
+
+def _reasons(error: BaseException | None) -> str:
+    """The first line of an error and of each that caused it: torch names the file, the linker below it the symbol."""
+    lines = []
+    while error is not None:
+        lines.append((str(error).strip().splitlines() or [repr(error)])[0])
+        error = error.__cause__
+    return "; ".join(lines)

@@ -66,3 +66,16 @@ def test_binary_uses_the_stable_abi_only():
     names = [line.split()[-1] for line in symbols.stdout.splitlines()]
     assert not [name for name in names if name.startswith(("_ZN3c10", "_ZN2at", "_ZNK3c10", "_ZNK2at"))]
     assert any(name.startswith("aoti_torch_") for name in names)
+
+
+CUDA = CPU.with_name("_cuda.abi3.so")
+
+
+@pytest.mark.skipif(
+    not CUDA.exists() or shutil.which("readelf") is None, reason="needs the CUDA binary and readelf"
+)
+def test_cuda_binary_names_torch_s_libraries():
+    """Torch's symbols are hidden from whoever does not name its libraries: without them it would never load."""
+    done = subprocess.run(["readelf", "-d", str(CUDA)], capture_output=True, text=True, check=True)
+    needed = {line.split("[")[1].rstrip("]") for line in done.stdout.splitlines() if "(NEEDED)" in line}
+    assert needed >= {"libtorch.so", "libtorch_cpu.so", "libc10.so"}

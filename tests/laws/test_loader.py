@@ -64,6 +64,43 @@ def test_required_backend_is_an_error(copy, name):
     assert expected in done.stderr
 
 
+@pytest.fixture
+def beside_cuda(copy):
+    """As where torch has CUDA: the loader asks only for the version it was built with."""
+    (copy / "torch_with_cuda.py").write_text("import torch; torch.version.cuda = '13.0'")
+    return copy
+
+
+def test_damaged_cuda_binary_is_named_with_the_linker_s_reason_where_a_gpu_is(beside_cuda):
+    """Beside a GPU the compositions would answer for the missing kernels, and nobody would know."""
+    package = beside_cuda / "gaugekit"
+    (package / "_cuda.abi3.so").write_bytes(b"not a library")
+    loader = package / "_library.py"
+    asked = 'any(Path("/dev").glob("nvidia[0-9]*"))'
+    assert loader.read_text().count(asked) == 1
+    quiet = run(beside_cuda, "import torch_with_cuda; " + USE)
+    loader.write_text(loader.read_text().replace(asked, "True"))
+    done = run(beside_cuda, "import torch_with_cuda; " + USE)
+    assert done.returncode == 0, done.stderr
+    assert "without its CUDA binary" not in quiet.stderr or any(Path("/dev").glob("nvidia[0-9]*"))
+    assert "without its CUDA binary" in done.stderr
+    assert "file too short" in done.stderr or "invalid ELF header" in done.stderr
+
+
+def test_a_required_binary_keeps_what_loading_it_raised(beside_cuda):
+    (beside_cuda / "gaugekit" / "_cuda.abi3.so").write_bytes(b"not a library")
+    shutil.copy(PACKAGE / "_cpu.abi3.so", beside_cuda / "gaugekit")
+    shutil.copy(PACKAGE / "_build.json", beside_cuda / "gaugekit")
+    code = (
+        "import torch_with_cuda\n"
+        "try: import gaugekit\n"
+        "except ImportError as error: print(type(error.__cause__).__name__, error)\n"
+    )
+    done = run(beside_cuda, code, GAUGEKIT_REQUIRE="cpu,cuda")
+    assert done.stdout.split()[0] in ("OSError", "RuntimeError"), done.stdout + done.stderr
+    assert "GAUGEKIT_REQUIRE asks for cuda: _cuda.abi3.so does not load" in done.stdout
+
+
 def test_binary_of_other_sources_is_not_loaded(copy):
     """In a checkout whose C++ has moved on, the old binary could crash: it is named instead."""
     checkout = copy / "checkout"
