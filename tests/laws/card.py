@@ -93,12 +93,17 @@ class Operators(TorchDispatchMode):
             return torch.zeros((), dtype=args[0].dtype).item()
         if function is aten.equal.default:
             return True
+        if function is aten.copy_.default and _true_device(args[0]).type == "cpu":
+            return args[0].zero_()
+        args, kwargs = torch.utils._pytree.tree_map(_on_meta, (args, kwargs))
         to = kwargs.get("device")
         if function is aten._to_copy.default and to is not None and to.type == "cpu":
             return torch.zeros_like(args[0], device="cpu", dtype=kwargs.get("dtype"))
-        if function is aten.copy_.default and _true_device(args[0]).type == "cpu":
-            return args[0].zero_()
         return function(*args, **kwargs)
+
+
+def _on_meta(x):
+    return x.to("meta") if isinstance(x, torch.Tensor) and _true_device(x).type == "cpu" and x.dim() else x
 
 
 class Operand:
