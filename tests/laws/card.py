@@ -77,7 +77,7 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        there = any(_true_device(x).type == "meta" for x in given)
+        there = any(_true_device(x).type == "meta" for x in given) or str(kwargs.get("device")) == "meta"
         kernel = _kernels.get(function.name().partition(".")[0])
         if there and kernel is not None:
             with self, Names():
