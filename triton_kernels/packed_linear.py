@@ -42,7 +42,7 @@ def _decode(RAW, PLANES, ESCAPES, n, k, inside, window, begin, blocks, escape_co
 
 @triton.jit
 def _packed_linear(X, RAW, PLANES, ESCAPES, OFFSETS, WINDOW, BIAS, OUT, batch, rows, columns, blocks, segments,
-                   escape_count, segments_each, CODE: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+                   escape_count, segments_each, bias_stride, CODE: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """OUT [splits, batch, rows]: the part of x Wᵀ that each split of K gives; the bias goes to the first."""
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -70,7 +70,7 @@ def _packed_linear(X, RAW, PLANES, ESCAPES, OFFSETS, WINDOW, BIAS, OUT, batch, r
         else:
             acc = tl.dot(x, tl.trans(weight.to(x.dtype)), acc, input_precision="ieee")
     if BIAS is not None:
-        bias = tl.load(BIAS + n, mask=here & (split == 0), other=0.0).to(tl.float32)
+        bias = tl.load(BIAS + n * bias_stride, mask=here & (split == 0), other=0.0).to(tl.float32)
         acc += bias[None, :]
     out = OUT + split.to(tl.int64) * batch * rows + m[:, None] * rows + n[None, :]
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=(m < batch)[:, None] & here[None, :])
@@ -99,7 +99,10 @@ def tile(batch: int, wide: bool) -> dict:
 
 @interpretable("out")
 def packed_linear(out, x, raw, planes, escapes, offsets, window, bias):
-    """out [M, N] = x [M, K] Wᵀ + bias, x and out contiguous, of bf16, fp16 or fp32; at least one element each."""
+    """out [M, N] = x [M, K] Wᵀ + bias, x and out contiguous, of bf16, fp16 or fp32; at least one element each.
+
+    bias [N] may have any stride.
+    """
     (batch, columns), rows, blocks = x.shape, raw.shape[0], planes.shape[2]
     half, sizes = planes.shape[1] > 4, tile(batch, x.dtype == torch.float32)
     segments = triton.cdiv(columns, SEGMENT)
@@ -107,9 +110,11 @@ def packed_linear(out, x, raw, planes, escapes, offsets, window, bias):
     each = triton.cdiv(segments, min(segments, max(1, PROGRAMS // (tiles[0] * tiles[1]))))
     splits = triton.cdiv(segments, each)
     parts = out if splits == 1 else torch.empty(splits, batch, rows, dtype=torch.float32, device=x.device)
-    _packed_linear[(*tiles, splits)](
-        x, raw, planes.view(torch.uint8), escapes, offsets, window, bias, parts, batch, rows, columns, blocks, segments,
-        escapes.shape[0], each, CODE=planes.shape[1] - 3 * half, HALF=half, **sizes)  # fmt: skip
-    if splits > 1:
-        count = batch * rows
-        _packed_linear_total[(triton.cdiv(count, 1024),)](parts, out, count, splits, BLOCK=1024, num_warps=4)
+    with torch.cuda.device_of(x):
+        _packed_linear[(*tiles, splits)](
+            x, raw, planes.view(torch.uint8), escapes, offsets, window, bias, parts, batch, rows, columns, blocks,
+            segments, escapes.shape[0], each, 0 if bias is None else bias.stride(0), CODE=planes.shape[1] - 3 * half,
+            HALF=half, **sizes)  # fmt: skip
+        if splits > 1:
+            count = batch * rows
+            _packed_linear_total[(triton.cdiv(count, 1024),)](parts, out, count, splits, BLOCK=1024, num_warps=4)

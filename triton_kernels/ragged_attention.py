@@ -6,6 +6,10 @@ tile's last columns, so that no head pays for the widest and no rank costs a com
 shaped_attention.
 """
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -78,15 +82,35 @@ def flat(name: str, x: torch.Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": stride for axis, stride in zip("btd", x.stride(), strict=True)}
 
 
-def layout(ranks: list[int], repeats: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Where each head starts, int32: RANKS and K_OFFSETS by key head, Q_OFFSETS by query head."""
+class Layout(NamedTuple):
+    """Where the heads stand, on the device: ``places`` by head, ``launches`` (widest rank, key heads) by tile."""
+
+    places: dict[str, torch.Tensor]
+    launches: list[tuple[int, torch.Tensor]]
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(ranks: tuple[int, ...], repeats: int, device: torch.device) -> Layout:
     begins = [sum(ranks[:group]) for group in range(len(ranks))]
     queries = [b * repeats + m * rank for b, rank in zip(begins, ranks, strict=True) for m in range(repeats)]
-    tensors = {"RANKS": ranks, "Q_OFFSETS": queries, "K_OFFSETS": begins}
-    return {name: torch.tensor(x, dtype=torch.int32, device=device) for name, x in tensors.items()}
+
+    def held(numbers):
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    places = {"RANKS": held(ranks), "Q_OFFSETS": held(queries), "K_OFFSETS": held(begins)}
+    return Layout(places, [(rank, held(members)) for rank, members in launches(ranks)])
 
 
-def launches(ranks: list[int]) -> list[tuple[int, list[int]]]:
+def layout(ranks: Sequence[int], repeats: int, device: torch.device) -> Layout:
+    """RANKS and K_OFFSETS by key head, Q_OFFSETS by query head, int32, and the key heads of each launch.
+
+    Made once for these ranks on this device: to move a list there waits for the device, and a CUDA graph that is being
+    captured forbids it. Ranks that a graph is to hold must have been used once before.
+    """
+    return _layout(tuple(ranks), repeats, device)
+
+
+def launches(ranks: Sequence[int]) -> list[tuple[int, list[int]]]:
     """(widest rank, key heads) of each launch: heads whose ranks round up to the same tile."""
     sizes = [max(16, triton.next_power_of_2(rank)) for rank in ranks]
     return [(size, [g for g, one in enumerate(sizes) if one == size]) for size in sorted(set(sizes))]
@@ -106,14 +130,14 @@ def ragged_attention(
         return
     repeats = heads // groups
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
-    places = layout(ranks, repeats, q.device)
+    heads_of = layout(ranks, repeats, q.device)
     with torch.cuda.device_of(q):
-        for rank, members in launches(ranks):
+        for rank, members in heads_of.launches:
             tile = tiles("forward", rank, width, q.dtype, window is not None, repeats > 1, small(q))
             programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
             _ragged_attention_fwd[(programs, len(members) * repeats)](
-                q, k, v, a, lse, torch.tensor(members, dtype=torch.int32, device=q.device), **places, TABLE=table,
-                **mask.tensors, **flat("q", q), **flat("k", k), **named("v", v), **named("a", a), scale=scale,
+                q, k, v, a, lse, members, **heads_of.places, TABLE=table, **mask.tensors,
+                **flat("q", q), **flat("k", k), **named("v", v), **named("a", a), scale=scale,
                 T=queries, S=keys, H=heads, window=mask.window, chunks=chunks, GROUP=repeats, WIDTH=width,
                 **mask.flags, **tile,
             )  # fmt: skip

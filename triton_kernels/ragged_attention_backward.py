@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .ragged_attention import _columns, _rank_put, flat, launches, layout
+from .ragged_attention import _columns, _rank_put, flat, layout
 from .shaped_attention import LOG2E, _product, _rank_tile, _reach, tiles
 from .shaped_attention_backward import _gather_query, _query_reach
 from .shaped_combine import _head, _put, _seen, _sequence, _tile
@@ -121,21 +121,21 @@ def ragged_attention_backward(
     repeats = heads // groups
     mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
     delta = (grad.float() * a.float()).sum(-1)
+    heads_of = layout(ranks, repeats, q.device)
     common = {"scale": scale, "T": queries, "S": keys, "H": heads, "window": mask.window, "GROUP": repeats,
-              "WIDTH": width, **layout(ranks, repeats, q.device), **mask.flags, **mask.tensors, **flat("q", q),
+              "WIDTH": width, **heads_of.places, **mask.flags, **mask.tensors, **flat("q", q),
               **flat("k", k), **named("v", v), **named("da", grad)}  # fmt: skip
     with torch.cuda.device_of(q):
-        for rank, members in launches(ranks):
-            here = torch.tensor(members, dtype=torch.int32, device=q.device)
+        for rank, members in heads_of.launches:
             operands = (q, k, v, grad, lse, delta)
             tile = tiles("keys", rank, width, q.dtype, window is not None, repeats > 1, small(q))
             programs, table, chunks = mask.split(batch, keys, tile["BLOCK_N"])
             _ragged_attention_bwd_kv[(programs, len(members))](
-                *operands, dk, dv, here, **common, **flat("dk", dk), **named("dv", dv), TABLE=table, chunks=chunks,
+                *operands, dk, dv, members, **common, **flat("dk", dk), **named("dv", dv), TABLE=table, chunks=chunks,
                 **tile,
             )  # fmt: skip
             tile = tiles("queries", rank, width, q.dtype, window is not None, repeats > 1, small(q))
             programs, table, chunks = mask.split(batch, queries, tile["BLOCK_M"])
             _ragged_attention_bwd_q[(programs, len(members) * repeats)](
-                *operands, dq, here, **common, **flat("dq", dq), TABLE=table, chunks=chunks, **tile
+                *operands, dq, members, **common, **flat("dq", dq), TABLE=table, chunks=chunks, **tile
             )

@@ -187,7 +187,9 @@ def _shaped_attention_fwd(
     if BETA is not None:
         acc *= _gain(BETA, h)
     if GAMMA is not None:
-        sums = _chunk_sums(SUMS, index, block, batch, h // GROUP, groups, key_chunks, WIDTH, PACKED)
+        sums = None
+        if SUMS is not None:
+            sums = _chunk_sums(SUMS, index, block, batch, h // GROUP, groups, key_chunks, WIDTH, PACKED)
         mean = _uniform(v, sums, groups * WIDTH, lo, hi, keys, WIDTH, BLOCK_M, BLOCK_N, BLOCK_V, WINDOWED)
         acc -= mean * (_gain(GAMMA, h) * _weights(i, place, window, CAUSAL, WINDOWED))[:, None]
     if ALPHA is not None or LAM is not None:

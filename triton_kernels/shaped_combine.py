@@ -167,9 +167,7 @@ def _chunk_sums(
     sums, index, chunk, batch, head, heads, key_chunks, WIDTH: tl.constexpr, PACKED: tl.constexpr
 ):
     """Where the sums of this sequence's chunks begin: sums [programs, heads, WIDTH]."""
-    if sums is None:
-        return None
-    elif PACKED:
+    if PACKED:
         return sums + ((index - chunk).to(tl.int64) * heads + head) * WIDTH
     else:
         return sums + (batch.to(tl.int64) * key_chunks * heads + head) * WIDTH
@@ -223,7 +221,9 @@ def _shaped_combine_fwd(
     if GAMMA is not None:
         gamma = _gain(GAMMA, h)
         groups = tl.num_programs(1) // GROUP
-        sums = _chunk_sums(SUMS, index, chunk, batch, h // GROUP, groups, key_chunks, WIDTH, PACKED)
+        sums = None
+        if SUMS is not None:
+            sums = _chunk_sums(SUMS, index, chunk, batch, h // GROUP, groups, key_chunks, WIDTH, PACKED)
         r0 = keys * 0
         r1 = newest
         if WINDOWED:

@@ -101,7 +101,9 @@ def _shaped_combine_bwd(
             span = 2 * window - 1
         if GAMMA is not None:
             gamma = _gain(GAMMA, h)
-            sums = _chunk_sums(SUMS, index, chunk, batch, h, heads, query_chunks, WIDTH, PACKED)
+            sums = None
+            if SUMS is not None:
+                sums = _chunk_sums(SUMS, index, chunk, batch, h, heads, query_chunks, WIDTH, PACKED)
             r0 = j0 + tiles * BLOCK_T - behind - start
             r1 = rows
             if WINDOWED:
