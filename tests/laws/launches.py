@@ -1,12 +1,15 @@
 """Every Triton launch of the tests marked gpu and of the benches, noted and compiled without a GPU.
 
-    python tests/laws/launches.py record OUT.jsonl [--arch 90]
+    python tests/laws/launches.py record OUT.jsonl [--arch 90] [--of tests benches shipped]
     python tests/laws/launches.py compile OUT.jsonl [--arch 90] [--jobs 2] [--report ROWS.jsonl]
 
 ``record`` runs them on a card of meta tensors (card.py) and writes one line a distinct launch: what Triton compiles for
 and nothing else. What could not be followed to its end is named on stderr; the exit status is then 1. ``compile`` warms
 Triton's cache (TRITON_CACHE_DIR) and fails for a launch that does not compile, that wants more shared memory than a
 program can have, or that spills registers on sm_90 without a row in spills.py.
+
+``--of`` chooses among the tests, the benches, what is shipped (every entry of the tile tables: configurations.py) and
+its representatives, one a kernel and specialisation; without it, all. Other architectures are enough with ``shipped``.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -32,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT / "bench")]
 
 import card  # noqa: E402
+import configurations as configuration  # noqa: E402
 import torch  # noqa: E402
 from spills import excused  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
@@ -54,7 +59,7 @@ class Recorder:
         aligned = [names[key[0]] for key, value in zip(data["attrs_keys"], data["attrs_vals"], strict=True) if value]
         launch = {"module": function.module, "kernel": function.name, "signature": data["signature"],
                   "constants": constants, "aligned": aligned, "options": options}  # fmt: skip
-        self.launches.setdefault(json.dumps(launch, sort_keys=True), self.source)
+        self.launches.setdefault(json.dumps(launch), self.source)
 
     def lines(self) -> list[str]:
         return [json.dumps(json.loads(launch) | {"from": source}) for launch, source in self.launches.items()]
@@ -173,24 +178,42 @@ def follow_benches(recorder: Recorder) -> tuple[int, list]:
     return count, stopped
 
 
+def follow_configurations(recorder: Recorder, configurations) -> tuple[int, list]:
+    count = 0
+    for name, operands in configurations():
+        count, recorder.source = count + 1, f"configuration {name}"
+        configuration.launch(**operands)
+    return count, []
+
+
 def _said(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} ({place.name}:{place.lineno})"
 
 
-def record(out: Path, arch: int) -> int:
-    recorder, begin = Recorder(), time.perf_counter()
+FOLLOWED = {
+    "tests": follow_tests,
+    "benches": follow_benches,
+    "shipped": functools.partial(follow_configurations, configurations=configuration.shipped),
+    "representatives": functools.partial(follow_configurations, configurations=configuration.representatives),
+}
+
+
+def record(out: Path, arch: int, kinds: list[str]) -> int:
+    recorder, begin, stopped, counts = Recorder(), time.perf_counter(), [], []
     torch.set_num_threads(1)
     with card.present(recorder, arch, SHARED[arch]):
         lighten_oracles()
-        tests, stopped = follow_tests(recorder)
-        cases, others = follow_benches(recorder)
+        for kind in kinds:
+            count, those = FOLLOWED[kind](recorder)
+            counts.append(f"{count} {kind}")
+            stopped += those
     out.write_text("".join(line + "\n" for line in recorder.lines()))
-    for source, reason in stopped + others:
+    for source, reason in stopped:
         print(f"not followed to its end: {source}: {reason}", file=sys.stderr)
-    print(f"{tests} tests and {cases} cases: {len(recorder.launches)} launches, {len(stopped + others)} not followed to "
-          f"their end, {time.perf_counter() - begin:.0f} s")  # fmt: skip
-    return 1 if stopped or others or not recorder.launches else 0
+    print(f"{', '.join(counts)}: {len(recorder.launches)} launches, {len(stopped)} not followed to their end, "
+          f"{time.perf_counter() - begin:.0f} s")  # fmt: skip
+    return 1 if stopped or not recorder.launches else 0
 
 
 def compile_launch(line: str, arch: int) -> dict:
@@ -265,11 +288,12 @@ def main() -> int:
     parser.add_argument("what", choices=["record", "compile"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--arch", type=int, choices=sorted(SHARED), default=90)
+    parser.add_argument("--of", nargs="+", choices=list(FOLLOWED), default=["tests", "benches", "shipped"])
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--report", type=Path, help="a file for what came out, one JSON line a launch")
     given = parser.parse_args()
     if given.what == "record":
-        return record(given.file, given.arch)
+        return record(given.file, given.arch, given.of)
     begin = time.perf_counter()
     rows = compile_all(given.file.read_text().splitlines(), given.arch, given.jobs)
     if given.report:

@@ -1,0 +1,112 @@
+"""Launches that show every kernel in every specialisation, by hand: what ``make test`` compiles, and what is shipped.
+
+Called on a card of meta tensors (card.py), so no number is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BF16, FP32, FP16 = "bfloat16", "float32", "float16"
+
+
+def representatives():
+    """(name, launch's arguments): each kernel once in each specialisation, for ``make test``.
+
+    Every type and mask, one and many chunks, heads of one group and of several, widths that fill a tile and that do not.
+    """
+    yield "attention bfloat16 64", {"dtype": BF16, "key_width": 64, "width": 64, "terms": True}
+    yield "attention bfloat16 64, one chunk", {"dtype": BF16, "key_width": 64, "width": 64, "terms": True, "rows": 100}
+    yield "attention float32 64", {"dtype": FP32, "key_width": 64, "width": 64}
+    yield "attention bfloat16 128, window", {"dtype": BF16, "key_width": 128, "width": 128, "window": 100}
+    yield "attention float16 32 64, every key", {"dtype": FP16, "key_width": 32, "width": 64, "causal": False}
+    yield "attention bfloat16 64 128, all terms, GQA, packed", {
+        "dtype": BF16, "key_width": 64, "width": 128, "groups": 1, "packed": True, "terms": True}  # fmt: skip
+    yield "energy bfloat16 64", {"dtype": BF16, "key_width": 64, "width": 64, "energy": True}
+    yield "energy float32 64", {"dtype": FP32, "key_width": 64, "width": 64, "energy": True, "causal": False}
+    yield "ragged bfloat16 64", {"dtype": BF16, "width": 64, "ranks": [13, 32]}
+    yield "combine float32 64", {"dtype": FP32, "width": 64}
+    yield "combine bfloat16 128, one chunk", {"dtype": BF16, "width": 128, "rows": 100}
+    yield "combine bfloat16 100, window", {"dtype": BF16, "width": 100, "window": 100}
+    for batch in (1, 16, 256):
+        yield f"packed bfloat16, batch {batch}", {"dtype": BF16, "batch": batch}
+    yield "packed float16, float32 rows, batch 16", {"dtype": FP16, "batch": 16, "rows": FP32}
+
+
+def shipped():
+    """The same for every entry of the tile tables, for each architecture: heavy, so not in ``make test``."""
+    yield from representatives()
+    for dtype in (BF16, FP32):
+        for width in (64, 128, 256):
+            yield f"attention {dtype} {width}", {"dtype": dtype, "key_width": width, "width": width}
+            window = {"dtype": dtype, "width": width, "window": 100}
+            yield f"attention {dtype} {width}, window", window | {"key_width": width}
+            yield f"combine {dtype} {width}", {"dtype": dtype, "width": width}
+            yield f"combine {dtype} {width}, window", window
+            if width < 256:
+                energy = {"energy": True, "causal": width == 64}
+                yield f"energy {dtype} {width}", {"dtype": dtype, "key_width": width, "width": width} | energy
+                yield f"ragged {dtype} {width}", {"dtype": dtype, "width": width, "ranks": [13, 32]}
+    for key_width, width in ((16, 64), (96, 256)):  # scores of low rank
+        yield f"attention bfloat16 {key_width} {width}", {"dtype": BF16, "key_width": key_width, "width": width}
+    yield "packed float16, batch 1", {"dtype": FP16, "batch": 1}
+
+
+def launch(batch=0, **operands) -> None:
+    """One configuration: the product with packed weights where ``batch`` says how many rows, else an attention."""
+    if batch:
+        launch_packed(batch, **operands)
+    else:
+        launch_attention(**operands)
+
+
+def launch_packed(batch, dtype, rows=None):
+    """The product with packed weights, split over K where the batch is small."""
+    from gaugekit.ops.packed_linear_weight import empty_weight
+    from gaugekit.triton_kernels.packed_linear import packed_linear
+
+    x = torch.empty(batch, 4096, dtype=getattr(torch, rows or dtype), device="cuda")
+    packed = [part.cuda() for part in empty_weight(1024, 4096, getattr(torch, dtype))[:5]]
+    packed_linear(x.new_empty(batch, 1024), x, *packed, x.new_empty(1024))
+
+
+def launch_attention(
+    dtype, width, key_width=0, groups=2, causal=True, window=None, packed=False, terms=False, energy=False,
+    ranks=None, rows=2048,
+):  # fmt: skip
+    """Forward with every term, and backward; a combine without ``key_width``.
+
+    The backward pass of an attention gets β alone unless ``terms``: the sweep for the others is the combine's.
+    """
+    from gaugekit.triton_kernels.nonlocal_energy import nonlocal_energy, nonlocal_energy_backward
+    from gaugekit.triton_kernels.ragged_attention import ragged_attention
+    from gaugekit.triton_kernels.ragged_attention_backward import ragged_attention_backward
+    from gaugekit.triton_kernels.shaped_attention import shaped_attention
+    from gaugekit.triton_kernels.shaped_attention_backward import shaped_attention_backward
+    from gaugekit.triton_kernels.shaped_combine import shaped_combine
+    from gaugekit.triton_kernels.shaped_combine_backward import shaped_combine_backward
+
+    def operand(heads, columns):
+        return torch.empty(1, heads, rows, columns, dtype=getattr(torch, dtype), device="cuda")
+
+    bounds = torch.tensor([0, 100, rows], dtype=torch.int32).cuda() if packed else None
+    a, v, v0, gain = operand(2, width), operand(groups, width), operand(groups, width), torch.ones(2).cuda()
+    every, mask = (gain, gain, gain, v0, gain), (causal, window, None, None, bounds)
+    lse = torch.empty(1, 2, rows, device="cuda")
+    if ranks:
+        q, k = (operand(1, sum(ranks))[:, 0] for _ in range(2))
+        ragged_attention(q, k, v, ranks, *mask, 0.125, a, lse)
+        ragged_attention_backward(a, q, k, v, a, lse, ranks, *mask, 0.125, q, k, v)
+        return
+    if not key_width:
+        shaped_combine(a, a, v, *every, *mask)
+        shaped_combine_backward(a, a, v, *every, *mask, da=a, dv=a, dv0=a)
+        return
+    q, k = operand(2, key_width), operand(groups, key_width)
+    if energy:
+        nonlocal_energy(v, q, k, lse, causal, None, 0.125, lse, lse, a)
+        nonlocal_energy_backward(lse, lse, v, q, k, lse, lse, a, causal, None, 0.125, False, a, q, k)
+        return
+    shaped_attention(q, k, v, *every, *mask, 0.125, a, a, lse)
+    some = every if terms else (None, gain, None, None, None)
+    shaped_attention_backward(a, q, k, v, a, lse, *some, *mask, 0.125, q, k, v, a if terms else None)
