@@ -13,7 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 NVCC = next((c for c in (f"{HOME}/bin/nvcc", shutil.which("nvcc") or "") if os.access(c, os.X_OK)), None)
 # The compiler's passes for the host make no machine code that this law reads: objects of the GPU alone are asked for.
-OPTIONS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v", "-cubin"]
+OPTIONS = [
+    "-O3",
+    "-std=c++20",
+    "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-Xptxas",
+    "-v",
+    "-cubin",
+]
 
 
 @pytest.mark.slow
