@@ -56,10 +56,10 @@ class Kernel:
 
 
 def compile_cuda(source: Path, out: Path, arch: str = "90a") -> list[Kernel]:
-    """Every kernel of ``source`` for one architecture. AssertionError where it does not compile."""
+    """Every kernel of ``source`` for one architecture: its device code alone. AssertionError where it does not compile."""
     command = [NVCC, "-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-               "-Xptxas", "-v", f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{ROOT / 'csrc'}",
-               *(f"-I{path}" for path in include_paths()), "-c", str(source), "-o", str(out)]  # fmt: skip
+               "-Xptxas", "-v", "-cubin", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}",
+               *(f"-I{path}" for path in include_paths()), str(source), "-o", str(out)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = disassemble(out)

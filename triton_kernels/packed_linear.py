@@ -42,8 +42,8 @@ def _decode(RAW, PLANES, ESCAPES, n, k, inside, window, begin, blocks, escape_co
 
 @triton.jit
 def _packed_linear(X, RAW, PLANES, ESCAPES, OFFSETS, WINDOW, BIAS, OUT, batch, rows, columns, blocks, segments,
-                   escape_count, segments_each, bias_stride, CODE: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                   escape_count, segments_each, bias_stride, CODE: tl.constexpr, HALF: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """OUT [splits, batch, rows]: the part of x Wᵀ that each split of K gives; the bias goes to the first."""
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -117,4 +117,6 @@ def packed_linear(out, x, raw, planes, escapes, offsets, window, bias):
             HALF=half, **sizes)  # fmt: skip
         if splits > 1:
             count = batch * rows
-            _packed_linear_total[(triton.cdiv(count, 1024),)](parts, out, count, splits, BLOCK=1024, num_warps=4)
+            _packed_linear_total[(triton.cdiv(count, 1024),)](
+                parts, out, count, splits, BLOCK=1024, num_warps=4
+            )

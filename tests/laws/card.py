@@ -1,4 +1,4 @@
-"""A GPU that is not there: what is put on ``cuda`` is a meta tensor, and Triton's launches are noted instead of compiled.
+"""A GPU that is not there: what is put on ``cuda`` is a meta tensor, Triton's launches are noted and not compiled.
 
 Shapes, strides, offsets and types are true, so every launch is the one a GPU would get; numbers are not. Reading one
 back gives zeros, and a comparison is true.
@@ -49,7 +49,9 @@ torch.library.Library.impl = _remember  # at import: before gaugekit registers
 
 
 def _is_cuda(x) -> bool:
-    return (isinstance(x, torch.device) and x.type == "cuda") or (isinstance(x, str) and x.split(":")[0] == "cuda")
+    return (isinstance(x, torch.device) and x.type == "cuda") or (
+        isinstance(x, str) and x.split(":")[0] == "cuda"
+    )
 
 
 class Names(TorchFunctionMode):

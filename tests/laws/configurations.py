@@ -13,10 +13,13 @@ BF16, FP32, FP16 = "bfloat16", "float32", "float16"
 def representatives():
     """(name, launch's arguments): each kernel once in each specialisation, for ``make test``.
 
-    Every type and mask, one and many chunks, heads of one group and of several, widths that fill a tile and that do not.
+    Every type and mask, one and many chunks, one group and several, widths that fill a tile and that do not.
     """
     yield "attention bfloat16 64", {"dtype": BF16, "key_width": 64, "width": 64, "terms": True}
-    yield "attention bfloat16 64, one chunk", {"dtype": BF16, "key_width": 64, "width": 64, "terms": True, "rows": 100}
+    yield (
+        "attention bfloat16 64, one chunk",
+        {"dtype": BF16, "key_width": 64, "width": 64, "terms": True, "rows": 100},
+    )
     yield "attention float32 64", {"dtype": FP32, "key_width": 64, "width": 64}
     yield "attention bfloat16 128, window", {"dtype": BF16, "key_width": 128, "width": 128, "window": 100}
     yield "attention float16 32 64, every key", {"dtype": FP16, "key_width": 32, "width": 64, "causal": False}
@@ -48,7 +51,10 @@ def shipped():
                 yield f"energy {dtype} {width}", {"dtype": dtype, "key_width": width, "width": width} | energy
                 yield f"ragged {dtype} {width}", {"dtype": dtype, "width": width, "ranks": [13, 32]}
     for key_width, width in ((16, 64), (96, 256)):  # scores of low rank
-        yield f"attention bfloat16 {key_width} {width}", {"dtype": BF16, "key_width": key_width, "width": width}
+        yield (
+            f"attention bfloat16 {key_width} {width}",
+            {"dtype": BF16, "key_width": key_width, "width": width},
+        )
     yield "packed float16, batch 1", {"dtype": FP16, "batch": 1}
 
 

@@ -36,7 +36,10 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    for arguments in (["record", "--of", "representatives"], ["compile", "--report", str(folder / "rows.jsonl")]):
+    for arguments in (
+        ["record", "--of", "representatives"],
+        ["compile", "--report", str(folder / "rows.jsonl")],
+    ):
         command = [sys.executable, str(PROGRAM), arguments[0], str(folder / "launches.jsonl"), *arguments[1:]]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if arguments[0] == "record":
@@ -54,7 +57,9 @@ def test_every_kernel_compiles_and_fits(rows):
     assert {row["kernel"] for row in rows} == KERNELS
     assert not [row for row in rows if "error" in row], run.stdout[-6000:]
     for kernel in WITH_SUMS:  # with sums of chunks, and where one chunk is enough
-        assert {"SUMS" in row["types"] for row in rows if row["kernel"] == kernel and "GAMMA" in row["types"]} == {
+        assert {
+            "SUMS" in row["types"] for row in rows if row["kernel"] == kernel and "GAMMA" in row["types"]
+        } == {
             True,
             False,
         }, kernel

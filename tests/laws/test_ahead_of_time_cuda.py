@@ -42,7 +42,7 @@ def rans(kernels: list[Kernel]) -> None:
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
 def test_compiles(source, arch, tmp_path):
-    kernels = compile_cuda(source, tmp_path / "kernel.o", arch)
+    kernels = compile_cuda(source, tmp_path / "kernel.cubin", arch)
     assert kernels and all(kernel.spill_bytes == 0 for kernel in kernels)
     if arch == "90a":
         {"packed_linear": packed_linear, "rans": rans}[source.stem](kernels)

@@ -54,6 +54,13 @@ def test_every_weight_is_decoded_bit_for_bit():
         assert torch.equal(product(torch.eye(70), pack_weight(weight)), weight.float().T)
 
 
+def test_a_bias_may_have_a_stride():
+    """Its values as a column of a matrix give the bits that the same values give side by side."""
+    packed, x = pack_weight(matrix(9, 70, torch.bfloat16)), torch.randn(3, 70)
+    columns = torch.randn(9, 4)
+    assert torch.equal(product(x, packed, columns[:, 1]), product(x, packed, columns[:, 1].contiguous()))
+
+
 def test_streams_that_end_too_soon_are_read_as_zeros():
     packed = pack_weight(matrix(4, 1100, torch.bfloat16))
     cut = packed._replace(escapes=packed.escapes[:0], offsets=packed.offsets - 7)

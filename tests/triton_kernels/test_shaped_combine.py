@@ -133,8 +133,11 @@ def test_views_are_read_in_place():
         case.operands[name] = x.unflatten(2, (-1, case.width)).transpose(1, 2)
         assert not case.operands[name].is_contiguous()
     assert torch.equal(forward(case), expected)
-    case.operands["v"] = case.operands["v"].mT.contiguous().mT  # columns with a stride
-    assert torch.equal(forward(case), expected)
+    case.operands["v"] = (
+        case.operands["v"].mT.contiguous().mT
+    )  # columns with a stride: sums may associate otherwise
+    exact, naive = (case.reference(dtype)["out"] for dtype in (torch.float64, torch.float32))
+    assert_accurate(forward(case).cpu(), exact, naive)
 
 
 def test_output_may_be_the_input():
