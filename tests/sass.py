@@ -56,7 +56,7 @@ class Kernel:
 
 
 def compile_cuda(source: Path, out: Path, arch: str = "90a") -> list[Kernel]:
-    """Every kernel of ``source`` for one architecture: its device code alone. AssertionError where it does not compile."""
+    """Every kernel of ``source`` for one architecture, device code alone; AssertionError where it does not compile."""
     command = [NVCC, "-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
                "-Xptxas", "-v", "-cubin", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}",
                *(f"-I{path}" for path in include_paths()), str(source), "-o", str(out)]  # fmt: skip
