@@ -1,4 +1,4 @@
-"""Other tiles of the fused attention kernels beside those that ship: which is the fastest only a GPU can tell.
+"""Other tiles and variants of the fused attention beside those that ship: which is the fastest only a GPU can tell.
 
 Every other tile compiles for sm_90 with Triton 3.6 without spills. Its result stands beside that of the shipped one:
 ``largest_difference`` over the largest value.
@@ -16,6 +16,7 @@ import gaugekit as gk
 import gpu_ledger as ledger
 from gaugekit.ops.shaped_attention import use_core
 from gaugekit.triton_kernels import shaped_attention as kernels
+from gaugekit.triton_kernels.shaped_attention_tiles import VARIANTS, use_variant
 from gpu_ceilings import milliseconds
 
 BATCH, HEADS, LENGTH = 4, 16, 4096
@@ -67,17 +68,35 @@ def sweep(part: str, width: int, call, measures: Path) -> None:
         kernels.TILES[key] = tile
         line = {"tiles": part, "width": width, "tile": list(tile), "shipped": tile == shipped}
         try:
-            line |= {"largest_difference": difference(results(call), expected), "ms": milliseconds(call)}
-        except Exception as error:  # too little memory, a compiler's refusal: the next tile may do
-            line["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            write(measures, line | measured(call, expected))
         finally:
             kernels.TILES[key] = shipped
-        ledger.append(measures, line | {"commit": os.environ.get("GAUGEKIT_COMMIT", "unknown")})
+
+
+def variants(width: int, calls: dict, measures: Path) -> None:
+    """One line a variant and way, the one that ships first."""
+    for way, call in calls.items():
+        expected = results(call)
+        for name in VARIANTS:
+            with use_variant(name):
+                write(measures, {"variant": name, "way": way, "width": width} | measured(call, expected))
+
+
+def measured(call, expected: list[torch.Tensor]) -> dict:
+    try:
+        return {"largest_difference": difference(results(call), expected), "ms": milliseconds(call)}
+    except Exception as error:  # too little memory, a compiler's refusal: the next one may do
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def write(measures: Path, line: dict) -> None:
+    ledger.append(measures, line | {"commit": os.environ.get("GAUGEKIT_COMMIT", "unknown")})
 
 
 def main(measures: Path) -> None:
     for width in (64, 128):
         forward, backward = calls(width)
+        variants(width, {"forward": forward, "backward": backward}, measures)
         for part, call in (("forward", forward), ("keys", backward), ("queries", backward)):
             sweep(part, width, call, measures)
 
