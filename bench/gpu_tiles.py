@@ -73,9 +73,9 @@ def sweep(part: str, width: int, call, measures: Path) -> None:
             kernels.TILES[key] = shipped
 
 
-def variants(width: int, calls: dict, measures: Path) -> None:
+def variants(width: int, ways: dict, measures: Path) -> None:
     """One line a variant and way, the one that ships first."""
-    for way, call in calls.items():
+    for way, call in ways.items():
         expected = results(call)
         for name in VARIANTS:
             with use_variant(name):

@@ -56,7 +56,7 @@ def _walk(
     return acc, spread, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("chunks",))
 def _nonlocal_energy_fwd(
     U, Q, K, SQUARE, OUT, ENERGY, LOG, LENGTHS,
     u_b, u_h, u_t, u_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, o_b, o_h, o_t, o_d, scale, T, chunks,
@@ -99,7 +99,7 @@ def _nonlocal_energy_fwd(
     tl.store(_numbers(ENERGY, batch, heads, h, T) + i, tl.where(some, energy, 0.0), i < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("chunks",))
 def _nonlocal_energy_bwd_kv(
     U, Q, K, SQUARE, OUT, LOG, GRAD, DELTA, DU, DK, LENGTHS,
     u_b, u_h, u_t, u_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, o_b, o_h, o_t, o_d,
@@ -181,7 +181,7 @@ def _gather(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("chunks",))
 def _nonlocal_energy_bwd_q(
     U, Q, K, SQUARE, LOG, GRAD, DELTA, DQ, LENGTHS,
     u_b, u_h, u_t, u_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, dq_b, dq_h, dq_t, dq_d, scale, T, chunks,

@@ -37,7 +37,7 @@ def _columns(pointer, batch, first, offset, stride_b, stride_t, stride_d):
     return base + first.to(tl.int64) * stride_t, stride_t, stride_d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("window", "chunks"))
 def _ragged_attention_fwd(
     Q, K, V, A, LSE, HEADS, RANKS, Q_OFFSETS, K_OFFSETS, BOUNDS, TABLE, START, LENGTHS,
     q_b, q_t, q_d, k_b, k_t, k_d, v_b, v_h, v_t, v_d, a_b, a_h, a_t, a_d, scale, T, S, H, window, chunks,

@@ -16,7 +16,7 @@ from .shaped_combine import _head, _put, _seen, _sequence, _tile
 from .shaped_combine_launch import Mask, interpretable, named, small
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("window", "chunks"))
 def _ragged_attention_bwd_kv(
     Q, K, V, DA, LSE, DELTA, DK, DV, HEADS, RANKS, Q_OFFSETS, K_OFFSETS, BOUNDS, TABLE, START, LENGTHS,
     q_b, q_t, q_d, k_b, k_t, k_d, v_b, v_h, v_t, v_d, da_b, da_h, da_t, da_d, dk_b, dk_t, dk_d,
@@ -71,7 +71,7 @@ def _ragged_attention_bwd_kv(
     _put(_head(DV, batch, g, first, dv_b, dv_h, dv_t, dv_d), dv, n0, stop, WIDTH, BLOCK_N, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("window", "chunks"))
 def _ragged_attention_bwd_q(
     Q, K, V, DA, LSE, DELTA, DQ, HEADS, RANKS, Q_OFFSETS, K_OFFSETS, BOUNDS, TABLE, START, LENGTHS,
     q_b, q_t, q_d, k_b, k_t, k_d, v_b, v_h, v_t, v_d, da_b, da_h, da_t, da_d, dq_b, dq_t, dq_d,

@@ -173,7 +173,7 @@ def _chunk_sums(
         return sums + (batch.to(tl.int64) * key_chunks * heads + head) * WIDTH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("window", "chunks"))
 def _shaped_combine_sums(
     X, SUMS, BOUNDS, TABLE, START, LENGTHS, x_b, x_h, x_t, x_d, T, S, window, chunks, chunk_rows,
     WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -194,7 +194,7 @@ def _shaped_combine_sums(
     tl.store(out + column, total, column < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("window", "chunks", "key_chunks"))
 def _shaped_combine_fwd(
     A, V, V0, OUT, ALPHA, BETA, GAMMA, LAM, SUMS, BOUNDS, TABLE, START, LENGTHS,
     a_b, a_h, a_t, a_d, v_b, v_h, v_t, v_d, v0_b, v0_h, v0_t, v0_d, o_b, o_h, o_t, o_d,

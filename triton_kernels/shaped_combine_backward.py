@@ -48,7 +48,7 @@ def _query_rows(
     return tl.sum(product, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("window", "chunks"))
 def _shaped_combine_bwd(
     DO, A, V, V0, DA, DELTA, DV, DV0, PARTIAL, ALPHA, BETA, GAMMA, LAM, SUMS, BOUNDS, TABLE, START, LENGTHS,
     do_b, do_h, do_t, do_d, a_b, a_h, a_t, a_d, v_b, v_h, v_t, v_d, v0_b, v0_h, v0_t, v0_d,
