@@ -8,6 +8,7 @@ implementations under the same names; each may be missing without anything break
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -46,8 +47,22 @@ _backends: dict[str, Backend] = {}
 def define(schema: str, composition: Callable, fake: Callable) -> None:
     """Defines ``gaugekit::<name>`` from ``schema`` with its composition (any device) and its fake (shapes only)."""
     name = library.define(schema)
-    library.impl(name, composition, "CompositeExplicitAutograd")
+    library.impl(name, _outside_autocast(composition), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+
+def _outside_autocast(composition: Callable) -> Callable:
+    """In the dtypes it is given, as the binaries compute: whoever calls an operator has chosen them by then."""
+
+    @functools.wraps(composition)
+    def call(*args):
+        device = next((x.device.type for x in args if isinstance(x, torch.Tensor)), "meta")
+        if not torch.amp.is_autocast_available(device):
+            return composition(*args)
+        with torch.autocast(device, enabled=False):
+            return composition(*args)
+
+    return call
 
 
 def implementation(name: str, key: str = "CPU") -> bool:

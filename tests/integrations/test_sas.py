@@ -121,7 +121,9 @@ def test_cached_logits_are_the_full_forward(kind, side, dtype):
         for row in range(3):
             real = mask[row].bool()
             alone = ids[row, real][None]
-            assert_accurate(logits[row, real], wide(alone).logits[0], made(alone).logits[0], ulps=16)
+            # in float64 the plain result is the reference itself, so that the bound has to hold the errors of both
+            ulps = 32 if dtype == torch.float64 else 16
+            assert_accurate(logits[row, real], wide(alone).logits[0], made(alone).logits[0], ulps=ulps)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 3}], ids=str)
