@@ -30,3 +30,10 @@ def assert_accurate(out: torch.Tensor, ref64: torch.Tensor, naive: torch.Tensor,
     naive_error = (naive.double() - ref64).abs().max().item()
     bound = 2 * naive_error + ulps * torch.finfo(out.dtype).eps * ref64.abs().max().item()
     assert error <= bound, f"error {error:.3e} exceeds {bound:.3e} (plain torch: {naive_error:.3e})"
+
+
+def contents(path) -> dict:
+    """All below the folder ``path``, by name: a file's bytes, or "folder"."""
+    return {
+        str(p.relative_to(path)): p.read_bytes() if p.is_file() else "folder" for p in sorted(path.rglob("*"))
+    }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/packed_lane.h"
+#include "common/select_bits.h"
 
 namespace gaugekit::packed {
 
@@ -31,18 +32,6 @@ GAUGEKIT_LANE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 #endif
 }
 
-// a where the mask is set, else b. Left to itself, the compiler takes two instructions where the mask is
-// known.
-GAUGEKIT_LANE uint32_t merge(uint32_t a, uint32_t b, uint32_t mask) {
-#ifdef __CUDA_ARCH__
-  uint32_t bits;
-  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(bits) : "r"(a), "r"(b), "r"(mask));
-  return bits;
-#else
-  return (a & mask) | (b & ~mask);
-#endif
-}
-
 GAUGEKIT_LANE int lowest_bit(uint32_t x) {
 #ifdef __CUDA_ARCH__
   return __ffs(int(x)) - 1;
@@ -55,16 +44,17 @@ GAUGEKIT_LANE int lowest_bit(uint32_t x) {
 template <int BITS>
 GAUGEKIT_LANE void make_selectors(const uint32_t* plane, uint32_t selector[4]) {
   constexpr uint32_t one = 0x55555555u, two = 0x33333333u;
-  const uint32_t even = merge(plane[0], plane[1] << 1, one), odd = merge(plane[0] >> 1, plane[1], one);
+  const uint32_t even = select_bits(plane[0], plane[1] << 1, one),
+                 odd = select_bits(plane[0] >> 1, plane[1], one);
   uint32_t high_even = plane[2] & one, high_odd = plane[2] >> 1 & one;
   if constexpr (BITS == 4) {
-    high_even = merge(plane[2], plane[3] << 1, one);
-    high_odd = merge(plane[2] >> 1, plane[3], one);
+    high_even = select_bits(plane[2], plane[3] << 1, one);
+    high_odd = select_bits(plane[2] >> 1, plane[3], one);
   }
-  selector[0] = merge(even, high_even << 2, two);
-  selector[1] = merge(odd, high_odd << 2, two);
-  selector[2] = merge(even >> 2, high_even, two);
-  selector[3] = merge(odd >> 2, high_odd, two);
+  selector[0] = select_bits(even, high_even << 2, two);
+  selector[1] = select_bits(odd, high_odd << 2, two);
+  selector[2] = select_bits(even >> 2, high_even, two);
+  selector[3] = select_bits(odd >> 2, high_odd, two);
 }
 
 // What a row's codes stand for, a byte a code: the exponent's bits in a weight's high byte, and for bfloat16
@@ -130,7 +120,7 @@ GAUGEKIT_LANE void decode_pairs(const Lane<HALF, C>& own, const Selectors<HALF, 
     const uint32_t raw = permute(own.raw[j], own.raw[j + 1], 0x4400u + 0x1111u * s);
     const uint32_t rest =
         HALF ? permute(high, high, m ? 0x3322u : 0x1100u) : permute(low, high, m ? 0x7362u : 0x5140u);
-    pair[m] = merge(raw, rest, mask);
+    pair[m] = select_bits(raw, rest, mask);
   }
 }
 

@@ -23,23 +23,12 @@ GAUGEKIT_HD inline uint32_t slot_step(uint32_t x, const uint32_t* slots, uint32_
 
 GAUGEKIT_HD inline uint32_t slot_symbol(uint32_t found) { return found >> 12 & 0xff; }
 
-// a where the mask is set, else b: one instruction, of which the compiler left to itself makes two.
-GAUGEKIT_HD inline uint32_t choose(uint32_t a, uint32_t b, uint32_t mask) {
-#ifdef __CUDA_ARCH__
-  uint32_t bits;
-  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(bits) : "r"(a), "r"(b), "r"(mask));
-  return bits;
-#else
-  return (a & mask) | (b & ~mask);
-#endif
-}
-
 // An element of models 0 and 1 from its slot's word and its planes' bytes.
 template <int width, int model>
 GAUGEKIT_HD inline uint32_t element_of(uint32_t found, const uint32_t* raw) {
   if constexpr (width == 2 && model == kExponent) {
     // The byte twice: its mantissa stays below, its sign comes from above. The upper half is no part of it.
-    return choose(raw[0] * 0x101u, found >> 5, 0xffff807fu);
+    return select_bits(raw[0] * 0x101u, found >> 5, 0xffff807fu);
   } else {
     uint32_t y = slot_symbol(found) << (8 * width - 8);
     for (int plane = 0; plane < width - 1; ++plane) y |= raw[plane] << 8 * plane;

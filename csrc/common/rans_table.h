@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define GAUGEKIT_HD __host__ __device__
-#else
-#define GAUGEKIT_HD
-#endif
+#include "common/select_bits.h"
 
 namespace gaugekit::rans {
 

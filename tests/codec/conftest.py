@@ -4,6 +4,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,3 +36,15 @@ def fuzz_target(tmp_path_factory):
         pytest.skip(f"needs the sanitizers' libraries: {done.stderr.splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     return binary
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A model directory with folders, a hidden file and an empty folder."""
+    path = tmp_path / "m"
+    (path / "sub" / "empty").mkdir(parents=True)
+    weight = (torch.randn(40, 300, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
+    save_file({"w": weight}, path / "model.safetensors")
+    (path / ".hidden").write_text("kept")
+    (path / "config.json").write_text("{}")
+    return path

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import _library
-from . import rans_numpy
+from . import rans_numpy, rans_numpy_encoder
 
 ELEMENTS = {
     torch.bfloat16: 1,
@@ -38,7 +38,7 @@ class CorruptFile(ValueError):
 
 
 def _encode(data, shape, element, model, chunk_log2, path=-1):
-    blob = rans_numpy.encode(data.numpy(), tuple(shape.tolist()), element, model, chunk_log2)
+    blob = rans_numpy_encoder.encode(data.numpy(), tuple(shape.tolist()), element, model, chunk_log2)
     return torch.from_numpy(blob)
 
 
