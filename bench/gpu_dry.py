@@ -176,21 +176,10 @@ def launches() -> str:
 def spills(rows: list[dict]) -> list[str]:
     """The launches that spill, counted for each reason of the table; those that are in no table are said so."""
     sys.path.insert(0, str(RECORDER.parent))
-    from spills import SPILLS
+    from spills import reason
 
-    counts: Counter[tuple[str, str]] = Counter()
-    for row in rows:
-        if row.get("spills"):
-            known = row["constants"] | row["types"]
-            reasons = [
-                spill.reason
-                for spill in SPILLS
-                if spill.kernel == row["kernel"]
-                and row["stack"] <= spill.stack
-                and all(known.get(n) == value for n, value in spill.where.items())
-            ]
-            counts[row["kernel"], (reasons or ["in no table"])[0]] += 1
-    lines = [f"  {count} × {kernel}: {reason}" for (kernel, reason), count in sorted(counts.items())]
+    counts = Counter((row["kernel"], reason(row) or "in no table") for row in rows if row.get("spills"))
+    lines = [f"  {count} × {kernel}: {why}" for (kernel, why), count in sorted(counts.items())]
     return [f"spills: {sum(counts.values())}", *lines]
 
 

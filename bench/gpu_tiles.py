@@ -7,6 +7,7 @@ Every other tile compiles for sm_90 with Triton 3.6 without spills. Its result s
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import torch
 
 import gaugekit as gk
 import gpu_ledger as ledger
+from backends import CudaBackend
 from gaugekit.ops.shaped_attention import use_core
 from gaugekit.triton_kernels import shaped_attention as kernels
 from gaugekit.triton_kernels.shaped_attention_tiles import VARIANTS, use_variant
-from gpu_ceilings import milliseconds
 
 BATCH, HEADS, LENGTH = 4, 16, 4096
+REPEATS = 10
 # (part, widest of K and V) -> queries and keys of a tile, warps, stages; bfloat16, causal.
 OTHERS = {
     ("forward", 64): [(64, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2)],
@@ -58,6 +60,13 @@ def difference(found, shipped) -> float:
 def results(call) -> list[torch.Tensor]:
     out = call()
     return [x.detach().float() for x in (out if isinstance(out, tuple) else (out,))]
+
+
+def milliseconds(call) -> float:
+    """The median of ``REPEATS`` calls, after three that warm up."""
+    backend = CudaBackend()
+    backend.seconds(call, 3)
+    return 1e3 * statistics.median(backend.seconds(call, 1) for _ in range(REPEATS))
 
 
 def sweep(part: str, width: int, call, measures: Path) -> None:

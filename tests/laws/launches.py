@@ -37,8 +37,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT / "ben
 
 import card  # noqa: E402
 import configurations as configuration  # noqa: E402
+import spills  # noqa: E402
 import torch  # noqa: E402
-from spills import excused  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
 
 # Bytes of shared memory a program can have; from NVIDIA's tuning guides.
@@ -313,7 +313,7 @@ def faults(rows: list[dict], arch: int) -> list[str]:
             found.append(
                 f"{name}: {row['shared']} bytes of shared memory, {SHARED[arch]} are there on sm_{arch}"
             )
-        elif row["spills"] and arch == 90 and not excused(row):
+        elif row["spills"] and arch == 90 and spills.reason(row) is None:
             found.append(f"{name}: spills, {row['stack']} bytes of stack, {row['registers']} registers")
     return found
 

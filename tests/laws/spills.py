@@ -17,12 +17,13 @@ class Spill(NamedTuple):
 SPILLS: list[Spill] = []
 
 
-def excused(row: dict) -> bool:
-    """Whether a row of ``launches.py compile`` is in the table."""
+def reason(row: dict) -> str | None:
+    """Why the launch of a row of ``launches.py compile`` may spill; None where the table does not say."""
     known = row["constants"] | row["types"]
-    return any(
-        row["kernel"] == spill.kernel
-        and row["stack"] <= spill.stack
-        and all(known.get(name) == value for name, value in spill.where.items())
-        for spill in SPILLS
-    )
+    for spill in SPILLS:
+        same = row["kernel"] == spill.kernel and all(
+            known.get(n) == value for n, value in spill.where.items()
+        )
+        if same and row["stack"] <= spill.stack:
+            return spill.reason
+    return None
