@@ -77,7 +77,8 @@ class Operators(TorchDispatchMode):
     """Our operators run what they registered for CUDA, torch's run on meta tensors; no number is there to be read."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        # torch's own Python asks for the device that a tensor names, beneath whoever said it by name
+        kwargs = {name: torch.device("meta") if _is_cuda(x) else x for name, x in (kwargs or {}).items()}
         given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         there = any(_true_device(x).type == "meta" for x in given) or str(kwargs.get("device")) == "meta"
         kernel = _kernels.get(function.name().partition(".")[0])

@@ -137,7 +137,6 @@ def _numbers(x) -> bool:
 STOP = {
     "tests/codec/": "no Triton kernel decodes",
     "tests/nn/test_forms.py": "float64 products of torch",
-    "tests/ops/test_shaped_attention_flex.py": "stops, unknown why; sweeps after FlexAttention are not recorded",
     "tests/fuse/test_fuse.py": "models in float64 go to the composition",
 }
 
