@@ -133,9 +133,10 @@ def _numbers(x) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
-# Tests that need the numbers of a GPU or torch's own modules for it, and what is lost where they stop.
+# Tests of kernels that are CUDA's own: no Triton kernel is behind them, and they are not run.
+CUDA_ONLY = ("tests/codec", "tests/ops/test_packed_linear_rows.py")
+# Tests that need torch's numbers from a GPU, and what is lost where they stop.
 STOP = {
-    "tests/codec/": "no Triton kernel decodes",
     "tests/nn/test_forms.py": "float64 products of torch",
     "tests/fuse/test_fuse.py": "models in float64 go to the composition",
 }
@@ -168,6 +169,7 @@ def follow_tests(recorder: Recorder) -> tuple[int, list]:
         load(name, ROOT / "tests" / f"{name}.py")
     plugin = Following(recorder)
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--no-header", "--no-summary"]
+    options += [f"--ignore={ROOT / path}" for path in CUDA_ONLY]
     pytest.main([*options, str(ROOT / "tests")], plugins=[plugin])
     known = [(name, why) for name, why in plugin.stopped if name.startswith(tuple(STOP))]
     for name, why in known:
