@@ -91,6 +91,11 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _layout(ranks: tuple[int, ...], repeats: int, device: torch.device) -> Layout:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"ragged_attention meets the ranks {list(ranks)} for the first time while a CUDA graph is being captured, "
+            "and cannot copy them to the device then: run the call once before capturing it"
+        )
     begins = [sum(ranks[:group]) for group in range(len(ranks))]
     queries = [b * repeats + m * rank for b, rank in zip(begins, ranks, strict=True) for m in range(repeats)]
 
@@ -105,7 +110,7 @@ def layout(ranks: Sequence[int], repeats: int, device: torch.device) -> Layout:
     """RANKS and K_OFFSETS by key head, Q_OFFSETS by query head, int32, and the key heads of each launch.
 
     Made once for these ranks on this device: to move a list there waits for the device, and a CUDA graph that is being
-    captured forbids it. Ranks that a graph is to hold must have been used once before.
+    captured forbids it. RuntimeError for ranks that such a graph is the first to use.
     """
     return _layout(tuple(ranks), repeats, device)
 

@@ -101,8 +101,10 @@ def test_a_hostile_stream_is_seen_and_reads_nothing_else(device):
         assert (bits(decoder.tensors[0]) == bits(expected)).all()
 
 
-def test_rows_that_contradict_the_sizes_are_refused():
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_contradict_the_sizes_are_refused(device):
     blob = torch.frombuffer(bytearray(codec.encode(normal(3000))), dtype=torch.uint8)
+    packed = blob.to(device)
     sound = rans_rows.rows_of(blob, 0, 3000, 0, 0)
     for field, value in {
         "in": [8, 16, 1 << 40, (1 << 64) - 16],
@@ -118,9 +120,10 @@ def test_rows_that_contradict_the_sizes_are_refused():
         for wrong in value:
             rows = sound.copy()
             rows[field] = wrong
-            damaged = torch.zeros(1, dtype=torch.int32)
-            out = torch.zeros(6000, dtype=torch.uint8)
-            torch.ops.gaugekit.rans_decode_rows(blob, torch.from_numpy(rows.view(np.uint8)), out, damaged)
+            damaged = torch.zeros(1, dtype=torch.int32, device=device)
+            out = torch.zeros(6000, dtype=torch.uint8, device=device)
+            table = torch.from_numpy(rows.view(np.uint8)).to(device)
+            torch.ops.gaugekit.rans_decode_rows(packed, table, out, damaged)
             assert damaged.item() == 1, (field, wrong)
 
 

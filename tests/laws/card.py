@@ -178,6 +178,7 @@ def present(record, arch: int, shared: int):
     cuda = torch.cuda
     cuda.is_available, cuda.device_count, cuda.current_device = lambda: True, lambda: 1, lambda: 0
     cuda._lazy_init = lambda: None
+    cuda.is_current_stream_capturing = lambda: False
     cuda.synchronize = cuda.empty_cache = lambda *_: None
     cuda._exchange_device = cuda._maybe_exchange_device = lambda _: -1
     cuda.get_device_properties, cuda.get_device_name = lambda *_: properties, lambda *_: properties.name

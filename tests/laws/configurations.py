@@ -31,7 +31,7 @@ def representatives():
     yield "combine float32 64", {"dtype": FP32, "width": 64}
     yield "combine bfloat16 128, one chunk", {"dtype": BF16, "width": 128, "rows": 100}
     yield "combine bfloat16 100, window", {"dtype": BF16, "width": 100, "window": 100}
-    for batch in (1, 16, 256):
+    for batch in (1, 16, 64, 256):
         yield f"packed bfloat16, batch {batch}", {"dtype": BF16, "batch": batch}
     yield "packed float16, float32 rows, batch 16", {"dtype": FP16, "batch": 16, "rows": FP32}
 
@@ -55,7 +55,9 @@ def shipped():
             f"attention bfloat16 {key_width} {width}",
             {"dtype": BF16, "key_width": key_width, "width": width},
         )
-    yield "packed float16, batch 1", {"dtype": FP16, "batch": 1}
+    for batch in (1, 64, 128, 256):
+        yield f"packed float16, batch {batch}", {"dtype": FP16, "batch": batch}
+    yield "packed bfloat16, batch 128", {"dtype": BF16, "batch": 128}
 
 
 def launch(batch=0, **operands) -> None:

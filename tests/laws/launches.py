@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -295,12 +296,13 @@ def machine_code(cubin: bytes) -> dict:
     }
 
 
-def compile_all(lines: list[str], arch: int, jobs: int) -> list[dict]:
-    """Rows of ``compile_launch``, in the order of the lines."""
+def compile_all(lines: list[str], arch: int, jobs: int) -> Iterator[dict]:
+    """Rows of ``compile_launch``, in the order of the lines, each as soon as it is there."""
     if jobs == 1:
-        return [compile_launch(line, arch) for line in lines]
+        yield from (compile_launch(line, arch) for line in lines)
+        return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(compile_launch, lines, [arch] * len(lines)))
+        yield from pool.map(compile_launch, lines, [arch] * len(lines))
 
 
 def faults(rows: list[dict], arch: int) -> list[str]:
@@ -331,9 +333,12 @@ def main() -> int:
     if given.what == "record":
         return record(given.file, given.arch, given.of)
     begin = time.perf_counter()
-    rows = compile_all(given.file.read_text().splitlines(), given.arch, given.jobs)
-    if given.report:
-        given.report.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = []
+    with given.report.open("w") if given.report else contextlib.nullcontext() as report:
+        for row in compile_all(given.file.read_text().splitlines(), given.arch, given.jobs):
+            rows.append(row)
+            if report:
+                print(json.dumps(row), file=report, flush=True)
     wrong = faults(rows, given.arch)
     print(*wrong, sep="\n", end="\n" if wrong else "")
     done = [row for row in rows if "error" not in row]
