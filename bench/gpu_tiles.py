@@ -17,11 +17,11 @@ import gaugekit as gk
 import gpu_ledger as ledger
 from backends import CudaBackend
 from gaugekit.ops.shaped_attention import use_core
-from gaugekit.triton_kernels import shaped_attention as kernels
-from gaugekit.triton_kernels.shaped_attention_tiles import VARIANTS, use_variant
+from gaugekit.triton_kernels.shaped_attention_tiles import TILES, VARIANTS, use_variant
 
 BATCH, HEADS, LENGTH = 4, 16, 4096
 REPEATS = 10
+WIDTHS = (64, 128)
 # (part, widest of K and V) -> queries and keys of a tile, warps, stages; bfloat16, causal.
 OTHERS = {
     ("forward", 64): [(64, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2)],
@@ -69,26 +69,25 @@ def milliseconds(call) -> float:
     return 1e3 * statistics.median(backend.seconds(call, 1) for _ in range(REPEATS))
 
 
-def sweep(part: str, width: int, call, measures: Path) -> None:
-    """One line a tile, the shipped one first; one that fails is a line too."""
-    key = (part, 2, width)
-    shipped, expected = kernels.TILES[key], results(call)
-    for tile in [shipped, *OTHERS[part, width]]:
-        kernels.TILES[key] = tile
-        line = {"tiles": part, "width": width, "tile": list(tile), "shipped": tile == shipped}
-        try:
-            write(measures, line | measured(call, expected))
-        finally:
-            kernels.TILES[key] = shipped
-
-
-def variants(width: int, ways: dict, measures: Path) -> None:
-    """One line a variant and way, the one that ships first."""
-    for way, call in ways.items():
-        expected = results(call)
+def candidates(width: int):
+    """(what it is, its call), each in effect until the next is asked for; what ships comes first in its group."""
+    forward, backward = calls(width)
+    for way, call in (("forward", forward), ("backward", backward)):
         for name in VARIANTS:
             with use_variant(name):
-                write(measures, {"variant": name, "way": way, "width": width} | measured(call, expected))
+                yield (
+                    {"variant": name, "way": way, "width": width, "shipped": name == next(iter(VARIANTS))},
+                    call,
+                )
+    for part, call in (("forward", forward), ("keys", backward), ("queries", backward)):
+        key = (part, 2, width)
+        shipped = TILES[key]
+        try:
+            for tile in [shipped, *OTHERS[part, width]]:
+                TILES[key] = tile
+                yield {"tiles": part, "width": width, "tile": list(tile), "shipped": tile == shipped}, call
+        finally:
+            TILES[key] = shipped
 
 
 def measured(call, expected: list[torch.Tensor]) -> dict:
@@ -98,16 +97,14 @@ def measured(call, expected: list[torch.Tensor]) -> dict:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def write(measures: Path, line: dict) -> None:
-    ledger.append(measures, line | {"commit": os.environ.get("GAUGEKIT_COMMIT", "unknown")})
-
-
 def main(measures: Path) -> None:
-    for width in (64, 128):
-        forward, backward = calls(width)
-        variants(width, {"forward": forward, "backward": backward}, measures)
-        for part, call in (("forward", forward), ("keys", backward), ("queries", backward)):
-            sweep(part, width, call, measures)
+    """One line a candidate; one that fails is a line too."""
+    commit = os.environ.get("GAUGEKIT_COMMIT", "unknown")
+    for width in WIDTHS:
+        for line, call in candidates(width):
+            if line["shipped"]:
+                expected = results(call)
+            ledger.append(measures, line | measured(call, expected) | {"commit": commit})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every Triton launch of the tests marked gpu and of the benches, noted and compiled without a GPU.
 
-    python tests/laws/launches.py record OUT.jsonl [--arch 90] [--of tests benches shipped]
+    python tests/laws/launches.py record OUT.jsonl [--arch 90] [--of tests benches tiles shipped]
     python tests/laws/launches.py compile OUT.jsonl [--arch 90] [--jobs 2] [--report ROWS.jsonl]
 
 ``record`` runs them on a card of meta tensors (card.py) and writes one line a distinct launch: what Triton compiles for
@@ -8,8 +8,9 @@ and nothing else. What could not be followed to its end is named on stderr; the 
 Triton's cache (TRITON_CACHE_DIR) and fails for a launch that does not compile, that wants more shared memory than a
 program can have, or that spills registers on sm_90 without a row in spills.py.
 
-``--of`` chooses among the tests, the benches, what is shipped (every entry of the tile tables: configurations.py) and
-its representatives, one a kernel and specialisation; without it, all. Other architectures are enough with ``shipped``.
+``--of`` chooses among the tests, the benches, the tiles and variants that a run on a GPU sets beside what ships, what
+is shipped (every entry of the tile tables: configurations.py) and its representatives, one a kernel and specialisation;
+without it, all but the last. Other architectures are enough with ``shipped``.
 """
 
 from __future__ import annotations
@@ -203,6 +204,19 @@ def follow_benches(recorder: Recorder) -> tuple[int, list]:
     return count, stopped
 
 
+def follow_tiles(recorder: Recorder) -> tuple[int, list]:
+    """Runs every variant and every other tile that a run on a GPU sets beside what ships."""
+    import gpu_tiles
+
+    count = 0
+    for width in gpu_tiles.WIDTHS:
+        for line, call in gpu_tiles.candidates(width):
+            count += 1
+            recorder.source = "tile " + ", ".join(f"{name} {value}" for name, value in line.items())
+            call()
+    return count, []
+
+
 def follow_configurations(recorder: Recorder, configurations) -> tuple[int, list]:
     count = 0
     for name, operands in configurations():
@@ -219,6 +233,7 @@ def _said(error: Exception) -> str:
 FOLLOWED = {
     "tests": follow_tests,
     "benches": follow_benches,
+    "tiles": follow_tiles,
     "shipped": functools.partial(follow_configurations, configurations=configuration.shipped),
     "representatives": functools.partial(follow_configurations, configurations=configuration.representatives),
 }
@@ -326,7 +341,9 @@ def main() -> int:
     parser.add_argument("what", choices=["record", "compile"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--arch", type=int, choices=sorted(SHARED), default=90)
-    parser.add_argument("--of", nargs="+", choices=list(FOLLOWED), default=["tests", "benches", "shipped"])
+    parser.add_argument(
+        "--of", nargs="+", choices=list(FOLLOWED), default=["tests", "benches", "tiles", "shipped"]
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--report", type=Path, help="a file for what came out, one JSON line a launch")
     given = parser.parse_args()
