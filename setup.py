@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI_TORCH_2_11 = "0x020b000000000000"
@@ -238,6 +238,7 @@ class BinaryDistribution(Distribution):
 
 
 setup(
+    packages=[*find_packages("python"), "gaugekit.triton_kernels"],
     distclass=BinaryDistribution,
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildBinaries},

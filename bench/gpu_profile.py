@@ -25,7 +25,7 @@ LAUNCHES = {"rans": "rans", "packed_linear": "packed", "attention": "_shaped_att
 
 def rans():
     from gaugekit import codec
-    from gaugekit.codec.device import DeviceDecoder
+    from gaugekit.codec.tensors.device import DeviceDecoder
 
     blob = codec.encode((torch.randn(32 << 20) * 0.02).bfloat16())
     decoder = DeviceDecoder([blob] * 8, "cuda")
@@ -35,7 +35,7 @@ def rans():
 
 def packed_linear():
     from gaugekit.ops.packed_linear import packed_linear as product
-    from gaugekit.ops.packed_linear_weight import pack_weight
+    from gaugekit.ops.packed_linear import pack_weight
 
     weight = pack_weight((torch.randn(11008, 4096, device="cuda") * 0.02).bfloat16())
     x = torch.randn(1, 4096, device="cuda").bfloat16()

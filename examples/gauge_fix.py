@@ -34,7 +34,7 @@ def main():
     )
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         target = Path(folder) / "lighter"
-        report = gk.rewrite.convert(source, target, [gk.symmetry.GaugeFix()])
+        report = gk.convert(source, target, [gk.symmetry.GaugeFix()])
         print(report)
         print("removed:", report["steps"][0]["removed"])
 

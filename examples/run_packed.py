@@ -18,8 +18,8 @@ import torch
 import transformers
 
 import gaugekit as gk
+from gaugekit.checkpoint.resident import held_bytes
 from gaugekit.integrations.transformers import GaugekitConfig
-from gaugekit.nn.packing import held_bytes
 
 SIZES = {
     "small": dict(vocab_size=4000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,

@@ -37,7 +37,7 @@ def main() -> None:
         text = gk.samples.sentences(8 if options.quick else 200) if has_tokenizer else None
 
         print(gk.inspect(source, text=text))
-        gk.rewrite.convert(source, folder / "fixed", [gk.symmetry.GaugeFix()])
+        gk.convert(source, folder / "fixed", [gk.symmetry.GaugeFix()])
         for dtype in ("float32", "bfloat16"):
             report = gk.verify(source, folder / "fixed", text=text, dtype=dtype)
             print(report)

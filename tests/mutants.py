@@ -2,7 +2,7 @@
 
     python tests/mutants.py                               # make mutants: every module below, hours
     python tests/mutants.py --sample 50                   # MUTANTS=50 make mutants: so many, drawn by --seed
-    python tests/mutants.py rank/bounds.py heal.py        # all mutants of some modules
+    python tests/mutants.py rank/bounds.py verbs/heal.py        # all mutants of some modules
 
 A mutant is one operator, comparison, condition or number changed, one keyword argument or one statement left out. Each
 stands alone in a copy of the tree in a temporary folder, where the tests named for its module run until one fails; the
@@ -36,22 +36,23 @@ SLOW_IMPORTS = (
 )  # fmt: skip
 DIRECTORIES = "codec/test_directory.py codec/test_resumption.py"
 TESTS = {  # modules, or folders of them, under python/gaugekit: the tests under tests/ that should notice a change
-    "verify*.py": "test_verify*.py",
+    "verbs/verify*.py": "verbs/test_verify*.py",
+    "verbs/heal*.py": "verbs/test_heal*.py",
+    "verbs/convert.py": "verbs/test_convert*.py",
     "rank/bounds.py": "rank/test_bounds*.py",
     "rank/[!b]*.py": "rank/test_spectra.py rank/test_truncate.py",
-    "heal*.py": "heal/test_*.py",
-    "rewrite*": "rewrite/test_*.py",
-    "checkpoint.py": "rewrite/test_*.py",
-    "codec/files.py": f"codec/test_files.py codec/test_save_file.py {DIRECTORIES}",
-    "codec/directory.py": f"codec/test_files.py {DIRECTORIES}",
-    "codec/index.py": DIRECTORIES,
-    "codec/written.py": "codec/test_files.py codec/test_places.py",
-    "codec/saving.py": "codec/test_save_file.py codec/test_dtypes.py",
-    "codec/bundle.py": "codec/test_bundle.py codec/test_packed_damage.py",
-    "staging.py": f"rewrite/test_convert.py {DIRECTORIES}",
-    "places.py": f"codec/test_places.py {DIRECTORIES}",
-    "statistics.py": "test_statistics.py rewrite/test_convert_statistics.py",
-    "moments.py": "test_statistics.py rank/test_spectra.py",
+    "rewrite": "verbs/test_convert*.py",
+    "checkpoint/reader.py": "checkpoint/test_reader.py verbs/test_convert*.py",
+    "codec/packing.py": f"codec/test_files.py codec/test_save_file.py {DIRECTORIES}",
+    "codec/directories/job.py": f"codec/test_files.py {DIRECTORIES}",
+    "codec/directories/index.py": DIRECTORIES,
+    "codec/files/written.py": "codec/test_files.py codec/test_places.py",
+    "codec/files/saving.py": "codec/test_save_file.py codec/test_dtypes.py",
+    "codec/files/bundle.py": "codec/test_bundle.py codec/test_packed_damage.py",
+    "files/staging.py": f"verbs/test_convert.py {DIRECTORIES}",
+    "files/places.py": f"codec/test_places.py {DIRECTORIES}",
+    "calibration/streaming.py": "calibration/test_streaming.py verbs/test_convert_statistics.py",
+    "calibration/moments.py": "calibration/test_streaming.py rank/test_spectra.py",
     "symmetry": "symmetry/test_*.py",
 }
 

@@ -101,8 +101,8 @@ def test_modules_and_tests_are_all_there():
     found = mutants.modules(mutants.ROOT, mutants.TESTS)
     assert "python/gaugekit/rank/bounds.py" in found and all(found.values())
     with pytest.raises(
-        ValueError, match="expected some of python/gaugekit/verify.py, .*; got python/gaugekit/none.py"
+        ValueError, match="expected some of python/gaugekit/verbs/verify.py, .*; got python/gaugekit/none.py"
     ):
         mutants.modules(mutants.ROOT, mutants.TESTS, ["none.py"])
     with pytest.raises(ValueError, match="names tests/test_none.py"):
-        mutants.modules(mutants.ROOT, {"verify.py": "test_none.py"})
+        mutants.modules(mutants.ROOT, {"verbs/verify.py": "test_none.py"})

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from gaugekit.ops.packed_linear import packed_linear
-from gaugekit.ops.packed_linear_weight import pack_weight
+from gaugekit.ops.packed_linear import pack_weight
 from registry import Case, benchmark, wanted
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336)]
@@ -64,7 +64,7 @@ def packing(device: str, rows: int, threads: int | None) -> Case:
     copy = torch.empty_like(weight)
 
     def check():
-        from gaugekit.ops.packed_linear_weight import unpack_weight
+        from gaugekit.ops.packed_linear import unpack_weight
 
         assert torch.equal(unpack_weight(pack_weight(weight)).view(torch.int16), weight.view(torch.int16))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import gaugekit as gk
-from gaugekit.codec.blob import encode_bytes
-from gaugekit.ops import rans as operator
+from gaugekit.codec.tensors.blob import encode_bytes
+from gaugekit.ops.rans import operator as rans
 from htscodecs import Htscodecs
 from registry import Case, benchmark
 
@@ -128,7 +128,7 @@ def transfer(mebibytes: int, device: str):
     def check():
         assert torch.equal(gk.codec.decode(fixed), cache)
 
-    for what, ours, rans in (
+    for what, ours, rans in (  # noqa: F402
         ("encode", lambda: gk.codec.encode(cache, layout="fixed"), lambda: encode_bytes(cache)),
         ("decode", lambda: gk.codec.decode(fixed), lambda: gk.codec.decode(coded)),
     ):
@@ -182,7 +182,7 @@ def paths(name: str, tensor: torch.Tensor, device: str):
         sizes["coded_bytes_htscodecs"] = rival.coded_bytes
 
     def ours(coded=blob, path=-1):
-        return lambda: operator.decode(coded, 0, count, out, path)
+        return lambda: rans.decode(coded, 0, count, out, path)
 
     def beside(verb, instructions):
         return {
@@ -195,7 +195,7 @@ def paths(name: str, tensor: torch.Tensor, device: str):
             assert torch.equal(out.view(torch.int16), tensor.view(torch.int16))
 
     def encode(path=-1):
-        operator.encode(tensor, 0, 17, path)
+        rans.encode(tensor, 0, 17, path)
 
     copy = {"copy": lambda: out.copy_(tensor)}
     square = torch.ones(1024, 1024)

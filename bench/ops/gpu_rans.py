@@ -7,8 +7,8 @@ A bfloat16 moves 3.32 bytes when it is decoded (1.32 in, 2 out), so no decoder i
 import torch
 
 import gaugekit as gk
-from gaugekit.codec.blob import encode_bytes
-from gaugekit.ops.rans_rows import decode_rows, rows_of
+from gaugekit.codec.tensors.blob import encode_bytes
+from gaugekit.ops.rans.rows import decode_rows, rows_of
 from registry import Call, Planned, benchmark
 
 

@@ -2,9 +2,9 @@
 
 import importlib
 
-from . import _library, ops
-from .ops.nonlocal_energy import nonlocal_energy
-from .ops.shaped_attention import shaped_attention
+from gaugekit import _library, ops
+from gaugekit.ops.nonlocal_energy.operator import nonlocal_energy
+from gaugekit.ops.shaped_attention.operator import shaped_attention
 
 __version__ = "0.1.0"
 
@@ -15,22 +15,23 @@ _library.load()
 # Public names that are found when first asked for, so that importing gaugekit stays light: name -> module[:attribute].
 _LAZY = {
     "codec": "gaugekit.codec",
-    "fuse": "gaugekit.fuse",
-    "heal": "gaugekit.heal",
-    "inspect": "gaugekit.inspect",
+    "convert": "gaugekit.verbs.convert:convert",
+    "fuse": "gaugekit.verbs.fuse:fuse",
+    "heal": "gaugekit.verbs.heal:heal",
+    "inspect": "gaugekit.verbs.inspect:inspect",
     "models": "gaugekit.models",
     "nn": "gaugekit.nn",
-    "pack_weight": "gaugekit.ops.packed_linear_weight:pack_weight",
+    "pack_weight": "gaugekit.ops.packed_linear:pack_weight",
     "packed_linear": "gaugekit.ops.packed_linear:packed_linear",
     "ragged_attention": "gaugekit.ops.ragged_attention:ragged_attention",
     "rank": "gaugekit.rank",
     "rewrite": "gaugekit.rewrite",
-    "samples": "gaugekit.samples",
-    "statistics": "gaugekit.statistics",
+    "samples": "gaugekit.text",
+    "statistics": "gaugekit.calibration",
     "symmetry": "gaugekit.symmetry",
-    "unfuse": "gaugekit.fuse:unfuse",
-    "unpack_weight": "gaugekit.ops.packed_linear_weight:unpack_weight",
-    "verify": "gaugekit.verify",
+    "unfuse": "gaugekit.verbs.fuse:unfuse",
+    "unpack_weight": "gaugekit.ops.packed_linear:unpack_weight",
+    "verify": "gaugekit.verbs.verify:verify",
 }
 
 

@@ -10,8 +10,8 @@ import platform
 
 import torch
 
-from . import _library, ops
-from .report import Report
+from gaugekit import _library, ops
+from gaugekit.report import Report
 
 EXTRAS = {
     "hf": ("transformers", "safetensors", "tqdm"),
@@ -42,7 +42,7 @@ def report() -> Report:
     return Report(
         "doctor",
         {
-            "gaugekit": importlib.import_module(__package__).__version__,
+            "gaugekit": importlib.metadata.version("gaugekit"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cpu": machine(),

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 import tiny_directory
-from gaugekit import cli
-from gaugekit.cli import main
+from gaugekit.cli import command, main
 
 QUIET = {**os.environ, "PYTHONWARNINGS": "ignore::RuntimeWarning"}
 
@@ -91,7 +90,7 @@ def test_an_error_that_was_not_foreseen_is_one_line(monkeypatch, capsys, error, 
         raise error
 
     monkeypatch.delenv("GAUGEKIT_TRACEBACK", raising=False)
-    monkeypatch.setattr(cli, "doctor", fails)
+    monkeypatch.setattr(command, "doctor", fails)
     assert main(["doctor"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("gaugekit doctor: ") and err.count("\n") == 1

@@ -83,7 +83,9 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
 
 
 def test_bench_without_a_source_checkout_says_so(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("gaugekit.cli.__file__", str(tmp_path / "python" / "gaugekit" / "cli.py"))
+    monkeypatch.setattr(
+        "gaugekit.cli.command.__file__", str(tmp_path / "python" / "gaugekit" / "cli" / "command.py")
+    )
     assert "source checkout" in refused(capsys, "bench")
 
 

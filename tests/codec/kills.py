@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import gaugekit as gk
-from gaugekit.staging import LOCK, MANIFEST
+from gaugekit.files.staging import LOCK, MANIFEST
 
 
 def start(source: Path, target: Path) -> int:

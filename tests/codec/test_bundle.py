@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from gaugekit import codec
-from gaugekit.codec import bundle, container
+from gaugekit.codec.files import bundle, container
 from gaugekit.reference.rans import crc32c
 
 WEIGHT = (torch.randn(30, 700, generator=torch.Generator().manual_seed(9)) * 0.02).bfloat16()

@@ -11,7 +11,8 @@ import torch
 
 from damaged_blobs import base, every, put, seal
 from gaugekit import codec
-from gaugekit.ops import rans, rans_numpy
+from gaugekit.ops.rans import composition
+from gaugekit.ops.rans import operator as rans
 from gaugekit.reference import rans as oracle
 
 DAMAGED = every()
@@ -19,15 +20,15 @@ DAMAGED = every()
 
 def numpy_decode(blob: bytes):
     data = np.frombuffer(blob, np.uint8)
-    count = rans_numpy.open_blob(data).count
-    rans_numpy.decode(data, 0, count, np.empty(2 * count, np.uint8))
+    count = composition.open_blob(data).count
+    composition.decode(data, 0, count, np.empty(2 * count, np.uint8))
 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damage_is_refused(name):
     with pytest.raises(codec.CorruptFile, match="not a sound coded blob: "):
         codec.decode(DAMAGED[name])
-    with pytest.raises(RuntimeError, match=rans_numpy.CORRUPT):
+    with pytest.raises(RuntimeError, match=composition.CORRUPT):
         numpy_decode(DAMAGED[name])
     for path in (0, 1, 2):
         with pytest.raises(codec.CorruptFile, match="not a sound coded blob: "):
@@ -67,9 +68,9 @@ def test_every_flipped_byte_in_numpy():
         data = np.frombuffer(put(blob, place, "B", blob[place] ^ 0x41), np.uint8)
         out = np.empty(1800, np.uint8)
         try:
-            rans_numpy.decode(data, 0, 900, out)
+            composition.decode(data, 0, 900, out)
         except RuntimeError as error:
-            assert rans_numpy.CORRUPT in str(error)
+            assert composition.CORRUPT in str(error)
             continue
         assert (out == tensor.view(torch.uint8).numpy()).all(), f"byte {place}"
 
@@ -88,7 +89,7 @@ def test_a_huge_count_allocates_nothing():
         for name in ("2^59 + 1 elements, shape too", "2^60 elements"):
             with pytest.raises(codec.CorruptFile):
                 codec.decode(DAMAGED[name])
-            with pytest.raises(RuntimeError, match=rans_numpy.CORRUPT):
+            with pytest.raises(RuntimeError, match=composition.CORRUPT):
                 numpy_decode(DAMAGED[name])
         assert tracemalloc.get_traced_memory()[1] < 1 << 22
     finally:

@@ -6,8 +6,9 @@ import torch
 
 from damaged_blobs import base, every, put, seal
 from gaugekit import codec
-from gaugekit.codec.device import DeviceDecoder
-from gaugekit.ops import rans, rans_rows
+from gaugekit.codec.tensors.device import DeviceDecoder
+from gaugekit.ops.rans import operator as rans
+from gaugekit.ops.rans import rows as rans_rows
 from gaugekit.reference.rans import crc32c
 from golden_blobs import VECTORS, golden
 

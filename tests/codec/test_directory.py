@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import gaugekit as gk
-from gaugekit.codec import directory, stream
-from gaugekit.codec.pieces import cuts
-from gaugekit.staging import LOCK, MANIFEST
+from gaugekit.codec.directories import job
+from gaugekit.codec.files import stream
+from gaugekit.codec.tensors.pieces import cuts
+from gaugekit.files.staging import LOCK, MANIFEST
 
 INDEX = "model.safetensors.index.json"
 
@@ -184,7 +185,7 @@ def test_another_job_is_refused(source, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unfinished work of another call .options model differs.; delete"):
         gk.codec.pack(source, tmp_path / "p", model=1)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="version differs"):
-        patch.setattr("gaugekit.codec.container.BUNDLED", 3)
+        patch.setattr("gaugekit.codec.files.container.BUNDLED", 3)
         gk.codec.pack(source, tmp_path / "p")
     assert contents(tmp_path / "p.partial") == before
     gk.codec.pack(source, tmp_path / "p", model=1, resume=False)
@@ -209,8 +210,8 @@ def test_other_files_are_those_of_now(source, tmp_path, monkeypatch):
 
 
 def test_verify_compares_copies(source, tmp_path, monkeypatch):
-    copy = directory.copy
-    monkeypatch.setattr(directory, "copy", lambda a, b: (copy(a, b), b.write_bytes(b"{}")))
+    copy = job.copy
+    monkeypatch.setattr(job, "copy", lambda a, b: (copy(a, b), b.write_bytes(b"{}")))
     with pytest.raises(gk.codec.CorruptFile, match="notes.txt: its copy is not what it is"):
         gk.codec.pack(source, tmp_path / "p", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

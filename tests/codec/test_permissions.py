@@ -6,8 +6,8 @@ import stat
 import pytest
 
 import gaugekit as gk
-from gaugekit import places, staging
-from gaugekit.staging import Staging
+from gaugekit.files import places, staging
+from gaugekit.files.staging import Staging
 from helpers import contents
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import gaugekit as gk
-from gaugekit import places, staging
-from gaugekit.staging import LOCK, MANIFEST
+from gaugekit.files import places, staging
+from gaugekit.files.staging import LOCK, MANIFEST
 from helpers import contents
 
 WEIGHT = (torch.randn(40, 300, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()

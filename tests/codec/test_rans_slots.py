@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gaugekit import codec
-from gaugekit.ops import rans, rans_rows
+from gaugekit.ops.rans import operator as rans
+from gaugekit.ops.rans import rows as rans_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

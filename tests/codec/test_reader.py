@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import gaugekit as gk
-from gaugekit.codec import reader
-from gaugekit.codec.pieces import StoredBlob
+from gaugekit.codec.files import reader
+from gaugekit.codec.tensors.pieces import StoredBlob
 
 INDICES = [
     (...),

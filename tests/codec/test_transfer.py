@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gaugekit as gk
-from gaugekit.codec import fixed
+from gaugekit.codec.tensors import fixed
 from gaugekit.reference.rans import crc32c
 
 DTYPES = [torch.bfloat16, torch.float16]

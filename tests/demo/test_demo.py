@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 import tiny_directory
-from gaugekit import codec, demo, demo_speed
+from gaugekit import codec
 from gaugekit.cli import main
+from gaugekit.demo import speed, steps
 from tiny_directory import BIAS, LAYERS, SQUARE
 
 
@@ -22,7 +23,7 @@ def source(tmp_path_factory):
 def done(source, tmp_path_factory):
     """(report, directory) of one run."""
     directory = tmp_path_factory.mktemp("demo") / "out"
-    return demo.run(directory, model=source, sentences=24, seconds=0.2), directory
+    return steps.run(directory, model=source, sentences=24, seconds=0.2), directory
 
 
 def test_report_json_holds_the_report(done):
@@ -77,9 +78,9 @@ def test_a_file_that_comes_back_changed_is_reported(source, tmp_path, monkeypatc
         content[-1] ^= 1
         restored.write_bytes(content)
 
-    monkeypatch.setattr(demo, "unpack", careless)
+    monkeypatch.setattr(steps, "unpack", careless)
     weights = source / "model.safetensors"
-    assert not demo._round_trip(weights, tmp_path / "packed.safetensors", None)["bit_exact"]
+    assert not steps._round_trip(weights, tmp_path / "packed.safetensors", None)["bit_exact"]
 
 
 def test_speeds_are_measured(done):
@@ -99,8 +100,8 @@ def test_speeds_by_hand(source, monkeypatch):
     its bytes over the median of its seconds.
     """
     rounds = {"standard": [0.004, 0.006, 0.1], "value_free": [0.002, 0.002, 0.002]}
-    monkeypatch.setattr(demo_speed, "interleaved", lambda calls, seconds, progress: rounds)
-    block = demo_speed.attention(1.0)
+    monkeypatch.setattr(speed, "interleaved", lambda calls, seconds, progress: rounds)
+    block = speed.attention(1.0)
     assert (block["standard_ms"], block["value_free_ms"]) == pytest.approx((6, 2))
     assert block["ratio"] == pytest.approx(3) and block["rounds"] == 3
 
@@ -109,8 +110,8 @@ def test_speeds_by_hand(source, monkeypatch):
             call()
         return {call: [0.5, 0.25, 2.0] for call in calls}
 
-    monkeypatch.setattr(demo_speed, "interleaved", coded)
-    found = demo_speed.coding(source, 1.0)
+    monkeypatch.setattr(speed, "interleaved", coded)
+    found = speed.coding(source, 1.0)
     for row in found["coders"].values():
         if "absent" not in row:
             assert row["pack_gb_s"] == row["unpack_gb_s"] == pytest.approx(found["bytes"] / 0.5 / 1e9)
@@ -118,21 +119,21 @@ def test_speeds_by_hand(source, monkeypatch):
 
 def test_without_zstandard_its_row_says_absent(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    found = demo_speed.coding(source, 0.1)
+    found = speed.coding(source, 0.1)
     assert "pip install gaugekit[demo]" in found["coders"]["zstd, level 3"]["absent"]
 
 
 def test_text_names_what_counts(done):
     report, directory = done
-    for text in (demo.text(report), demo.text(report, colour=True)):
+    for text in (steps.text(report), steps.text(report, colour=True)):
         assert f"{report['parameters_removed']['total']:,}" in text
         assert str(directory / "report.html") in text and "not yet faster" in text
-    assert "\x1b" not in demo.text(report)
+    assert "\x1b" not in steps.text(report)
 
 
 def test_the_command_exits_1_where_a_proof_fails(done, monkeypatch, capsys):
     report, directory = done
-    monkeypatch.setattr(demo, "run", lambda directory: report)
+    monkeypatch.setattr(steps, "run", lambda directory: report)
     assert main(["demo", "--directory", str(directory)]) == 0
     assert "same answers" in capsys.readouterr().out
     monkeypatch.setitem(report.fields["fp32"], "ok", False)
@@ -144,8 +145,8 @@ def test_a_second_run_over_the_first(source, done, monkeypatch, capsys):
     """The command reruns over its own output, with JSON alone on stdout."""
     first, directory = done
     (directory / "report.json").write_text("{}")
-    small = functools.partial(demo.run, model=source, sentences=24, seconds=0.1)
-    monkeypatch.setattr(demo, "run", small)
+    small = functools.partial(steps.run, model=source, sentences=24, seconds=0.1)
+    monkeypatch.setattr(steps, "run", small)
     capsys.readouterr()
     assert main(["demo", "--directory", str(directory), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
@@ -158,7 +159,7 @@ def test_what_is_not_the_demos_stays(source, tmp_path, capsys):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "precious").touch()
     with pytest.raises(ValueError, match="directory"):
-        demo.run(tmp_path, model=source)
+        steps.run(tmp_path, model=source)
     assert main(["demo", "--directory", str(tmp_path)]) == 2
     assert "directory: expected" in capsys.readouterr().err
     assert (tmp_path / "models" / "precious").exists()
@@ -168,21 +169,21 @@ def test_what_is_not_the_demos_stays(source, tmp_path, capsys):
 def test_a_report_that_is_not_the_demos_stays(source, tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"directory: expected .*{name} is not the demo's"):
-        demo.run(tmp_path, model=source)
+        steps.run(tmp_path, model=source)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
 
 def test_a_workspace_loses_what_a_demo_made_and_nothing_else(tmp_path):
     models = tmp_path / "models"
-    with demo._workspace(tmp_path):
+    with steps._workspace(tmp_path):
         (models / "original-bfloat16").mkdir()
         (models / "original-float32.packed.safetensors").touch()
         (models / "mine").mkdir()
         (models / "mine" / "weights").touch()
-        with pytest.raises(ValueError, match="another demo is writing"), demo._workspace(tmp_path):
+        with pytest.raises(ValueError, match="another demo is writing"), steps._workspace(tmp_path):
             pass
-    with demo._workspace(tmp_path):
-        assert sorted(path.name for path in models.iterdir()) == [demo.MARK, "mine"]
+    with steps._workspace(tmp_path):
+        assert sorted(path.name for path in models.iterdir()) == [steps.MARK, "mine"]
         assert (models / "mine" / "weights").exists()
 
 

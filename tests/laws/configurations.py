@@ -70,7 +70,7 @@ def launch(batch=0, **operands) -> None:
 
 def launch_packed(batch, dtype, rows=None):
     """The product with packed weights, split over K where the batch is small."""
-    from gaugekit.ops.packed_linear_weight import empty_weight
+    from gaugekit.ops.packed_linear.weight import empty_weight
     from gaugekit.triton_kernels.packed_linear import packed_linear
 
     x = torch.empty(batch, 4096, dtype=getattr(torch, rows or dtype), device="cuda")

@@ -140,7 +140,7 @@ CUDA_ONLY = ("tests/codec", "tests/ops/test_packed_linear_rows.py")
 # Tests that need torch's numbers from a GPU, and what is lost where they stop.
 STOP = {
     "tests/nn/test_forms.py": "float64 products of torch",
-    "tests/fuse/test_fuse.py": "models in float64 go to the composition",
+    "tests/verbs/test_fuse.py": "models in float64 go to the composition",
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gaugekit  # noqa: F401
-from gaugekit.ops.shaped_combine_triton import INSTALLED
+from gaugekit.ops.shaped_combine.cuda import INSTALLED
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,54 +9,36 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "gaugekit"
 
-# A room may import rooms of a lower floor, and its own. Lazy imports (inside a function) count as well.
+# A room may import rooms of a lower floor, and its own. Lazy imports (inside a function) count, and modules imported
+# by the name in a string.
 FLOORS = [
-    {"places"},
-    {
-        "report",
-        "_library",
-        "samples",
-        "progress",
-        "streams",
-        "config",
-        "staging",
-        "svg",
-        "report_style",
-        "wide_products",
-    },
-    {"reference"},
+    {"_library", "report", "progress", "files", "pages", "reference"},
     {"ops"},
-    {"codec"},
-    {"models", "checkpoint", "nn"},
-    {"moments"},
-    {"statistics"},
-    {"rewrite", "heal_state"},
-    {"symmetry", "rank", "slicing", "verify_runs"},
-    {"fuse", "inspect", "verify", "heal"},
-    {"integrations"},
-    {"doctor", "demo_speed", "report_figures", "report_parts"},
-    {"report_page", "rank_page"},
-    {"demo"},
+    {"codec", "nn", "models", "doctor"},
+    {"checkpoint"},
+    {"hf"},
+    {"rewrite", "text"},
+    {"calibration"},
+    {"symmetry", "rank"},
+    {"verbs"},
+    {"demo", "integrations"},
     {"cli"},
     {"__main__"},
 ]
-# Loading a model is asked of transformers through our integration: the two wings' meeting rooms reach it by name.
-ALLOWED = {
-    ("verify_runs", "integrations"): "a directory we wrote loads only once our quantizer is registered",
-    ("fuse", "integrations"): "fused attention runs through the attention function registered there",
-    ("heal", "integrations"): "a directory we wrote loads only once our quantizer is registered",
-    ("inspect", "integrations"): "a directory we wrote loads only once our quantizer is registered",
-    ("moments", "integrations"): "text is read by the tokenizer beside the weights, found there",
-    ("rank", "integrations"): "the search for ranks runs a whole directory's model",
-    ("statistics", "integrations"): "a directory we wrote loads only once our quantizer is registered",
-}
+ROOT_FILES = {"__init__", "__main__", "_library", "report", "progress", "distributed", "doctor"}
+FILES_IN_A_FOLDER, LINES_IN_A_FILE, LINES_IN_A_FUNCTION = 12, 400, 60
 FOREIGN = {  # who may import which foreign package; torch and numpy are free
-    "transformers": {"integrations", "verify", "inspect", "statistics", "fuse", "demo", "cli"},
-    "safetensors": {"checkpoint", "rewrite", "integrations", "verify", "inspect", "statistics", "demo"},
+    "transformers": {"hf", "text", "demo"},
+    "safetensors": {"checkpoint"},
     "tqdm": {"progress"},
     "rich": {"demo"},
-    "zstandard": {"demo_speed"},
+    "zstandard": {"demo"},
     "triton": {"ops"},
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+NAMES = {
+    ".".join(("gaugekit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
 }
 
 
@@ -65,27 +47,29 @@ def floor(room: str) -> int:
 
 
 def room_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path: Path):
-    """(line, module) of every import, with relative ones made absolute."""
+    """(line, module) of every import, relative ones made absolute; of names taken from a module, each that is one."""
     package = ("gaugekit", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module or "") if part)
-            yield node.lineno, module
-            if module == "gaugekit":
-                for alias in node.names:
-                    yield node.lineno, f"gaugekit.{alias.name}"
+            modules = [f"{module}.{alias.name}" for alias in node.names if f"{module}.{alias.name}" in NAMES]
+            if len(modules) < len(node.names):
+                modules.append(module)
+            yield from ((node.lineno, name) for name in modules)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield node.lineno, node.args[0].value
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def neighbours(path: Path) -> set[Path]:
+    return {NAMES[module] for _, module in imports(path) if module in NAMES and NAMES[module] != path}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -93,16 +77,27 @@ def test_imports_go_down(path):
     room = room_of(path)
     for line, module in imports(path):
         parts = module.split(".")
-        if parts[0] != "gaugekit" or len(parts) == 1:
+        if parts[0] != "gaugekit" or len(parts) == 1 or parts[1] == room:
             continue
-        other = parts[1]
-        if not ((PACKAGE / other).exists() or (PACKAGE / f"{other}.py").exists()) or other == room:
-            continue
-        if (room, other) in ALLOWED:
-            continue
-        assert floor(other) < floor(room), (
-            f"line {line}: {room} imports {other}, which is not on a lower floor"
-        )
+        if (PACKAGE / parts[1]).exists() or (PACKAGE / f"{parts[1]}.py").exists():
+            assert floor(parts[1]) < floor(room), (
+                f"line {line}: {room} imports {parts[1]}, which is not on a lower floor"
+            )
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {path: neighbours(path) for path in FILES}
+    done: set[Path] = set()
+
+    def visit(path: Path, way: tuple[Path, ...]) -> None:
+        assert path not in way, " -> ".join(str(p.relative_to(PACKAGE)) for p in (*way, path))
+        if path not in done:
+            for other in sorted(graph.get(path, ())):
+                visit(other, (*way, path))
+            done.add(path)
+
+    for path in FILES:
+        visit(path, ())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -111,6 +106,20 @@ def test_foreign_packages_stay_in_their_rooms(path):
         top = module.split(".")[0]
         if top in FOREIGN:
             assert room_of(path) in FOREIGN[top], f"line {line}: {room_of(path)} imports {top}"
+
+
+def test_a_room_can_be_found_and_taken_in():
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= ROOT_FILES
+    for folder in {path.parent for path in FILES} - {PACKAGE, PACKAGE / "nn"}:
+        names = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(names) <= FILES_IN_A_FOLDER, f"{folder.name}: {len(names)} files"
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= LINES_IN_A_FILE, f"{path.relative_to(PACKAGE)} is too long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                begin = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.lineno
+                assert node.end_lineno - begin <= LINES_IN_A_FUNCTION, f"{path.name}: {node.name} is too long"
 
 
 def test_kernels_know_no_gaugekit():

@@ -7,7 +7,7 @@ transformers = pytest.importorskip("transformers")
 
 import gaugekit as gk  # noqa: E402
 import gaugekit.integrations.transformers  # noqa: E402
-from gaugekit.integrations import loading  # noqa: E402
+from gaugekit.hf import loading  # noqa: E402
 from gaugekit.models import Live, unused_positions  # noqa: E402
 from gaugekit.symmetry import SYMMETRIES  # noqa: E402
 
@@ -117,7 +117,7 @@ def test_through_every_verb(name, tmp_path):
         output = model(**inputs)[0]
     for dense in (False, True):
         target = tmp_path / f"dense {dense}"
-        report = gk.rewrite.convert(source, target, [gk.symmetry.GaugeFix()], dense=dense)
+        report = gk.convert(source, target, [gk.symmetry.GaugeFix()], dense=dense)
         gone = report["parameters_before"] - report["parameters_after"]
         assert gone == (0 if dense else counts["total"]) and report["invariance_error"] < 1e-13
         loaded, info = type(model).from_pretrained(target, output_loading_info=True)
@@ -131,9 +131,9 @@ def test_through_every_verb(name, tmp_path):
     truncate = gk.rank.Truncate(6)
     if name == "qwen3":
         with pytest.raises(ValueError, match="got a model in which it normalises queries and keys"):
-            gk.rewrite.convert(source, tmp_path / "rank", [truncate])
+            gk.convert(source, tmp_path / "rank", [truncate])
     else:
-        gk.rewrite.convert(source, tmp_path / "rank", [truncate])
+        gk.convert(source, tmp_path / "rank", [truncate])
         assert not gk.verify(source, tmp_path / "rank")["ok"]
     report = gk.fuse(model)
     assert report["left"] == [] and report["attention"] == "gaugekit"

@@ -5,7 +5,8 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-from gaugekit.nn import PackedLinear, packing
+from gaugekit.checkpoint import resident
+from gaugekit.nn import PackedLinear
 from gaugekit.nn.packed_matrix import PackedMatrix
 
 
@@ -19,7 +20,7 @@ class Model(nn.Module):
         self.head = nn.Linear(128, 60, bias=False)
         self.head.weight = self.table.weight
         self.bfloat16()
-        packing.pack(self)
+        resident.pack(self)
         self.adapter = nn.Linear(128, 128, dtype=torch.bfloat16)
 
     def forward(self, ids):

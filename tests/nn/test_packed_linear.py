@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import gaugekit as gk
-from gaugekit.nn import PackedEmbedding, PackedLinear, forms, packing
+from gaugekit.checkpoint import resident
+from gaugekit.nn import PackedEmbedding, PackedLinear, forms
 from gaugekit.nn.packed_matrix import PARTS, PackedMatrix
 from helpers import assert_accurate
 
@@ -80,7 +81,7 @@ def test_tied_layers_share_one_matrix_and_come_back_tied():
     model = Tied()
     expected, exact = model(IDS).detach(), copy.deepcopy(model).double()(IDS).detach()
     plain_bytes = sum(p.nbytes for p in model.parameters())
-    done = packing.pack(model)
+    done = resident.pack(model)
     assert set(done.packed) == {"embedding", "inner", "head"} and not done.left
     assert model.head.packed is model.embedding.packed
     assert done.bytes_before == plain_bytes
@@ -91,15 +92,15 @@ def test_tied_layers_share_one_matrix_and_come_back_tied():
     model.to("meta")
     assert model.head.packed.raw.is_meta and model.head.packed is model.embedding.packed
     model = Tied()
-    packing.pack(model)
-    assert packing.unpack(model) == ["embedding", "inner", "head"]
+    resident.pack(model)
+    assert resident.unpack(model) == ["embedding", "inner", "head"]
     assert model.head.weight is model.embedding.weight and type(model.inner) is nn.Linear
 
 
 def test_state_dict_is_the_plain_model_s():
     plain, packed, other = Tied(), Tied(), Tied()
     for model in (packed, other):
-        packing.pack(model)
+        resident.pack(model)
     packed.load_state_dict(plain.state_dict())
     assert torch.equal(packed.inner.weight, plain.inner.weight)
     assert packed.head.packed is packed.embedding.packed
@@ -187,7 +188,7 @@ def test_autocast_gives_the_dtypes_of_a_plain_layer(dtype, under):
 
 def test_pickles_and_copies_are_packed_and_tied():
     model = Tied()
-    packing.pack(model)
+    resident.pack(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.head.packed is twin.embedding.packed is not model.head.packed
         assert torch.equal(twin(IDS), model(IDS))

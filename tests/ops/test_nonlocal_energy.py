@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gaugekit as gk
-from gaugekit.ops import nonlocal_energy_rows
+from gaugekit.ops.nonlocal_energy import rows as energy_rows
 from gaugekit.reference.nonlocal_energy import nonlocal_energy as reference
 from helpers import assert_accurate
 
@@ -127,7 +127,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     operands, weight = make(torch.float64), torch.randn(2, 4, dtype=torch.float64)
     options = {"kernel": "symmetric", **MASKS["causal, ragged, one empty"]}
     whole = both(gk.nonlocal_energy, operands, weight, **options)
-    monkeypatch.setattr(nonlocal_energy_rows, "BLOCK", 4)
+    monkeypatch.setattr(energy_rows, "BLOCK", 4)
     for x, y in zip(both(gk.nonlocal_energy, operands, weight, **options), whole, strict=True):
         assert_accurate(x.detach(), y.detach(), y.detach(), ulps=32)
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import gaugekit as gk
-from gaugekit.ops.packed_linear import packed_linear
-from gaugekit.ops.packed_linear_weight import pack_weight, unpack_weight
+from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
 from gaugekit.ops.shaped_attention import use_core
 from gaugekit.reference.nonlocal_energy import nonlocal_energy as energy_reference
 from gaugekit.reference.ragged_attention import ragged_attention as ragged_reference

@@ -5,9 +5,8 @@ import torch
 from torch.nn.functional import linear
 
 import gaugekit as gk
-from gaugekit.ops import packed_linear_plan as planning
-from gaugekit.ops.packed_linear import packed_linear
-from gaugekit.ops.packed_linear_weight import pack_weight
+from gaugekit.ops.packed_linear import choice as planning
+from gaugekit.ops.packed_linear import pack_weight, packed_linear
 from gaugekit.reference import packed_linear as reference
 from helpers import assert_accurate
 

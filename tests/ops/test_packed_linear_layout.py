@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import gaugekit as gk
 from gaugekit import _library
-from gaugekit.ops import packed_linear_layout as layout
-from gaugekit.ops.packed_linear_weight import check, pack_weight, packed_rows
+from gaugekit.ops.packed_linear import layout as layout
+from gaugekit.ops.packed_linear.weight import check, pack_weight, packed_rows
 from gaugekit.reference import packed_linear as reference
 
 DTYPES = [torch.bfloat16, torch.float16]

@@ -6,9 +6,8 @@ from torch.nn.functional import linear
 
 import gaugekit  # noqa: F401
 from gaugekit import _library
-from gaugekit.ops.packed_linear import packed_linear
-from gaugekit.ops.packed_linear_cuda import TILE_COLUMNS, VARIANTS, variant
-from gaugekit.ops.packed_linear_weight import PackedWeight, pack_weight
+from gaugekit.ops.packed_linear import PackedWeight, pack_weight, packed_linear
+from gaugekit.ops.packed_linear.cuda import TILE_COLUMNS, VARIANTS, variant
 from gaugekit.reference import packed_linear as reference
 from helpers import assert_accurate
 

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gaugekit as gk
-from gaugekit.ops.ragged_attention_layout import buckets, gather, spread
+from gaugekit.ops.ragged_attention.layout import buckets, gather, spread
 from gaugekit.reference.ragged_attention import ragged_attention as reference
 from gaugekit.reference.shaped_attention import shaped_attention
 from helpers import assert_accurate

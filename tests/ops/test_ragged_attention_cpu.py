@@ -11,7 +11,7 @@ import torch
 import gaugekit as gk
 from gaugekit import _library
 from gaugekit.ops.shaped_attention import plan, use_core
-from gaugekit.ops.shaped_attention_plan import _timed_here, cpu_core
+from gaugekit.ops.shaped_attention.choice import _timed_here, cpu_core
 from gaugekit.reference.ragged_attention import ragged_attention as reference
 from helpers import assert_accurate
 

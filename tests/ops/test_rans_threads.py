@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gaugekit import _library, pack_weight, unpack_weight
-from gaugekit.codec.blob import decode, encode_bytes
-from gaugekit.ops import rans
+from gaugekit.codec.tensors.blob import decode, encode_bytes
+from gaugekit.ops.rans import operator as rans
 
 BINARY = pytest.mark.skipif(not _library.backends()["cpu"].loaded, reason="needs the C++ binary")
 

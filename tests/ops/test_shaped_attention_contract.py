@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gaugekit as gk
-from gaugekit.ops import shaped_attention as op
+from gaugekit.ops.shaped_attention import operator as op
 from gaugekit.reference.shaped_attention import shaped_attention as reference
 from helpers import assert_accurate
 

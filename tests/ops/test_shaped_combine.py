@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaugekit import _library
-from gaugekit.ops import shaped_combine as op
-from gaugekit.ops.shaped_combine_operands import Mask
+from gaugekit.ops.mask import Mask
+from gaugekit.ops.shaped_combine import operator as op
 from gaugekit.reference.shaped_combine import shaped_combine as reference
 from helpers import assert_accurate
 

@@ -5,7 +5,7 @@ import torch
 
 import gaugekit as gk
 from gaugekit import _library
-from gaugekit.ops.shaped_combine_operands import Mask
+from gaugekit.ops.mask import Mask
 from gaugekit.reference.shaped_combine import shaped_combine as reference
 from helpers import assert_accurate
 

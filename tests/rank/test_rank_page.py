@@ -8,12 +8,13 @@ import torch
 from transformers import AutoModel
 
 import gaugekit as gk
-from gaugekit import rank_page, samples
-from gaugekit.checkpoint import CERTIFICATE
+from gaugekit.calibration.moments import observe
+from gaugekit.checkpoint.reader import CERTIFICATE
 from gaugekit.cli import main
-from gaugekit.moments import observe
 from gaugekit.rank import Truncate, spectrum
-from gaugekit.rewrite import convert
+from gaugekit.rank.page import pages
+from gaugekit.text import samples
+from gaugekit.verbs.convert import convert
 from tiny import add_tokenizer, bert
 
 TEXT = samples.sentences(12)
@@ -98,7 +99,7 @@ def test_ragged_ranks_leave_the_query_key_block_alone_and_the_rest_is_fixed(sour
 
 
 def test_pages_are_for_truncations_and_survive_a_kill(source, tmp_path):
-    convert(source, tmp_path / "gauge", [gk.symmetry.GaugeFix()], pages=rank_page.pages)
+    convert(source, tmp_path / "gauge", [gk.symmetry.GaugeFix()], pages=pages)
     assert not (tmp_path / "gauge" / "report.html").exists()
 
     def stop(certificate):
@@ -107,6 +108,6 @@ def test_pages_are_for_truncations_and_survive_a_kill(source, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", [Truncate(4)], pages=stop)
     assert not (tmp_path / "out").exists()
-    convert(source, tmp_path / "out", [Truncate(4)], pages=rank_page.pages)
+    convert(source, tmp_path / "out", [Truncate(4)], pages=pages)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "of the weights alone" in page and len(drawings(page)) == LAYERS

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gaugekit.calibration.streaming import Moments
+from gaugekit.checkpoint.compact import low_rank
 from gaugekit.models import AttentionView, Projection
-from gaugekit.rank import Truncate, compact, head_ranks, rounding_norm, spectrum
+from gaugekit.rank import Truncate, head_ranks, rounding_norm, spectrum
 from gaugekit.rank.truncation import cut
-from gaugekit.statistics import Moments
 from gaugekit.symmetry import GaugeFix, count
 
 
@@ -140,7 +141,7 @@ def test_bad_ranks():
             Truncate(ranks).layer(view)
     with pytest.raises(ValueError, match="2 ranks for layer 1"):
         Truncate([[2, 2]]).layer(replace(view, layer=1))
-    assert compact(view) == {}
+    assert low_rank(view) == {}
 
 
 def rounded(x, dtype):

@@ -18,12 +18,12 @@ from transformers import (
 )
 
 import gaugekit as gk
-from gaugekit import samples
 from gaugekit.cli import main
 from gaugekit.models import Live
 from gaugekit.rank import Truncate
-from gaugekit.rewrite import convert
 from gaugekit.symmetry import GaugeFix
+from gaugekit.text import samples
+from gaugekit.verbs.convert import convert
 from tiny import add_tokenizer, bert, gpt2
 
 SIZES = dict(

@@ -98,7 +98,7 @@ def test_bad_input():
 
 @minilm
 def test_the_counts_of_a_real_model():
-    from gaugekit import samples
+    from gaugekit.text import samples
 
     plan = symmetry.GaugeFix().plan(transformers.AutoConfig.from_pretrained(samples.minilm()).to_dict())
     assert plan == {

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import gaugekit as gk
-from gaugekit.ops import nonlocal_energy_rows as rows
-from gaugekit.ops.nonlocal_energy import centred
+from gaugekit.ops.nonlocal_energy import rows as rows
+from gaugekit.ops.nonlocal_energy.operator import centred
 from gaugekit.reference.nonlocal_energy import nonlocal_energy as reference
 from helpers import assert_accurate
 from triton_cases import DEVICE, DTYPES

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from gaugekit.ops.packed_linear_weight import pack_weight
+from gaugekit.ops.packed_linear import pack_weight
 from gaugekit.reference import packed_linear as reference
 from gaugekit.triton_kernels.packed_linear import packed_linear
 from helpers import assert_accurate

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gaugekit.ops import ragged_attention as ops
+from gaugekit.ops.ragged_attention import operator as ops
 from gaugekit.triton_kernels.ragged_attention import launches
 from helpers import assert_accurate
 from triton_cases import DEVICE, DTYPES

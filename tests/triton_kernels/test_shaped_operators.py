@@ -5,9 +5,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gaugekit as gk
-from gaugekit.ops import shaped_attention_fused as fused
-from gaugekit.ops import shaped_combine as combine
-from gaugekit.ops import shaped_combine_triton as sweeps
+from gaugekit.ops.shaped_attention import fused as fused
+from gaugekit.ops.shaped_combine import cuda as sweeps
+from gaugekit.ops.shaped_combine import operator as combine
 from helpers import assert_accurate
 from triton_cases import DEVICE, DTYPES, GAINS, Case
 

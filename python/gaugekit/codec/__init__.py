@@ -1,11 +1,11 @@
 """Lossless coding of weights: tensors to blobs, .safetensors files to smaller ones, and back bit for bit."""
 
-from ..ops.rans import CorruptFile
-from .device import DeviceDecoder
-from .files import pack, unpack
-from .reader import load_file, safe_open
-from .saving import save_file
-from .tensors import decode, decode_range, encode
+from gaugekit.codec.files.reader import load_file, safe_open
+from gaugekit.codec.files.saving import save_file
+from gaugekit.codec.packing import pack, unpack
+from gaugekit.codec.tensors.coding import decode, decode_range, encode
+from gaugekit.codec.tensors.device import DeviceDecoder
+from gaugekit.ops.rans.operator import CorruptFile
 
 __all__ = [
     "CorruptFile",

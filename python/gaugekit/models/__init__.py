@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import bert, llama, t5, vit
-from .family import Family, Read, linear
-from .gpt2 import Gpt2
-from .view import AttentionView, Compact, Projection, Stored, parameters, used_channels
+from gaugekit.models.decoders import llama
+from gaugekit.models.decoders.gpt2 import Gpt2
+from gaugekit.models.encoder_decoders import t5
+from gaugekit.models.encoders import bert, vit
+from gaugekit.models.family import Family, Read
+from gaugekit.models.view import AttentionView, Compact, Projection, Stored, parameters, used_channels
 
 FAMILIES: dict[str, Family] = {
     adapter.name: adapter
@@ -140,7 +142,6 @@ __all__ = [
     "Projection",
     "Stored",
     "family",
-    "linear",
     "parameters",
     "unused_positions",
     "used_channels",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .view import AttentionView, Compact, Projection, Stored
+from gaugekit.models.view import AttentionView, Compact, Projection, Stored
 
 Read = Callable[[str], Tensor]
 

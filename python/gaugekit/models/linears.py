@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from .family import Family, Read, bias_or_zeros, join, split
-from .view import AttentionView, Compact, Projection, Stored
+from gaugekit.models.family import Family, Read, bias_or_zeros, join, split
+from gaugekit.models.view import AttentionView, Compact, Projection, Stored
 
 
 class Linears(Family):

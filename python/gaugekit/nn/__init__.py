@@ -1,23 +1,23 @@
 """Modules: blocks without value and output matrices, NeuTRENO, compact forms of projections and their registry."""
 
-from . import forms
-from .blocks import PreLNBlock, SASBlock, SASPBlock
-from .cache import LayerCache
-from .concat import Concat
-from .gauge_projection import GaugeProjection
-from .identity_linear import IdentityLinear
-from .lam_schedule import LamSchedule
-from .low_rank_attention import LowRankAttention
-from .low_rank_projection import LowRankProjection
-from .mlp import MLP
-from .neutreno import NeutrenoBlock, ValueSharing
-from .neutreno_attention import NeutrenoAttention
-from .nonlocal_regularizer import NonlocalRegularizer
-from .packed_embedding import PackedEmbedding
-from .packed_linear import PackedLinear
-from .parameter_groups import parameter_groups
-from .shaped_attention import ShapedAttention
-from .tap import Tap
+from gaugekit.nn import forms
+from gaugekit.nn.blocks import PreLNBlock, SASBlock, SASPBlock
+from gaugekit.nn.cache import LayerCache
+from gaugekit.nn.concat import Concat
+from gaugekit.nn.gauge_projection import GaugeProjection
+from gaugekit.nn.identity_linear import IdentityLinear
+from gaugekit.nn.lam_schedule import LamSchedule
+from gaugekit.nn.low_rank_attention import LowRankAttention
+from gaugekit.nn.low_rank_projection import LowRankProjection
+from gaugekit.nn.mlp import MLP
+from gaugekit.nn.neutreno import NeutrenoBlock, ValueSharing
+from gaugekit.nn.neutreno_attention import NeutrenoAttention
+from gaugekit.nn.nonlocal_regularizer import NonlocalRegularizer
+from gaugekit.nn.packed_embedding import PackedEmbedding
+from gaugekit.nn.packed_linear import PackedLinear
+from gaugekit.nn.parameter_groups import parameter_groups
+from gaugekit.nn.shaped_attention import ShapedAttention
+from gaugekit.nn.tap import Tap
 
 __all__ = [
     "MLP",

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .concat import Concat
-from .gauge_projection import GaugeProjection
-from .low_rank_projection import LowRankProjection
-from .packed_embedding import PackedEmbedding
-from .packed_linear import PackedLinear
+from gaugekit.nn.concat import Concat
+from gaugekit.nn.gauge_projection import GaugeProjection
+from gaugekit.nn.low_rank_projection import LowRankProjection
+from gaugekit.nn.packed_embedding import PackedEmbedding
+from gaugekit.nn.packed_linear import PackedLinear
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True, device=None, dtype=None) -> nn.Module:

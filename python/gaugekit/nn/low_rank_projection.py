@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .gauge_projection import widen
+from gaugekit.nn.gauge_projection import widen
 
 
 class LowRankProjection(nn.Module):

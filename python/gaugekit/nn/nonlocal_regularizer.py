@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gaugekit.nn.tap import Tap
-from gaugekit.ops.nonlocal_energy import nonlocal_energy
+from gaugekit.ops.nonlocal_energy.operator import nonlocal_energy
 
 
 class NonlocalRegularizer(nn.Module):

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from gaugekit.ops.packed_linear_weight import packed_rows
-
-from .packed_layer import PackedLayer
-from .packed_matrix import PackedMatrix
+from gaugekit.nn.packed_layer import PackedLayer
+from gaugekit.nn.packed_matrix import PackedMatrix
+from gaugekit.ops.packed_linear.weight import packed_rows
 
 
 class PackedEmbedding(PackedLayer):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gaugekit.ops.packed_linear_weight import PackedWeight
-
-from .packed_matrix import PARTS, PackedMatrix
+from gaugekit.nn.packed_matrix import PARTS, PackedMatrix
+from gaugekit.ops.packed_linear.weight import PackedWeight
 
 
 class PackedLayer(nn.Module):

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from gaugekit.ops.packed_linear import packed_linear
-
-from .packed_layer import PackedLayer
-from .packed_matrix import PackedMatrix
+from gaugekit.nn.packed_layer import PackedLayer
+from gaugekit.nn.packed_matrix import PackedMatrix
+from gaugekit.ops.packed_linear.operator import packed_linear
 
 
 class PackedLinear(PackedLayer):

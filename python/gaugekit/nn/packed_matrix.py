@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from gaugekit.ops.packed_linear_weight import PackedWeight, check, empty_weight, pack_weight
-
-from .read_only import ReadOnly
+from gaugekit.nn.read_only import ReadOnly
+from gaugekit.ops.packed_linear.weight import PackedWeight, check, empty_weight, pack_weight
 
 PARTS = PackedWeight._fields[:5]
 PRIVATE = {"_cell", "_pinned", "_takes_copies", "_is_param"}

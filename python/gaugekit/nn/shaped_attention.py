@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gaugekit.nn.rotary import rotate
 from gaugekit.nn.rows import check_rows, positions_of
-from gaugekit.ops.shaped_attention import shaped_attention
+from gaugekit.ops.shaped_attention.operator import shaped_attention
 
 
 class ShapedAttention(nn.Module):

@@ -1,21 +1,19 @@
-"""Operators: schema, composition of torch operators, fake, autograd and public function, one file a stem."""
+"""Operators: schema, composition of torch operators, fake, autograd and public function, one folder a stem."""
 
 from gaugekit.ops import (
     nonlocal_energy,
     packed_linear,
-    packed_linear_cuda,
     ragged_attention,
+    rans,
     shaped_attention,
-    shaped_attention_fused,
     shaped_combine,
 )
 
 __all__ = [
     "nonlocal_energy",
     "packed_linear",
-    "packed_linear_cuda",
     "ragged_attention",
+    "rans",
     "shaped_attention",
-    "shaped_attention_fused",
     "shaped_combine",
 ]

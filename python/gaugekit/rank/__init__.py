@@ -1,16 +1,15 @@
 """The rank of the scores: spectra, truncation that knows the activations, bounds."""
 
-from .bounds import bound, covering_bound, nuclear_penalty
-from .preparation import prepare
-from .search import embeddings, halves, needed, truncate
-from .spectra import Spectrum, head_ranks, head_values, rounding_norm, spectrum
-from .truncation import Truncate, compact
+from gaugekit.rank.bounds import bound, covering_bound, nuclear_penalty
+from gaugekit.rank.preparation import prepare
+from gaugekit.rank.search import embeddings, halves, needed, truncate
+from gaugekit.rank.spectra import Spectrum, head_ranks, head_values, rounding_norm, spectrum
+from gaugekit.rank.truncation import Truncate
 
 __all__ = [
     "Spectrum",
     "Truncate",
     "bound",
-    "compact",
     "covering_bound",
     "embeddings",
     "halves",

@@ -30,9 +30,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..models import Live
-from ..report import Report
-from .spectra import check, head_ranks, rounding_norm
+from gaugekit.models import Live
+from gaugekit.rank.spectra import check, head_ranks, rounding_norm
+from gaugekit.report import Report
 
 INTEGRAL = math.sqrt(math.log(9)) + math.sqrt(math.pi) / 2 * 9 * math.erfc(math.sqrt(math.log(9)))
 

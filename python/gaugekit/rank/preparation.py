@@ -8,14 +8,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import samples
-from ..checkpoint import Checkpoint, versions
-from ..models import Layers
-from ..staging import Staging, identity, workplace
-from ..statistics import collect
-from .search import needed, truncate
-from .spectra import spectrum
-from .truncation import Ranks, Truncate
+from gaugekit.calibration.streaming import collect
+from gaugekit.checkpoint.reader import Checkpoint, versions
+from gaugekit.files.staging import Staging, identity, workplace
+from gaugekit.models import Layers
+from gaugekit.rank.search import needed, truncate
+from gaugekit.rank.spectra import spectrum
+from gaugekit.rank.truncation import Ranks, Truncate
+from gaugekit.text import samples
 
 
 def prepare(
@@ -28,7 +28,7 @@ def prepare(
     work_directory: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Truncate:
-    """The rewrite that ``gaugekit.rewrite.convert(source, ...)`` is to be given, its ranks chosen (see ``truncate``).
+    """The rewrite that ``gaugekit.convert(source, ...)`` is to be given, its ranks chosen (see ``truncate``).
 
     For ``rank`` the engine itself calibrates. ``energy`` reads the checkpoint layer by layer, after one streaming pass
     over the ``calibration`` file. ``min_cosine`` needs the file and the whole model in memory; every second sentence is
@@ -77,7 +77,7 @@ def _prepare(
 
 
 def _searched(checkpoint: Checkpoint, calibration, min_cosine: float, progress) -> Ranks:
-    from ..integrations import loading
+    from gaugekit.hf import loading
 
     path = loading.directory(checkpoint.path)
     model = loading.model(path, loading.stored_dtype(path))

@@ -9,12 +9,12 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from .. import samples
-from ..models import AttentionView, Live
-from ..moments import Moments, evaluating, observe, tokens
-from ..report import Report
-from .spectra import Spectrum, spectrum
-from .truncation import Ranks, Truncate, cut
+from gaugekit.calibration.moments import Moments, evaluating, observe, tokens
+from gaugekit.models import AttentionView, Live
+from gaugekit.rank.spectra import Spectrum, spectrum
+from gaugekit.rank.truncation import Ranks, Truncate, cut
+from gaugekit.report import Report
+from gaugekit.text import samples
 
 STEPS = 10  # halvings: the energy that may go is found to 1.4 %
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models import AttentionView
-from ..moments import Moments
+from gaugekit.calibration.moments import Moments
+from gaugekit.models import AttentionView
 
 
 @dataclass(frozen=True)

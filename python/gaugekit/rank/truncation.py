@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import AttentionView, Compact, Projection, family
-from ..moments import Moments, digest
-from ..rewrite import Rewrite
-from .spectra import Spectrum, check, spectrum
+from gaugekit.calibration.moments import Moments, digest
+from gaugekit.models import AttentionView, Projection, family
+from gaugekit.rank.spectra import Spectrum, check, spectrum
+from gaugekit.rewrite import Rewrite
 
 Ranks = list[list[int]]  # [L][G]
 
@@ -80,9 +80,6 @@ class Truncate(Rewrite):
         rounded = [[float(f"{size:.6g}") for size in row] for row in sizes.tolist()]
         return {"ranks": ranks, "energy_kept": found.shares(ranks), "singular_values": rounded}
 
-    def form(self, view: AttentionView) -> dict[str, Compact]:
-        return compact(view)
-
     def _spectrum(self, view: AttentionView, statistics: dict[str, Moments] | None) -> Spectrum:
         """The spectrum of a view; that of the last view asked for is remembered, since ``note`` asks again."""
         if self._last is None or self._last[0] is not view:
@@ -138,30 +135,6 @@ def _turned(
 
     bias = None if part.bias is None else apply(part.bias[:, None])[:, 0]
     return Projection(apply(part.weight), bias)
-
-
-def compact(view: AttentionView) -> dict[str, Compact]:
-    """{"q", "k"} as the form "low_rank_projection", where some channels are idle; else nothing."""
-    if view.channels is None or all(rank == view.k.weight.shape[2] for rank in view.ranks):
-        return {}
-    heads = [channels for channels in view.channels for _ in range(view.repeats)]
-    return {"q": _compact(view.q, heads), "k": _compact(view.k, view.channels)}
-
-
-def _compact(part: Projection, channels: Sequence[Sequence[int]]) -> Compact:
-    _, inputs, width = part.weight.shape
-    places = torch.cat([torch.tensor(kept) + width * head for head, kept in enumerate(channels)])
-    tensors = {"weight": part.weight.movedim(1, 2).flatten(0, 1)[places], "places": places.to(torch.int32)}
-    if part.bias is not None:
-        tensors["bias"] = part.bias.flatten()[places]
-    arguments = {
-        "inputs": inputs,
-        "width": width,
-        "ranks": [len(kept) for kept in channels],
-        "bias": part.bias is not None,
-        "leading": all(list(kept) == list(range(len(kept))) for kept in channels),
-    }
-    return Compact("low_rank_projection", arguments, tensors)
 
 
 def _rows(part: Projection) -> int:

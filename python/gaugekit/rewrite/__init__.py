@@ -1,8 +1,5 @@
-"""Rewrites of a checkpoint, and the engine that streams it through them: ``convert``."""
+"""Rewrites of a checkpoint, and the engine that streams it through them."""
 
-from ..checkpoint import Checkpoint
-from .engine import convert
-from .job import VERSION
-from .rewrite import Later, Rewrite, invariance_error
+from gaugekit.rewrite.rewrite import Calibration, Later, Rewrite, invariance_error
 
-__all__ = ["VERSION", "Checkpoint", "Later", "Rewrite", "convert", "invariance_error"]
+__all__ = ["Calibration", "Later", "Rewrite", "invariance_error"]

@@ -12,56 +12,36 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CERTIFICATE, INDEX, SCRATCH, Checkpoint, Writer, versions
-from ..config import CONFIG
-from ..places import listing
-from ..report import Report
-from ..staging import MANIFEST, OWN, Staging, check_target, free_bytes, identity, sha256
-from .job import VERSION, Job, storage
-from .rewrite import Later, Rewrite
+from gaugekit import codec
+from gaugekit.checkpoint.config import CONFIG
+from gaugekit.checkpoint.reader import CERTIFICATE, INDEX, SCRATCH, Checkpoint, Writer, versions
+from gaugekit.checkpoint.version import VERSION
+from gaugekit.files.places import listing
+from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes, identity
+from gaugekit.report import Report
+from gaugekit.rewrite.job import Job
+from gaugekit.rewrite.rewrite import Calibration, Later, Rewrite
 
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
 Pages = Callable[[dict], dict[str, str]]
 
 
-def convert(
-    source: str | Path,
-    target: str | Path,
+def run(
+    checkpoint: Checkpoint,
+    target: Path,
     rewrites: Sequence[Rewrite] | Later,
     *,
-    dense: bool = False,
-    dtype: str | torch.dtype | None = None,
-    calibration: str | Path | None = None,
-    pack: bool = False,
-    resume: bool = True,
-    progress: Callable[[int, int], None] | None = None,
-    pages: Pages = lambda certificate: {},
+    dense: bool,
+    dtype: torch.dtype | None,
+    calibration: Calibration | None,
+    pack: bool,
+    resume: bool,
+    progress: Callable[[int, int], None] | None,
+    pages: Pages,
 ) -> Report:
-    """Streams the checkpoint ``source`` through ``rewrites``, in order, into a new directory ``target``.
-
-    Both are Hugging Face directories. All arithmetic is float64, rounded once at the end to the dtype a tensor had, or
-    to ``dtype`` (float64, float32, bfloat16, float16). The result is compact (it loads after ``import
-    gaugekit.integrations.transformers``), or with ``dense`` in the family's plain layout, which needs no gaugekit.
-    ``calibration`` is a text file for rewrites that ask for statistics. ``pack`` packs the result
-    (``gaugekit.codec.pack``), for which the disk must hold it twice. Memory: one layer and 1 GB.
-
-    All work happens in the folder ``<target>.partial``, which is locked and marked as this job's; nothing else is
-    written or removed. After a kill the same call goes on where it stopped: the same weights, text, settings and
-    versions. Another one is refused, unless ``resume`` is False, which starts over. What cannot be finished (bad input)
-    leaves nothing behind. ``progress(done_bytes, total_bytes)`` is called as the source is hashed, then rewritten (so
-    the total is twice its size). A certificate, ``gaugekit_certificate.json``, is left in ``target``, and the text
-    files that ``pages`` makes of it: {name: text} (``gaugekit.rank_page.pages`` draws the spectra of a truncation).
-
-    Returns a Report: parameters_before, parameters_after, bytes_before, bytes_after (weight files), steps [{rewrite,
-    claim, removed {group: count, total}, ...arguments}], invariance_error (float64, the largest of any layer), seconds.
-
-    Raises ValueError for a source that is missing, damaged, of an unknown family or already converted, an unknown dtype
-    name, a target that is not empty or lies inside the source (or holds it), a missing ``calibration``, or numbers that
-    do not fit ``dtype``; OSError where the disk is too small or does not take what is written.
-    """
+    """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``."""
     start = time.perf_counter()
-    checkpoint, target = Checkpoint(source), Path(target)
-    work = _Conversion(checkpoint, target, dense, storage(dtype), calibration, pack, progress)
+    work = _Conversion(checkpoint, target, dense, dtype, calibration, pack, progress)
     check_target(checkpoint.path, target)
     if not isinstance(rewrites, Later):
         work.take(rewrites)
@@ -94,8 +74,6 @@ class _Conversion:
         self.copies, self.notes = _copies(checkpoint)
         self.total_bytes, self.done_bytes = 2 * checkpoint.size_bytes(), 0
         self.steps: list[dict[str, Any]] = []
-        if calibration is not None and not Path(calibration).is_file():
-            raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
 
     def take(self, rewrites: Sequence[Rewrite]) -> None:
         """Makes these the job's rewrites; ValueError where they do not fit the model or lack a text."""
@@ -119,7 +97,7 @@ class _Conversion:
     def identity(self, rewrites: Sequence[Rewrite] | Later) -> dict:
         digests = {f"source {name}": digest for name, digest in self.checkpoint.sha256(self.advance).items()}
         if self.calibration is not None:
-            digests["calibration"] = sha256(Path(self.calibration))
+            digests["calibration"] = self.calibration.digest
         if isinstance(rewrites, Later):
             asked: Any = rewrites.arguments
         else:
@@ -213,8 +191,6 @@ def _unpacked(folder: Path) -> Path:
 
 def _pack(staged: Staging) -> None:
     """Packs the result, and moves what that gives into its place; each step can be gone on from."""
-    from .. import codec
-
     packed = staged.folder / SCRATCH / "packed"
     fields = staged.state["report"]
     if staged.state["packed"] is None:

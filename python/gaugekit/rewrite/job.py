@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
-from ..config import stored_as
-from ..models import Layers, Stored
-from .rewrite import Rewrite, invariance_error
+from gaugekit.checkpoint.compact import forms
+from gaugekit.checkpoint.config import stored_as
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.checkpoint.version import VERSION
+from gaugekit.models import Layers, Stored
+from gaugekit.rewrite.rewrite import Calibration, Rewrite, invariance_error
 
-VERSION = 1  # of what config.json says about compact modules
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -76,16 +77,12 @@ class Job:
             for rewrite in self.rewrites
         ]
 
-    def statistics(self, calibration: str | Path | None, folder: Path) -> list | None:
-        """The calibration pass, where a rewrite asks for it; indexed by layer. ``folder`` lets it resume, too."""
+    def statistics(self, calibration: Calibration | None, folder: Path) -> Sequence[dict] | None:
+        """What the rewrites ask for, by layer; None where they ask for nothing."""
         modules = sorted({name for rewrite in self.rewrites for name in rewrite.needs_statistics})
-        if not modules:
-            return None
-        from ..statistics import collect
+        return calibration.collect(modules, folder) if modules else None
 
-        return collect(self.checkpoint, calibration, modules=modules, work_directory=folder)
-
-    def run(self, unit: Unit, statistics: list | None) -> tuple[dict[str, Tensor], dict]:
+    def run(self, unit: Unit, statistics: Sequence[dict] | None) -> tuple[dict[str, Tensor], dict]:
         """The tensors to write for a unit, and its record: numbers stored before and after, the error of a layer."""
         source = {name: self.checkpoint.dtype(name) for name in unit.names}
         before = self._parameters(
@@ -109,16 +106,15 @@ class Job:
         )
         return written, record
 
-    def _attention(self, layer: int, statistics: list | None) -> tuple[Stored, float, dict[str, Any]]:
+    def _attention(
+        self, layer: int, statistics: Sequence[dict] | None
+    ) -> tuple[Stored, float, dict[str, Any]]:
         before = after = self.layers.attention(layer)
         moments, notes = None if statistics is None else statistics[layer], {}
         for rewrite in self.rewrites:
             view, after = after, rewrite.layer(after, moments)
             notes |= rewrite.note(view, moments)
-        compact = {}
-        if not self.dense:
-            for rewrite in self.rewrites:
-                compact |= rewrite.form(after)
+        compact = forms(after) if self.rewrites and not self.dense else {}
         stored = self.layers.family.store(self.checkpoint.config, layer, after, compact)
         return stored, invariance_error(before, after, seed=layer), notes
 

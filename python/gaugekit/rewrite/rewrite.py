@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..models import AttentionView, Compact
+from gaugekit.models import AttentionView
 
 
 class Rewrite(ABC):
@@ -52,10 +52,6 @@ class Rewrite(ABC):
         """What the certificate is to say of a layer (JSON values); arguments as ``layer`` was given them."""
         return {}
 
-    def form(self, view: AttentionView) -> dict[str, Compact]:
-        """How the rewritten parts ("q", "k", "v", "o") are stored when not dense; a part left out stays dense."""
-        return {}
-
 
 @dataclass(frozen=True)
 class Later:
@@ -67,6 +63,18 @@ class Later:
 
     arguments: dict[str, Any]
     find: Callable[[Path], Sequence[Rewrite]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the engine gets statistics from: ``collect(modules, folder)`` gives {module: Moments} of each layer.
+
+    ``digest`` is that of the text behind them. ``folder`` is the conversion's own, so that a second call goes on after
+    a kill.
+    """
+
+    digest: str
+    collect: Callable[[list[str], Path], Sequence[dict]]
 
 
 def invariance_error(before: AttentionView, after: AttentionView, seed: int) -> float:

@@ -7,11 +7,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..models import AttentionView, Compact, Live, Projection, family, linear
-from ..nn.gauge_projection import free_rows
-from ..report import Report
-from ..rewrite import Rewrite, invariance_error
-from .groups import SYMMETRIES
+from gaugekit.models import AttentionView, Live, family
+from gaugekit.report import Report
+from gaugekit.rewrite import Rewrite, invariance_error
+from gaugekit.symmetry.groups import SYMMETRIES
 
 ORDER = ("key_bias", "value_bias", "value_output", "query_key")  # biases first: then the other two carry none
 ROWS = ("max_volume", "shared_partition")
@@ -61,32 +60,6 @@ class GaugeFix(Rewrite):
         for name in ORDER:
             view = SYMMETRIES[name].fix(view, rows=self.rows)
         return view
-
-    def form(self, view: AttentionView) -> dict[str, Compact]:
-        parts = {"k": view.k, "v": view.v}
-        forms = {name: compact(part) for name, part in parts.items() if part.rows is not None}
-        bare = "query_key" in view.barred and "key_bias" not in view.barred and view.k.bias is None
-        return forms | ({"k": linear(view.k)} if bare else {})
-
-
-def compact(part: Projection) -> Compact:
-    """A fixed projection as the form "gauge_projection": ``free`` [heads, D − K, K], ``rows`` [heads, K].
-
-    K is the number of rows; channels of the view beyond it are zero and become the form's padding.
-    """
-    heads, inputs, padded = part.weight.shape
-    width = part.rows.shape[1]
-    index = free_rows(part.rows, inputs)
-    tensors = {
-        "free": part.weight[..., :width].gather(1, index[..., None].expand(-1, -1, width)),
-        "rows": part.rows.to(torch.int32),
-    }
-    if part.bias is not None:
-        tensors["bias"] = part.bias.flatten()
-    arguments = {"heads": heads, "inputs": inputs, "width": width, "bias": part.bias is not None}
-    if padded != width:
-        arguments["padded"] = padded
-    return Compact("gauge_projection", arguments, tensors)
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from ..models import AttentionView, Projection
-from . import rows as choice
+from gaugekit.models import AttentionView, Projection
+from gaugekit.symmetry import rows as choice
 
 
 class Symmetry(ABC):

@@ -1,0 +1,5 @@
+"""A model on disk or live, and its compact forms."""
+
+from gaugekit.checkpoint.reader import Checkpoint
+
+__all__ = ["Checkpoint"]

@@ -1,0 +1,1 @@
+"""One .safetensors file, packed or plain: headers, reading, saving, and streaming one into the other."""

@@ -1,0 +1,185 @@
+"""pack and unpack: .safetensors files and directories of them, never over the input."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from gaugekit.codec.directories.job import Job, Progress
+from gaugekit.codec.files import container, stream
+from gaugekit.codec.files.container import CorruptFile, Packed, naming
+from gaugekit.codec.files.header import SUFFIX, Entry
+from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
+from gaugekit.codec.files.written import check_room, written
+from gaugekit.codec.tensors.pieces import read_at
+from gaugekit.files.places import check_place, placed
+from gaugekit.ops.rans import operator as rans
+from gaugekit.report import Report
+
+
+def pack(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    model: int | None = None,
+    verify: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
+    resume: bool = True,
+    progress: Progress = None,
+) -> Report:
+    """Packs the .safetensors file ``source`` into ``target``, or every one in a directory, the rest being copied.
+
+    Tensors of a dtype that ``encode`` takes are coded where that makes them smaller, everything else is stored as it
+    is; ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower). ``unpack`` restores each file byte
+    for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads once
+    ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is restored again in memory and
+    compared with the source before it is given its name, and every copy too. No file grows by more than 1 % and 4 KB.
+
+    Memory: ``memory_bytes`` of buffers (64 MiB or more), whatever the tensors' sizes. Nothing is written over the
+    input. A file is written beside its place, flushed and renamed. A directory grows in ``<target>.partial``; after a
+    kill the same call goes on behind the last whole file, unless ``resume`` is False: what was finished is compared
+    with the source as it is now, and refused where it differs. Links in the source are followed, empty folders kept.
+    ``progress(done, total)`` counts the source's bytes, twice with ``verify``.
+
+    Report: bytes_before, bytes_after and ratio of the .safetensors files, bits_per_weight over them (headers included),
+    verified, seconds. ValueError for a source that is missing, packed already, holds no .safetensors, something that
+    cannot be copied (a link to nothing, a socket), or an index that promises what is not there; for a target that is a
+    link, a device, or in a folder that cannot be written in; and for unfinished work of another source or ``model``.
+    CorruptFile for a source that is damaged, OSError when the disk is too small or fails.
+    """
+    if model not in (None, *rans.MODELS[torch.bfloat16]):
+        raise ValueError(f"model: expected None or one of {rans.MODELS[torch.bfloat16]}, got {model!r}")
+    with Crew(memory_bytes) as crew:
+        one = partial(_pack_file, crew=crew, model=model, verify=verify)
+        same = partial(_is_packed, crew=crew)
+        job = Job("pack", {"model": model}, _packable, one, same, verify)
+        report = _run(job, source, target, resume, progress)
+    weights, after = report.fields.pop("weights"), report["bytes_after"]
+    report.fields["ratio"] = after / report["bytes_before"]
+    report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
+    report.fields["verified"] = verify
+    report.fields["seconds"] = report.fields.pop("seconds")
+    return report
+
+
+def unpack(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    resume: bool = True,
+    progress: Progress = None,
+) -> Report:
+    """Restores what ``pack`` was given, byte for byte: a file, or a directory of files.
+
+    Every checksum is verified; damage raises CorruptFile and leaves no output behind. Memory, resuming and progress as
+    for ``pack``. ValueError for an ordinary .safetensors file. Report: bytes_before, bytes_after (of the .safetensors
+    files), seconds.
+    """
+    with Crew(memory_bytes) as crew:
+        one, same = partial(_unpack_file, crew=crew), partial(_is_unpacked, crew=crew)
+        report = _run(Job("unpack", {}, _unpackable, one, same), source, target, resume, progress)
+    del report.fields["weights"]
+    return report
+
+
+def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
+    """One file or a directory."""
+    started = time.perf_counter()
+    source, slash, target = Path(source), os.fspath(target).endswith(("/", os.sep)), Path(target)
+    if not source.exists():
+        raise ValueError(f"source: expected a {SUFFIX} file or a directory, but {source} does not exist")
+    if not (source.is_file() or source.is_dir()):
+        raise ValueError(f"source: expected a {SUFFIX} file or a directory, but {source} is neither")
+    whole, place = Path(os.path.realpath(source)), placed(target)
+    check_place(target)
+    if place == whole or (place.exists() and whole.samefile(place)):
+        raise ValueError(f"target: expected another path than source, got {target} for both")
+    if whole.is_dir():
+        return job.convert(job, whole, place, resume, progress, started)
+    if slash or place.is_dir():
+        raise ValueError(f"target: expected a file name, got the directory {target}")
+    check_room(place, job.plan(whole))
+    counts = job.one(whole, place, job.counter(job.passes * whole.stat().st_size, progress))
+    fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
+    return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})
+
+
+def _packable(path: Path) -> int:
+    with path.open("rb") as file, naming(path):
+        opened = container.read(file)
+    if isinstance(opened, Packed):
+        raise ValueError(f"source: expected an ordinary {SUFFIX} file, but {path} is packed already")
+    return stream.most_bytes(opened)
+
+
+def _unpackable(path: Path) -> int:
+    return _packed(path).original.file_bytes
+
+
+def _packed(path: Path) -> Packed:
+    with path.open("rb") as file, naming(path):
+        found = container.read(file)
+    if not isinstance(found, Packed):
+        raise ValueError(f"source: expected a packed file, but {path} is an ordinary {SUFFIX} file")
+    return found
+
+
+def _pack_file(
+    source: Path, target: Path, advance: Callable, *, crew: Crew, model: int | None, verify: bool
+) -> tuple[int, int, int]:
+    with source.open("rb") as file, naming(source), written(target, like=source) as out:
+        original = container.read(file)
+
+        def read(entry: Entry, start: int, stop: int):
+            return read_at(file, original.data_start + entry.begin + start, stop - start)
+
+        advance(original.data_start)
+        after = stream.pack(original, read, out, crew, model, advance)
+        out.flush()
+        if verify:
+            _verify(file, out, crew)
+            advance(original.file_bytes)
+    return original.file_bytes, after, sum(entry.weights for entry in original.entries)
+
+
+def _verify(source: BinaryIO, packed: BinaryIO, crew: Crew) -> None:
+    """CorruptFile unless what was written to ``packed`` restores ``source``: nothing is published then."""
+    with open(packed.name, "rb") as file:
+        try:
+            restores = stream.restores(file, source, crew)
+        except CorruptFile:
+            restores = False
+    if not restores:
+        raise CorruptFile("what was written does not restore it: the disk, the memory or the processor erred")
+
+
+def _is_packed(source: Path, place: Path, *, crew: Crew) -> bool:
+    """Whether ``place`` is a sound packed file of ``source``."""
+    with source.open("rb") as file, place.open("rb") as packed:
+        try:
+            return stream.restores(packed, file, crew)
+        except CorruptFile:
+            return False
+
+
+def _is_unpacked(source: Path, place: Path, *, crew: Crew) -> bool:
+    """Whether ``place`` is what the packed file ``source`` restores."""
+    with source.open("rb") as packed, place.open("rb") as file, naming(source):
+        return stream.restores(packed, file, crew)
+
+
+def _unpack_file(source: Path, target: Path, advance: Callable, *, crew: Crew) -> tuple[int, int, int]:
+    with source.open("rb") as file, naming(source), written(target, like=source) as out:
+        packed = container.read(file)
+        advance(packed.stored.data_start)
+        for piece in stream.restored(file, packed, crew, advance):
+            out.write(piece)
+    weights = sum(entry.weights for entry in packed.original.entries)
+    return packed.file_bytes, packed.original.file_bytes, weights

@@ -1,0 +1,122 @@
+"""One tensor, one coded blob."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import warnings
+
+import numpy as np
+import torch
+
+from gaugekit.ops.rans import operator as rans
+
+MAPPED_BYTES = 1 << 25  # from here on the C library maps memory anew for each allocation, too
+
+
+def encode(tensor: torch.Tensor, *, model: int | None = None, chunk_log2: int | None = None) -> bytes:
+    """``tensor`` [any shape, any strides] of bfloat16, float16, float32, float8_e4m3fn, float8_e5m2 or int8 as a
+    coded blob, bit for bit recoverable.
+
+    ``model`` says which bits of an element are entropy-coded, the others being stored as they are: 0 its exponent
+    (default for bfloat16 and float32), 1 its high byte (default for the others, and their only choice), 2 its exponent
+    and the two highest bits of its mantissa (bfloat16 only: about 0.6 % smaller, slower). ``chunk_log2`` (14 to 20;
+    default 17, with model 2, whose tables are larger, 18) is log2 of the symbols a chunk: smaller chunks are read in
+    smaller pieces and cost more bytes. ValueError for other dtypes, devices or numbers. Format: docs/format.md.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    return encode_bytes(tensor, model=model, chunk_log2=chunk_log2).numpy().tobytes()
+
+
+def encode_bytes(
+    tensor: torch.Tensor, *, model: int | None = None, chunk_log2: int | None = None
+) -> torch.Tensor:
+    """``encode`` without the copy into ``bytes``: uint8 [bytes]."""
+    if model is None:
+        model = rans.EXPONENT if tensor.dtype in (torch.bfloat16, torch.float32) else rans.HIGH_BYTE
+    if chunk_log2 is None:
+        chunk_log2 = 18 if model == rans.EXPONENT_AND_TWO else 17
+    return rans.encode(tensor, model, chunk_log2)
+
+
+def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor that ``blob`` (anything with the buffer protocol, or a uint8 tensor) was made from.
+
+    ``out``, a contiguous CPU tensor of the same dtype and shape, is filled and returned instead of a new
+    one; after an error its contents are undefined. CorruptFile for damaged bytes, ValueError for an ``out``
+    that does not fit.
+    """
+    blob = as_byte_tensor(blob)
+    dtype, shape = rans.open_blob(blob)
+    out = _target(out, dtype, shape)
+    rans.decode(blob, 0, out.numel(), out)
+    return out
+
+
+def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Elements [start, stop) of the flattened tensor, one-dimensional; only the chunks that hold them are
+    decoded.
+    """
+    blob = as_byte_tensor(blob)
+    dtype, shape = rans.open_blob(blob)
+    if not 0 <= start <= stop <= shape.numel():
+        raise ValueError(
+            f"start, stop: expected 0 <= start <= stop <= {shape.numel()}, got {start} and {stop}"
+        )
+    out = _target(out, dtype, torch.Size([stop - start]))
+    rans.decode(blob, start, stop, out)
+    return out
+
+
+def as_byte_tensor(data) -> torch.Tensor:
+    """A uint8 vector over ``data`` without a copy (bytes, mmap, array, uint8 tensor); it is only ever
+    read.
+    """
+    if isinstance(data, torch.Tensor):
+        if data.dtype != torch.uint8 or data.dim() != 1 or data.device.type != "cpu":
+            raise ValueError(
+                "blob: expected bytes or a one-dimensional uint8 CPU tensor, "
+                f"got {data.dtype} {list(data.shape)} on {data.device}"
+            )
+        return data.contiguous()
+    try:
+        array = np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"blob: expected bytes or a uint8 tensor, got {type(data).__name__} ({error})"
+        ) from None
+    with warnings.catch_warnings():  # torch cannot mark a tensor read-only and says so
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def fresh(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised CPU tensor. A large one is mapped in huge pages where the system has them: filling new
+    pages of 4 KiB takes longer than decoding into them.
+    """
+    size = shape.numel() * dtype.itemsize
+    if size < MAPPED_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages maps small ones
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _target(out: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    if out is None:
+        return fresh(shape, dtype)
+    given = (
+        f"{out.dtype} {list(out.shape)} on {out.device}"
+        if isinstance(out, torch.Tensor)
+        else type(out).__name__
+    )
+    fits = isinstance(out, torch.Tensor) and out.dtype == dtype and out.shape == shape
+    if not fits or out.device.type != "cpu" or not out.is_contiguous() or out.requires_grad:
+        raise ValueError(
+            f"out: expected a contiguous CPU tensor of {dtype} {list(shape)} without grad, got {given}"
+        )
+    if out.is_neg():
+        raise ValueError("out: expected memory to write to, got a view that negates what is there")
+    return out

@@ -1,0 +1,80 @@
+"""encode and decode: one tensor to bytes and back, by either layout."""
+
+from __future__ import annotations
+
+import torch
+
+from gaugekit.codec.tensors import blob as coded
+from gaugekit.codec.tensors import fixed
+
+LAYOUTS = ("rans", "fixed")
+
+
+def encode(
+    tensor: torch.Tensor, *, layout: str = "rans", model: int | None = None, chunk_log2: int | None = None
+) -> bytes | torch.Tensor:
+    """``tensor`` (any shape, strides, bit patterns) in fewer bytes, bit for bit recoverable by ``decode``.
+
+    ``layout="rans"``, for files: ``bytes``, the smallest. bfloat16, float16, float32, float8_e4m3fn, float8_e5m2 or
+    int8 on the CPU. ``model`` says which bits of an element are entropy-coded: 0 its exponent (default for bfloat16 and
+    float32), 1 its high byte (default for the others, and their only choice), 2 its exponent and the two highest bits
+    of its mantissa (bfloat16 only: about 0.6 % smaller, slower). ``chunk_log2`` (14 to 20; default 17, with model 2,
+    whose tables are larger, 18) is log2 of the symbols a chunk: smaller chunks are read in smaller pieces and cost more
+    bytes.
+
+    ``layout="fixed"``, for transfers: a uint8 tensor on the tensor's device, some 4 % larger and as simple as a GPU
+    likes it; bfloat16 or float16 on any device. ``model`` and ``chunk_log2`` do not go with it.
+
+    ValueError for other dtypes, devices, layouts or numbers. Formats: docs/format.md, ``gaugekit.codec.fixed``.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    tensor = tensor.resolve_neg()  # a view that negates has other bits in memory than it shows
+    if layout == "rans":
+        return coded.encode(tensor, model=model, chunk_log2=chunk_log2)
+    if model is not None or chunk_log2 is not None:
+        raise ValueError("model, chunk_log2: expected None with layout='fixed', which has none")
+    return fixed.encode(tensor)
+
+
+def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor that ``blob`` (anything with the buffer protocol, or a uint8 tensor) was made from; which layout made
+    it is seen from its first bytes.
+
+    ``out``, a contiguous tensor of the same dtype, shape and device, is filled and returned instead of a new one; after
+    an error its contents are undefined. CorruptFile for damaged bytes, ValueError for an ``out`` that does not fit.
+    """
+    data = _bytes(blob)
+    if not fixed.is_fixed(data):
+        return coded.decode(data, out)
+    found = fixed.decode(data)
+    if out is None:
+        return found
+    fits = isinstance(out, torch.Tensor) and (out.dtype, out.shape, out.device) == (
+        found.dtype,
+        found.shape,
+        found.device,
+    )
+    if not fits or not out.is_contiguous() or out.requires_grad:
+        raise ValueError(f"out: expected a contiguous {found.dtype} {list(found.shape)} on {found.device}")
+    return out.copy_(found)
+
+
+def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Elements [start, stop) of the flattened tensor, one-dimensional; only the chunks (or rows of 1,024 elements) that
+    hold them are decoded. ``out`` goes with layout "rans".
+    """
+    data = _bytes(blob)
+    if not fixed.is_fixed(data):
+        return coded.decode_range(data, start, stop, out)
+    if out is not None:
+        raise ValueError("out: expected None for a blob of layout 'fixed'")
+    return fixed.decode(data, start, stop)
+
+
+def _bytes(blob) -> torch.Tensor:
+    if isinstance(blob, torch.Tensor) and blob.dtype == torch.uint8 and blob.dim() == 1:
+        return blob.contiguous()
+    return coded.as_byte_tensor(blob)

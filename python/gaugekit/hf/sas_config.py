@@ -1,0 +1,167 @@
+"""The config of SAS models, and the layer of a transformers cache in which they decode."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gaugekit.hf.upstream import unfit
+
+try:
+    from huggingface_hub.dataclasses import strict
+    from transformers import PreTrainedConfig
+    from transformers.cache_utils import CacheLayerMixin
+except ImportError as error:
+    raise unfit(__name__, error) from error
+
+from gaugekit.nn import LayerCache, PreLNBlock, SASBlock, SASPBlock
+from gaugekit.nn.block import Block
+
+BLOCKS = {"sas": SASBlock, "sas_p": SASPBlock, "pre_ln": PreLNBlock}
+
+
+@strict
+class SASConfig(PreTrainedConfig):
+    """Sizes and kind of a SAS model; the defaults are the paper's 18-layer GPT.
+
+    ``block`` is "sas" (no skip around attention), "sas_p" (attention and MLP side by side, no skip; ``norm`` may be
+    "none") or "pre_ln" (the standard block, to compare with); ``norm`` "rms" or "layer"; ``hidden_act`` one of relu,
+    gelu, geglu, swiglu; ``rope`` turns queries and keys by position, else sinusoids are added to the embeddings (as
+    large as those are at the start). ``num_key_value_heads`` groups share keys, ``key_width`` is the width of a query,
+    ``sliding_window`` the number of keys a query sees. ``beta_ff``, where each block's MLP starts, is 0.1·√(18/L)
+    unless given; ``first_value`` keeps the value matrix of the first layer. ``causal`` None is left to the head:
+    True for SASModel and SASForCausalLM, False for SASForMaskedLM. n_layer, n_head and n_embd are understood as well.
+    Raises ValueError for values that do not fit.
+    """
+
+    model_type = "gaugekit_sas"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "activation": "hidden_act",
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    key_width: int | None = None
+    intermediate_size: int | None = None
+    block: str = "sas"
+    norm: str = "rms"
+    norm_eps: float = 1e-8
+    hidden_act: str = "relu"
+    rope: bool = False
+    rope_base: float = 10_000.0
+    sliding_window: int | None = None
+    beta_ff: float | None = None
+    first_value: bool = True
+    causal: bool | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        layers = len(self.layer_types)
+        if self.block not in BLOCKS:
+            raise ValueError(f"block: expected one of {', '.join(BLOCKS)}; got {self.block!r}")
+        if self.norm == "none" and self.block != "sas_p":
+            raise ValueError(f'norm: expected "rms" or "layer" for block {self.block!r}, got "none"')
+        if self.beta_ff is None:
+            self.beta_ff = 0.1 * math.sqrt(18 / layers)
+        self.block_of(0, device="meta")  # the modules check the rest
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which cache layer each layer wants, as DynamicCache asks for it."""
+        if not isinstance(self.num_hidden_layers, int) or self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers: expected at least 1, got {self.num_hidden_layers!r}")
+        return [SASCacheLayer._layer_type] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """Ours is not on transformers' list of types."""
+
+    def block_of(self, layer: int, device=None) -> Block:
+        """A new block for this layer."""
+        options = {"beta_ff": self.beta_ff, "first": self.first_value and layer == 0}
+        return BLOCKS[self.block](
+            self.hidden_size,
+            self.num_attention_heads,
+            groups=self.num_key_value_heads,
+            key_width=self.key_width,
+            hidden=self.intermediate_size,
+            norm=self.norm,
+            eps=self.norm_eps,
+            activation=self.hidden_act,
+            std=self.initializer_range,
+            causal=self.causal is not False,
+            window=self.sliding_window,
+            rotary_base=self.rope_base if self.rope else None,
+            device=device,
+            **({} if self.block == "pre_ln" else options),
+        )
+
+
+class SASCacheLayer(LayerCache, CacheLayerMixin):
+    """A layer of DynamicCache(config=...): keys, values, lengths and the running sum of a LayerCache."""
+
+    _layer_type = "gaugekit_sas"
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, **_):
+        LayerCache.__init__(self)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.keys is not None
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.keys is None else self.keys.shape[0]
+
+    def lazy_initialization(self, *_) -> None:
+        """The first append does it."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        step = self.append(key_states, value_states)
+        return step.keys, step.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        LayerCache.__init__(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
+        if self.columns and tokens_to_remove:
+            LayerCache.crop(self, -tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.keys is not None:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self.select(rows.repeat_interleave(repeats))

@@ -1,0 +1,1 @@
+"""Families that see only what came before: one adapter a file."""

@@ -1,0 +1,101 @@
+"""GPT-2: one fused projection c_attn for q, k and v (Conv1D: weight [in, out]) and c_proj, under h.<l>.attn."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from gaugekit.models.family import Family, Read, bias_or_zeros, join, linear, split
+from gaugekit.models.view import AttentionView, Compact, Projection, Stored
+
+
+class Gpt2(Family):
+    """Decoders of model_type "gpt2"."""
+
+    name = "gpt2"
+    anchor = "h.0.attn.c_proj.weight"
+
+    def check(self, config: dict) -> None:
+        if config.get("add_cross_attention"):
+            raise ValueError("add_cross_attention: expected false, got true (cross-attention is not covered)")
+        if config.get("pruned_heads"):
+            raise ValueError(f"pruned_heads: expected none, got {config['pruned_heads']}")
+        size, heads = self._sizes(config)
+        if size % heads:
+            raise ValueError(f"n_embd: expected a multiple of n_head={heads}, got {size}")
+
+    def layers(self, config: dict) -> int:
+        return config["n_layer"]
+
+    def block(self, layer: int) -> str:
+        return f"h.{layer}"
+
+    def projections(self, config: dict, layer: int) -> dict[str, str]:
+        fused = f"{self.block(layer)}.attn.c_attn"
+        return {"q": fused, "k": fused, "v": fused, "o": f"{self.block(layer)}.attn.c_proj"}
+
+    def shapes(self, config: dict, layer: int) -> dict[str, tuple[int, ...]]:
+        size, _ = self._sizes(config)
+        paths = self.projections(config, layer)
+        return {
+            f"{paths['q']}.weight": (size, 3 * size),
+            f"{paths['q']}.bias": (3 * size,),
+            f"{paths['o']}.weight": (size, size),
+            f"{paths['o']}.bias": (size,),
+        }
+
+    def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
+        size, heads = self._sizes(config)
+        paths = self.projections(config, layer)
+        tensors = self.take(config, layer, read)
+        weights = tensors[f"{paths['q']}.weight"].chunk(3, dim=1)
+        biases = tensors[f"{paths['q']}.bias"].chunk(3)
+        q, k, v = (
+            Projection(split(weight, heads), bias.unflatten(0, (heads, -1)))
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        o = Projection(
+            tensors[f"{paths['o']}.weight"].unflatten(0, (heads, -1)), tensors[f"{paths['o']}.bias"]
+        )
+        scale = (size // heads) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
+        if config.get("scale_attn_by_inverse_layer_idx"):
+            scale /= layer + 1
+        return AttentionView(q, k, v, o, scale=scale, causal=True)
+
+    def store(
+        self, config: dict, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None
+    ) -> Stored:
+        compact = compact or {}
+        paths = self.projections(config, layer)
+        tensors, modules = {}, {}
+        fused = {part: getattr(view, part) for part in "qkv"}
+        if any(part in compact for part in fused):
+            # The three are no longer of one kind: a concatenation of forms, its parts under 0, 1, 2.
+            parts = [compact.get(part) or linear(projection) for part, projection in fused.items()]
+            for index, part in enumerate(parts):
+                tensors |= {f"{paths['q']}.{index}.{name}": tensor for name, tensor in part.tensors.items()}
+            modules[paths["q"]] = {"form": "concat", "arguments": {"parts": [part.spec for part in parts]}}
+        else:
+            weights = [join(projection.weight) for projection in fused.values()]
+            biases = [
+                bias_or_zeros(projection.bias, weight.shape[1])
+                for projection, weight in zip(fused.values(), weights, strict=True)
+            ]
+            tensors[f"{paths['q']}.weight"] = torch.cat(weights, 1)
+            tensors[f"{paths['q']}.bias"] = torch.cat(biases)
+        if "o" in compact:
+            tensors |= {f"{paths['o']}.{name}": tensor for name, tensor in compact["o"].tensors.items()}
+            modules[paths["o"]] = compact["o"].spec
+        else:
+            weight = view.o.weight.flatten(0, 1)
+            tensors[f"{paths['o']}.weight"] = weight.contiguous()
+            tensors[f"{paths['o']}.bias"] = bias_or_zeros(view.o.bias, weight.shape[1])
+        return Stored(tensors, modules)
+
+    def recomputed(self, name: str) -> bool:
+        return re.search(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$", name) is not None
+
+    @staticmethod
+    def _sizes(config: dict) -> tuple[int, int]:
+        return config["n_embd"], config["n_head"]

@@ -1,0 +1,1 @@
+"""Families that see the whole input: one adapter a file."""

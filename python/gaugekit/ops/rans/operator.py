@@ -1,0 +1,138 @@
+"""``gaugekit::rans_*`` and ``gaugekit::crc32c``: exact bytes in, exact bytes out; no autograd, the same bits
+everywhere.
+
+A coded blob is docs/format.md's: 64 interleaved rANS lanes over one byte of each element (with model 2, ten bits),
+the others stored raw.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gaugekit import _library
+from gaugekit.ops.rans import composition, encoder
+
+ELEMENTS = {
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float32: 3,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 5,
+    torch.int8: 6,
+}
+DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
+EXPONENT, HIGH_BYTE, EXPONENT_AND_TWO = 0, 1, 2
+MODELS = {
+    torch.bfloat16: (EXPONENT, HIGH_BYTE, EXPONENT_AND_TWO),
+    torch.float16: (HIGH_BYTE,),
+    torch.float32: (EXPONENT, HIGH_BYTE),
+    torch.float8_e4m3fn: (HIGH_BYTE,),
+    torch.float8_e5m2: (HIGH_BYTE,),
+    torch.int8: (HIGH_BYTE,),
+}
+CORRUPT = composition.CORRUPT
+
+
+class CorruptFile(ValueError):
+    """The bytes are damaged, or made by a version this one cannot read. The only error that damage raises."""
+
+
+def _encode(data, shape, element, model, chunk_log2, path=-1):
+    blob = encoder.encode(data.numpy(), tuple(shape.tolist()), element, model, chunk_log2)
+    return torch.from_numpy(blob)
+
+
+def _open(blob):
+    opened = composition.open_blob(blob.numpy())
+    return torch.tensor([opened.element, opened.model, opened.chunk_log2, opened.count, *opened.shape])
+
+
+def _decode(blob, start, stop, out, path=-1):
+    composition.decode(blob.numpy(), start, stop, out.numpy())
+
+
+def _crc32c(data, crc=0):
+    return torch.tensor(composition.crc32c(data.numpy(), crc))
+
+
+def _unbacked():
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+_library.define(
+    "rans_encode(Tensor data, Tensor shape, int element, int model, int chunk_log2, int path=-1) -> Tensor",
+    _encode,
+    lambda data, shape, element, model, chunk_log2, path=-1: data.new_empty((_unbacked(),)),
+)
+_library.define(
+    "rans_open(Tensor blob) -> Tensor", _open, lambda blob: blob.new_empty((_unbacked(),), dtype=torch.int64)
+)
+_library.define(
+    "rans_decode(Tensor blob, int start, int stop, Tensor(a!) out, int path=-1) -> ()",
+    _decode,
+    lambda blob, start, stop, out, path=-1: None,
+)
+_library.define(
+    "crc32c(Tensor data, int crc=0) -> Tensor",
+    _crc32c,
+    lambda data, crc=0: data.new_empty((), dtype=torch.int64),
+)
+
+
+def _checked(operator, *arguments):
+    """The operator's answer; its complaint about the blob as CorruptFile, any other as it stands."""
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        _, found, sentence = str(error).partition(CORRUPT)
+        if not found:
+            raise
+        raise CorruptFile("not a sound coded blob: " + sentence.splitlines()[0]) from None
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def encode(tensor: torch.Tensor, model: int, chunk_log2: int, path: int = -1) -> torch.Tensor:
+    """The coded blob [bytes] uint8 of a CPU tensor of one of ``MODELS``' dtypes, of any shape and strides.
+
+    ``model`` is 0 (exponent), 1 (high byte) or 2 (exponent and the two highest mantissa bits), ``chunk_log2`` 14 to
+    20. ``path`` (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, -1 the widest there is; a wider one than the
+    processor has is the widest) changes the speed, never a byte. ValueError for anything else.
+    """
+    if tensor.dtype not in ELEMENTS:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in ELEMENTS)
+        raise ValueError(f"tensor: expected one of {expected}, got {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"tensor: expected a CPU tensor, got one on {tensor.device}")
+    if model not in MODELS[tensor.dtype]:
+        raise ValueError(f"model: expected one of {MODELS[tensor.dtype]} for {tensor.dtype}, got {model!r}")
+    if not isinstance(chunk_log2, int) or not 14 <= chunk_log2 <= 20:
+        raise ValueError(f"chunk_log2: expected 14 to 20, got {chunk_log2!r}")
+    shape = torch.tensor(tuple(tensor.shape), dtype=torch.int64)
+    return torch.ops.gaugekit.rans_encode(
+        _as_bytes(tensor), shape, ELEMENTS[tensor.dtype], model, chunk_log2, path
+    )
+
+
+def open_blob(blob: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    """(dtype, shape) that a blob [bytes] uint8 holds, after its header, index and sizes were checked;
+    CorruptFile.
+    """
+    element, _, _, _, *shape = _checked(torch.ops.gaugekit.rans_open, blob).tolist()
+    return DTYPES[element], torch.Size(shape)
+
+
+def decode(blob: torch.Tensor, start: int, stop: int, out: torch.Tensor, path: int = -1) -> None:
+    """Elements [start, stop) of the blob, counted in row-major order, into contiguous ``out``;
+    CorruptFile.
+    """
+    _checked(torch.ops.gaugekit.rans_decode, blob, start, stop, _as_bytes(out), path)
+
+
+def crc32c(data: torch.Tensor, crc: int = 0) -> int:
+    """CRC-32C (RFC 3720) of a contiguous uint8 vector; ``crc`` continues the checksum of what came before
+    it.
+    """
+    return torch.ops.gaugekit.crc32c(data, crc).item()

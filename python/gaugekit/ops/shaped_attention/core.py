@@ -1,0 +1,109 @@
+"""softmax(scale·q kᵀ) v on torch's ``scaled_dot_product_attention``, under every mask of shaped attention.
+
+No array of B·H·T·S elements is made: a mask, where a case needs one, is Boolean [block, S'] or [B, 1, block, S'] for at
+most 1,024 queries at a time and the keys S' they can see.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from gaugekit.ops.mask import Mask, keys_of_queries
+from gaugekit.ops.shaped_attention.choice import BACKENDS
+
+BLOCK = 1024  # queries a mask covers at most
+SMALLEST_BLOCK = 128  # shorter calls of the core cost more than the keys they save
+
+
+def mask_kind(queries: int, keys: int, mask: Mask) -> tuple[str, int]:
+    # While compiling, the bounds of packed sequences cannot be read on the host.
+    if mask.cu_seqlens is not None and not torch.compiler.is_compiling():
+        return "sequences", queries
+    here = mask.query_start is None and mask.cu_seqlens is None
+    narrow = mask.window is not None and not (here and mask.window >= max(queries, keys))
+    if not narrow and not mask.causal and mask.cu_seqlens is None:
+        return ("none" if mask.key_lengths is None else "keys"), queries
+    if not narrow and here and queries == keys:
+        return "is_causal", queries
+    if not narrow and here and mask.key_lengths is None and queries == 1:
+        return "none", queries
+    return "blocks", max(SMALLEST_BLOCK, min(BLOCK, mask.window)) if narrow else BLOCK
+
+
+def softmax_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """softmax(scale·q kᵀ) v under the mask; rows that see no key hold any finite numbers."""
+    if q.numel() == 0 or v.numel() == 0:  # the sum of nothing: a zero that keeps the result differentiable
+        return q.new_zeros(*q.shape[:3], v.shape[3]) + (q if q.numel() == 0 else v).sum()
+    kind, block = mask_kind(q.shape[2], k.shape[2], mask)
+    if kind in ("none", "is_causal"):
+        return _sdpa(q, k, v, scale, is_causal=kind == "is_causal")
+    if kind == "keys":
+        j = torch.arange(k.shape[2], device=q.device)
+        lengths = mask.key_lengths.clamp(min=1)
+        return _sdpa(q, k, v, scale, attn_mask=(j < lengths[:, None])[:, None, None, :])
+    seen = keys_of_queries(q.shape[2], k.shape[2], mask, q.device)
+    parts = []
+    for begin in range(0, q.shape[2], block):
+        end = min(begin + block, q.shape[2])
+        low, high = _reach(begin, end, q.shape[2], k.shape[2], mask)
+        j = torch.arange(low, high, device=q.device)
+        first, last = (x[:, begin:end, None] for x in (seen.first, seen.last))
+        visible = ((j >= first) & (j < last)) | (first == last)
+        visible = visible[0] if visible.shape[0] == 1 else visible[:, None]
+        part = (q[:, :, begin:end], k[:, :, low:high], v[:, :, low:high])
+        parts.append(_sdpa(*part, scale, attn_mask=visible))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _reach(begin: int, end: int, queries: int, keys: int, mask: Mask) -> tuple[int, int]:
+    """At least the keys that queries begin ≤ t < end can see, never none."""
+    if mask.query_start is None:
+        nearest = farthest = keys - queries if mask.causal else 0
+    elif mask.query_start.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0, keys  # the positions are not on the host
+    else:
+        nearest, farthest = int(mask.query_start.min()), int(mask.query_start.max())
+    low, high = 0, keys
+    if mask.window is not None:
+        low, high = nearest + begin - mask.window + 1, farthest + end - 1 + mask.window
+    if mask.causal:
+        high = farthest + end
+    low = min(max(low, 0), keys - 1)
+    return low, min(max(high, low + 1), keys)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
+    width, narrow = v.shape[3], q.shape[3] - v.shape[3]
+    if q.device.type == "cpu" and narrow > 0:
+        v = pad(v, (0, narrow))
+    elif q.device.type == "cpu" and narrow < 0:
+        q, k = pad(q, (0, -narrow)), pad(k, (0, -narrow))
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    if q.device.type == "cuda":
+        out = _pinned(q, k, v, scale=scale, **options)
+    else:
+        out = scaled_dot_product_attention(q, k, v, scale=scale, **options)
+    return out if out.shape[3] == width else out[..., :width].contiguous()
+
+
+def _pinned(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """torch's kernels in the plan's order: left alone, torch may take a slower one first."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # imports more than a CPU needs
+
+    with sdpa_kernel([getattr(SDPBackend, name) for name in BACKENDS[q.dtype]], set_priority=True):
+        return scaled_dot_product_attention(q, k, v, **options)
+
+
+def packed_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """One call of the core a sequence, whose bounds are read on the host."""
+    bounds = mask.cu_seqlens.tolist()
+    parts = [
+        softmax_core(*(x[:, :, begin:end] for x in (q, k, v)), Mask(mask.causal, mask.window), scale)
+        for begin, end in itertools.pairwise(bounds)
+        if end > begin
+    ]
+    return torch.cat(parts, dim=2) if parts else softmax_core(q, k, v, Mask(), scale)

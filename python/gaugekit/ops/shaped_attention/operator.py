@@ -1,0 +1,138 @@
+"""``shaped_attention``: a softmax core, then ``shaped_combine``; or, on GPUs, one fused operator.
+
+The core is torch's ``scaled_dot_product_attention`` with its own autograd (``shaped_attention_core``), its
+FlexAttention (``shaped_attention_flex``), ``gaugekit::ragged_attention`` with one rank for all heads (on CPUs), or the
+operator ``gaugekit::shaped_attention`` (``shaped_attention_fused``); ``shaped_attention_plan`` chooses, and
+``use_core`` overrules it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gaugekit.ops.mask import Mask, check, keys_of_queries
+from gaugekit.ops.shaped_attention.choice import BACKENDS, FLEX, FUSED, RAGGED, asked_core, cpu_core, gpu_core
+from gaugekit.ops.shaped_attention.choice import use_core as use_core
+from gaugekit.ops.shaped_attention.core import mask_kind, packed_core, softmax_core
+from gaugekit.ops.shaped_attention.flex import flex_core
+from gaugekit.ops.shaped_combine.cuda import INSTALLED
+
+
+class Plan(NamedTuple):
+    """What a call uses: ``core``, torch's, "flex", "ragged" or "fused"; ``mask``: "none", "is_causal" (no array),
+    "keys" ([B, 1, 1, S]), "blocks" (an array a block of ``block`` queries) or "sequences" (one call a sequence), where
+    the other cores need no array for any; ``width``: what K and V are zero-padded to; ``combine``: whether
+    ``shaped_combine`` follows; ``tiles``: of the fused kernels, {part: sizes, warps and stages}."""
+
+    core: str
+    mask: str
+    block: int
+    width: int
+    combine: bool
+    tiles: dict | None = None
+
+
+def shaped_attention(
+    q, k, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None, causal=False, window=None,
+    query_start=None, key_lengths=None, cu_seqlens=None, scale=None,
+) -> Tensor:  # fmt: skip
+    """β·softmax(scale·q kᵀ) v + α·v − γ·C v + λ·(v0 − v), per head; differentiable in everything but the mask.
+
+    q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], H a multiple of G: head h reads group h // (H/G). v0 [B, G, T, V].
+    Gains alpha, beta, gamma, lam are [H], float32 or v's dtype; beta None means 1, the others 0; lam and v0 come
+    together. ``scale`` None means K^-0.5. C is the uniform attention under the same mask. Returns [B, H, T, V].
+
+    Query t of sequence b stands at position p = query_start[b] + t (int64 [B]; None: S − T when causal, else 0). It
+    sees keys j < key_lengths[b] (int64 [B]; None: S); with ``causal`` j ≤ p; with ``window`` w p − w < j (and, without
+    causal, j < p + w). When causal, a query with p < 0 or p ≥ key_lengths[b] is padding and sees nothing. A row that
+    sees nothing gets zero from the softmax and from C; alpha and lam act on row p of v where 0 ≤ p < key_lengths[b],
+    and without causal need T = S. ``cu_seqlens`` (int32 [N+1], B = 1, T = S) packs N sequences. Padding must hold
+    finite numbers.
+
+    float32, float64, bfloat16, float16. Raises ValueError for arguments that do not fit. Sources: He and Hofmann,
+    Simplifying Transformer Blocks (ICLR 2024), eq. 5; NeuTRENO (NeurIPS 2023) for lam.
+    """
+    mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, v0 = (None if x is None else x.to(_autocast(x)) for x in (q, k, v, v0))
+    uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if uses.core == FUSED:
+        return torch.ops.gaugekit.shaped_attention(q, k, v, alpha, beta, gamma, v0, lam, *mask, float(scale))[
+            0
+        ]
+    if uses.core == RAGGED:
+        ranks = [q.shape[3]] * k.shape[1]
+        rows = (x.transpose(1, 2).flatten(2) for x in (q, k))
+        a = torch.ops.gaugekit.ragged_attention(*rows, v, ranks, *mask, float(scale))[0]
+    else:
+        core = packed_core if uses.mask == "sequences" else softmax_core
+        a = (flex_core if uses.core == FLEX else core)(q, k, v, mask, scale)
+    if uses.combine:
+        operands = (v, alpha, beta, gamma, v0, lam, *mask)
+        differentiable = (a, v, alpha, beta, gamma, v0, lam)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
+            return torch.ops.gaugekit.shaped_combine(a, *operands)
+        torch.ops.gaugekit.shaped_combine_(a, *operands)
+        return a
+    some_blind = query_start is not None or key_lengths is not None or q.shape[2] > k.shape[2]
+    if some_blind and uses.core != RAGGED:
+        seen = keys_of_queries(q.shape[2], k.shape[2], mask, q.device)
+        a = a.masked_fill((seen.last == seen.first)[:, None, :, None], 0)
+    return a
+
+
+def plan(
+    q, k, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None, causal=False, window=None,
+    query_start=None, key_lengths=None, cu_seqlens=None, scale=None,
+) -> Plan:  # fmt: skip
+    """What ``shaped_attention`` with these arguments would use; reads dtypes, shapes and which arguments are given."""
+    mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
+    uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
+    if uses.core != FUSED or not INSTALLED:
+        return uses
+    from gaugekit.triton_kernels.shaped_attention import small, tiles
+
+    operands = (q.shape[3], v.shape[3], q.dtype, window is not None, q.shape[1] > v.shape[1], small(q))
+    return uses._replace(tiles={part: tiles(part, *operands) for part in ("forward", "keys", "queries")})
+
+
+def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
+    check(q, v, alpha, beta, gamma, v0, lam, mask)
+    if k.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[3] or k.shape[3] < 1:
+        expected = [*v.shape[:3], q.shape[3]]
+        raise ValueError(f"k: expected [B, G, S, K] = {expected} beside q and v, got {list(k.shape)}")
+    if k.dtype != q.dtype or k.device != q.device:
+        raise ValueError(f"k: expected {q.dtype} on {q.device}, got {k.dtype} on {k.device}")
+    kind, block = mask_kind(q.shape[2], k.shape[2], mask)
+    combine = any(gain is not None for gain in (alpha, beta, gamma, lam))
+    core = "torch scaled_dot_product_attention"
+    asked = asked_core()
+    if asked in (FUSED, FLEX):
+        return Plan(asked, kind, q.shape[2], v.shape[3], asked == FLEX and combine)
+    on_cpu = asked is None and q.device.type == "cpu"
+    # While compiling, torch's kernels would be given all packed sequences as one, and blocks want a number of rows.
+    if on_cpu and kind == "blocks" and torch.compiler.is_compiling():
+        asked = RAGGED if mask.cu_seqlens is not None or isinstance(q.shape[2], torch.SymInt) else asked
+    if asked == RAGGED or (on_cpu and cpu_core(_autocast(q), q.shape[2], q.shape[3], v.shape[3]) == RAGGED):
+        return Plan(RAGGED, kind, q.shape[2], v.shape[3], combine)
+    if q.device.type == "cuda":
+        if (
+            asked is None
+            and gpu_core(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], kind, combine) == FUSED
+        ):
+            return Plan(FUSED, kind, q.shape[2], v.shape[3], False)
+        core += ": " + ", ".join(BACKENDS[q.dtype])
+    # torch's CPU kernels take only K = V; its general path is 9 to 28 times slower than zeros appended to the narrower.
+    widths = (q.shape[3], v.shape[3]) if q.device.type == "cpu" else (v.shape[3],)
+    return Plan(core, kind, block, max(widths), combine)
+
+
+def _autocast(x: Tensor) -> torch.dtype:
+    """The dtype torch.autocast has attention run in."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

@@ -1,0 +1,249 @@
+"""Swaps layers of one live model for compact forms and our attention, and back again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaugekit.checkpoint import install, resident
+from gaugekit.checkpoint.compact import forms as forms_of
+from gaugekit.checkpoint.version import VERSION
+from gaugekit.models import Live, Stored
+from gaugekit.nn import forms
+from gaugekit.nn.packed_layer import PackedLayer
+from gaugekit.ops.packed_linear.choice import speed_note
+from gaugekit.report import Report
+from gaugekit.symmetry import GaugeFix
+
+
+@torch.no_grad()
+def fuse(
+    model: nn.Module,
+    *,
+    gauge: bool | None = None,
+    attention: bool = True,
+    packed: bool = False,
+    neutreno: float | Sequence[float] | None = None,
+) -> Report:
+    """Makes this instance lighter, the function it computes unchanged; no class and no other instance is touched.
+
+    ``gauge`` (the default unless ``packed``): in every layer the key and value projections become compact forms
+    without what nobody can observe (see ``symmetry.GaugeFix``; float64, rounded once), and the query and output
+    projections take up the rest; query and key channels that ``rank.truncate`` left at zero are no longer stored.
+    ``attention``: the model attends through ``gaugekit.shaped_attention`` (transformers' interface, named "gaugekit").
+    The originals are kept on the instance for ``unfuse``: fusing saves memory in what is saved and loaded again, not in
+    this process. A fused model saves with ``save_pretrained`` and loads like a converted one. Move it or train it
+    freely, but build an optimizer after fusing: the parameters are new ones. Our attention refuses dropout on its
+    probabilities, so fuse with ``attention=False`` to train a model that asks for it.
+
+    ``packed``: plain linear layers, GPT-2's Conv1D and embeddings of bfloat16 or float16 keep their weights packed in
+    memory and frozen, bit for bit (docs/packed.md); each layer stays the same object, with its hooks, attributes and
+    ties. Nothing is kept for ``unfuse``, which unpacks whatever is packed, so the memory is saved in this process. The
+    model saves as the plain one. The report then has ``bytes_before`` and ``bytes_after`` of all parameters and buffers
+    and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``speed`` [sentence] says what is known
+    of packed products on this kind of processor; ``left`` names every other module that holds a plain matrix.
+
+    ``neutreno``: λ, a number or one a layer (the first is not used): above the first layer attention becomes
+    softmax(Q Kᵀ) V + λ (V⁰ − V), V⁰ the first layer's values of the same token (docs/neutreno.md). This changes the
+    function unless λ = 0, ties the gauges of all layers, and so comes without ``gauge``. BERT, RoBERTa, GPT-2, Llama,
+    Mistral, Qwen2, ViT and DeiT; gradient checkpointing needs ``use_reentrant=False``. ``save_pretrained`` keeps λ in
+    config.json, and ``from_pretrained`` fuses again once ``gaugekit.integrations.transformers`` is imported.
+
+    What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
+    is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],
+    ``rewritten`` [module: dense, new weights], ``attention`` (the implementation in use, None where not known),
+    ``left`` [{module, reason}], ``parameters_before``, ``parameters_after``. Raises ValueError where ``model`` is no
+    nn.Module, for ``gauge`` and ``packed`` together, and for ``neutreno`` with ``gauge``, without ``attention`` or not
+    finite numbers.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if gauge and packed:
+        raise ValueError("gauge, packed: expected one of them, got both: compact forms are not packed")
+    if neutreno is not None and (gauge or not attention):
+        raise ValueError(
+            "neutreno: expected with attention and without gauge: it ties the values of all layers"
+        )
+    gauge = not packed and neutreno is None if gauge is None else gauge
+    fields: dict[str, Any] = {"replaced": [], "rewritten": [], "attention": None, "left": []}
+    fields["parameters_before"] = _count(model)
+    if install.fused(model):
+        fields["left"].append({"module": "", "reason": "it is fused already; unfuse it first"})
+    else:
+        steps: list[Any] = [GaugeStep()] if gauge else []
+        for step in steps:
+            step.apply(model, fields)
+        if packed:
+            _pack(model, fields)
+        if attention:
+            steps += _attend(model, neutreno, fields)
+        if steps := [step for step in steps if step.changed(model)]:
+            install.remember(model, steps)
+    fields["attention"] = _attention(model)
+    fields["parameters_after"] = _count(model)
+    notes = [
+        f"left alone: {one['module'] or type(model).__name__}: {one['reason']}" for one in fields["left"]
+    ]
+    return Report("fuse", fields, notes)
+
+
+def unfuse(model: nn.Module) -> Report:
+    """Puts back what ``fuse`` replaced: the very modules, their weights bit for bit, and the attention implementation.
+
+    Packed layers become plain ones, whichever way they were packed. Modules follow the model to another device or
+    dtype; what the forms learnt since is dropped. Returns a Report:
+    ``restored`` [module], ``attention``; nothing is restored in a model that is not fused. Raises ValueError where
+    ``model`` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
+    unpacked = resident.unpack(model)
+    notes = [] if unpacked or install.fused(model) else ["the model is not fused"]
+    restored = [*install.undo(model), *unpacked]
+    return Report("unfuse", {"restored": restored, "attention": _attention(model)}, notes)
+
+
+@dataclass
+class GaugeStep:
+    """Compact forms in place of the projections of every layer; ``modules`` are the originals, by name."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module, fields: dict) -> None:
+        """Replaces what can be replaced and says in ``fields`` what was, and what was left."""
+        try:
+            live = Live(model)
+        except ValueError as reason:
+            fields["left"].append({"module": "", "reason": str(reason)})
+            return
+        if live.config.get("quantization_config"):
+            method = live.config["quantization_config"].get("quant_method")
+            fields["left"].append({"module": "", "reason": f"its weights are stored as {method!r} already"})
+            return
+        specs: dict[str, dict] = {}
+        for layer in range(len(live)):
+            try:
+                originals, replacements, stored = _replacements(live, layer)
+            except (ValueError, AttributeError) as reason:
+                block = live.prefix + live.family.block(layer)
+                fields["left"].append({"module": block, "reason": str(reason)})
+                continue
+            for path, module in replacements.items():
+                name = live.prefix + path
+                self.modules[name] = originals[path]
+                model.set_submodule(name, module)
+                if path in stored.modules:
+                    fields["replaced"].append({"module": name, "form": stored.modules[path]["form"]})
+                else:
+                    fields["rewritten"].append(name)
+            specs |= stored.modules
+        if specs:
+            model.config.quantization_config = {
+                "quant_method": "gaugekit",
+                "version": VERSION,
+                "modules": specs,
+            }
+
+    def changed(self, model: nn.Module) -> bool:
+        """Whether there is anything to undo."""
+        return bool(self.modules)
+
+    def undo(self, model: nn.Module) -> list[str]:
+        """Puts the originals back, on the device and in the dtype and mode of what took their place."""
+        for path, original in self.modules.items():
+            fused = model.get_submodule(path)
+            first = next(fused.parameters())
+            model.set_submodule(path, original.to(first.device, first.dtype).train(fused.training))
+        model.config.__dict__.pop("quantization_config", None)
+        return list(self.modules)
+
+
+def _replacements(live: Live, layer: int) -> tuple[dict[str, nn.Module], dict[str, nn.Module], Stored]:
+    """(originals, replacements, how they are stored) of one layer's projections, by path; ValueError with the reason
+    where they cannot be replaced.
+    """
+    rewrite = GaugeFix()
+    paths = dict.fromkeys(live.family.projections(live.config, layer).values())
+    originals = {path: live.model.get_submodule(live.prefix + path) for path in paths}
+    for path, original in originals.items():
+        _check_plain(path, original)
+    view = rewrite.layer(live.attention(layer))
+    stored = live.family.store(live.config, layer, view, forms_of(view))
+    return originals, {path: _make(path, original, stored) for path, original in originals.items()}, stored
+
+
+def _pack(model: nn.Module, fields: dict) -> None:
+    done = resident.pack(model)
+    fields["replaced"] += [{"module": path, "form": form} for path, form in done.packed.items()]
+    fields["left"] += [{"module": path, "reason": reason} for path, reason in done.left.items()]
+    fields["bytes_before"], fields["bytes_after"] = done.bytes_before, done.bytes_after
+    fields["plain_in_vectors"] = done.vectors
+    dtypes = {model.get_submodule(path).weight.dtype for path in done.packed}
+    fields["speed"] = [speed_note(dtype) for dtype in sorted(dtypes, key=str)]
+
+
+def _attend(model: nn.Module, lam, fields: dict) -> list[Any]:
+    """The step that gave ``model`` our attention, in a list; nothing where there is no interface to set."""
+    if not hasattr(model, "set_attn_implementation"):  # then transformers need not be installed either
+        reason = "attention: it is no transformers model, so there is no interface to set"
+        fields["left"].append({"module": "", "reason": reason})
+        return []
+    from gaugekit.hf.attention.step import AttentionStep
+
+    step = AttentionStep(lam)
+    fields["left"] += [{"module": "", "reason": reason} for reason in step.apply(model)]
+    return [step]
+
+
+def _check_plain(path: str, module: nn.Module) -> None:
+    """Only a bare projection may go: anything hung on it (adapters, hooks, offloading) would be lost."""
+    if isinstance(module, PackedLayer):
+        raise ValueError(f"{path} is packed: compact forms are not packed, so unfuse it first")
+    if list(module.children()) or set(dict(module.named_parameters())) - {"weight", "bias"}:
+        raise ValueError(f"{path} is no plain projection but a {type(module).__name__} with more inside")
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or hasattr(module, "_hf_hook")
+    ):
+        raise ValueError(f"{path} has hooks, which its replacement would not run")
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(f"{path} holds no numbers (meta device)")
+
+
+def _make(path: str, original: nn.Module, stored: Any) -> nn.Module:
+    """The replacement of one projection: a form, or the same class with the rewritten weights."""
+    tensors = {
+        name[len(path) + 1 :]: tensor
+        for name, tensor in stored.tensors.items()
+        if name.startswith(path + ".")
+    }
+    weight = original.weight
+    if path in stored.modules:
+        made = forms.build(stored.modules[path], device=weight.device, dtype=weight.dtype)
+        _fill(made, tensors)
+        made.requires_grad_(weight.requires_grad)
+    else:
+        made = copy.deepcopy(original)
+        _fill(made, tensors)
+    return made.train(original.training)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    module.load_state_dict(
+        {name: tensor.to(module.state_dict()[name].dtype) for name, tensor in tensors.items()}
+    )
+
+
+def _attention(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,339 @@
+"""Distils back what an inexact rewrite lost: the student is trained towards the teacher's hidden states, label-free."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaugekit import models
+from gaugekit.calibration.moments import evaluating, tokens
+from gaugekit.checkpoint.reader import CERTIFICATE, INDEX, SCRATCH, Checkpoint, safetensors_package, versions
+from gaugekit.codec.directories.job import check_space
+from gaugekit.files.places import listing
+from gaugekit.files.staging import OWN, Staging, check_target, copy, free_bytes, identity, sync
+from gaugekit.report import Report
+from gaugekit.text import samples
+from gaugekit.verbs.heal_state import State, digest, digest_of
+
+QUERY_KEY = (
+    "*query*",
+    "*key*",
+    "*c_attn*",
+    "*q_proj*",
+    "*k_proj*",
+)  # what a truncation of the scores rewrote
+KEPT = {".json", ".txt", ".model", ".md"}  # what stands beside weights: tokenizer, pooling, card
+HELD_OUT = 256  # sentences at most: enough for the fourth digit of a mean cosine
+WARM_UP = 0.1  # of all steps; afterwards the rate falls to zero along a cosine
+
+
+def heal(
+    student: nn.Module,
+    teacher: nn.Module,
+    text: str | Path | list[str],
+    *,
+    parameters: Sequence[str] | None = None,
+    steps: int = 400,
+    layer_steps: int | None = None,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    work_directory: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Trains ``student`` in place towards ``teacher``, which it was rewritten from; returns the curve.
+
+    Two stages, each with AdamW (no weight decay), a warm-up and a cosine to zero, gradients clipped to norm 1:
+
+    1. ``layer_steps`` (default: a quarter of ``steps``) layer by layer: every block of the student is given what the
+       teacher's block was given and matches what that returned, min Σ_l ‖y_l − y_l*‖² / ‖y_l* − mean y_l*‖², so
+       that an error in one layer teaches no other;
+    2. ``steps`` end to end: the same sum over the hidden states of the student's own run, the last counted as much as
+       all others together.
+
+    Tokens that pad count for nothing. A truncation by calibration text is already the closed form of the scores' own
+    matching (``rank.spectra``), so nothing is left for it to do here; plain truncation is made up for by stage 1.
+
+    ``parameters`` are patterns of parameter names ("*query*", "encoder.layer.0.*"); by default the weights and biases
+    of queries and keys, or all where none is found. A pair of channels that is zero in queries and keys alike stays
+    zero: neither gets a gradient. ``text`` is a UTF-8 file or a list of strings; every eighth sentence, at most 256 in
+    all, is held out to draw the curve. ``work_directory`` is a new or empty folder, which is locked and marked as this
+    job's: the state goes there eight times a stage, and a second call goes on from it, given the same weights of
+    student (as it was before the first step) and teacher, text, arguments and versions. Deterministic for a seed,
+    resumed or not.
+
+    Returns a Report: ``parameters`` trained, ``steps``, ``curve`` [{stage, step, loss (held-out), mean_cosine,
+    min_cosine (of mean-pooled embeddings, held-out)}], ``mean_cosine_before``, ``mean_cosine_after``. Raises
+    ValueError for models of different blocks, patterns that match nothing, text that cannot be read, and arguments
+    that do not fit, and for a ``work_directory`` of another job, or that holds files which are not ours.
+    """
+    layer_steps = steps // 4 if layer_steps is None else layer_steps
+    for name, value, least in (
+        ("steps", steps, 0),
+        ("layer_steps", layer_steps, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+    strings = samples.read(text)
+    if len(strings) < 2:
+        raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
+    every = max(8, math.ceil(len(strings) / HELD_OUT))
+    held_out, strings = strings[::every], [s for index, s in enumerate(strings) if index % every]
+    run = _Run(student, teacher, parameters)
+    held = [(batch, run.states(teacher, batch)) for batch in tokens(teacher, held_out, 32)]
+    batches = tokens(teacher, strings, batch_size)
+    options = {
+        "parameters": sorted(run.trained),
+        "steps": steps,
+        "layer_steps": layer_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    digests = {
+        "student": digest(student),
+        "teacher": digest(teacher),
+        "text": digest_of(strings, held_out),
+    }
+    digests["tokens"] = digest_of(*([b["input_ids"].tolist() for b in (*batches, *(h for h, _ in held))]))
+    state = State(work_directory, identity("heal", versions("transformers"), digests, options), run.trained)
+    total = layer_steps + steps
+    was = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    student.requires_grad_(False)
+    for parameter in run.trained.values():
+        parameter.requires_grad_(True)
+    try:
+        if not state.curve:
+            state.curve.append({"stage": "before", "step": 0, **run.measure(held)})
+        for stage, first, count in (("layers", 0, layer_steps), ("end to end", layer_steps, steps)):
+            state.enter(first)
+            while first <= state.step < first + count:
+                order = torch.randperm(len(batches), generator=_generator(seed, state.step // len(batches)))
+                batch = batches[order[state.step % len(batches)]]
+                loss = run.layers_loss(batch) if stage == "layers" else run.end_loss(batch)
+                loss.backward()
+                nn.utils.clip_grad_norm_(list(run.trained.values()), 1.0)
+                state.advance(_rate(state.step - first, count) * learning_rate)
+                if progress is not None:
+                    progress(state.step, total)
+                if (state.step - first) % max(count // 8, 1) == 0 or state.step == first + count:
+                    state.curve.append({"stage": stage, "step": state.step, **run.measure(held)})
+                    state.save()
+    finally:
+        state.close()
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(was[name])
+            parameter.grad = None
+    fields: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in run.trained.values()),
+        "steps": total,
+        "mean_cosine_before": state.curve[0]["mean_cosine"],
+        "mean_cosine_after": state.curve[-1]["mean_cosine"],
+        "curve": state.curve,
+    }
+    return Report("heal", fields)
+
+
+def heal_directory(
+    student: str | Path,
+    teacher: str | Path,
+    target: str | Path,
+    text: str | Path | list[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Heals the model directory ``student`` into a new directory ``target``; ``options`` as ``heal`` takes them.
+
+    Both models are in memory, in float32; the result is stored as the student was. The work happens in
+    ``<target>.partial``, which is locked and marked as this job's: after a kill the same call, of the same weights,
+    text, options and versions, goes on where it stopped. Raises ValueError as ``heal`` does, and for a target that is
+    not empty or lies inside a source; OSError where the disk has no room for the result, before any work, or does not
+    take what is written.
+    """
+    from gaugekit.hf import loading
+
+    paths = [loading.directory(student, "student"), loading.directory(teacher, "teacher")]
+    target = Path(target)
+    for path in paths:
+        check_target(path, target)
+    dtype = loading.stored_dtype(paths[0])
+    strings = samples.read(text)
+    weights = Checkpoint(paths[0])
+    numbers = sum(math.prod(weights.shape(name)) for name in weights.names())
+    check_space(target, numbers * dtype.itemsize, free_bytes(target))
+    staged = Staging(target, _directory_identity(paths, strings, options), {"report": None})
+    with staged.until_closed(ValueError):
+        if not staged.published:
+            staged.clean({SCRATCH} if staged.resumed else set())
+            staged.save()
+            live, original = (loading.model(path, torch.float32) for path in paths)
+            work = staged.folder / SCRATCH
+            report = heal(live, original, strings, work_directory=work, progress=progress, **options)
+            _save(live.to(dtype), paths[0], staged.folder)
+            shutil.rmtree(work)
+            staged.state["report"] = report.fields
+            staged.save()
+        fields = staged.state["report"]
+        staged.publish()
+    return Report("heal", fields)
+
+
+def _directory_identity(paths: list[Path], strings: list[str], options: dict[str, Any]) -> dict:
+    digests = {"text": digest_of(strings)}
+    for role, path in zip(("student", "teacher"), paths, strict=True):
+        checkpoint = Checkpoint(path)
+        digests |= {f"{role} {name}": digest for name, digest in checkpoint.sha256().items()}
+    chosen = {name: str(value) for name, value in options.items()}
+    return identity("heal", versions("transformers"), digests, chosen)
+
+
+def _save(model: nn.Module, source: Path, folder: Path) -> None:
+    """The model, and what stands beside the weights in ``source``, whole and on the disk.
+
+    Not what speaks of the student's own weights: their index of shards and their certificate.
+    """
+    try:
+        model.save_pretrained(folder)
+    except safetensors_package().SafetensorError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
+    for name in listing(source)[0]:
+        kept = Path(name).suffix in KEPT and not name.endswith((INDEX, CERTIFICATE)) and name not in OWN
+        if kept and not (folder / name).exists():
+            copy(source / name, folder / name)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+
+
+class _Run:
+    """The two models, what is trained, and the losses."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, patterns: Sequence[str] | None):
+        self.student, self.teacher = student, teacher
+        found = models.Live(teacher)
+        self.blocks = {model: models.Live(model).family.blocks(model) for model in (student, teacher)}
+        if len(self.blocks[student]) != len(found):
+            raise ValueError(
+                f"student: expected {len(found)} blocks as in the teacher, got {len(self.blocks[student])}"
+            )
+        names = {name: p for name, p in student.named_parameters() if p.is_floating_point()}
+        self.trained = _matching(names, QUERY_KEY if patterns is None else patterns)
+        if patterns is None and not self.trained:
+            self.trained = names
+        if not self.trained:
+            raise ValueError(
+                f"parameters: expected patterns of parameter names, none matches: {list(patterns)}"
+            )
+
+    @torch.no_grad()
+    def states(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The hidden states after every block, [B, T, D] each."""
+        with evaluating(model):
+            return self._states(model, batch)
+
+    @staticmethod
+    def _states(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+        return list(model.base_model(**batch, output_hidden_states=True).hidden_states[1:])
+
+    def end_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        with evaluating(self.student):
+            found = self._states(self.student, batch)
+        return self._distance(found, self.states(self.teacher, batch), batch["attention_mask"])
+
+    @staticmethod
+    def _distance(found: list[Tensor], goals: list[Tensor], mask: Tensor) -> Tensor:
+        errors = [_error(y, goal, mask) for y, goal in zip(found, goals, strict=True)]
+        return errors[-1] + sum(errors[:-1], errors[-1] * 0) / max(len(errors) - 1, 1)
+
+    def layers_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """One run of the student in which every block is given what the teacher's block was given."""
+        inputs, goals = self._watch(self.teacher, batch)
+        with evaluating(self.student):
+            _, found = self._watch(self.student, batch, inputs)
+        errors = [_error(y, goal, batch["attention_mask"]) for y, goal in zip(found, goals, strict=True)]
+        return sum(errors[1:], errors[0]) / len(errors)
+
+    def _watch(
+        self, model: nn.Module, batch: dict[str, Tensor], instead: list[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What enters and what leaves each block; ``instead`` replaces what enters (a block's mask stays its own)."""
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def before(module, arguments, named):
+            given = arguments[0] if arguments else named["hidden_states"]
+            inputs.append(given if instead is None else instead[len(inputs)])
+            if instead is None:
+                return None
+            if arguments:
+                return (inputs[-1], *arguments[1:]), named
+            return arguments, {**named, "hidden_states": inputs[-1]}
+
+        def after(module, arguments, out):
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+
+        hooks = []
+        for block in self.blocks[model]:
+            hooks += [
+                block.register_forward_pre_hook(before, with_kwargs=True),
+                block.register_forward_hook(after),
+            ]
+        try:
+            if instead is None:
+                self.states(model, batch)
+            else:
+                self._states(model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inputs, outputs
+
+    @torch.no_grad()
+    def measure(self, held: list[tuple[dict[str, Tensor], list[Tensor]]]) -> dict[str, float]:
+        loss, cosines = 0.0, []
+        for batch, goals in held:
+            states, mask = self.states(self.student, batch), batch["attention_mask"]
+            loss += float(self._distance(states, goals, mask)) / len(held)
+            pooled = (_pooled(last, mask) for last in (goals[-1], states[-1]))
+            cosines.append(nn.functional.cosine_similarity(*pooled, dim=-1))
+        found = torch.cat(cosines)
+        return {"loss": loss, "mean_cosine": float(found.mean()), "min_cosine": float(found.min())}
+
+
+def _error(found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
+    """‖found − goal‖² / ‖goal − mean goal‖² over real tokens, float32."""
+    real = mask[..., None].bool()
+    found, goal = found.float().masked_fill(~real, 0), goal.float().masked_fill(~real, 0)
+    mean = goal.sum((0, 1)) / mask.sum()
+    spread = ((goal - mean) * real).square().sum()
+    return (found - goal).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _pooled(states: Tensor, mask: Tensor) -> Tensor:
+    real = mask[..., None].double()
+    return (states.double() * real).sum(1) / real.sum(1)
+
+
+def _matching(names: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
+    return {n: p for n, p in names.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+
+
+def _rate(step: int, steps: int) -> float:
+    """1 after the warm-up, 0 at the end."""
+    warm = max(int(WARM_UP * steps), 1)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -1,0 +1,320 @@
+"""The proof: how far a rewritten model stands from its original, beside the noise of the arithmetic itself."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gaugekit.report import Report
+from gaugekit.verbs.verify_runs import (
+    Batch,
+    Kept,
+    Output,
+    Subject,
+    pixel_batches,
+    run,
+    sequences,
+    text_batches,
+)
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# An exact rewrite may err as the original does, and a little more: its factors are rounded once again.
+NOISE_FACTOR = {torch.float32: 1.5, torch.float16: 1.2, torch.bfloat16: 1.2}
+FLOAT64_BOUND = 1e-12
+BLOCK = 1 << 21  # numbers of a batch's outputs that are held in float64 at a time
+
+
+def verify(
+    a: str | Path | torch.nn.Module,
+    b: str | Path | torch.nn.Module,
+    *,
+    text: str | Path | list[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    pool: str | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Runs original ``a`` and result ``b`` on the same text and measures how far apart their outputs are.
+
+    With y(M, dtype) all outputs of model M in ``dtype`` and the reference r = y(a, float64):
+
+        noise          = ‖y(a, dtype) − r‖ / ‖r‖          what the dtype itself costs the original
+        relative_error = ‖y(b, dtype) − r‖ / ‖r‖          the same for the result
+        max_abs_error  = max |y(b, dtype) − y(a, dtype)|   over every number of the output
+        min_cosine     = min cos(y(b, dtype), y(a, dtype)) over the rows of the output
+
+    all computed in float64. Outputs are the logits where the model has a head, else last_hidden_state, at unpadded
+    positions; ``pool="mean"`` takes the last hidden states averaged over each text and scaled to length 1 instead.
+    ``layers`` gives noise and relative_error of each hidden state, the embedding's first. ``ok`` is the claim of an
+    exact rewrite: relative_error ≤ 1.5 noise in float32, ≤ 1.2 noise in bfloat16 and float16, ≤ 1e-12 in float64.
+    NaN or infinity at a position that is not padding, in an output or a hidden state of either model, is never ok:
+    ``findings`` names the model, the dtype and the place, and what cannot be computed is None.
+
+    ``a`` and ``b`` are model directories or live transformers models. A live model is never altered: where it has
+    another dtype or is in training mode, a copy is used. Memory: one model at a time (``a`` in float64 is the largest)
+    and the outputs of one batch; those of a pass wait in a temporary file. ``dtype`` is a name or a torch dtype; the
+    default is the one most numbers of ``a`` are stored in. A model that does not run in float64 is held against the
+    highest dtype it runs in, ``reference_dtype``.
+
+    ``text`` is a UTF-8 file (or a list of strings), read whole; the default is 500 English sentences where there is a
+    tokenizer, of which a model above 30 M parameters reads the first that have 2,048 ``tokens``; else 64 sequences
+    of seeded random ids, or 16 seeded random images for a model that reads pixels. ``progress(done, total)`` counts
+    tokens (or images) over all passes.
+
+    Raises ValueError for a directory without config.json, weights or a known architecture, for models of different
+    vocabularies or output shapes, and for text without a tokenizer; ImportError where transformers is absent.
+    """
+    if pool not in (None, "mean"):
+        raise ValueError(f"pool: expected None or 'mean', got {pool!r}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+    original, result = Subject(a, "a"), Subject(b, "b")
+    working = _dtype(dtype) if dtype is not None else None
+    notes: list[str] = []
+    reads = _reads(original, result, text)
+    ids, pad = sequences(original, result, text, notes) if reads == "input_ids" else ([], 0)
+    trials: list[Batch] = []
+
+    def trial(model: torch.nn.Module) -> None:
+        trials[:] = (
+            text_batches(ids, pad, batch_size, model) if ids else pixel_batches(original.config, batch_size)
+        )
+        run(model, trials[0], pool)
+
+    model, highest, more = original.reference(trial)
+    notes += more
+    result.one_by_one = original.one_by_one
+    working = original.dtype(model) if working is None else working
+    if working == torch.float64 != highest:
+        working = highest
+        notes.append(f"dtype: {_name(highest)}, since {type(model).__name__} does not run in float64")
+    passes = _Passes(trials, pool, 2 if working == highest else 3, progress)
+    comparison = _Comparison(highest, working)
+    with Kept() as reference, Kept() as plain:
+        for output in passes.of(model):
+            reference.add(output)
+        del model
+        if working == highest:
+            comparison.original(reference, reference)
+        else:
+            comparison.original(reference, _keeping(passes.of(original.model(working)), plain))
+        comparison.result(
+            reference, reference if working == highest else plain, passes.of(result.model(working))
+        )
+    return comparison.report(passes.tokens, notes)
+
+
+def allowed(noise: float, dtype: torch.dtype) -> float:
+    """The relative error an exact rewrite may have beside that ``noise``: 1.5 times it in float32, 1.2 times in
+    bfloat16 and float16, and 1e-12 in float64."""
+    return FLOAT64_BOUND if dtype == torch.float64 else NOISE_FACTOR[dtype] * noise
+
+
+def _reads(original: Subject, result: Subject, text: object) -> str:
+    """What both models read: "input_ids" or "pixel_values"; ValueError for anything else."""
+    reads = original.reads
+    if reads not in ("input_ids", "pixel_values"):
+        raise ValueError(f"a: expected a model that reads token ids or pixels, got one that reads {reads}")
+    if result.reads != reads:
+        raise ValueError(f"b: expected a model that reads {reads}, as a does, got {result.reads}")
+    if reads == "pixel_values" and text is not None:
+        raise ValueError("text: expected none, since the model reads pixels, not text")
+    return reads
+
+
+def _keeping(outputs: Iterable[Output], kept: Kept) -> Iterator[Output]:
+    for output in outputs:
+        kept.add(output)
+        yield output
+
+
+class _Passes:
+    """Runs one model after another over the same batches and tells how far they are."""
+
+    def __init__(self, batches: list[Batch], pool: str | None, count: int, progress: Callable | None):
+        self.batches, self.pool, self.progress = batches, pool, progress
+        self.tokens = sum(batch.size for batch in batches)
+        self.done, self.total = 0, count * self.tokens
+
+    def of(self, model: torch.nn.Module) -> Iterator[Output]:
+        """The outputs of ``model``, batch by batch; the model is let go with the last."""
+        for batch in self.batches:
+            output = run(model, batch, self.pool)
+            self.done += batch.size
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+            yield output
+        del model
+        gc.collect()  # modules refer to each other in circles; the next model needs the room
+
+
+class _Comparison:
+    """Everything that is summed over the batches, and the verdict."""
+
+    def __init__(self, highest: torch.dtype, working: torch.dtype):
+        self.highest, self.working = highest, working
+        self.name, self.output, self.layers, self.comparable = "", _Error(), [], True
+
+    def original(self, reference: Kept, outputs: Iterable[Output]) -> None:
+        """Holds the original's outputs in the working dtype against the reference."""
+        for r, p in zip(reference, outputs, strict=True):
+            self.name = r.name
+            self.output.add_original(r.rows, p.rows)
+            self.layers = self.layers or [_Error() for _ in r.hidden]
+            for error, *hidden in zip(self.layers, r.hidden, p.hidden, strict=True):
+                error.add_original(*hidden)
+
+    def result(self, reference: Kept, plain: Kept, outputs: Iterable[Output]) -> None:
+        """Holds the result's outputs against the reference, and against the original's."""
+        for r, p, y in zip(reference, plain, outputs, strict=True):
+            if y.name != r.name or y.rows.shape != r.rows.shape:
+                raise ValueError(
+                    f"b: expected {r.name} of shape {list(r.rows.shape)} as from a, got {y.name} {list(y.rows.shape)}"
+                )
+            self.output.add_result(r.rows, p.rows, y.rows)
+            if [h.shape for h in y.hidden] != [h.shape for h in r.hidden]:
+                self.comparable = False
+                strays = _Error()
+                for hidden in y.hidden:
+                    strays.add_result(hidden, hidden, hidden)
+                self.output.stray += strays.broken["y"]
+                continue
+            for error, *hidden in zip(self.layers, r.hidden, p.hidden, y.hidden, strict=True):
+                error.add_result(*hidden)
+
+    def report(self, tokens: int, notes: list[str]) -> Report:
+        layers = self.layers if self.comparable else []
+        if not layers:
+            notes.append("layers: not compared, since hidden states are missing or differ in number or width")
+        findings = self._findings()
+        noise, relative_error = self.output.noise(), self.output.relative_error()
+        finite = noise is not None and relative_error is not None
+        fields = {
+            "ok": finite and not findings and relative_error <= allowed(noise, self.working),
+            "noise": noise,
+            "relative_error": relative_error,
+            "max_abs_error": self.output.max_abs if finite else None,
+            "min_cosine": self.output.min_cosine if finite else None,
+            "dtype": _name(self.working),
+            "reference_dtype": _name(self.highest),
+            "output": self.name,
+            "rows": self.output.rows,
+            "tokens": tokens,
+            "findings": findings,
+            "layers": [
+                {"layer": index, "noise": error.noise(), "relative_error": error.relative_error()}
+                for index, error in enumerate(layers)
+            ],
+        }
+        return Report("verify", fields, [*notes, *findings])
+
+    def _findings(self) -> list[str]:
+        """One sentence for each model and dtype that gave NaN or infinity, with the first place it did."""
+        findings = []
+        working = _name(self.working)
+        who = {"r": f"the original (a) in {_name(self.highest)}", "p": f"the original (a) in {working}",
+               "y": f"the result (b) in {working}"}  # fmt: skip
+        for key, what in who.items():
+            if key == "p" and self.working == self.highest:
+                continue
+            hidden = next((place for place, error in enumerate(self.layers) if error.broken[key]), None)
+            output = self.output.broken[key]
+            if output:
+                findings.append(
+                    f"{what} is not finite: NaN or infinity in {output:,} of {self.output.rows:,} rows of {self.name}"
+                )
+            if hidden is not None:
+                rows = self.layers[hidden].broken[key]
+                findings.append(
+                    f"{what} is not finite: NaN or infinity in {rows:,} rows of hidden state {hidden}, the first such"
+                )
+        if self.output.stray:
+            findings.append(
+                f"{who['y']} is not finite: NaN or infinity in {self.output.stray:,} rows of hidden states"
+            )
+        zero = self.output.reference == 0 and max(self.output.of.values()) > 0
+        if zero and not findings:
+            findings.append(f"{who['r']} gives only zeros, beside which no relative error has a meaning")
+        return findings
+
+
+@dataclass
+class _Error:
+    """Running sums of the squared errors of ``p`` (the original) and ``y`` (the result) against ``r``, in float64."""
+
+    reference: float = 0.0
+    of: dict[str, float] = field(default_factory=lambda: {"p": 0.0, "y": 0.0})
+    broken: dict[str, int] = field(default_factory=lambda: {"r": 0, "p": 0, "y": 0})
+    stray: int = 0
+    max_abs: float = 0.0
+    min_cosine: float = 1.0
+    rows: int = 0
+
+    def add_original(self, r: torch.Tensor, p: torch.Tensor) -> None:
+        self.rows += len(r)
+        for reference, plain in _blocks(r, p):
+            size, error = reference.square().sum().item(), (plain - reference).square().sum().item()
+            self.reference += size
+            self.of["p"] += error
+            # A sum of squares is finite only where every number is, so rows are looked at one by one when it is not.
+            self.broken["r"] += 0 if math.isfinite(size) else _broken(reference)
+            self.broken["p"] += 0 if math.isfinite(error) else _broken(plain)
+
+    def add_result(self, r: torch.Tensor, p: torch.Tensor, y: torch.Tensor) -> None:
+        for reference, plain, found in _blocks(r, p, y):
+            error = (found - reference).square().sum().item()
+            self.of["y"] += error
+            self.broken["y"] += 0 if math.isfinite(error) else _broken(found)
+            self.max_abs = max(self.max_abs, (found - plain).abs().max().item())
+            norms = found.norm(dim=-1) * plain.norm(dim=-1)
+            same = (found == plain).all(-1).double()
+            cosine = torch.where(norms > 0, (found * plain).sum(-1) / norms, same)
+            self.min_cosine = min(self.min_cosine, cosine.min().item())
+
+    def _relative(self, which: str) -> float | None:
+        if not (math.isfinite(self.reference) and math.isfinite(self.of[which])):
+            return None
+        if self.of[which] == 0:
+            return 0.0
+        return math.sqrt(self.of[which] / self.reference) if self.reference else None
+
+    def noise(self) -> float | None:
+        return self._relative("p")
+
+    def relative_error(self) -> float | None:
+        return self._relative("y")
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of all ``tensors`` in float64, a block at a time: logits are too large to be held so at once."""
+    rows = max(1, BLOCK // max(tensors[0].shape[-1], 1))
+    for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        if parts[0].numel():
+            yield tuple(part.double() for part in parts)
+
+
+def _broken(rows: torch.Tensor) -> int:
+    return int((~rows.isfinite()).any(-1).sum())
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    name = SHORT.get(dtype, dtype) if isinstance(dtype, str) else _name(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join([*DTYPES, *SHORT])}, got {dtype!r}")
+    return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

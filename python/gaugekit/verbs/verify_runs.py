@@ -1,0 +1,300 @@
+"""What ``verify`` runs: one model at a time, on the same inputs, its outputs kept on disk to hold the next against.
+
+A model in float64 is large, so no two models need to be in memory at once: the outputs of a pass go into an unnamed
+temporary file, in the order of the batches, and come back batch by batch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import inspect
+import itertools
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.text import samples
+from gaugekit.verbs.wide_products import wide_products
+
+OUTPUTS = ("logits", "prediction_logits", "last_hidden_state")  # the first that a model gives is compared
+TOKENS = 2048  # as many are always run, where the text holds them
+SMALL = 30_000_000  # parameters up to which the whole default text is cheap
+LOGITS = 1 << 23  # numbers a batch of logits may hold: 64 MB in float64
+IMAGES = 16  # seeded random images for a model that reads pixels
+
+
+@dataclass
+class Output:
+    """What one model gave for one batch, on the CPU: output rows [N, width], hidden states [N, D] each."""
+
+    name: str
+    rows: torch.Tensor
+    hidden: list[torch.Tensor]
+
+
+@dataclass
+class Batch:
+    """Named inputs of a model, and which positions count (None: all)."""
+
+    inputs: dict[str, torch.Tensor]
+    keep: torch.Tensor | None
+
+    @property
+    def size(self) -> int:
+        """Tokens that count, or images."""
+        return int(self.keep.sum()) if self.keep is not None else len(self.inputs["pixel_values"])
+
+
+class Kept:
+    """The outputs of one pass over all batches, in an unnamed temporary file, read back in the same order."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="gaugekit-verify-")  # noqa: SIM115
+        self._layouts: list[tuple[str, list[tuple[torch.Size, torch.dtype]]]] = []
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, output: Output) -> None:
+        """Keeps the outputs of the next batch; ValueError where the temporary folder has no room for them."""
+        tensors = [output.rows, *output.hidden]
+        self._layouts.append((output.name, [(tensor.shape, tensor.dtype) for tensor in tensors]))
+        try:
+            for tensor in tensors:
+                self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise ValueError(
+                f"expected room for the outputs of one pass in the temporary folder {tempfile.gettempdir()!r}: {error}"
+            ) from error
+
+    def __iter__(self) -> Iterator[Output]:
+        start = 0
+        for name, layouts in self._layouts:
+            self._file.seek(start)  # another reader may be at another batch
+            rows, *hidden = (self._read(shape, dtype) for shape, dtype in layouts)
+            start = self._file.tell()
+            yield Output(name, rows, hidden)
+
+    def _read(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        content = bytearray(self._file.read(shape.numel() * dtype.itemsize))
+        return (
+            torch.frombuffer(content, dtype=dtype).view(shape) if content else torch.empty(shape, dtype=dtype)
+        )
+
+
+class Subject:
+    """A directory or a live model under one roof: its config, its tokenizer, itself in any dtype."""
+
+    def __init__(self, source: str | Path | torch.nn.Module, argument: str):
+        from gaugekit.hf import loading
+
+        self.argument = argument
+        self.one_by_one = False  # whether float64 takes experts one by one, for want of grouped products
+        self.live = source if isinstance(source, torch.nn.Module) else None
+        self.path = None
+        if self.live is None:
+            self.path = loading.directory(source, argument)
+            self.config = loading.config(self.path)
+        elif hasattr(source, "config"):
+            self.config = source.config
+            self.path = loading.home(source)
+        else:
+            raise ValueError(
+                f"{argument}: expected a model directory or a live transformers model, got {type(source).__name__}"
+            )
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise ValueError(f"{argument}: expected an encoder or a decoder, got an encoder-decoder model")
+
+    @property
+    def reads(self) -> str:
+        """The name of the model's main input: "input_ids", "pixel_values", ..."""
+        from gaugekit.hf import loading
+
+        kind = loading.architecture(self.path) if self.live is None else type(self.live)
+        return getattr(kind, "main_input_name", "input_ids")
+
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        if self.live is not None:
+            return sum(parameter.numel() for parameter in self.live.parameters())
+        checkpoint = Checkpoint(self.path)
+        return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+
+    def dtype(self, loaded: torch.nn.Module) -> torch.dtype:
+        """The dtype most of the model's numbers are stored in; those of a directory are the ones ``loaded`` has."""
+        numbers: Counter[torch.dtype] = Counter()
+        if self.live is None:
+            checkpoint, prefix = Checkpoint(self.path), f"{loaded.base_model_prefix}."
+            own = set(loaded.state_dict())
+            own |= {prefix + name for name in own} | {name.removeprefix(prefix) for name in own}
+            names = [name for name in checkpoint.names() if checkpoint.dtype(name).is_floating_point]
+            # Some files name tensors otherwise than the model does; then there is nothing to tell them by.
+            for name in [name for name in names if name in own] or names:
+                numbers[checkpoint.dtype(name)] += math.prod(checkpoint.shape(name))
+        else:
+            for parameter in self.live.parameters():
+                if parameter.is_floating_point():
+                    numbers[parameter.dtype] += parameter.numel()
+        if not numbers:
+            raise ValueError(f"{self.argument}: expected a model with floating-point parameters, found none")
+        return numbers.most_common(1)[0][0]
+
+    def model(self, dtype: torch.dtype) -> torch.nn.Module:
+        from gaugekit.hf import loading
+
+        if self.one_by_one and dtype == torch.float64:
+            loaded = copy.deepcopy(self.live) if self.live is not None else loading.model(self.path, dtype)
+            loaded = loaded.to(dtype).eval()
+            loaded.set_experts_implementation("eager")
+            return loaded
+        if self.live is None:
+            return loading.model(self.path, dtype)
+        state = [*self.live.parameters(), *self.live.buffers()]
+        ready = all(tensor.dtype == dtype for tensor in state if tensor.is_floating_point())
+        if ready and not any(module.training for module in self.live.modules()):
+            return self.live
+        return copy.deepcopy(self.live).to(dtype).eval()
+
+    def reference(
+        self, runs: Callable[[torch.nn.Module], object]
+    ) -> tuple[torch.nn.Module, torch.dtype, list[str]]:
+        """(model, dtype, notes): the model in the highest dtype in which ``runs(model)`` does not fail.
+
+        Grouped products of experts exist in lower dtypes only; float64 then takes the experts one by one.
+        """
+        model = self.model(torch.float64)
+        try:
+            runs(model)
+            return model, torch.float64, []
+        except (RuntimeError, NotImplementedError) as error:
+            failure = error.with_traceback(None)  # it would hold on to the model
+        name = type(model).__name__
+        del model
+        self.one_by_one = True
+        try:
+            model = self.model(torch.float64)
+            runs(model)
+            return model, torch.float64, [f"reference: the experts of {name} run one by one in float64"]
+        except (RuntimeError, NotImplementedError, ValueError, AttributeError):
+            self.one_by_one = False  # it was something else
+        model = self.model(torch.float32)
+        try:
+            runs(model)
+        except (RuntimeError, NotImplementedError):
+            raise failure from None
+        reason = str(failure).strip().splitlines()[0]
+        return model, torch.float32, [f"reference: {name} runs in float32 at most ({reason})"]
+
+    def tokenizer(self) -> Any | None:
+        from gaugekit.hf import loading
+
+        return loading.tokenizer(self.path) if self.path is not None else None
+
+
+def sequences(original: Subject, result: Subject, text, notes: list[str]) -> tuple[list[list[int]], int]:
+    """Token ids to run both models on, and the id that pads them; of the default text as many as are cheap."""
+    from gaugekit.hf import loading
+
+    sizes = [getattr(subject.config.get_text_config(), "vocab_size", None) for subject in (original, result)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"b: expected the vocabulary of a, {sizes[0]} tokens, got {sizes[1]}")
+    longest = min(loading.positions(subject.config) for subject in (original, result))
+    pad = getattr(original.config, "pad_token_id", None)
+    tokenizers = [found for subject in (original, result) if (found := subject.tokenizer()) is not None]
+    if not tokenizers:
+        if text is not None:
+            raise ValueError("text: expected a tokenizer beside the model to read text with, found none")
+        if not sizes[0]:
+            raise ValueError("a: expected a vocab_size in its config, found none")
+        notes.append("text: no tokenizer was found, so seeded random ids were used")
+        return samples.random_sequences(sizes[0], longest, avoid=pad), pad or 0
+    strings = samples.read(text) if text is not None else samples.sentences()
+    ids = [samples.tokenize(tokenizer, strings, longest) for tokenizer in tokenizers]
+    if ids[0] != ids[-1]:
+        raise ValueError("b: expected a tokenizer that reads the text as a's does; its tokens differ")
+    if not ids[0]:
+        raise ValueError("text: expected text that gives tokens, got none")
+    return (ids[0] if text is not None else affordable(ids[0], original.parameters())), pad or 0
+
+
+def affordable(ids: list[list[int]], parameters: int) -> list[list[int]]:
+    """All sequences for a model of up to 30 M ``parameters``, else the first that together have 2,048 tokens."""
+    if parameters <= SMALL:
+        return ids
+    tokens = list(itertools.accumulate(map(len, ids)))
+    return ids[: bisect.bisect_left(tokens, TOKENS) + 1]
+
+
+def text_batches(ids: list[list[int]], pad: int, batch_size: int, model: torch.nn.Module) -> list[Batch]:
+    """The sequences in batches of ``batch_size``, or of fewer where their logits would be large."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1
+    tokens = None if head is None else LOGITS // vocabulary
+    return [
+        Batch({"input_ids": rows, "attention_mask": mask}, mask.bool())
+        for rows, mask in samples.batches(ids, batch_size, pad, tokens)
+    ]
+
+
+def pixel_batches(config: Any, batch_size: int) -> list[Batch]:
+    """Seeded random images of the size the config names."""
+    size = getattr(config, "image_size", None)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(config, "num_channels", 3)
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise ValueError(
+            f"a: expected an image_size in the config of a model that reads pixels, got {size!r}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(IMAGES, channels, height, width, generator=generator, dtype=torch.float64)
+    return [Batch({"pixel_values": part}, None) for part in images.split(min(batch_size, 4))]
+
+
+@torch.no_grad()
+def run(model: torch.nn.Module, batch: Batch, pool: str | None) -> Output:
+    """The outputs of ``model`` for one batch; ValueError where it has none that can be compared."""
+    parameter = next(model.parameters())
+    known = inspect.signature(model.forward).parameters
+    extra = {"use_cache": False} if "use_cache" in known else {}
+    inputs = {name: tensor.to(parameter.device) for name, tensor in batch.inputs.items()}
+    inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    with wide_products(parameter.dtype):
+        out = model(**inputs, output_hidden_states=True, return_dict=True, **extra)
+    keep = batch.keep
+
+    def tokens(state: torch.Tensor) -> torch.Tensor:
+        state = state.to("cpu")
+        return state[keep] if keep is not None and state.shape[:2] == keep.shape else state.flatten(0, -2)
+
+    states = list(getattr(out, "hidden_states", None) or [])
+    hidden = [tokens(state) for state in states]
+    name = next((name for name in OUTPUTS if getattr(out, name, None) is not None), "")
+    if pool == "mean":
+        last = out.last_hidden_state if name == "last_hidden_state" else states[-1] if states else None
+        if last is None:
+            raise ValueError(
+                f"pool: expected a model that returns hidden states, {type(model).__name__} does not"
+            )
+        last = last.to("cpu", torch.float64)
+        weight = (torch.ones(last.shape[:2]) if keep is None else keep).double().unsqueeze(-1)
+        # A product of 0 and NaN is NaN: what stands at padding positions must not get into the mean.
+        mean = (last.masked_fill(weight == 0, 0.0) * weight).sum(1) / weight.sum(1)
+        return Output("mean-pooled embeddings", torch.nn.functional.normalize(mean, dim=-1), hidden)
+    if not name:
+        raise ValueError(
+            f"expected a model with logits or last_hidden_state, {type(model).__name__} has neither"
+        )
+    rows = getattr(out, name)
+    by_token = rows.dim() == 3 and (keep is None or rows.shape[:2] == keep.shape)
+    return Output(name, tokens(rows) if by_token else rows.to("cpu").flatten(1), hidden)
