@@ -34,8 +34,8 @@ def rans():
 
 
 def packed_linear():
-    from gaugekit.ops.packed_linear import packed_linear as product
     from gaugekit.ops.packed_linear import pack_weight
+    from gaugekit.ops.packed_linear import packed_linear as product
 
     weight = pack_weight((torch.randn(11008, 4096, device="cuda") * 0.02).bfloat16())
     x = torch.randn(1, 4096, device="cuda").bfloat16()

@@ -10,8 +10,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import linear
 
-from gaugekit.ops.packed_linear import packed_linear
-from gaugekit.ops.packed_linear import pack_weight
+from gaugekit.ops.packed_linear import pack_weight, packed_linear
 from registry import Case, benchmark, wanted
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336)]

@@ -7,9 +7,8 @@ weights come from memory. Each version of the kernel for few rows is a case of i
 import torch
 from torch.nn.functional import linear
 
+from gaugekit.ops.packed_linear import pack_weight, packed_linear
 from gaugekit.ops.packed_linear.cuda import BINARY_ROWS, VARIANTS
-from gaugekit.ops.packed_linear import packed_linear
-from gaugekit.ops.packed_linear import pack_weight
 from registry import Call, Planned, benchmark
 from rivals import assert_close
 

@@ -64,8 +64,7 @@ def imports(path: Path):
                 modules.append(module)
             yield from ((node.lineno, name) for name in modules)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield node.lineno, node.args[0].value
+            yield from ((node.lineno, name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
 
 
 def neighbours(path: Path) -> set[Path]:
