@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import gaugekit as gk
 from helpers import minilm
+from warm import python
 
 pytestmark = minilm
 
@@ -58,7 +58,7 @@ def test_without_a_binary_the_same_bytes(checkpoints, tmp_path):
         "gk.codec.pack(sys.argv[1], 'numpy.safetensors'); gk.codec.unpack('numpy.safetensors', 'restored.safetensors')"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "GAUGEKIT_REQUIRE": ""}
-    command = [sys.executable, "-c", script, str(checkpoints["bf16"])]
+    command = [*python(), "-c", script, str(checkpoints["bf16"])]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     gk.codec.pack(checkpoints["bf16"], tmp_path / "binary.safetensors")

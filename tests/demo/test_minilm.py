@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 import gaugekit
 from gaugekit import _library
 from helpers import minilm
+from warm import python
 
 REMOVED = {"value_output": 73728, "query_key": 73728, "key_bias": 2304, "value_bias": 2304, "total": 152064}
 RUN = "from gaugekit import demo; print(demo.run('demo', sentences=48, seconds=1.0))"
@@ -36,7 +36,7 @@ def setting(request, tmp_path):
 def test_the_demo_keeps_its_promises(setting, tmp_path):
     environment, binary = setting
     done = subprocess.run(
-        [sys.executable, "-c", RUN], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*python(), "-c", RUN], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
