@@ -1,5 +1,6 @@
 """Every test runs deterministic and poisoned: memory that an operator allocates and forgets to write holds NaN."""
 
+import gc
 import os
 import tempfile
 
@@ -34,6 +35,12 @@ EACH_ALONE = (
 )  # fmt: skip
 # and these share one that is (the program of the fuzzer is compiled once).
 TOGETHER = {"tests/codec/test_fuzz.py": "tests/codec/test_damage.py"}
+
+
+def pytest_collection_finish(session):
+    """What was imported lives until the end: verify's collections, three a call, need not look at it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
