@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from gaugekit.checkpoint.reader import CERTIFICATE, Checkpoint, Writer  # noqa: E402
-from gaugekit.files.staging import MANIFEST, sha256  # noqa: E402
+from gaugekit.files.durable import sha256  # noqa: E402
+from gaugekit.files.staging import MANIFEST  # noqa: E402
 from gaugekit.symmetry import GaugeFix  # noqa: E402
 from gaugekit.verbs.convert import convert  # noqa: E402
 

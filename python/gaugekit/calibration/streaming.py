@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -26,8 +24,9 @@ from gaugekit import models
 from gaugekit.calibration.moments import Moments, add, observe, watched
 from gaugekit.checkpoint.config import stored_as
 from gaugekit.checkpoint.reader import Checkpoint, versions
+from gaugekit.files.durable import identity, replacing, sync
 from gaugekit.files.places import naming_file
-from gaugekit.files.staging import identity, replacing, workplace
+from gaugekit.files.staging import workplace
 from gaugekit.text import samples
 
 
@@ -144,8 +143,7 @@ class _State:
 
     def sync(self, layer: int) -> None:
         """Puts the mapped file of ``layer`` on the disk before a record says it is there."""
-        with self.hidden_path(layer).open("rb") as file:
-            os.fsync(file.fileno())
+        sync(self.hidden_path(layer))
 
     def arguments(self, index: int) -> Path:
         return self.work / "arguments" / f"{index}.pt"
@@ -297,10 +295,13 @@ def _identity(
     checkpoint: Checkpoint, sequences, modules: list[str], batch_size: int, dtype: torch.dtype
 ) -> dict:
     """What a work folder belongs to: the same weights, tokens and arguments, or it is not resumed."""
-    digests = {f"checkpoint {name}": digest for name, digest in checkpoint.sha256().items()}
-    digests["tokens"] = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
-    options = {"modules": modules, "batch_size": batch_size, "dtype": str(dtype)}
-    return identity("statistics", versions("transformers"), digests, options)
+    return identity(
+        "statistics",
+        versions("transformers"),
+        weights={"checkpoint": checkpoint.sha256()},
+        text={"tokens": sequences},
+        options={"modules": modules, "batch_size": batch_size, "dtype": str(dtype)},
+    )
 
 
 __all__ = ["Moments", "collect", "observe"]

@@ -16,7 +16,8 @@ from torch import Tensor
 from gaugekit.checkpoint.config import CONFIG, read_config, read_json, stored_as
 from gaugekit.codec import CorruptFile, safe_open
 from gaugekit.codec.files import container
-from gaugekit.files.staging import OWN, Staging, copy, dump, sha256, sync, write
+from gaugekit.files.durable import copy, dump, replacement, sha256, write
+from gaugekit.files.staging import OWN, Staging
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -289,16 +290,12 @@ class Writer:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A .safetensors file that has its name only once it is whole and on the disk, as readable as any new file."""
-    package, temporary = safetensors_package(), path.with_suffix(".tmp")
-    write(temporary, b"")  # made by us: safetensors would make it private
-    mode = temporary.stat().st_mode
-    try:
-        package.torch.save_file(tensors, temporary, {"format": "pt"})
-    except package.SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    temporary.chmod(mode)
-    sync(temporary)
-    os.replace(temporary, path)
+    package = safetensors_package()
+    with replacement(path) as temporary:
+        try:
+            package.torch.save_file(tensors, temporary, {"format": "pt"})
+        except package.SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _final_names(shards: list[dict]) -> list[str]:

@@ -11,14 +11,14 @@ from typing import BinaryIO
 
 import torch
 
-from gaugekit.codec.directories.job import Job, Progress
+from gaugekit.codec.directories.job import Job, Progress, convert, counter
 from gaugekit.codec.files import container, stream
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import SUFFIX, Entry
 from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
-from gaugekit.codec.files.written import check_room, written
 from gaugekit.codec.tensors.pieces import read_at
-from gaugekit.files.places import check_place, placed
+from gaugekit.files.durable import written
+from gaugekit.files.places import check_place, check_space, placed
 from gaugekit.ops.rans import operator as rans
 from gaugekit.report import Report
 
@@ -102,11 +102,11 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     if place == whole or (place.exists() and whole.samefile(place)):
         raise ValueError(f"target: expected another path than source, got {target} for both")
     if whole.is_dir():
-        return job.convert(job, whole, place, resume, progress, started)
+        return convert(job, whole, place, resume, progress, started)
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
-    check_room(place, job.plan(whole))
-    counts = job.one(whole, place, job.counter(job.passes * whole.stat().st_size, progress))
+    check_space(place, job.plan(whole))
+    counts = job.one(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
     return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})
 

@@ -21,9 +21,8 @@ import torch
 from gaugekit import _library, doctor
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec import pack, unpack
-from gaugekit.codec.files.written import written
 from gaugekit.demo import page, speed
-from gaugekit.files import staging
+from gaugekit.files.durable import lock, sha256, written
 from gaugekit.progress import bar
 from gaugekit.report import Report
 from gaugekit.symmetry import GaugeFix
@@ -249,7 +248,7 @@ def _workspace(directory: Path) -> Iterator[Path]:
                 )
     models.mkdir(parents=True, exist_ok=True)
     with (models / MARK).open("ab") as mark:
-        if not staging.lock(mark):
+        if not lock(mark):
             raise ValueError(f"directory: another demo is writing {str(directory)!r}")
         for name in MADE:
             made = models / name
@@ -320,7 +319,7 @@ def _round_trip(original: Path, packed: Path, progress) -> dict:
     restored = packed.with_suffix(".restored")
     report = pack(original, packed, progress=progress)
     unpack(packed, restored, progress=progress)
-    exact = staging.sha256(original) == staging.sha256(restored)
+    exact = sha256(original) == sha256(restored)
     restored.unlink()
     fields = ("bytes_before", "bytes_after", "ratio", "bits_per_weight")
     return {**{field: report[field] for field in fields}, "bit_exact": exact}

@@ -9,7 +9,7 @@ import torch
 
 from gaugekit.calibration import collect
 from gaugekit.checkpoint.reader import Checkpoint
-from gaugekit.files.staging import sha256
+from gaugekit.files.durable import sha256
 from gaugekit.report import Report
 from gaugekit.rewrite import Calibration, Later, Rewrite, engine
 from gaugekit.rewrite.job import storage

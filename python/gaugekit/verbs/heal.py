@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from gaugekit import models
 from gaugekit.calibration.moments import evaluating, tokens
 from gaugekit.checkpoint.reader import CERTIFICATE, INDEX, SCRATCH, Checkpoint, safetensors_package, versions
-from gaugekit.codec.directories.job import check_space
-from gaugekit.files.places import listing
-from gaugekit.files.staging import OWN, Staging, check_target, copy, free_bytes, identity, sync
+from gaugekit.files.durable import copy, identity, sync
+from gaugekit.files.places import check_space, listing
+from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
 from gaugekit.text import samples
-from gaugekit.verbs.heal_state import State, digest, digest_of
+from gaugekit.verbs.heal_state import State, digest
 
 QUERY_KEY = (
     "*query*",
@@ -98,13 +98,17 @@ def heal(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    digests = {
-        "student": digest(student),
-        "teacher": digest(teacher),
-        "text": digest_of(strings, held_out),
-    }
-    digests["tokens"] = digest_of(*([b["input_ids"].tolist() for b in (*batches, *(h for h, _ in held))]))
-    state = State(work_directory, identity("heal", versions("transformers"), digests, options), run.trained)
+    which = identity(
+        "heal",
+        versions("transformers"),
+        weights={"student": digest(student), "teacher": digest(teacher)},
+        text={
+            "text": [strings, held_out],
+            "tokens": [b["input_ids"].tolist() for b in (*batches, *(h for h, _ in held))],
+        },
+        options=options,
+    )
+    state = State(work_directory, which, run.trained)
     total = layer_steps + steps
     was = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     student.requires_grad_(False)
@@ -188,12 +192,11 @@ def heal_directory(
 
 
 def _directory_identity(paths: list[Path], strings: list[str], options: dict[str, Any]) -> dict:
-    digests = {"text": digest_of(strings)}
-    for role, path in zip(("student", "teacher"), paths, strict=True):
-        checkpoint = Checkpoint(path)
-        digests |= {f"{role} {name}": digest for name, digest in checkpoint.sha256().items()}
+    weights = {
+        role: Checkpoint(path).sha256() for role, path in zip(("student", "teacher"), paths, strict=True)
+    }
     chosen = {name: str(value) for name, value in options.items()}
-    return identity("heal", versions("transformers"), digests, chosen)
+    return identity("heal", versions("transformers"), weights=weights, text={"text": strings}, options=chosen)
 
 
 def _save(model: nn.Module, source: Path, folder: Path) -> None:
