@@ -233,14 +233,16 @@ def test_resume_after_a_kill_between_naming_the_shards_and_the_rename(tmp_path, 
 
 SLOW = """
 import sys, time
-from gaugekit import checkpoint, rewrite, symmetry
-checkpoint.Writer.__init__.__kwdefaults__["shard_bytes"] = 10_000
+import gaugekit
+from gaugekit import symmetry
+from gaugekit.checkpoint.reader import Writer
+Writer.__init__.__kwdefaults__["shard_bytes"] = 10_000
 class Slow(symmetry.GaugeFix):
     def layer(self, view, statistics=None):
         print("layer", flush=True)
         time.sleep(0.5)
         return super().layer(view, statistics)
-rewrite.convert(sys.argv[1], sys.argv[2], [Slow()])
+gaugekit.convert(sys.argv[1], sys.argv[2], [Slow()])
 """
 
 

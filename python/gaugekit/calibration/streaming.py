@@ -27,7 +27,8 @@ from gaugekit.checkpoint.reader import Checkpoint, versions
 from gaugekit.files.durable import identity, replacing, sync
 from gaugekit.files.places import naming_file
 from gaugekit.files.staging import workplace
-from gaugekit.text import samples
+from gaugekit.text.batches import batches as batches_of
+from gaugekit.text.batches import padding, token_ids
 
 
 def collect(
@@ -65,7 +66,7 @@ def collect(
     with contextlib.ExitStack() as stack:
         if work_directory is None:
             work_directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gaugekit-statistics-"))
-        batches = list(samples.batches(sequences, batch_size, pad))
+        batches = list(batches_of(sequences, batch_size, pad))
         which = _identity(checkpoint, sequences, list(modules), batch_size, dtype)
         state = stack.enter_context(contextlib.closing(_State(work_directory, which)))
         run = _Pass(checkpoint, dtype, list(modules))
@@ -278,17 +279,9 @@ def _sequences(checkpoint: Checkpoint, text, max_tokens: int | None) -> tuple[li
     if tokenizer is None:
         raise ValueError(f"checkpoint: expected a tokenizer in {str(checkpoint.path)!r}, found none")
     config = loading.config(checkpoint.path)
-    sequences = samples.tokenize(tokenizer, samples.read(text), loading.positions(config))
-    if max_tokens is not None:
-        cut, left = [], max_tokens
-        for row in sequences:
-            if left > 0:
-                cut.append(row[:left])
-                left -= len(row)
-        sequences = cut
-    if not sequences:
-        raise ValueError("text_file: expected text that gives tokens, got none")
-    return sequences, config.pad_token_id or 0
+    longest = loading.positions(config)
+    sequences = token_ids(tokenizer, text, longest, most=max_tokens, argument="text_file")
+    return sequences, padding(config)
 
 
 def _identity(

@@ -26,7 +26,8 @@ from gaugekit.files.durable import lock, sha256, written
 from gaugekit.progress import bar
 from gaugekit.report import Report
 from gaugekit.symmetry import GaugeFix
-from gaugekit.text import samples
+from gaugekit.text.samples import minilm
+from gaugekit.text.sentences import sentences as documentation
 from gaugekit.verbs.convert import convert
 from gaugekit.verbs.fuse import fuse
 from gaugekit.verbs.inspect import inspect
@@ -76,13 +77,15 @@ def run(
     where ``directory`` holds models or a report that no demo wrote, or where another demo is writing.
     """
     directory = Path(directory)
-    source = samples.minilm() if model is None else Path(model)
+    source = minilm() if model is None else Path(model)
     with _workspace(directory) as models:
         return _run(directory, source, models, model is None, sentences, seconds)
 
 
-def _run(directory: Path, source: Path, models: Path, minilm: bool, sentences: int, seconds: float) -> Report:
-    strings = samples.sentences(sentences)
+def _run(
+    directory: Path, source: Path, models: Path, is_minilm: bool, sentences: int, seconds: float
+) -> Report:
+    strings = documentation(sentences)
     clock = _Clock()
 
     with clock.step("inspect") as progress:
@@ -117,7 +120,7 @@ def _run(directory: Path, source: Path, models: Path, minilm: bool, sentences: i
         }
 
     fields = {
-        "model": "all-MiniLM-L6-v2" if minilm else source.name,
+        "model": "all-MiniLM-L6-v2" if is_minilm else source.name,
         "parameters_before": converted["parameters_before"],
         "parameters_after": converted["parameters_after"],
         "parameters_removed": converted["steps"][0]["removed"],

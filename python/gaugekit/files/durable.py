@@ -93,6 +93,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_files(folder: Path) -> None:
+    """``sync`` of every file in ``folder``, at any depth."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+
+
 @contextlib.contextmanager
 def replacement(path: Path) -> Iterator[Path]:
     """Where to write, by its name, a file that takes the place of ``path`` only when it is whole and on the disk; it is

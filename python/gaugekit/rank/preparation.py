@@ -14,7 +14,7 @@ from gaugekit.models import Layers
 from gaugekit.rank.search import needed, truncate
 from gaugekit.rank.spectra import spectrum
 from gaugekit.rank.truncation import Ranks, Truncate
-from gaugekit.text import samples
+from gaugekit.text.sentences import read
 
 
 def prepare(
@@ -46,7 +46,7 @@ def prepare(
         "ranks",
         versions("transformers"),
         weights={"source": checkpoint.sha256()},
-        text={} if calibration is None else {"calibration": samples.read(calibration)},
+        text={} if calibration is None else {"calibration": read(calibration)},
         options={"energy": energy, "min_cosine": min_cosine},
     )
     with contextlib.closing(workplace(work_directory, which, {"ranks": None})) as staged:
