@@ -42,7 +42,7 @@ TESTS = {  # modules, or folders of them, under python/gaugekit: the tests under
     "rank/bounds.py": "rank/test_bounds*.py",
     "rank/[!b]*.py": "rank/test_spectra.py rank/test_truncate.py",
     "rewrite": "verbs/test_convert*.py",
-    "checkpoint/reader.py": "checkpoint/test_reader.py verbs/test_convert*.py",
+    "checkpoint/[rw]*er.py": "checkpoint/test_reader.py verbs/test_convert*.py",
     "codec/packing.py": f"codec/test_files.py codec/test_save_file.py {DIRECTORIES}",
     "codec/directories/job.py": f"codec/test_files.py {DIRECTORIES}",
     "codec/directories/index.py": DIRECTORIES,

@@ -13,7 +13,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from gaugekit.checkpoint.reader import CERTIFICATE, Checkpoint, Writer  # noqa: E402
+from gaugekit.checkpoint.reader import Checkpoint  # noqa: E402
+from gaugekit.checkpoint.writer import CERTIFICATE, Writer  # noqa: E402
 from gaugekit.files.durable import sha256  # noqa: E402
 from gaugekit.files.staging import MANIFEST  # noqa: E402
 from gaugekit.symmetry import GaugeFix  # noqa: E402
@@ -235,7 +236,7 @@ SLOW = """
 import sys, time
 import gaugekit
 from gaugekit import symmetry
-from gaugekit.checkpoint.reader import Writer
+from gaugekit.checkpoint.writer import Writer
 Writer.__init__.__kwdefaults__["shard_bytes"] = 10_000
 class Slow(symmetry.GaugeFix):
     def layer(self, view, statistics=None):

@@ -23,7 +23,8 @@ import torch
 from gaugekit import models
 from gaugekit.calibration.moments import Moments, add, observe, watched
 from gaugekit.checkpoint.config import stored_as
-from gaugekit.checkpoint.reader import Checkpoint, versions
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.checkpoint.writer import versions
 from gaugekit.files.durable import identity, replacing, sync
 from gaugekit.files.places import naming_file
 from gaugekit.files.staging import workplace

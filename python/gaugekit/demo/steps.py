@@ -23,6 +23,7 @@ from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec import pack, unpack
 from gaugekit.demo import page, speed
 from gaugekit.files.durable import lock, sha256, written
+from gaugekit.pages.figures import DTYPES
 from gaugekit.progress import bar
 from gaugekit.report import Report
 from gaugekit.symmetry import GaugeFix
@@ -33,7 +34,6 @@ from gaugekit.verbs.fuse import fuse
 from gaugekit.verbs.inspect import inspect
 from gaugekit.verbs.verify import verify
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MARK = ".gaugekit-demo"
 WEIGHTS = "model.safetensors"
 REPORTS = ("report.json", "report.html")

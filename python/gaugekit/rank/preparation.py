@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gaugekit.calibration.streaming import collect
-from gaugekit.checkpoint.reader import Checkpoint, versions
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.checkpoint.writer import versions
 from gaugekit.files.durable import identity
 from gaugekit.files.staging import Staging, workplace
 from gaugekit.models import Layers

@@ -14,8 +14,10 @@ import torch
 
 from gaugekit import codec
 from gaugekit.checkpoint.config import CONFIG
-from gaugekit.checkpoint.reader import CERTIFICATE, INDEX, SCRATCH, Checkpoint, Writer, versions
+from gaugekit.checkpoint.dtypes import name_of
+from gaugekit.checkpoint.reader import INDEX, Checkpoint
 from gaugekit.checkpoint.version import VERSION
+from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, Writer, versions
 from gaugekit.files.durable import identity
 from gaugekit.files.places import listing
 from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes
@@ -174,7 +176,7 @@ class _Conversion:
                     if "layer" in r
                 ],
                 "dense": job.dense,
-                "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
+                "dtype": None if job.dtype is None else name_of(job.dtype),
                 "source_sha256": checkpoint.sha256(),
                 "output_sha256": output,
                 "versions": {**versions(), "format": VERSION},

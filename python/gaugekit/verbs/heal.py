@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gaugekit import models
 from gaugekit.calibration.moments import evaluating
-from gaugekit.checkpoint.reader import CERTIFICATE, INDEX, SCRATCH, Checkpoint, safetensors_package, versions
+from gaugekit.checkpoint.reader import INDEX, Checkpoint
+from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, safetensors_package, versions
 from gaugekit.files.durable import copy, identity, sync_files
 from gaugekit.files.places import check_space, listing
 from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
