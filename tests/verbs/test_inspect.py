@@ -10,8 +10,8 @@ import torch
 from transformers import BloomConfig, BloomModel
 
 import gaugekit.verbs.inspect
+from gaugekit import samples
 from gaugekit.reference.nonlocal_energy import nonlocal_energy
-from gaugekit.text import samples
 from gaugekit.verbs.inspect import SMOOTH, _smoothing
 from helpers import minilm
 from tiny import add_tokenizer, bert, gpt2

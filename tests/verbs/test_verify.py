@@ -9,7 +9,7 @@ import torch
 from transformers import BertForMaskedLM
 
 import gaugekit.verbs.verify
-from gaugekit.text import samples
+from gaugekit import samples
 from helpers import minilm
 from tiny import bert, copy_of, gpt2
 

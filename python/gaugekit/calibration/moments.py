@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gaugekit import models
-from gaugekit.text import samples
+from gaugekit.text.batches import tokens
 
 PARTS = ("q", "k", "v", "o")
 
@@ -91,29 +91,6 @@ def observe(
         for hook in hooks:
             hook.remove()
     return found
-
-
-def tokens(
-    model: torch.nn.Module, text: str | Path | list[str], batch_size: int = 8
-) -> list[dict[str, torch.Tensor]]:
-    """The text as batches of ``input_ids`` and ``attention_mask`` [B, T] on the model's device.
-
-    Raises ValueError where no tokenizer stands in the directory the model was loaded from, and for bad text.
-    """
-    from gaugekit.hf import loading
-
-    path = loading.home(model)
-    tokenizer = None if path is None else loading.tokenizer(path)
-    if tokenizer is None:
-        raise ValueError("text: expected a model loaded from a directory with a tokenizer, found none")
-    ids = samples.tokenize(tokenizer, samples.read(text), loading.positions(model.config))
-    if not ids:
-        raise ValueError("text: expected text that gives tokens, got none")
-    device = next(model.parameters()).device
-    return [
-        {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
-        for rows, mask in samples.batches(ids, batch_size, getattr(model.config, "pad_token_id", None) or 0)
-    ]
 
 
 @contextlib.contextmanager

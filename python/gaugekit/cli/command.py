@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gaugekit.checkpoint.dtypes import NAMES
 from gaugekit.cli import streams
 from gaugekit.progress import bar
 from gaugekit.report import Report
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 EXTRA_OF = {
     "transformers": "hf",
     "tokenizers": "hf",
@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--dense", action="store_true", help="keep the plain layout, which loads without gaugekit"
     )
-    one.add_argument("--dtype", choices=DTYPES, help="store the weights so (default: as the model has them)")
+    one.add_argument("--dtype", choices=NAMES, help="store the weights so (default: as the model has them)")
     one.add_argument("--pack", action="store_true", help="pack the result, without loss")
 
     one = verb("heal", heal, "distil back what an inexact rewrite lost")
@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to read (default: 500 sentences of Python's documentation)"
     )
-    one.add_argument("--dtype", choices=DTYPES, help="run both so (default: as A is stored)")
+    one.add_argument("--dtype", choices=NAMES, help="run both so (default: as A is stored)")
     one.add_argument("--pool", choices=("mean",), help="compare mean-pooled, normalised sentence embeddings")
 
     for name, run, summary in (

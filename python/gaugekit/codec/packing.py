@@ -16,9 +16,9 @@ from gaugekit.codec.files import container, stream
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import SUFFIX, Entry
 from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
-from gaugekit.codec.files.written import check_room, written
 from gaugekit.codec.tensors.pieces import read_at
-from gaugekit.files.places import check_place, placed
+from gaugekit.files.durable import written
+from gaugekit.files.places import check_place, check_space, placed
 from gaugekit.ops.rans import operator as rans
 from gaugekit.report import Report
 
@@ -105,7 +105,7 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
         return convert(job, whole, place, resume, progress, started)
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
-    check_room(place, job.plan(whole))
+    check_space(place, job.plan(whole))
     counts = job.one(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
     return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})

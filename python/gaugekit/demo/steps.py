@@ -21,19 +21,19 @@ import torch
 from gaugekit import _library, doctor
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec import pack, unpack
-from gaugekit.codec.files.written import written
 from gaugekit.demo import page, speed
-from gaugekit.files import staging
+from gaugekit.files.durable import lock, sha256, written
+from gaugekit.pages.figures import DTYPES
 from gaugekit.progress import bar
 from gaugekit.report import Report
 from gaugekit.symmetry import GaugeFix
-from gaugekit.text import samples
+from gaugekit.text.samples import minilm
+from gaugekit.text.sentences import sentences as documentation
 from gaugekit.verbs.convert import convert
 from gaugekit.verbs.fuse import fuse
 from gaugekit.verbs.inspect import inspect
 from gaugekit.verbs.verify import verify
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MARK = ".gaugekit-demo"
 WEIGHTS = "model.safetensors"
 REPORTS = ("report.json", "report.html")
@@ -77,13 +77,15 @@ def run(
     where ``directory`` holds models or a report that no demo wrote, or where another demo is writing.
     """
     directory = Path(directory)
-    source = samples.minilm() if model is None else Path(model)
+    source = minilm() if model is None else Path(model)
     with _workspace(directory) as models:
         return _run(directory, source, models, model is None, sentences, seconds)
 
 
-def _run(directory: Path, source: Path, models: Path, minilm: bool, sentences: int, seconds: float) -> Report:
-    strings = samples.sentences(sentences)
+def _run(
+    directory: Path, source: Path, models: Path, is_minilm: bool, sentences: int, seconds: float
+) -> Report:
+    strings = documentation(sentences)
     clock = _Clock()
 
     with clock.step("inspect") as progress:
@@ -118,7 +120,7 @@ def _run(directory: Path, source: Path, models: Path, minilm: bool, sentences: i
         }
 
     fields = {
-        "model": "all-MiniLM-L6-v2" if minilm else source.name,
+        "model": "all-MiniLM-L6-v2" if is_minilm else source.name,
         "parameters_before": converted["parameters_before"],
         "parameters_after": converted["parameters_after"],
         "parameters_removed": converted["steps"][0]["removed"],
@@ -249,7 +251,7 @@ def _workspace(directory: Path) -> Iterator[Path]:
                 )
     models.mkdir(parents=True, exist_ok=True)
     with (models / MARK).open("ab") as mark:
-        if not staging.lock(mark):
+        if not lock(mark):
             raise ValueError(f"directory: another demo is writing {str(directory)!r}")
         for name in MADE:
             made = models / name
@@ -320,7 +322,7 @@ def _round_trip(original: Path, packed: Path, progress) -> dict:
     restored = packed.with_suffix(".restored")
     report = pack(original, packed, progress=progress)
     unpack(packed, restored, progress=progress)
-    exact = staging.sha256(original) == staging.sha256(restored)
+    exact = sha256(original) == sha256(restored)
     restored.unlink()
     fields = ("bytes_before", "bytes_after", "ratio", "bits_per_weight")
     return {**{field: report[field] for field in fields}, "bit_exact": exact}

@@ -15,10 +15,10 @@ import torch
 
 from gaugekit import models
 from gaugekit.checkpoint.config import read_config
+from gaugekit.checkpoint.dtypes import FLOATS
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec.directories.index import INDEX_SUFFIX, check_indices
 
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # transformers sets torch's default dtype and more while it builds a model: two threads must not undo each other's.
 _building = threading.RLock()
 _switch = threading.Lock()
@@ -59,10 +59,10 @@ def stored_dtype(path: Path) -> torch.dtype:
     checkpoint = Checkpoint(path)  # the files the model consists of, not others that stand beside them
     numbers: Counter[torch.dtype] = Counter()
     for name in checkpoint.names():
-        if (dtype := checkpoint.dtype(name)) in STORED.values():
+        if (dtype := checkpoint.dtype(name)) in FLOATS.values():
             numbers[dtype] += math.prod(checkpoint.shape(name))
     if not numbers:
-        raise ValueError(f"{path}: expected weights stored as {', '.join(STORED)}, found none")
+        raise ValueError(f"{path}: expected weights stored as {', '.join(FLOATS)}, found none")
     return numbers.most_common(1)[0][0]
 
 

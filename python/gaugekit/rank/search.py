@@ -9,12 +9,14 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from gaugekit.calibration.moments import Moments, evaluating, observe, tokens
+from gaugekit.calibration.moments import Moments, evaluating, observe
 from gaugekit.models import AttentionView, Live
 from gaugekit.rank.spectra import Spectrum, spectrum
 from gaugekit.rank.truncation import Ranks, Truncate, cut
 from gaugekit.report import Report
-from gaugekit.text import samples
+from gaugekit.text import pooling
+from gaugekit.text.batches import tokens
+from gaugekit.text.sentences import read
 
 STEPS = 10  # halvings: the energy that may go is found to 1.4 %
 
@@ -83,22 +85,22 @@ def halves(text: str | Path | list[str] | None) -> tuple[list[str], list[str]]:
     """Sentences 0, 2, 4, … and 1, 3, 5, … of a text; ValueError where there are not two."""
     if text is None or (isinstance(text, list) and text and not isinstance(text[0], str)):
         raise ValueError("calibration: expected text for min_cosine, half of which is held out")
-    found = samples.read(text)
-    if len(found) < 2:
-        raise ValueError(f"calibration: expected at least 2 sentences for min_cosine, got {len(found)}")
-    return found[::2], found[1::2]
+    strings = read(text)
+    if len(strings) < 2:
+        raise ValueError(f"calibration: expected at least 2 sentences for min_cosine, got {len(strings)}")
+    return strings[::2], strings[1::2]
 
 
 @torch.no_grad()
 def embeddings(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     """The last hidden states averaged over each text's tokens, scaled to length 1: float64 [N, D]."""
-    found = []
     with evaluating(model):
-        for inputs in batches:
-            states = model.base_model(**inputs).last_hidden_state.to("cpu", torch.float64)
-            real = inputs["attention_mask"].to("cpu", torch.float64)[..., None]
-            found.append(nn.functional.normalize((states * real).sum(1) / real.sum(1), dim=-1))
-    return torch.cat(found)
+        return torch.cat(
+            [
+                pooling.embeddings(model.base_model(**inputs).last_hidden_state, inputs["attention_mask"])
+                for inputs in batches
+            ]
+        )
 
 
 def _search(

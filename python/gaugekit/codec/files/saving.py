@@ -10,8 +10,8 @@ import torch
 
 from gaugekit.codec.files import header, stream
 from gaugekit.codec.files.stream import Crew
-from gaugekit.codec.files.written import check_room, written
-from gaugekit.files.places import check_place, placed
+from gaugekit.files.durable import written
+from gaugekit.files.places import check_place, check_space, placed
 
 
 def save_file(
@@ -31,7 +31,7 @@ def save_file(
     if slash or path.is_dir():
         raise ValueError(f"path: expected a file name, got the directory {path}")
     path = placed(path)
-    check_room(path, stream.most_bytes(original))
+    check_space(path, stream.most_bytes(original))
     with Crew() as crew, written(path) as out:
         stream.pack(
             original,

@@ -16,9 +16,10 @@ from gaugekit.codec.files import bundle, container
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import BITS, DTYPES, Entry, Header
 from gaugekit.codec.tensors.blob import encode_bytes
-from gaugekit.codec.tensors.pieces import BlobWriter, StoredBlob, chunk_count, cuts, read_at
+from gaugekit.codec.tensors.pieces import BlobWriter, StoredBlob, cuts, read_at
 from gaugekit.ops.rans import operator as rans
 from gaugekit.ops.rans.crc32c import joined
+from gaugekit.ops.rans.header import chunk_count
 
 MIN_MEMORY_BYTES, MEMORY_BYTES = 64 << 20, 256 << 20
 THREADS = (

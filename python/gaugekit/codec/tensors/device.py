@@ -9,7 +9,7 @@ import torch
 
 from gaugekit.codec.tensors.blob import as_byte_tensor
 from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans import rows
+from gaugekit.ops.rans.rows import ROW, decode_rows, rows_of
 
 ALIGNMENT = 256  # of each tensor in the output, in bytes
 GROUP_BYTES = 1 << 26  # packed bytes that travel at once while the ones before them are decoded
@@ -41,7 +41,7 @@ class DeviceDecoder:
             if not 0 <= start <= stop <= shape.numel():
                 raise ValueError(f"ranges: expected 0 <= start <= stop <= {shape.numel()}, got {wanted}")
             done = sum(map(len, rows))
-            rows.append(rows.rows_of(blob, start, stop, place, out))
+            rows.append(rows_of(blob, start, stop, place, out))
             self._extend_groups(place, place + blob.numel(), done, done + len(rows[-1]))
             layout.append((out, dtype, shape if wanted is None else torch.Size([stop - start])))
             sources.append(blob)
@@ -51,7 +51,7 @@ class DeviceDecoder:
         self._host = torch.empty(place, dtype=torch.uint8, pin_memory=pinned)
         if sources:
             torch.cat(sources, out=self._host)
-        table = np.concatenate(rows) if rows else np.zeros(0, rows.ROW)
+        table = np.concatenate(rows) if rows else np.zeros(0, ROW)
         self._rows = torch.from_numpy(table.view(np.uint8)).to(self.device)
         self._packed = torch.empty(place, dtype=torch.uint8, device=self.device)
         self._out = torch.empty(out, dtype=torch.uint8, device=self.device)
@@ -72,7 +72,7 @@ class DeviceDecoder:
 
     def decode(self) -> list[torch.Tensor]:
         """Decodes all chunks in one launch on the current stream."""
-        rows.decode_rows(self._packed, self._rows, self._out, self._damaged)
+        decode_rows(self._packed, self._rows, self._out, self._damaged)
         return self.tensors
 
     def load(self) -> list[torch.Tensor]:
@@ -88,7 +88,7 @@ class DeviceDecoder:
                     self._packed[start:stop].copy_(self._host[start:stop], non_blocking=True)
                 current.wait_stream(side)
                 rows = self._rows[48 * first : 48 * last]
-                rows.decode_rows(self._packed, rows, self._out, self._damaged[first:last])
+                decode_rows(self._packed, rows, self._out, self._damaged[first:last])
         return self.tensors
 
     def check(self) -> None:

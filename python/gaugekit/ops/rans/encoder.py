@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import struct
 
 import numpy as np
 
 from gaugekit.ops.rans.composition import (
     BATCH_SYMBOLS,
     BLOCK_GROUPS,
-    ENTRY,
-    HEADER,
     LANE_ELEMENT,
     LANES,
     LOWER,
-    MAGIC,
     WIDTHS,
     chunk_starts,
-    padded,
 )
 from gaugekit.ops.rans.crc32c import crc32c
+from gaugekit.ops.rans.header import ENTRY, BlobHeader, padded
 from gaugekit.ops.rans.tables import SLOTS, frequencies, pack_six, slots_by_symbol, table_shift, to_planes
 
 
@@ -123,7 +119,7 @@ def encode(data: np.ndarray, shape: tuple[int, ...], element: int, model: int, c
     starts = chunk_starts(data.size // width, chunk_log2)
     pieces = [data[a * width : b * width] for a, b in itertools.pairwise(starts)]
     bodies, entries = [], np.zeros(len(pieces), ENTRY)
-    offset = padded(48 + 8 * len(shape)) + 32 * len(pieces)
+    offset = BlobHeader(element, model, chunk_log2, shape, 0, 0).index_end
     batch = max(1, BATCH_SYMBOLS >> chunk_log2)
     for first in range(0, len(pieces), batch):
         for i, (body, entry) in enumerate(_encode_chunks(pieces[first : first + batch], width, model), first):
@@ -131,10 +127,6 @@ def encode(data: np.ndarray, shape: tuple[int, ...], element: int, model: int, c
             entries[i]["offset"] = offset
             bodies.append(body)
             offset += body.size
-    dims = struct.pack(f"<{len(shape)}Q", *shape)
-    dims += bytes(-len(dims) % 16)
     index = entries.view(np.uint8)
-    fields = (MAGIC, 1, element, model, 0, 1, chunk_log2, len(shape), data.size // width, offset, len(pieces))
-    fields += (crc32c(index), 0)
-    crc = crc32c(np.frombuffer(HEADER.pack(*fields, 0) + dims, np.uint8))
-    return np.concatenate([np.frombuffer(HEADER.pack(*fields, crc) + dims, np.uint8), index, *bodies])
+    header = BlobHeader(element, model, chunk_log2, shape, offset, crc32c(index))
+    return np.concatenate([np.frombuffer(header.render(), np.uint8), index, *bodies])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from gaugekit import _library
-from gaugekit.ops.rans import composition, encoder
+from gaugekit.ops.rans import composition, encoder, header
+from gaugekit.ops.rans.crc32c import crc32c as composed_crc32c
 
 ELEMENTS = {
     torch.bfloat16: 1,
@@ -30,7 +31,6 @@ MODELS = {
     torch.float8_e5m2: (HIGH_BYTE,),
     torch.int8: (HIGH_BYTE,),
 }
-CORRUPT = composition.CORRUPT
 
 
 class CorruptFile(ValueError):
@@ -52,7 +52,7 @@ def _decode(blob, start, stop, out, path=-1):
 
 
 def _crc32c(data, crc=0):
-    return torch.tensor(composition.crc32c(data.numpy(), crc))
+    return torch.tensor(composed_crc32c(data.numpy(), crc))
 
 
 def _unbacked():
@@ -84,14 +84,24 @@ def _checked(operator, *arguments):
     try:
         return operator(*arguments)
     except RuntimeError as error:
-        _, found, sentence = str(error).partition(CORRUPT)
-        if not found:
+        _, prefix, sentence = str(error).partition(header.CORRUPT)
+        if not prefix:
             raise
         raise CorruptFile("not a sound coded blob: " + sentence.splitlines()[0]) from None
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def parse_header(head: bytes, size: int) -> header.BlobHeader:
+    """The header of a blob of ``size`` bytes, from its first bytes; CorruptFile."""
+    return _checked(header.parse, head, size)
+
+
+def header_bytes(start: bytes) -> int:
+    """How many bytes the header takes of a blob that begins with ``start`` (48 bytes); CorruptFile."""
+    return _checked(header.header_bytes, start)
 
 
 def encode(tensor: torch.Tensor, model: int, chunk_log2: int, path: int = -1) -> torch.Tensor:
