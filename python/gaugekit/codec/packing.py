@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 from gaugekit.codec.directories.job import Job, Progress
 from gaugekit.codec.files import container, stream
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
@@ -19,7 +17,6 @@ from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
 from gaugekit.codec.files.written import check_room, written
 from gaugekit.codec.tensors.pieces import read_at
 from gaugekit.files.places import check_place, placed
-from gaugekit.ops.rans import operator as rans
 from gaugekit.report import Report
 
 
@@ -27,7 +24,7 @@ def pack(
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
-    model: int | None = None,
+    symbols: str | None = None,
     verify: bool = False,
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = True,
@@ -36,8 +33,8 @@ def pack(
     """Packs the .safetensors file ``source`` into ``target``, or every one in a directory, the rest being copied.
 
     Tensors of a dtype that ``encode`` takes are coded where that makes them smaller, everything else is stored as it
-    is; ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower). ``unpack`` restores each file byte
-    for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads once
+    is; ``symbols`` are those of ``encode`` for the bfloat16 ones ("exponent-and-mantissa": smaller, slower). ``unpack``
+    restores each file byte for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads once
     ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is restored again in memory and
     compared with the source before it is given its name, and every copy too. No file grows by more than 1 % and 4 KB.
 
@@ -50,15 +47,14 @@ def pack(
     Report: bytes_before, bytes_after and ratio of the .safetensors files, bits_per_weight over them (headers included),
     verified, seconds. ValueError for a source that is missing, packed already, holds no .safetensors, something that
     cannot be copied (a link to nothing, a socket), or an index that promises what is not there; for a target that is a
-    link, a device, or in a folder that cannot be written in; and for unfinished work of another source or ``model``.
+    link, a device, or in a folder that cannot be written in; and for unfinished work of another source or ``symbols``.
     CorruptFile for a source that is damaged, OSError when the disk is too small or fails.
     """
-    if model not in (None, *rans.MODELS[torch.bfloat16]):
-        raise ValueError(f"model: expected None or one of {rans.MODELS[torch.bfloat16]}, got {model!r}")
+    stream.check_symbols(symbols)
     with Crew(memory_bytes) as crew:
-        one = partial(_pack_file, crew=crew, model=model, verify=verify)
+        one = partial(_pack_file, crew=crew, symbols=symbols, verify=verify)
         same = partial(_is_packed, crew=crew)
-        job = Job("pack", {"model": model}, _packable, one, same, verify)
+        job = Job("pack", {"symbols": symbols}, _packable, one, same, verify)
         report = _run(job, source, target, resume, progress)
     weights, after = report.fields.pop("weights"), report["bytes_after"]
     report.fields["ratio"] = after / report["bytes_before"]
@@ -132,7 +128,7 @@ def _packed(path: Path) -> Packed:
 
 
 def _pack_file(
-    source: Path, target: Path, advance: Callable, *, crew: Crew, model: int | None, verify: bool
+    source: Path, target: Path, advance: Callable, *, crew: Crew, symbols: str | None, verify: bool
 ) -> tuple[int, int, int]:
     with source.open("rb") as file, naming(source), written(target, like=source) as out:
         original = container.read(file)
@@ -141,7 +137,7 @@ def _pack_file(
             return read_at(file, original.data_start + entry.begin + start, stop - start)
 
         advance(original.data_start)
-        after = stream.pack(original, read, out, crew, model, advance)
+        after = stream.pack(original, read, out, crew, symbols, advance)
         out.flush()
         if verify:
             _verify(file, out, crew)

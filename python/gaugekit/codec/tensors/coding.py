@@ -11,19 +11,20 @@ LAYOUTS = ("rans", "fixed")
 
 
 def encode(
-    tensor: torch.Tensor, *, layout: str = "rans", model: int | None = None, chunk_log2: int | None = None
+    tensor: torch.Tensor, *, layout: str = "rans", symbols: str | None = None, chunk_log2: int | None = None
 ) -> bytes | torch.Tensor:
     """``tensor`` (any shape, strides, bit patterns) in fewer bytes, bit for bit recoverable by ``decode``.
 
     ``layout="rans"``, for files: ``bytes``, the smallest. bfloat16, float16, float32, float8_e4m3fn, float8_e5m2 or
-    int8 on the CPU. ``model`` says which bits of an element are entropy-coded: 0 its exponent (default for bfloat16 and
-    float32), 1 its high byte (default for the others, and their only choice), 2 its exponent and the two highest bits
-    of its mantissa (bfloat16 only: about 0.6 % smaller, slower). ``chunk_log2`` (14 to 20; default 17, with model 2,
-    whose tables are larger, 18) is log2 of the symbols a chunk: smaller chunks are read in smaller pieces and cost more
-    bytes.
+    int8 on the CPU.
+    ``symbols`` says which bits of an element are entropy-coded, the others being stored as they are: "exponent"
+    (default for bfloat16 and float32), "high-byte" (default for the others, and their only choice) or
+    "exponent-and-mantissa", the exponent and the two highest bits of the mantissa (bfloat16 only: about 0.6 % smaller,
+    slower). ``chunk_log2`` (14 to 20; default 17, with "exponent-and-mantissa", whose tables are larger, 18) is log2 of
+    the symbols a chunk: smaller chunks are read in smaller pieces and cost more bytes.
 
     ``layout="fixed"``, for transfers: a uint8 tensor on the tensor's device, some 4 % larger and as simple as a GPU
-    likes it; bfloat16 or float16 on any device. ``model`` and ``chunk_log2`` do not go with it.
+    likes it; bfloat16 or float16 on any device. ``symbols`` and ``chunk_log2`` do not go with it.
 
     ValueError for other dtypes, devices, layouts or numbers. Formats: docs/format.md, ``gaugekit.codec.fixed``.
     """
@@ -33,9 +34,9 @@ def encode(
         raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
     tensor = tensor.resolve_neg()  # a view that negates has other bits in memory than it shows
     if layout == "rans":
-        return coded.encode(tensor, model=model, chunk_log2=chunk_log2)
-    if model is not None or chunk_log2 is not None:
-        raise ValueError("model, chunk_log2: expected None with layout='fixed', which has none")
+        return coded.encode(tensor, symbols=symbols, chunk_log2=chunk_log2)
+    if symbols is not None or chunk_log2 is not None:
+        raise ValueError("symbols, chunk_log2: expected None with layout='fixed', which has none")
     return fixed.encode(tensor)
 
 

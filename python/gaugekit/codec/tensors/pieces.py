@@ -21,7 +21,9 @@ from gaugekit.ops.rans.crc32c import joined
 from gaugekit.ops.rans.operator import CorruptFile
 
 MAGIC, VERSION = b"GKRANS\x1a\n", 1
-FIELDS = struct.Struct("<8sHBBBBBBQQIIII")  # magic, version, element, model, context, tables, log2, rank, ...
+FIELDS = struct.Struct(
+    "<8sHBBBBBBQQIIII"
+)  # magic, version, element, symbols, context, tables, log2, rank, ...
 MAX_RANK = 64
 ENTRY = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("symbols", "<u2"), ("method", "u1"), ("constant", "u1")]
@@ -57,7 +59,8 @@ def chunk_count(count: int, log2: int) -> int:
 
 
 def render(like: bytes, shape: tuple[int, ...], entries: np.ndarray) -> bytes:
-    """Header, shape and index of a blob of ``shape`` with these chunks, in the type and model of the header ``like``.
+    """Header, shape and index of a blob of ``shape`` with these chunks, of the type and symbols of the header
+    ``like``.
 
     Offsets are made anew: the first chunk follows the index, each other one the one before it.
     """

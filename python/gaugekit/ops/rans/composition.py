@@ -29,7 +29,7 @@ ENTRY = np.dtype(
     ]
 )
 WIDTHS = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1, 6: 1}
-MODELS = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
+KINDS_OF = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
 LOWER, UPPER = 1 << 15, 1 << 31
 LANES = 64
 # The element of a group of 64 that each lane codes: even elements first, then odd ones, in either half.
@@ -59,7 +59,7 @@ class Blob:
 
     data: np.ndarray
     element: int
-    model: int
+    kind: int
     chunk_log2: int
     count: int
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ def open_blob(data: np.ndarray) -> Blob:
         magic,
         version,
         element,
-        model,
+        kind,
         context,
         tables,
         log2,
@@ -109,7 +109,7 @@ def open_blob(data: np.ndarray) -> Blob:
     for dim in shape:
         product *= dim
     known = (
-        model in MODELS.get(element, ())
+        kind in KINDS_OF.get(element, ())
         and context == 0
         and tables == 1
         and 14 <= log2 <= 20
@@ -117,7 +117,7 @@ def open_blob(data: np.ndarray) -> Blob:
     )
     if not known:
         raise _corrupt(
-            "its element, symbol model, context model, tables or chunk size is not one this version reads"
+            "its element, kind of symbols, context model, tables or chunk size is not one this version reads"
         )
     if any(dim >> 63 for dim in shape) or product != count or count >> 60:
         raise _corrupt("the shape does not multiply to the count")
@@ -130,17 +130,17 @@ def open_blob(data: np.ndarray) -> Blob:
     index = data[begin : begin + 32 * chunks]
     if crc32c(index) != index_crc:
         raise _corrupt("the index's checksum is wrong")
-    blob = Blob(data, element, model, log2, count, shape, index.copy().view(ENTRY), chunk_starts(count, log2))
+    blob = Blob(data, element, kind, log2, count, shape, index.copy().view(ENTRY), chunk_starts(count, log2))
     _check_entries(blob, begin + 32 * chunks)
     return blob
 
 
-def _chunk_model(blob: Blob, entry) -> int:
-    return 0 if entry["method"] == 2 else blob.model
+def _chunk_kind(blob: Blob, entry) -> int:
+    return 0 if entry["method"] == 2 else blob.kind
 
 
-def _plane_bytes(n: int, model: int) -> int:
-    return (n + 63) // 64 * 48 if model == 2 else n
+def _plane_bytes(n: int, kind: int) -> int:
+    return (n + 63) // 64 * 48 if kind == 2 else n
 
 
 def _check_entries(blob: Blob, cursor: int) -> None:
@@ -154,13 +154,13 @@ def _check_entries(blob: Blob, cursor: int) -> None:
             if symbols or constant or any(words):
                 raise _corrupt("a raw chunk has fields of a coded one")
             length = padded(n * width)
-        elif e["method"] == 1 or (e["method"] == 2 and blob.model == 2):
+        elif e["method"] == 1 or (e["method"] == 2 and blob.kind == 2):
             if not 1 <= symbols <= 256 or constant >> (width - 1):
                 raise _corrupt("a chunk's symbols or constant planes are out of range")
             if words[0] > 32 * groups + min(rest, 32) or words[1] > 32 * groups + max(rest - 32, 0):
                 raise _corrupt("a segment has more words than symbols")
             length = 256 + padded(4 * symbols) + padded(2 * words[0]) + padded(2 * words[1])
-            size = _plane_bytes(n, _chunk_model(blob, e))
+            size = _plane_bytes(n, _chunk_kind(blob, e))
             length += sum(padded(1 if constant >> plane & 1 else size) for plane in range(width - 1))
         else:
             raise _corrupt("a chunk's method is not one this version reads")
@@ -187,12 +187,12 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
     if (states < LOWER).any() or (states >= UPPER).any():
         raise _corrupt("a state is not in [2^15, 2^31)")
     names, f = section(4 * int(e["symbols"])).copy().view("<u2").astype(np.int64).reshape(-1, 2).T
-    model, shift = _chunk_model(blob, e), 0
+    kind, shift = _chunk_kind(blob, e), 0
     if not names.size:
         raise _corrupt("a table has no symbols")
-    if names[-1] > (1023 if model == 2 else 255) or (np.diff(names) <= 0).any():
+    if names[-1] > (1023 if kind == 2 else 255) or (np.diff(names) <= 0).any():
         raise _corrupt("a table's symbols are not ascending, or too large")
-    if model == 2 and names[-1] >= 4:
+    if kind == 2 and names[-1] >= 4:
         shift = int(names[names >= 4][0]) // 4 * 4 - 4
         names = np.where(names < 4, names, names - shift)
         if names[-1] > 255:
@@ -203,10 +203,10 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
     planes = np.empty((blob.width, n), np.uint8)
     for plane in range(blob.width - 2, -1, -1):
         constant = bool(int(e["constant"]) >> plane & 1)
-        values = section(1 if constant else _plane_bytes(n, model))
-        if constant and model == 2 and values[0] > 63:
+        values = section(1 if constant else _plane_bytes(n, kind))
+        if constant and kind == 2 and values[0] > 63:
             raise _corrupt("a constant of six bits has more")
-        planes[plane] = unpack_six(values, n) if model == 2 and not constant else values
+        planes[plane] = unpack_six(values, n) if kind == 2 and not constant else values
     return states, names, f, words, shift, planes
 
 
@@ -262,7 +262,7 @@ def decode_whole(blob: Blob, i: int) -> np.ndarray:
     chunk = _read_chunk(blob, i)
     _decode_symbols([chunk])
     *_, shift, planes = chunk
-    return from_planes(planes, blob.width, _chunk_model(blob, blob.entries[i]), shift)
+    return from_planes(planes, blob.width, _chunk_kind(blob, blob.entries[i]), shift)
 
 
 def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
@@ -286,7 +286,7 @@ def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
             piece = blob.data[offset : offset + (b - a) * width]
             if i in coded:
                 *_, shift, planes = coded[i]
-                piece = from_planes(planes, width, _chunk_model(blob, blob.entries[i]), shift)
+                piece = from_planes(planes, width, _chunk_kind(blob, blob.entries[i]), shift)
             if crc32c(piece) != int(blob.entries[i]["crc_decoded"]):
                 raise _corrupt("a chunk's checksum is wrong")
             low, high = max(a, start), min(b, stop)
