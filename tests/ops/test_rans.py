@@ -163,7 +163,10 @@ def test_a_constant_takes_no_words():
 
 def test_bf16_values_in_fp32_cost_no_low_planes():
     tensor = normal(20000, torch.bfloat16)
-    narrow, wide = rans.encode(tensor, 0, 14).numel(), rans.encode(tensor.float(), 0, 14).numel()
+    narrow, wide = (
+        rans.encode(tensor, "exponent", 14).numel(),
+        rans.encode(tensor.float(), "exponent", 14).numel(),
+    )
     assert wide == narrow + 2 * 16
 
 
@@ -176,11 +179,11 @@ def test_noise_is_stored_raw():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_thread_counts_give_the_same_bytes(threads):
     tensor = normal(150000, torch.bfloat16)
-    expected = rans.encode(tensor, 0, 14)
+    expected = rans.encode(tensor, "exponent", 14)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(rans.encode(tensor, 0, 14), expected)
+        assert torch.equal(rans.encode(tensor, "exponent", 14), expected)
         out = torch.empty_like(tensor)
         rans.decode(expected, 0, tensor.numel(), out)
         assert torch.equal(out, tensor)
@@ -205,7 +208,7 @@ def test_crc32c_paths_agree(size):
 def test_operators_are_registered_as_their_schemas_say():
     tensor = normal(1000, torch.bfloat16)
     data, shape = tensor.view(torch.uint8), torch.tensor([1000])
-    blob = rans.encode(tensor, 0, 14)
+    blob = rans.encode(tensor, "exponent", 14)
     ops = torch.ops.gaugekit
     torch.library.opcheck(ops.rans_encode.default, (data, shape, 1, 0, 14))
     torch.library.opcheck(ops.rans_open.default, (blob,))
@@ -226,9 +229,9 @@ def test_binary_registers_every_operator(name):
         ((torch.zeros(3, dtype=torch.float16), "exponent", 17), "symbols: expected one of"),
         ((torch.zeros(3), "exponent-and-mantissa", 17), "symbols: expected one of"),
         ((torch.zeros(3, dtype=torch.int8), "exponent", 17), "symbols: expected one of"),
-        ((torch.zeros(3), 0, 13), "chunk_log2: expected 14 to 20, got 13"),
-        ((torch.zeros(3), 0, 21), "chunk_log2: expected 14 to 20, got 21"),
-        ((torch.zeros(3, device="meta"), 0, 17), "tensor: expected a CPU tensor"),
+        ((torch.zeros(3), "exponent", 13), "chunk_log2: expected 14 to 20, got 13"),
+        ((torch.zeros(3), "exponent", 21), "chunk_log2: expected 14 to 20, got 21"),
+        ((torch.zeros(3, device="meta"), "exponent", 17), "tensor: expected a CPU tensor"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -24,7 +24,7 @@ CERTIFICATE = "gaugekit_certificate.json"
 SCRATCH = "gaugekit_scratch"
 
 
-def safetensors_package():
+def safetensors_package() -> Any:
     """The safetensors package; ImportError naming the extra that brings it."""
     try:
         import safetensors

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from gaugekit.codec.directories.job import Job, Progress
+from gaugekit.codec.directories.job import Job, Progress, convert, counter
 from gaugekit.codec.files import container, stream
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import SUFFIX, Entry
@@ -34,9 +34,10 @@ def pack(
 
     Tensors of a dtype that ``encode`` takes are coded where that makes them smaller, everything else is stored as it
     is; ``symbols`` are those of ``encode`` for the bfloat16 ones ("exponent-and-mantissa": smaller, slower). ``unpack``
-    restores each file byte for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads once
-    ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is restored again in memory and
-    compared with the source before it is given its name, and every copy too. No file grows by more than 1 % and 4 KB.
+    restores each file byte for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model
+    directory loads once ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is
+    restored again in memory and compared with the source before it is given its name, and every copy too. No file
+    grows by more than 1 % and 4 KB.
 
     Memory: ``memory_bytes`` of buffers (64 MiB or more), whatever the tensors' sizes. Nothing is written over the
     input. A file is written beside its place, flushed and renamed. A directory grows in ``<target>.partial``; after a
@@ -98,11 +99,11 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     if place == whole or (place.exists() and whole.samefile(place)):
         raise ValueError(f"target: expected another path than source, got {target} for both")
     if whole.is_dir():
-        return job.convert(job, whole, place, resume, progress, started)
+        return convert(job, whole, place, resume, progress, started)
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
     check_room(place, job.plan(whole))
-    counts = job.one(whole, place, job.counter(job.passes * whole.stat().st_size, progress))
+    counts = job.one(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
     return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})
 

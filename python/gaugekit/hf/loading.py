@@ -163,7 +163,7 @@ def positions(config: Any) -> int:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Keeps transformers' progress bars and advice off the terminal: the caller shows its own progress.
 
     They are switches of the whole process: the first of several threads turns them off, the last turns them back.

@@ -9,6 +9,7 @@ from integers.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 MAGIC = b"GKRANS\x1a\n"
 VERSION = 1
@@ -114,7 +115,7 @@ def slot_owners(f: dict[int, int]) -> list[int]:
     return [symbols[b if r < divider[b] else alias[b]] for b in range(buckets) for r in range(width)]
 
 
-def steps(n: int):
+def steps(n: int) -> Iterator[tuple[int, int, int]]:
     """The order in which a segment's decoder takes its symbols: (segment, lane, element), group by group."""
     for group in range(0, n, 64):
         for segment in (0, 1):

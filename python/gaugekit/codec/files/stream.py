@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, tasks: Iterable[Callable]) -> Iterator:
@@ -68,7 +68,7 @@ class Crew:
             for future in waiting:
                 future.cancel()
 
-    def beside(self, task: Callable, *arguments):
+    def beside(self, task: Callable, *arguments: Any) -> Future:
         """A future of ``task``, which one of the threads takes on."""
         return self._pool.submit(task, *arguments)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import warnings
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from gaugekit.ops.rans import operator as rans
 
+Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | np.ndarray | torch.Tensor
 MAPPED_BYTES = 1 << 25  # from here on the C library maps memory anew for each allocation, too
 
 
@@ -41,7 +43,7 @@ def encode_bytes(
     return rans.encode(tensor, symbols, chunk_log2)
 
 
-def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode(blob: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:
     """The tensor that ``blob`` (anything with the buffer protocol, or a uint8 tensor) was made from.
 
     ``out``, a contiguous CPU tensor of the same dtype and shape, is filled and returned instead of a new
@@ -55,7 +57,7 @@ def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
     return out
 
 
-def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode_range(blob: Buffer, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Elements [start, stop) of the flattened tensor, one-dimensional; only the chunks that hold them are
     decoded.
     """
@@ -70,7 +72,7 @@ def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -
     return out
 
 
-def as_byte_tensor(data) -> torch.Tensor:
+def as_byte_tensor(data: Buffer) -> torch.Tensor:
     """A uint8 vector over ``data`` without a copy (bytes, mmap, array, uint8 tensor); it is only ever
     read.
     """

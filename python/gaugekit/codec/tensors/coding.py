@@ -6,6 +6,7 @@ import torch
 
 from gaugekit.codec.tensors import blob as coded
 from gaugekit.codec.tensors import fixed
+from gaugekit.codec.tensors.blob import Buffer
 
 LAYOUTS = ("rans", "fixed")
 
@@ -40,7 +41,7 @@ def encode(
     return fixed.encode(tensor)
 
 
-def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode(blob: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:
     """The tensor that ``blob`` (anything with the buffer protocol, or a uint8 tensor) was made from; which layout made
     it is seen from its first bytes.
 
@@ -63,7 +64,7 @@ def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
     return out.copy_(found)
 
 
-def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode_range(blob: Buffer, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Elements [start, stop) of the flattened tensor, one-dimensional; only the chunks (or rows of 1,024 elements) that
     hold them are decoded. ``out`` goes with layout "rans".
     """
@@ -75,7 +76,7 @@ def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -
     return fixed.decode(data, start, stop)
 
 
-def _bytes(blob) -> torch.Tensor:
+def _bytes(blob: Buffer) -> torch.Tensor:
     if isinstance(blob, torch.Tensor) and blob.dtype == torch.uint8 and blob.dim() == 1:
         return blob.contiguous()
     return coded.as_byte_tensor(blob)
