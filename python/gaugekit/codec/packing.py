@@ -17,7 +17,7 @@ from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
 from gaugekit.codec.files.written import check_room, written
 from gaugekit.codec.tensors.pieces import read_at
 from gaugekit.files.places import check_place, placed
-from gaugekit.report import Report
+from gaugekit.report import Report, change, shell, size
 
 
 def pack(
@@ -62,6 +62,12 @@ def pack(
     report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
     report.fields["verified"] = verify
     report.fields["seconds"] = report.fields.pop("seconds")
+    compared = ", each file decoded again and compared" if verify else ""
+    report.lines.insert(1, ("bits a weight", f"{report['bits_per_weight']:.2f}, headers included"))
+    report.done = f"Packed {source} without loss{compared} and wrote {target}."
+    report.next = (
+        f"gaugekit unpack {shell(target)} RESTORED brings every byte back; transformers loads it as it is"
+    )
     return report
 
 
@@ -83,6 +89,8 @@ def unpack(
         one, same = partial(_unpack_file, crew=crew), partial(_is_unpacked, crew=crew)
         report = _run(Job("unpack", {}, _unpackable, one, same), source, target, resume, progress)
     del report.fields["weights"]
+    report.done = f"Restored {target} from {source}, byte for byte."
+    report.next = f"use {target} as any .safetensors"
     return report
 
 
@@ -99,13 +107,22 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     if place == whole or (place.exists() and whole.samefile(place)):
         raise ValueError(f"target: expected another path than source, got {target} for both")
     if whole.is_dir():
-        return convert(job, whole, place, resume, progress, started)
+        return _told(convert(job, whole, place, resume, progress, started))
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
     check_room(place, job.plan(whole))
     counts = job.one(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
-    return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})
+    return _told(Report(job.verb, {**fields, "seconds": time.perf_counter() - started}))
+
+
+def _told(report: Report) -> Report:
+    sizes = report["bytes_before"], report["bytes_after"]
+    report.lines = [
+        (".safetensors", f"{size(sizes[0])} before, {size(sizes[1])} after: {change(*sizes)}"),
+        ("time", f"{report['seconds']:.1f} s"),
+    ]
+    return report
 
 
 def _packable(path: Path) -> int:

@@ -20,6 +20,7 @@ from gaugekit.files.places import listing
 from gaugekit.files.staging import OWN, Staging, check_target, copy, free_bytes, identity, sync
 from gaugekit.report import Report
 from gaugekit.text import samples
+from gaugekit.verbs import wording
 from gaugekit.verbs.heal_state import State, digest, digest_of
 
 QUERY_KEY = (
@@ -139,7 +140,7 @@ def heal(
         "mean_cosine_after": state.curve[-1]["mean_cosine"],
         "curve": state.curve,
     }
-    return Report("heal", fields)
+    return wording.healed(Report("heal", fields), student, teacher)
 
 
 def heal_directory(
@@ -184,7 +185,7 @@ def heal_directory(
             staged.save()
         fields = staged.state["report"]
         staged.publish()
-    return Report("heal", fields)
+    return wording.healed(Report("heal", fields), student, teacher, target)
 
 
 def _directory_identity(paths: list[Path], strings: list[str], options: dict[str, Any]) -> dict:

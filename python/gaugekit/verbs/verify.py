@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gaugekit.report import Report
+from gaugekit.verbs import wording
 from gaugekit.verbs.verify_runs import (
     Batch,
     Kept,
@@ -113,7 +114,8 @@ def verify(
         comparison.result(
             reference, reference if working == highest else plain, passes.of(result.model(working))
         )
-    return comparison.report(passes.tokens, notes)
+    report = comparison.report(passes.tokens, notes)
+    return wording.verified(report, NOISE_FACTOR.get(working), a, b)
 
 
 def allowed(noise: float, dtype: torch.dtype) -> float:
