@@ -16,6 +16,7 @@ from gaugekit.codec.files.header import SUFFIX, Entry
 from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
 from gaugekit.codec.files.written import check_room, written
 from gaugekit.codec.tensors.pieces import read_at
+from gaugekit.files.missing import how_to_get
 from gaugekit.files.places import check_place, placed
 from gaugekit.report import Report, change, shell, size
 
@@ -99,7 +100,9 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     started = time.perf_counter()
     source, slash, target = Path(source), os.fspath(target).endswith(("/", os.sep)), Path(target)
     if not source.exists():
-        raise ValueError(f"source: expected a {SUFFIX} file or a directory, but {source} does not exist")
+        raise ValueError(
+            f"source: expected a {SUFFIX} file or a directory, but {source} does not exist{how_to_get(source)}"
+        )
     if not (source.is_file() or source.is_dir()):
         raise ValueError(f"source: expected a {SUFFIX} file or a directory, but {source} is neither")
     whole, place = Path(os.path.realpath(source)), placed(target)

@@ -142,9 +142,9 @@ def verified(report: Report, limit: float | None, a: object, b: object) -> Repor
 def _error(noise: float | None, error: float | None, limit: float | None, bound: float | None = 1e-12) -> str:
     if error is None:
         return "not computed, see below"
-    limits = (
-        "" if bound is None else f", limit {bound:g} of the output" if limit is None else f", limit {limit:g}"
-    )
+    limits = ""
+    if bound is not None:
+        limits = f", limit {bound:g} of the output" if limit is None else f", limit {limit:g}"
     if not noise or (limit is None and bound is not None):
         return f"{error:.2e} of the output{limits}"
     return f"{error / noise:.2f} × noise{limits} ({error:.2e} of the output)"
