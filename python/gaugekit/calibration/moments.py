@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gaugekit import models
+from gaugekit.models.family import Family
 from gaugekit.text.batches import tokens
 
 PARTS = ("q", "k", "v", "o")
@@ -105,7 +106,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def watched(model, blocks, family, config: dict, modules: list[str]) -> list[dict[str, torch.nn.Module]]:
+def watched(
+    model: torch.nn.Module,
+    blocks: Iterable[torch.nn.Module],
+    family: Family,
+    config: dict,
+    modules: list[str],
+) -> list[dict[str, torch.nn.Module]]:
     """{name: module} of each block, for "q", "k", "v", "o" and paths inside a block."""
     paths = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     prefix = family.prefix(name for name, _ in model.named_parameters())

@@ -12,6 +12,7 @@ from gaugekit.checkpoint.config import CONFIG, read_config, read_json, stored_as
 from gaugekit.codec import CorruptFile, safe_open
 from gaugekit.codec.files import container
 from gaugekit.files.durable import sha256
+from gaugekit.files.missing import how_to_convert, how_to_get
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,7 +30,10 @@ class Checkpoint:
         if not self.path.is_dir():
             raise ValueError(
                 f"checkpoint: expected a directory with config.json and safetensors, got {str(path)!r}"
+                f"{how_to_get(self.path)}"
             )
+        if not (self.path / CONFIG).is_file() and (hint := how_to_convert(self.path)):
+            raise ValueError(f"checkpoint: expected {CONFIG} in {str(path)!r}, found none{hint}")
         self.config: dict = read_config(self.path)
         self._open: dict[str, safe_open] = {}
         self._sums: dict[str, str] = {}
@@ -115,8 +119,8 @@ class Checkpoint:
         if len(others) == 1:
             return others[0]
         hint = " (several .safetensors files but no index)" if others else ""
-        if not others and list(self.path.glob("pytorch_model*.bin")):
-            hint = " (pytorch_model.bin is not read: load it and save_pretrained it first)"
+        if not others:
+            hint = how_to_convert(self.path)
         raise ValueError(
             f"checkpoint: expected {WEIGHTS} or {INDEX} in {str(self.path)!r}, got neither{hint}"
         )

@@ -18,6 +18,7 @@ from gaugekit.checkpoint.config import read_config
 from gaugekit.checkpoint.dtypes import FLOATS
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec.directories.index import INDEX_SUFFIX, check_indices
+from gaugekit.files.missing import how_to_convert, how_to_get
 
 # transformers sets torch's default dtype and more while it builds a model: two threads must not undo each other's.
 _building = threading.RLock()
@@ -44,11 +45,15 @@ def directory(path: str | Path, argument: str = "model") -> Path:
     if not path.is_dir():
         raise ValueError(
             f"{argument}: expected a model directory, got {str(path)!r}, which is not a directory"
+            f"{how_to_get(path)}"
         )
     if not (path / "config.json").is_file():
-        raise ValueError(f"{argument}: expected a config.json in {str(path)!r}, found none")
+        raise ValueError(
+            f"{argument}: expected a config.json in {str(path)!r}, found none{how_to_convert(path)}"
+        )
     if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{argument}: expected .safetensors files in {str(path)!r}, found none")
+        hint = how_to_convert(path)
+        raise ValueError(f"{argument}: expected .safetensors files in {str(path)!r}, found none{hint}")
     read_config(path)
     check_indices(path, [file.name for file in path.glob("*" + INDEX_SUFFIX)])
     return path
@@ -163,7 +168,7 @@ def positions(config: Any) -> int:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Keeps transformers' progress bars and advice off the terminal: the caller shows its own progress.
 
     They are switches of the whole process: the first of several threads turns them off, the last turns them back.

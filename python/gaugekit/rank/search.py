@@ -13,7 +13,7 @@ from gaugekit.calibration.moments import Moments, evaluating, observe
 from gaugekit.models import AttentionView, Live
 from gaugekit.rank.spectra import Spectrum, spectrum
 from gaugekit.rank.truncation import Ranks, Truncate, cut
-from gaugekit.report import Report
+from gaugekit.report import Report, spread
 from gaugekit.text import pooling
 from gaugekit.text.batches import tokens
 from gaugekit.text.sentences import read
@@ -71,7 +71,26 @@ def truncate(
         "energy_kept": kept,
         "mean_cosine": cosine,
     }
-    return Report("truncate", fields)
+    report = Report("truncate", fields)
+    report.lines = [
+        (
+            "ranks",
+            f"{spread([rank for layer in ranks for rank in layer])} of {fields['width']} query and key channels",
+        ),
+        ("mean rank", f"{fields['mean_rank']:.1f}"),
+        ("energy kept", f"{spread(kept)} of a layer's scores, 1 where nothing was lost"),
+    ]
+    if cosine is not None:
+        report.lines.append(
+            ("mean cosine", f"{cosine:.5f} on sentences held out, at least {min_cosine:g} asked for")
+        )
+    report.done = (
+        f"Lowered the ranks of {len(ranks)} layers of this {type(model).__name__}; nothing was written."
+    )
+    report.next = (
+        "gaugekit.heal(model, original, text) wins some of it back; gaugekit.fuse(model) makes it smaller"
+    )
+    return report
 
 
 def needed(spectra: Iterable[Spectrum], energy: float) -> Ranks:

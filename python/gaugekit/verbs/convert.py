@@ -13,6 +13,7 @@ from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.files.durable import sha256
 from gaugekit.report import Report
 from gaugekit.rewrite import Calibration, Later, Rewrite, engine
+from gaugekit.verbs import wording
 
 
 def convert(
@@ -57,7 +58,7 @@ def convert(
     def statistics(modules: list[str], folder: Path) -> list[dict]:
         return collect(checkpoint, calibration, modules=modules, work_directory=folder)
 
-    return engine.run(
+    report = engine.run(
         checkpoint,
         Path(target),
         rewrites,
@@ -69,3 +70,4 @@ def convert(
         progress=progress,
         pages=pages,
     )
+    return wording.converted(report, source, target)

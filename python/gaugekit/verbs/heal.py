@@ -23,6 +23,7 @@ from gaugekit.report import Report
 from gaugekit.text.batches import tokens
 from gaugekit.text.pooling import embeddings
 from gaugekit.text.sentences import read
+from gaugekit.verbs import wording
 from gaugekit.verbs.heal_state import State, digest
 
 QUERY_KEY = (
@@ -146,7 +147,7 @@ def heal(
         "mean_cosine_after": state.curve[-1]["mean_cosine"],
         "curve": state.curve,
     }
-    return Report("heal", fields)
+    return wording.healed(Report("heal", fields), student, teacher)
 
 
 def heal_directory(
@@ -191,7 +192,7 @@ def heal_directory(
             staged.save()
         fields = staged.state["report"]
         staged.publish()
-    return Report("heal", fields)
+    return wording.healed(Report("heal", fields), student, teacher, target)
 
 
 def _directory_identity(paths: list[Path], strings: list[str], options: dict[str, Any]) -> dict:

@@ -17,6 +17,7 @@ from gaugekit.rank import head_ranks, head_values
 from gaugekit.report import Report
 from gaugekit.text.batches import batches, padding, token_ids
 from gaugekit.text.sentences import sentences
+from gaugekit.verbs import wording
 
 GROUPS = ("value_output", "query_key", "key_bias", "value_bias")
 SMOOTH = 0.9  # a token cosine from which on a model is said to over-smooth
@@ -110,7 +111,7 @@ def inspect(
         "token_cosine": cosines[-1],
         "layers": rows,
     }
-    return Report("inspect", fields, notes)
+    return wording.inspected(Report("inspect", fields, notes), model)
 
 
 def _spectra(view: AttentionView) -> dict[str, list]:

@@ -12,6 +12,7 @@ import torch
 
 from gaugekit.checkpoint.dtypes import floating, name_of
 from gaugekit.report import Report
+from gaugekit.verbs import wording
 from gaugekit.verbs.verify_runs import (
     Batch,
     Kept,
@@ -106,7 +107,8 @@ def verify(
         comparison.result(
             reference, reference if working == highest else plain, passes.of(result.model(working))
         )
-    return comparison.report(passes.tokens, notes)
+    report = comparison.report(passes.tokens, notes)
+    return wording.verified(report, NOISE_FACTOR.get(working), a, b)
 
 
 def allowed(noise: float, dtype: torch.dtype) -> float:

@@ -205,7 +205,9 @@ class Subject:
         return loading.tokenizer(self.path) if self.path is not None else None
 
 
-def sequences(original: Subject, result: Subject, text, notes: list[str]) -> tuple[list[list[int]], int]:
+def sequences(
+    original: Subject, result: Subject, text: str | Path | list[str] | None, notes: list[str]
+) -> tuple[list[list[int]], int]:
     """Token ids to run both models on, and the id that pads them; of the default text as many as are cheap."""
     from gaugekit.hf import loading
 

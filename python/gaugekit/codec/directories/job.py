@@ -16,6 +16,7 @@ from gaugekit.codec.files import container
 from gaugekit.codec.files.container import CorruptFile
 from gaugekit.codec.files.header import SUFFIX
 from gaugekit.files.durable import copy, dump, identity, write
+from gaugekit.files.missing import how_to_convert
 from gaugekit.files.places import check_space, holds, listing
 from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
@@ -62,7 +63,9 @@ class _Contents:
                 )
         self.weights = [name for name in self.files if name.endswith(SUFFIX)]
         if not self.weights:
-            raise ValueError(f"source: expected a directory with {SUFFIX} files, found none in {source}")
+            raise ValueError(
+                f"source: expected a directory with {SUFFIX} files, found none in {source}{how_to_convert(source)}"
+            )
         self.others = sorted((name for name in self.files if not name.endswith(SUFFIX)), key=_last)
         self.bytes = {name: (source / name).stat().st_size for name in self.files}
         check_indices(source, self.files)

@@ -15,14 +15,20 @@ from gaugekit.files.places import check_place, check_space, placed
 
 
 def save_file(
-    tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+    tensors: dict[str, torch.Tensor],
+    path: str | os.PathLike,
+    metadata: dict[str, str] | None = None,
+    *,
+    symbols: str | None = None,
 ) -> None:
-    """Writes ``tensors`` to a packed file: ``safetensors.torch.save_file``, and ``pack`` of what that wrote.
+    """Writes ``tensors`` to a packed file: ``safetensors.torch.save_file``, and ``pack`` of what that wrote,
+    with the same ``symbols``.
 
     ``unpack`` of it gives the file that safetensors would have written. The file is written beside its place, flushed
     and renamed. ValueError for what is no {name: tensor}, for metadata that is no {str: str}, for a dtype that
     .safetensors lacks, and for tensors that share memory: they would not when they are loaded.
     """
+    stream.check_symbols(symbols)
     flat = {name: _stored(tensor) for name, tensor in _checked(tensors, metadata).items()}
     raw = header.render_plain({n: (header.NAMES[t.dtype], _shape(t)) for n, t in tensors.items()}, metadata)
     original = header.parse_header(raw)
@@ -38,7 +44,7 @@ def save_file(
             lambda entry, start, stop: flat[entry.name][start:stop].numpy(),
             out,
             crew,
-            None,
+            symbols,
             lambda size: None,
         )
 

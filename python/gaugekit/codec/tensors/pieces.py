@@ -44,7 +44,7 @@ def read_at(file: BinaryIO, start: int, size: int, into: np.ndarray | None = Non
 
 
 def render(like: BlobHeader, shape: tuple[int, ...], entries: np.ndarray) -> bytes:
-    """Header, shape and index of a blob of ``shape`` with these chunks, in the type and model of the header ``like``.
+    """Header, shape and index of a blob of ``shape`` with these chunks, of the type and symbols of the header ``like``.
 
     Offsets are made anew: the first chunk follows the index, each other one the one before it.
     """

@@ -33,7 +33,7 @@ class Blob:
 
     data: np.ndarray
     element: int
-    model: int
+    kind: int
     chunk_log2: int
     count: int
     shape: tuple[int, ...]
@@ -52,18 +52,18 @@ def open_blob(data: np.ndarray) -> Blob:
     if crc32c(index) != header.index_crc:
         raise corrupt("the index's checksum is wrong")
     starts = chunk_starts(header.count, header.chunk_log2)
-    kind = (header.element, header.model, header.chunk_log2, header.count, header.shape)
+    kind = (header.element, header.kind, header.chunk_log2, header.count, header.shape)
     blob = Blob(data, *kind, index.copy().view(ENTRY), starts)
     _check_entries(blob, header.index_end)
     return blob
 
 
-def _chunk_model(blob: Blob, entry) -> int:
-    return 0 if entry["method"] == 2 else blob.model
+def _chunk_kind(blob: Blob, entry) -> int:
+    return 0 if entry["method"] == 2 else blob.kind
 
 
-def _plane_bytes(n: int, model: int) -> int:
-    return (n + 63) // 64 * 48 if model == 2 else n
+def _plane_bytes(n: int, kind: int) -> int:
+    return (n + 63) // 64 * 48 if kind == 2 else n
 
 
 def _check_entries(blob: Blob, cursor: int) -> None:
@@ -77,13 +77,13 @@ def _check_entries(blob: Blob, cursor: int) -> None:
             if symbols or constant or any(words):
                 raise corrupt("a raw chunk has fields of a coded one")
             length = padded(n * width)
-        elif e["method"] == 1 or (e["method"] == 2 and blob.model == 2):
+        elif e["method"] == 1 or (e["method"] == 2 and blob.kind == 2):
             if not 1 <= symbols <= 256 or constant >> (width - 1):
                 raise corrupt("a chunk's symbols or constant planes are out of range")
             if words[0] > 32 * groups + min(rest, 32) or words[1] > 32 * groups + max(rest - 32, 0):
                 raise corrupt("a segment has more words than symbols")
             length = 256 + padded(4 * symbols) + padded(2 * words[0]) + padded(2 * words[1])
-            size = _plane_bytes(n, _chunk_model(blob, e))
+            size = _plane_bytes(n, _chunk_kind(blob, e))
             length += sum(padded(1 if constant >> plane & 1 else size) for plane in range(width - 1))
         else:
             raise corrupt("a chunk's method is not one this version reads")
@@ -110,12 +110,12 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
     if (states < LOWER).any() or (states >= UPPER).any():
         raise corrupt("a state is not in [2^15, 2^31)")
     names, f = section(4 * int(e["symbols"])).copy().view("<u2").astype(np.int64).reshape(-1, 2).T
-    model, shift = _chunk_model(blob, e), 0
+    kind, shift = _chunk_kind(blob, e), 0
     if not names.size:
         raise corrupt("a table has no symbols")
-    if names[-1] > (1023 if model == 2 else 255) or (np.diff(names) <= 0).any():
+    if names[-1] > (1023 if kind == 2 else 255) or (np.diff(names) <= 0).any():
         raise corrupt("a table's symbols are not ascending, or too large")
-    if model == 2 and names[-1] >= 4:
+    if kind == 2 and names[-1] >= 4:
         shift = int(names[names >= 4][0]) // 4 * 4 - 4
         names = np.where(names < 4, names, names - shift)
         if names[-1] > 255:
@@ -126,10 +126,10 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
     planes = np.empty((blob.width, n), np.uint8)
     for plane in range(blob.width - 2, -1, -1):
         constant = bool(int(e["constant"]) >> plane & 1)
-        values = section(1 if constant else _plane_bytes(n, model))
-        if constant and model == 2 and values[0] > 63:
+        values = section(1 if constant else _plane_bytes(n, kind))
+        if constant and kind == 2 and values[0] > 63:
             raise corrupt("a constant of six bits has more")
-        planes[plane] = unpack_six(values, n) if model == 2 and not constant else values
+        planes[plane] = unpack_six(values, n) if kind == 2 and not constant else values
     return states, names, f, words, shift, planes
 
 
@@ -185,7 +185,7 @@ def decode_whole(blob: Blob, i: int) -> np.ndarray:
     chunk = _read_chunk(blob, i)
     _decode_symbols([chunk])
     *_, shift, planes = chunk
-    return from_planes(planes, blob.width, _chunk_model(blob, blob.entries[i]), shift)
+    return from_planes(planes, blob.width, _chunk_kind(blob, blob.entries[i]), shift)
 
 
 def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
@@ -209,7 +209,7 @@ def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
             piece = blob.data[offset : offset + (b - a) * width]
             if i in coded:
                 *_, shift, planes = coded[i]
-                piece = from_planes(planes, width, _chunk_model(blob, blob.entries[i]), shift)
+                piece = from_planes(planes, width, _chunk_kind(blob, blob.entries[i]), shift)
             if crc32c(piece) != int(blob.entries[i]["crc_decoded"]):
                 raise corrupt("a chunk's checksum is wrong")
             low, high = max(a, start), min(b, stop)

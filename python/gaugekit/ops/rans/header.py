@@ -17,7 +17,7 @@ from gaugekit.ops.rans.crc32c import crc32c
 
 CORRUPT = "corrupt blob: "
 MAGIC, VERSION, MAX_RANK = b"GKRANS\x1a\n", 1, 64
-# magic, version, element, model, context, tables, log2, rank, elements, bytes, chunks, the index's crc32c, 0, crc32c
+# magic, version, element, kind, context, tables, log2, rank, elements, bytes, chunks, the index's crc32c, 0, crc32c
 FIELDS = struct.Struct("<8sHBBBBBBQQIIII")
 ENTRY = np.dtype(
     [
@@ -31,7 +31,7 @@ ENTRY = np.dtype(
         ("crc_decoded", "<u4"),
     ]
 )
-MODELS = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
+KINDS_OF = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
 
 
 def corrupt(sentence: str) -> RuntimeError:
@@ -71,7 +71,7 @@ class BlobHeader:
     """What a blob's header says; ``length`` counts the whole blob's bytes, ``index_crc`` is its index's crc32c."""
 
     element: int
-    model: int
+    kind: int
     chunk_log2: int
     shape: tuple[int, ...]
     length: int
@@ -97,8 +97,8 @@ class BlobHeader:
 
     def render(self) -> bytes:
         """The header's bytes, up to the index."""
-        kind = (MAGIC, VERSION, self.element, self.model, 0, 1, self.chunk_log2, len(self.shape))
-        return sealed(FIELDS, (*kind, self.count, self.length, self.chunks, self.index_crc, 0), self.shape)
+        first = (MAGIC, VERSION, self.element, self.kind, 0, 1, self.chunk_log2, len(self.shape))
+        return sealed(FIELDS, (*first, self.count, self.length, self.chunks, self.index_crc, 0), self.shape)
 
 
 def header_bytes(start: bytes) -> int:
@@ -122,22 +122,24 @@ def parse(head: bytes, size: int) -> BlobHeader:
     """
     if len(head) < header_bytes(head[: FIELDS.size]):
         raise corrupt("it ends within its shape")
-    _, _, element, model, context, tables, log2, rank, count, length, chunks, index_crc, reserved, _ = (
+    _, _, element, kind, context, tables, log2, rank, count, length, chunks, index_crc, reserved, _ = (
         FIELDS.unpack(head[: FIELDS.size])
     )
     shape = unsealed(FIELDS, head, rank)
     if shape is None:
         raise corrupt("the header's checksum is wrong")
-    known = model in MODELS.get(element, ()) and (context, tables, reserved) == (0, 1, 0) and 14 <= log2 <= 20
+    known = (
+        kind in KINDS_OF.get(element, ()) and (context, tables, reserved) == (0, 1, 0) and 14 <= log2 <= 20
+    )
     if not known:
         raise corrupt(
-            "its element, symbol model, context model, tables or chunk size is not one this version reads"
+            "its element, kind of symbols, context model, tables or chunk size is not one this version reads"
         )
     if any(dim >> 63 for dim in shape) or math.prod(shape) != count or count >> 60:
         raise corrupt("the shape does not multiply to the count")
     if length != size:
         raise corrupt("its length is not the one it names")
-    header = BlobHeader(element, model, log2, shape, length, index_crc)
+    header = BlobHeader(element, kind, log2, shape, length, index_crc)
     if chunks != header.chunks:
         raise corrupt("the number of chunks does not follow from the count")
     if header.index_end > size:

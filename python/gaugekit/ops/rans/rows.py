@@ -27,7 +27,7 @@ ROW = np.dtype(
         ("method", "u1"),
         ("constant", "u1"),
         ("width", "u1"),
-        ("model", "u1"),
+        ("kind", "u1"),
         ("reserved", "<u2"),
     ]
 )
@@ -45,8 +45,8 @@ def _contradicts(row: np.ndarray, packed_bytes: int, out_bytes: int) -> bool:
     start, out, n, first, last, length = (
         int(row[name]) for name in ("in", "out", "n", "from", "to", "length")
     )
-    width, model, symbols = int(row["width"]), int(row["model"]), int(row["symbols"])
-    if width not in ELEMENT_OF_WIDTH or model > 2 or (model == 2 and width != 2) or symbols > 256:
+    width, kind, symbols = int(row["width"]), int(row["kind"]), int(row["symbols"])
+    if width not in ELEMENT_OF_WIDTH or kind > 2 or (kind == 2 and width != 2) or symbols > 256:
         return True
     if start % 16 or start + length > packed_bytes or not first <= last <= n or out % width:
         return True
@@ -54,7 +54,7 @@ def _contradicts(row: np.ndarray, packed_bytes: int, out_bytes: int) -> bool:
         return True
     if not row["method"]:
         return header.padded(n * width) != length
-    plane = -(-n // 64) * 48 if model == 2 else n
+    plane = -(-n // 64) * 48 if kind == 2 else n
     constant = [int(row["constant"]) >> i & 1 for i in range(width - 1)]
     sections = 256 + header.padded(4 * symbols) + sum(header.padded(2 * int(words)) for words in row["words"])
     return symbols == 0 or sections + sum(header.padded(1 if one else plane) for one in constant) != length
@@ -71,8 +71,8 @@ def _decode_row(packed: np.ndarray, row: np.ndarray) -> np.ndarray:
     for name in ("symbols", "constant", "words"):
         entry[name] = row[name]
     entry["method"] = 1
-    element, model = ELEMENT_OF_WIDTH[width], int(row["model"])
-    blob = composition.Blob(chunk, element, model, 0, n, (n,), entry, [0, n])
+    element, kind = ELEMENT_OF_WIDTH[width], int(row["kind"])
+    blob = composition.Blob(chunk, element, kind, 0, n, (n,), entry, [0, n])
     return composition.decode_whole(blob, 0)[cut]
 
 
@@ -121,7 +121,7 @@ def rows_of(blob: torch.Tensor, start: int, stop: int, place: int, out: int) -> 
     rows["in"], rows["n"], rows["width"] = entries["offset"] + np.uint64(place), last - first, width
     rows["from"], rows["to"] = np.maximum(start - first, 0), np.minimum(stop, last) - first
     rows["out"] = out + width * (np.maximum(first, start) - start)
-    rows["model"] = np.where(entries["method"] == 2, rans.EXPONENT, opened.model)
+    rows["kind"] = np.where(entries["method"] == 2, rans.KINDS["exponent"], opened.kind)
     return rows
 
 
