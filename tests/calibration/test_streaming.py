@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from gaugekit.calibration import streaming
 from gaugekit.files.staging import LOCK, MANIFEST
 from gaugekit.hf import loading
 from tiny import add_tokenizer, bert, gpt2
+from warm import python
 
 TEXT = samples.sentences(20)
 INPUTS = {"bert": ["attention.self.query", "attention.output.dense"], "gpt2": ["attn.c_attn", "attn.c_proj"]}
@@ -100,7 +100,7 @@ def killed(source, text, work, at):
         "collect(model, text, work_directory=work, batch_size=7, progress=stop)"
     )
     arguments = map(str, (source, text, work, at))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True)
+    done = subprocess.run([*python(), "-W", "ignore", "-c", code, *arguments], capture_output=True)
     assert done.returncode == 9, done.stderr
 
 
@@ -203,7 +203,7 @@ def test_hidden_states_that_find_no_room_are_an_error(tmp_path):
         "try: collect(sys.argv[1], samples.sentences(20), work_directory=sys.argv[2])\n"
         "except OSError as error: print(error)\n"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(source), str(tmp_path / "work")]
+    command = [*python(), "-W", "ignore", "-c", code, str(source), str(tmp_path / "work")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "hidden_0.bin" in done.stdout, (done.returncode, done.stderr)
     assert len(streaming.collect(source, TEXT, work_directory=tmp_path / "work")) == 2

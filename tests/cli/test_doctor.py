@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from gaugekit import _library, doctor
 from gaugekit.cli import main
+from warm import python
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,6 +96,6 @@ def test_extras_name_what_pyproject_asks_for():
 
 def test_python_m_gaugekit_runs_the_command_line():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "gaugekit", "doctor"], capture_output=True, text=True
+        [*python(), "-W", "ignore", "-m", "gaugekit", "doctor"], capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.startswith("gaugekit ")

@@ -15,6 +15,7 @@ from gaugekit.codec.directories import job
 from gaugekit.codec.files import stream
 from gaugekit.codec.tensors.pieces import cuts
 from gaugekit.files.staging import LOCK, MANIFEST
+from warm import python
 
 INDEX = "model.safetensors.index.json"
 
@@ -326,7 +327,7 @@ def test_kills_at_random_points(tmp_path):
     """SIGKILL at seeded moments; tests/codec/kills.py does the same to a directory of any size."""
     sharded(tmp_path / "big", shards=6, rows=3000)
     script = Path(__file__).with_name("kills.py")
-    command = [sys.executable, "-W", "ignore", script, tmp_path / "big", tmp_path / "out", "8", "1"]
+    command = [*python(), "-W", "ignore", script, tmp_path / "big", tmp_path / "out", "8", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("8 kills")

@@ -3,13 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import gaugekit as gk
+from warm import python
 
 VERBS = {"pack": gk.codec.pack, "unpack": gk.codec.unpack}
 NAMES = [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
@@ -29,7 +29,7 @@ class Stop(BaseException):
 
 def killed(verb, source, target):
     """The process ends without any warning: no exception, no finally."""
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, verb, source, target]
+    command = [*python(), "-W", "ignore", "-c", KILLED, verb, source, target]
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == -signal.SIGKILL
 
 

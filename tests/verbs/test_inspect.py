@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from gaugekit.reference.nonlocal_energy import nonlocal_energy
 from gaugekit.verbs.inspect import SMOOTH, _smoothing
 from helpers import minilm
 from tiny import add_tokenizer, bert, gpt2
+from warm import python
 
 TEXT = ["a cab", "beside the seaside", "quick brown foxes jump"]
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_inspected_is_refused(tmp_path):
 def test_the_verb_is_callable_and_hides_nothing(first):
     use = "print(inspect.getsource(gk.inspect)[:11], callable(gk.inspect))"
     code = f"{first}\nimport gaugekit as gk, inspect\n{use}"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = subprocess.run([*python(), "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "def inspect True", done.stderr
 
 
