@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import torch
 
-from gaugekit.codec.directories.job import Job, Progress
+from gaugekit.codec.directories.job import Job, Progress, convert, counter
 from gaugekit.codec.files import container, stream
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import SUFFIX, Entry
@@ -102,11 +102,11 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     if place == whole or (place.exists() and whole.samefile(place)):
         raise ValueError(f"target: expected another path than source, got {target} for both")
     if whole.is_dir():
-        return job.convert(job, whole, place, resume, progress, started)
+        return convert(job, whole, place, resume, progress, started)
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
     check_room(place, job.plan(whole))
-    counts = job.one(whole, place, job.counter(job.passes * whole.stat().st_size, progress))
+    counts = job.one(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
     return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})
 
