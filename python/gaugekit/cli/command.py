@@ -32,7 +32,6 @@ EXTRA_OF = {
     "safetensors": "hf",
     "tqdm": "hf",
     "zstandard": "demo",
-    "rich": "demo",
     "zipnn": "bench",
     "triton": "triton",
 }
@@ -398,5 +397,5 @@ def demo(arguments: argparse.Namespace) -> Outcome:
     return (
         (0 if module.holds(report) else 1),
         report.fields,
-        lambda: module.text(report, colour=sys.stdout.isatty()),
+        lambda: module.text(report),
     )
