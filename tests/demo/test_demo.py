@@ -227,11 +227,11 @@ def test_the_command_exits_1_where_a_proof_fails(done, monkeypatch, capsys):
     assert "DIFFER" in capsys.readouterr().out
 
 
-def test_a_second_run_over_the_first(source, done, monkeypatch, capsys):
+def test_a_second_run_over_the_first(source, speaker, done, monkeypatch, capsys):
     """The command reruns over its own output, with JSON alone on stdout."""
     first, directory = done
     (directory / "report.json").write_text("{}")
-    small = functools.partial(steps.run, model=source, sentences=24, seconds=0.1)
+    small = functools.partial(steps.run, model=source, language_model=speaker, sentences=24, seconds=0.1)
     monkeypatch.setattr(steps, "run", small)
     capsys.readouterr()
     assert main(["demo", "--directory", str(directory), "--json"]) == 0
@@ -323,7 +323,7 @@ def test_every_figure_has_a_drawing_and_a_caption(html):
 
 
 def test_the_page_begins_with_what_it_brings_and_ends_with_the_appendix(html, done):
-    report, _ = done
+    report = json.loads((done[1] / "report.json").read_text())
     headings = re.findall("<h2>(.*?)</h2>", html)
     assert headings[:2] == ["What it brings", "The proof"] and headings[3] == "What nobody can observe"
     assert headings[-1] == "Appendix: inside the weights"

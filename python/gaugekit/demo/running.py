@@ -21,7 +21,7 @@ from gaugekit.verbs.fuse import fuse
 from gaugekit.verbs.wide_products import wide_products
 
 Progress = Callable[[int, int], None] | None
-READ_TOKENS = 256  # of the perplexity's text
+READ_TOKENS = 128  # of the perplexity's text
 PROMPT_TOKENS, MOST_TOKENS = 16, 48
 
 
@@ -39,7 +39,8 @@ def encoder(
     with loading.quiet():
         model = AutoModel.from_pretrained(directory, dtype=torch.bfloat16).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    rows = [tokenizer(string, return_tensors="pt", truncation=True) for string in strings]
+    places = model.config.max_position_embeddings
+    rows = [tokenizer(string, return_tensors="pt", truncation=True, max_length=places) for string in strings]
 
     def read(model: nn.Module) -> Iterator[int]:
         while True:
@@ -76,7 +77,8 @@ def language_model(name: str, directory: Path, seconds: float, progress: Progres
         while True:
             token = output.logits[:, -1].argmax(-1, keepdim=True)
             texts[how].append(token.item())
-            output = models[how](token, past_key_values=output.past_key_values, use_cache=True)
+            name = "cache" if "cache" in output else "past_key_values"  # transformers 5.24's word, and 5.23's
+            output = models[how](token, **{name: output[name]}, use_cache=True)
             yield 1
 
     with torch.no_grad():

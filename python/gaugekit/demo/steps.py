@@ -124,7 +124,7 @@ def prepare() -> None:
 def _steps(source: Path, models: Path, strings: list[str], clock: _Clock) -> dict:
     """The fields of everything but speed."""
     with clock.step("inspect") as progress:
-        seen = inspect(source, text=strings[:32], progress=progress)
+        seen = inspect(source, text=strings[:16], progress=progress)
         exponents = {**_exponents(source), "entropy_bits": seen["exponent_entropy_bits"]}
     with clock.step("convert") as progress:
         folders = {kind: models / f"gauge-fixed-{dtype}" for kind, dtype in DTYPES.items()}
@@ -133,7 +133,7 @@ def _steps(source: Path, models: Path, strings: list[str], clock: _Clock) -> dic
         plain = {"fp32": source, "bf16": models / "original-bfloat16"}
         convert(source, plain["bf16"], [], dtype="bfloat16", progress=progress)
     with clock.step("load") as progress:
-        loaded = _loaded(source, folders["fp32"], strings[:32], progress)
+        loaded = _loaded(source, folders["fp32"], strings[:8], progress)
     with clock.step("pack") as progress:
         packed, sizes = _packed(plain, folders, models, progress)
     proofs = {}
