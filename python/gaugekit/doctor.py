@@ -15,7 +15,7 @@ from gaugekit.report import Report, table
 
 EXTRAS = {
     "hf": ("transformers", "safetensors", "tqdm"),
-    "demo": ("transformers", "safetensors", "tqdm", "zstandard", "rich"),
+    "demo": ("transformers", "safetensors", "tqdm", "gguf", "zstandard"),
     "bench": ("transformers", "safetensors", "tqdm", "zstandard", "zipnn"),
     "triton": ("triton",),
 }

@@ -31,7 +31,6 @@ FOREIGN = {  # who may import which foreign package; torch and numpy are free
     "transformers": {"hf", "text", "demo"},
     "safetensors": {"checkpoint"},
     "tqdm": {"progress"},
-    "rich": {"demo"},
     "zstandard": {"demo"},
     "triton": {"ops"},
 }

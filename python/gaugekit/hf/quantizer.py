@@ -41,7 +41,7 @@ class GaugekitConfig(QuantizationConfigMixin):
     ``modules`` maps the name of a module of the base model (no "bert." or "transformer." before it) to its spec,
     {"form": name, "arguments": {...}}. ``neutreno``, where it stands, is the λ of a model that was saved after
     ``gaugekit.fuse(model, neutreno=λ)``; it is fused so again. ``GaugekitConfig(packed=True)``, given to
-    ``from_pretrained`` of a plain directory, keeps its matrices packed in memory instead (docs/packed.md). Raises
+    ``from_pretrained`` of a plain directory, keeps its matrices packed in memory instead (docs/resident.md). Raises
     ValueError for a version that is not 1, modules of another shape, or an entry that is not known.
     """
 

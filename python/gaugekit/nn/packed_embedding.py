@@ -12,7 +12,7 @@ from gaugekit.ops.packed_linear.weight import packed_rows
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):
-    """rows = W[ids], W [``count``, ``width``] frozen in the layout of docs/packed.md; only rows asked for are decoded.
+    """rows = W[ids], W [``count``, ``width``] frozen in the layout of docs/resident.md; only rows asked for decode.
 
     ids int64 or int32 [...] -> [..., width] in W's dtype; ValueError for ids of another dtype. A tied head is
     ``PackedLinear.from_parts(embedding.packed)``: one packed weight for both. It is an nn.Embedding, so that whoever

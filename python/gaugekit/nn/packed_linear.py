@@ -12,7 +12,7 @@ from gaugekit.ops.packed_linear.operator import packed_linear
 
 
 class PackedLinear(PackedLayer):
-    """y = x Wᵀ + b, W frozen in the lossless layout of docs/packed.md: x [..., inputs] -> [..., outputs].
+    """y = x Wᵀ + b, W frozen in the lossless layout of docs/resident.md: x [..., inputs] -> [..., outputs].
 
     x may be of W's dtype, float32 or float64; under autocast y has autocast's dtype, as nn.Linear's has, while W is
     multiplied as it is. ``weight`` is a PackedMatrix, the bias a plain parameter. ``matrix`` is a PackedMatrix to share

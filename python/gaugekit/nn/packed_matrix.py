@@ -36,7 +36,7 @@ class _Cell:
 
 
 class PackedMatrix(torch.Tensor):
-    """A frozen matrix W [N, K] of bfloat16 or float16 in the layout of docs/packed.md (``transposed``: shown as Wᵀ).
+    """A frozen matrix W [N, K] of bfloat16 or float16 in the layout of docs/resident.md (``transposed``: shown as Wᵀ).
 
     Shape, dtype and device are there at once; an operator that needs the numbers decodes them. The matrix changes as a
     whole or not at all: assignment to ``.data`` packs what is assigned, and so does ``copy_`` into a detached alias,

@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b with W in the layout of docs/packed.md: packing, unpacking and the product, weight by weight."""
+"""y = x Wᵀ + b with W in the layout of docs/resident.md: packing, unpacking and the product, weight by weight."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def fuse(
     probabilities, so fuse with ``attention=False`` to train a model that asks for it.
 
     ``packed``: plain linear layers, GPT-2's Conv1D and embeddings of bfloat16 or float16 keep their weights packed in
-    memory and frozen, bit for bit (docs/packed.md); each layer stays the same object, with its hooks, attributes and
+    memory and frozen, bit for bit (docs/resident.md); each layer stays the same object, with its hooks, attributes and
     ties. Nothing is kept for ``unfuse``, which unpacks whatever is packed, so the memory is saved in this process. The
     model saves as the plain one. The report then has ``bytes_before`` and ``bytes_after`` of all parameters and buffers
     and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``speed`` [sentence] says what is known

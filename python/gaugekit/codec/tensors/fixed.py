@@ -1,4 +1,4 @@
-"""The fixed-length layout of docs/packed.md as one run of bytes: for transfers, where speed matters more than ratio.
+"""The fixed-length layout of docs/resident.md as one run of bytes: for transfers, where speed matters more than ratio.
 
 docs/format.md has it byte for byte: a header, and the five tensors for rows of 1,024 elements of the flattened tensor.
 Checksum kind 1 is crc32c, for which processors have an instruction; kind 2, made on a GPU, is Σ (2i + 1) w_i mod 2^64

@@ -1,4 +1,4 @@
-"""The packed layout (docs/packed.md) by torch operators alone, on any device: what answers where no kernel does."""
+"""The packed layout (docs/resident.md) by torch operators alone, on any device: what answers where no kernel does."""
 
 from __future__ import annotations
 

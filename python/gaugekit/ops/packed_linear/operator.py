@@ -1,4 +1,4 @@
-"""``packed_linear``: y = x Wᵀ + b, W kept in the lossless layout of docs/packed.md and decoded inside the product.
+"""``packed_linear``: y = x Wᵀ + b, W kept in the lossless layout of docs/resident.md and decoded inside the product.
 
 The layout is of one length for every block, so a product can decode where it stands. Others of the kind: ZipServ
 (arXiv 2603.17435), SplitZip (arXiv 2605.01708).

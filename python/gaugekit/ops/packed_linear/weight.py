@@ -1,4 +1,4 @@
-"""A packed matrix (docs/packed.md): its five tensors, packing, unpacking, and the check of what a file holds."""
+"""A packed matrix (docs/resident.md): its five tensors, packing, unpacking, and the check of what a file holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHT = "Tensor raw, Tensor planes, Tensor escapes, Tensor offsets, Tensor wind
 
 
 class PackedWeight(NamedTuple):
-    """A packed matrix [N, K]: its five tensors (docs/packed.md) and ``columns`` = K."""
+    """A packed matrix [N, K]: its five tensors (docs/resident.md) and ``columns`` = K."""
 
     raw: Tensor
     planes: Tensor
