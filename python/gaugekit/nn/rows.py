@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from gaugekit.nn.cache import LayerCache
 from gaugekit.ops.operands import Integers, check_tensors, integers
-
-if TYPE_CHECKING:
-    from gaugekit.nn.cache import LayerCache
-
-
-def append(old: Tensor | None, new: Tensor, columns: int, start: Tensor | None) -> Tensor:
-    """A buffer that holds the first ``columns`` rows of ``old`` [B, ·, S, ·] and then ``new`` [B, ·, T, ·].
-
-    With ``start`` int64 [B] the new rows of sequence b stand at start[b]. The buffer is ``old`` where it has room and
-    no gradient flows, else a larger one; without ``old`` it is ``new`` itself, which is therefore never written to.
-    """
-    if old is None:
-        return new
-    end = columns + new.shape[2]
-    if end > old.shape[2] or old.requires_grad or new.requires_grad:
-        old = pad(old[:, :, :columns], (0, 0, 0, end + end // 4 - columns))
-    if start is None:
-        old[:, :, columns:end] = new
-        return old
-    row = start[:, None] + torch.arange(new.shape[2], device=new.device)
-    return old.scatter_(2, row[:, None, :, None].expand_as(new), new)
 
 
 def check_rows(x: Tensor, width: int, lengths: Integers | None) -> Tensor | None:

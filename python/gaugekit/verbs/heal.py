@@ -79,18 +79,8 @@ def heal(
     that do not fit, and for a ``work_directory`` of another job, or that holds files which are not ours.
     """
     layer_steps = steps // 4 if layer_steps is None else layer_steps
-    for name, value, least in (
-        ("steps", steps, 0),
-        ("layer_steps", layer_steps, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
-    strings = read(text)
-    if len(strings) < 2:
-        raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
-    every = max(8, math.ceil(len(strings) / HELD_OUT))
-    held_out, strings = strings[::every], [s for index, s in enumerate(strings) if index % every]
+    _check_counts(steps, layer_steps, batch_size)
+    held_out, strings = _parted(read(text))
     run = _Run(student, teacher, parameters)
     held = [(batch, run.states(teacher, batch)) for batch in tokens(teacher, held_out, 32)]
     batches = tokens(teacher, strings, batch_size)
@@ -125,10 +115,7 @@ def heal(
             state.enter(first)
             while first <= state.step < first + count:
                 order = torch.randperm(len(batches), generator=_generator(seed, state.step // len(batches)))
-                batch = batches[order[state.step % len(batches)]]
-                loss = run.layers_loss(batch) if stage == "layers" else run.end_loss(batch)
-                loss.backward()
-                nn.utils.clip_grad_norm_(list(run.trained.values()), 1.0)
+                run.learn(batches[order[state.step % len(batches)]], by_layer=stage == "layers")
                 state.advance(_rate(state.step - first, count) * learning_rate)
                 if progress is not None:
                     progress(state.step, total)
@@ -148,6 +135,24 @@ def heal(
         "curve": state.curve,
     }
     return wording.healed(Report("heal", fields), student, teacher)
+
+
+def _check_counts(steps: int, layer_steps: int, batch_size: int) -> None:
+    for name, value, least in (
+        ("steps", steps, 0),
+        ("layer_steps", layer_steps, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+
+
+def _parted(strings: list[str]) -> tuple[list[str], list[str]]:
+    """(held out, to learn from): at most ``HELD_OUT`` sentences, evenly spread, are held out."""
+    if len(strings) < 2:
+        raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
+    every = max(8, math.ceil(len(strings) / HELD_OUT))
+    return strings[::every], [string for index, string in enumerate(strings) if index % every]
 
 
 def heal_directory(
@@ -258,6 +263,12 @@ class _Run:
     def _distance(found: list[Tensor], goals: list[Tensor], mask: Tensor) -> Tensor:
         errors = [_error(y, goal, mask) for y, goal in zip(found, goals, strict=True)]
         return errors[-1] + sum(errors[:-1], errors[-1] * 0) / max(len(errors) - 1, 1)
+
+    def learn(self, batch: dict[str, Tensor], by_layer: bool) -> None:
+        """The gradients of one batch, clipped to a norm of 1, in the parameters that are trained."""
+        loss = self.layers_loss(batch) if by_layer else self.end_loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
 
     def layers_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """One run of the student in which every block is given what the teacher's block was given."""
