@@ -262,24 +262,23 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
 
 
 def convert(arguments: argparse.Namespace) -> Outcome:
-    goals = {name: getattr(arguments, name) for name in ("rank", "energy", "min_cosine")}
-    if not arguments.gauge and all(goal is None for goal in goals.values()):
+    from gaugekit.rank import Goal, page
+
+    goal = Goal.asked(rank=arguments.rank, energy=arguments.energy, min_cosine=arguments.min_cosine)
+    if goal is None and not arguments.gauge:
         raise UsageError("convert: expected a rewrite (--gauge, --rank, --energy, --min-cosine)")
-    if arguments.calibration and all(goal is None for goal in goals.values()):
+    if goal is None and arguments.calibration:
         raise UsageError("convert: --calibration goes with --rank, --energy or --min-cosine")
-    from gaugekit.rank import page
     from gaugekit.rewrite import Later
     from gaugekit.verbs.convert import convert as run
 
+    depends = {"goal": goal and goal.options, "gauge": arguments.gauge, "rows": arguments.rows}
     with bar("convert") as progress:
         return _shown(
             run(
                 arguments.model,
                 arguments.out,
-                Later(
-                    {**goals, "gauge": arguments.gauge, "rows": arguments.rows},
-                    functools.partial(_rewrites, arguments, goals),
-                ),
+                Later(depends, functools.partial(_rewrites, arguments, goal)),
                 dense=arguments.dense,
                 dtype=arguments.dtype,
                 calibration=arguments.calibration,
@@ -290,19 +289,18 @@ def convert(arguments: argparse.Namespace) -> Outcome:
         )
 
 
-def _rewrites(arguments: argparse.Namespace, goals: dict[str, Any], folder: Path) -> list:
+def _rewrites(arguments: argparse.Namespace, goal, folder: Path) -> list:
     """The rewrites a conversion was asked for; ``folder`` keeps what was found out about them."""
     from gaugekit.checkpoint.reader import Checkpoint
     from gaugekit.symmetry import GaugeFix
 
     rewrites, ranks = [], None
-    if any(goal is not None for goal in goals.values()):
+    if goal is not None:
         from gaugekit.rank import prepare
 
         with bar("calibrate") as progress:
-            truncate = prepare(
-                arguments.model, arguments.calibration, **goals, work_directory=folder, progress=progress
-            )
+            more = {"work_directory": folder, "progress": progress}
+            truncate = prepare(arguments.model, arguments.calibration, **goal.options, **more)
         rewrites, ranks = [truncate], truncate.of(Checkpoint(arguments.model).config)
     if arguments.gauge:
         rewrites.append(GaugeFix(rows=arguments.rows, key_ranks=ranks))
