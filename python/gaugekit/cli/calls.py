@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gaugekit.cli.refusals import UsageError
 from gaugekit.progress import bar
@@ -16,6 +16,9 @@ from gaugekit.report import Report
 
 BENCH = Path(__file__).resolve().parents[3] / "bench" / "run.py"
 Outcome = tuple[int, Any, Callable[[], str]]  # exit status, what --json prints, what is printed without it
+
+if TYPE_CHECKING:
+    from gaugekit.rank import Goal
 
 
 def _shown(report: Report, status: int = 0) -> Outcome:
@@ -30,27 +33,26 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
 
 
 def convert(arguments: argparse.Namespace) -> Outcome:
-    goals = {name: getattr(arguments, name) for name in ("rank", "energy", "min_cosine")}
-    if not arguments.gauge and all(goal is None for goal in goals.values()):
+    from gaugekit.rank import Goal, page
+
+    goal = Goal.asked(rank=arguments.rank, energy=arguments.energy, min_cosine=arguments.min_cosine)
+    if goal is None and not arguments.gauge:
         raise UsageError("expected a rewrite (--gauge, --rank, --energy, --min-cosine), got none")
-    if arguments.calibration and all(goal is None for goal in goals.values()):
+    if goal is None and arguments.calibration:
         raise UsageError("--calibration: expected beside --rank, --energy or --min-cosine, got it alone")
     if arguments.rows and not arguments.gauge:
         raise UsageError("--rows: expected beside --gauge, got it without")
     rows = arguments.rows or "max_volume"
-    from gaugekit.rank import page
     from gaugekit.rewrite import Later
     from gaugekit.verbs.convert import convert as run
 
+    depends = {"goal": goal and goal.options, "gauge": arguments.gauge, "rows": rows}
     with bar("convert") as progress:
         return _shown(
             run(
                 arguments.model,
                 arguments.out,
-                Later(
-                    {**goals, "gauge": arguments.gauge, "rows": rows},
-                    functools.partial(_rewrites, arguments, goals, rows),
-                ),
+                Later(depends, functools.partial(_rewrites, arguments, goal, rows)),
                 dense=arguments.dense,
                 dtype=arguments.dtype,
                 calibration=arguments.calibration,
@@ -61,19 +63,18 @@ def convert(arguments: argparse.Namespace) -> Outcome:
         )
 
 
-def _rewrites(arguments: argparse.Namespace, goals: dict[str, Any], rows: str, folder: Path) -> list:
+def _rewrites(arguments: argparse.Namespace, goal: Goal | None, rows: str, folder: Path) -> list:
     """The rewrites a conversion was asked for; ``folder`` keeps what was found out about them."""
     from gaugekit.checkpoint.reader import Checkpoint
     from gaugekit.symmetry import GaugeFix
 
     rewrites, ranks = [], None
-    if any(goal is not None for goal in goals.values()):
+    if goal is not None:
         from gaugekit.rank import prepare
 
         with bar("calibrate") as progress:
-            truncate = prepare(
-                arguments.model, arguments.calibration, **goals, work_directory=folder, progress=progress
-            )
+            more = {"work_directory": folder, "progress": progress}
+            truncate = prepare(arguments.model, arguments.calibration, **goal.options, **more)
         rewrites, ranks = [truncate], truncate.of(Checkpoint(arguments.model).config)
     if arguments.gauge:
         rewrites.append(GaugeFix(rows=rows, key_ranks=ranks))
