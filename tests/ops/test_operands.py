@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import gaugekit as gk
 from gaugekit.ops.shaped_combine import shaped_combine
@@ -56,7 +57,7 @@ def test_a_list_of_lam_in_the_energy():
 ])  # fmt: skip
 def test_numbers_and_lists_compile_into_one_graph(call):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     torch.testing.assert_close(compiled(Q), call(Q), rtol=0, atol=0)
     assert counter.frame_count == 1
