@@ -272,7 +272,7 @@ class BinaryDistribution(Distribution):
 
 
 setup(
-    packages=[*find_packages("python"), "gaugekit.triton_kernels"],
+    packages=find_packages("python"),
     distclass=BinaryDistribution,
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildBinaries},

@@ -107,11 +107,9 @@ def _told(report: Report) -> Report:
         "extras": _columns(packages),
     }
     report.done = "Looked at this installation; nothing was written."
-    remedies = [
-        e["remedy"] for e in (*fields["backends"].values(), *fields["extras"].values()) if e["remedy"]
-    ]
-    remedies = [remedy for remedy in remedies if remedy != "nothing to do"]
-    report.next = remedies[0] if remedies else "gaugekit demo"
+    # what anybody's machine can have; CUDA and the tools to measure with are for some
+    wanted = [fields["backends"].get("cpu"), *(fields["extras"][extra] for extra in ("hf", "demo"))]
+    report.next = next((entry["remedy"] for entry in wanted if entry and entry["remedy"]), "gaugekit demo")
     return report
 
 

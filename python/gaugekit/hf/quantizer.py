@@ -34,7 +34,6 @@ NAME = "gaugekit"
 logger = logging.get_logger(__name__)
 
 
-@register_quantization_config(NAME)
 class GaugekitConfig(QuantizationConfigMixin):
     """``quantization_config`` of a converted checkpoint: {"quant_method": "gaugekit", "version": 1, "modules": {...}}.
 
@@ -79,7 +78,10 @@ class GaugekitConfig(QuantizationConfigMixin):
         return kept if self.neutreno is not None else {k: v for k, v in kept.items() if k != "neutreno"}
 
 
-@register_quantizer(NAME)
+# calls instead of decorators: a type checker takes what those return for the class
+register_quantization_config(NAME)(GaugekitConfig)
+
+
 class GaugekitQuantizer(HfQuantizer):
     """Puts the forms in place before the weights are read; nothing is lost, so everything else stays allowed."""
 
@@ -136,6 +138,9 @@ class GaugekitQuantizer(HfQuantizer):
                 raise ValueError(f"quantization_config: neutreno does not fit this model: {reasons[0]}")
             remember(model, [step])
         return model
+
+
+register_quantizer(NAME)(GaugekitQuantizer)
 
 
 interface.register()

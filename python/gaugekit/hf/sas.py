@@ -35,7 +35,7 @@ except ImportError as error:
 from gaugekit.hf.sas_config import BLOCKS, SASCacheLayer, SASConfig
 from gaugekit.nn import MLP, IdentityLinear, ShapedAttention
 from gaugekit.nn.block import Block, make_norm
-from gaugekit.nn.rows import positions_of
+from gaugekit.nn.cache import positions_of
 
 # What transformers calls the cache an output holds: "cache" from 5.24 on, "past_key_values" before. Both are taken.
 CACHE = next(

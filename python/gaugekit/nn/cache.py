@@ -95,3 +95,12 @@ class LayerCache:
             self.lengths = self.lengths - rows
         if self.total is not None:
             self.total = self._sum(self.values, self.lengths)
+
+
+def positions_of(rows: int, cache: LayerCache | None, device: torch.device) -> Tensor:
+    """The positions of ``rows`` new rows after what a LayerCache (or None) holds: int64 [T], or [B, T] where its
+    sequences differ in length."""
+    t = torch.arange(rows, device=device)
+    if cache is None:
+        return t
+    return t + (cache.columns if cache.lengths is None else cache.lengths[:, None])

@@ -1,11 +1,10 @@
-"""Rows of sequences that grow: what is accepted, a buffer to append to, and the positions they stand at."""
+"""Rows of sequences that grow: what is accepted, and a buffer to append to."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gaugekit.nn.cache import LayerCache
 from gaugekit.ops.operands import Integers, check_tensors, integers
 
 
@@ -34,12 +33,3 @@ def check_positions(x: Tensor, positions: Integers | None, rotary_base: float | 
             "positions: expected None without rotary_base, since they are for the rotation alone"
         )
     return integers("positions", positions, torch.int64, x.device)
-
-
-def positions_of(rows: int, cache: LayerCache | None, device: torch.device) -> Tensor:
-    """The positions of ``rows`` new rows after what a LayerCache (or None) holds: int64 [T], or [B, T] where its
-    sequences differ in length."""
-    t = torch.arange(rows, device=device)
-    if cache is None:
-        return t
-    return t + (cache.columns if cache.lengths is None else cache.lengths[:, None])

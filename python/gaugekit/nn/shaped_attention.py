@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gaugekit.nn.cache import LayerCache
+from gaugekit.nn.cache import LayerCache, positions_of
 from gaugekit.nn.rotary import rotate
-from gaugekit.nn.rows import check_positions, check_rows, positions_of
+from gaugekit.nn.rows import check_positions, check_rows
 from gaugekit.ops.operands import Integers
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 
