@@ -248,7 +248,7 @@ def end(work) -> None:
         trace = error.__traceback__
         while trace.tb_next and trace.tb_frame.f_code.co_filename == __file__:
             trace = trace.tb_next
-        sys.excepthook(type(error), error, trace)
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
         status = 1
     threading._shutdown()
     atexit._run_exitfuncs()

@@ -1,5 +1,8 @@
 """Packed layers in compiled and exported graphs of any number of rows, and under torch's data-parallel wrappers."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -8,6 +11,7 @@ from torch import nn
 from gaugekit.checkpoint import resident
 from gaugekit.nn import PackedLinear
 from gaugekit.nn.packed_matrix import PackedMatrix
+from warm import python
 
 
 class Model(nn.Module):
@@ -96,7 +100,12 @@ def _replica(rank: int, meeting: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_replicas_start_from_the_first_rank_s_weights(tmp_path):
-    torch.multiprocessing.spawn(_replica, (str(tmp_path / "meeting"),), nprocs=2)
+    code = (
+        "import sys, torch; sys.path.insert(0, '..'); import test_packed_graphs as t\n"
+        "torch.multiprocessing.start_processes(t._replica, sys.argv[1:], 2, start_method='fork')"
+    )
+    command = [*python(), "-W", "ignore", "-c", code, str(tmp_path / "meeting")]
+    subprocess.run(command, cwd=Path(__file__).parent, check=True)
 
 
 def test_a_wrapper_that_cuts_parameters_in_place_is_refused():
