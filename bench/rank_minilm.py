@@ -23,10 +23,10 @@ import torch
 from transformers import AutoModel
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.calibration.moments import observe, tokens
 from gaugekit.progress import bar
 from gaugekit.rank import embeddings
-from gaugekit.text import samples
 
 NOT_READ = {"test", "tests", "site-packages", "pydoc_data", "idlelib", "lib2to3", "turtledemo"}
 KINDS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -3,10 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from warm import python
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,7 +23,7 @@ def test_code_runs(page, tmp_path):
     script = tmp_path / f"page_{page.stem}.py"
     script.write_text("\n".join(BLOCK.findall(page.read_text())))
     done = subprocess.run(
-        [sys.executable, script.name],
+        [*python(), script.name],
         cwd=tmp_path,
         env=os.environ,
         capture_output=True,

@@ -1,12 +1,12 @@
 """The mutation tool: it prints the change no test notices, and not the others, from a copy of the tree."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import mutants
+from warm import python
 
 PLANTED = '''"""Planted."""
 
@@ -63,7 +63,7 @@ def run(tree, *arguments):
         "left, count = mutants.survivors(Path(root), tests, *map(int, rest))\n"
         "print(len(left), count)"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code, tree, *arguments]
+    command = [*python(), "-W", "ignore", "-c", code, tree, *arguments]
     done = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, cwd=Path(mutants.__file__).parent
     )

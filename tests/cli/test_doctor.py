@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from gaugekit import _library, doctor
 from gaugekit.cli import main
+from warm import python
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,7 +55,7 @@ def test_a_missing_binary_comes_with_why_and_remedy(monkeypatch):
         "why": "no C++ compiler was on PATH",
         "remedy": "install g++",
     }
-    assert "cpu: no C++ compiler was on PATH. To mend it: install g++" in doctor.text(found)
+    assert "cpu: no C++ compiler was on PATH. To mend it: install g++" in str(found)
 
 
 @pytest.mark.parametrize("extra", doctor.EXTRAS)
@@ -71,7 +72,7 @@ def test_a_missing_extra_comes_with_its_pip_command(monkeypatch, extra):
     found = doctor.report()
     assert found["extras"][extra]["packages"][gone] is None
     assert found["extras"][extra]["remedy"] == f"pip install gaugekit[{extra}]"
-    assert f"pip install gaugekit[{extra}]" in doctor.text(found)
+    assert f"pip install gaugekit[{extra}]" in str(found)
 
 
 def test_extras_name_what_pyproject_asks_for():
@@ -95,6 +96,6 @@ def test_extras_name_what_pyproject_asks_for():
 
 def test_python_m_gaugekit_runs_the_command_line():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "gaugekit", "doctor"], capture_output=True, text=True
+        [*python(), "-W", "ignore", "-m", "gaugekit", "doctor"], capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.startswith("gaugekit ")

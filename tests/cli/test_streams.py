@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 
 import tiny_directory
 from gaugekit.cli import command, main
+from warm import python
 
 QUIET = {**os.environ, "PYTHONWARNINGS": "ignore::RuntimeWarning"}
 
@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 
 def shell(line, *arguments):
     """Runs a line of bash in which "$@" is ``python -m gaugekit arguments``."""
-    command = [sys.executable, "-m", "gaugekit", *map(str, arguments)]
+    command = [*python(), "-m", "gaugekit", *map(str, arguments)]
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line, "bash", *command],
         capture_output=True,

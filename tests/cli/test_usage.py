@@ -1,19 +1,21 @@
 """Exit statuses, and what stands on stderr and stdout, for good and bad command lines."""
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from gaugekit.cli import main
+from warm import python
 
 # without a binary `import gaugekit` warns once, whatever the verb; these tests count the verb's own lines
 QUIET = {**os.environ, "PYTHONWARNINGS": "ignore::RuntimeWarning"}
 
 
 def gaugekit(*arguments, **options):
-    command = [sys.executable, "-m", "gaugekit", *map(str, arguments)]
+    command = [*python(), "-m", "gaugekit", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=QUIET, timeout=120, **options)
 
 
@@ -115,7 +117,7 @@ def test_the_process_exits_2_without_a_traceback(tmp_path):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    command = f"{sys.executable} -m gaugekit doctor --json | true"
+    command = f"{shlex.join(python())} -m gaugekit doctor --json | true"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=QUIET
     )
@@ -130,5 +132,5 @@ def test_interrupt_exits_130():
         "gaugekit.doctor.report = lambda: signal.raise_signal(signal.SIGINT)\n"
         "sys.exit(gaugekit.cli.main(['doctor']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=QUIET)
+    done = subprocess.run([*python(), "-c", code], capture_output=True, text=True, env=QUIET)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gaugekit: interrupted\n")

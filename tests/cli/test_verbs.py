@@ -5,7 +5,6 @@ import json
 import os
 import struct
 import subprocess
-import sys
 import termios
 
 import pytest
@@ -16,6 +15,7 @@ import gaugekit as gk
 import tiny_directory
 from gaugekit.cli import main
 from tiny_directory import BIAS, LAYERS, SQUARE
+from warm import python
 
 REMOVED = {
     "value_output": SQUARE,
@@ -141,7 +141,7 @@ def environment():
 
 
 def test_piped_output_is_json_alone_and_stderr_is_empty(model, tmp_path):
-    command = [sys.executable, "-m", "gaugekit", "convert", model, tmp_path / "out", "--gauge", "--json"]
+    command = [*python(), "-m", "gaugekit", "convert", model, tmp_path / "out", "--gauge", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1 and isinstance(json.loads(done.stdout), dict)
@@ -150,7 +150,7 @@ def test_piped_output_is_json_alone_and_stderr_is_empty(model, tmp_path):
 def test_on_a_terminal_there_is_a_progress_bar(model, tmp_path):
     reader, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "gaugekit", "pack", model, tmp_path / "out", "--json"]
+    command = [*python(), "-m", "gaugekit", "pack", model, tmp_path / "out", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, env=environment())
     os.close(terminal)
     shown = os.read(reader, 1 << 16).decode()

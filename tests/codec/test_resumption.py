@@ -3,13 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import gaugekit as gk
+from warm import python
 
 VERBS = {"pack": gk.codec.pack, "unpack": gk.codec.unpack}
 NAMES = [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
@@ -29,7 +29,7 @@ class Stop(BaseException):
 
 def killed(verb, source, target):
     """The process ends without any warning: no exception, no finally."""
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, verb, source, target]
+    command = [*python(), "-W", "ignore", "-c", KILLED, verb, source, target]
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == -signal.SIGKILL
 
 
@@ -101,11 +101,11 @@ def test_what_was_done_is_not_done_again(verb, end, sources, tmp_path):
     [
         ("pack", {"resume": False}),
         ("unpack", {"resume": False}),
-        ("pack", {"model": 2}),
+        ("pack", {"symbols": "exponent-and-mantissa"}),
     ],
 )
 def test_another_job_does_all_of_its_work(verb, options, sources, tmp_path):
-    """Asked to start over, or with another model: no file of the job that was ended is taken over."""
+    """Asked to start over, or with other symbols: no file of the job that was ended is taken over."""
     work = tmp_path / "work"
     stopped(verb, sources[verb], work / "out")
     before = writings(work)

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import gaugekit.integrations.transformers as integration  # noqa: E402
 from gaugekit.nn import Concat, GaugeProjection  # noqa: E402
 from gaugekit.symmetry import GaugeFix  # noqa: E402
 from gaugekit.verbs.convert import convert  # noqa: E402
+from warm import python  # noqa: E402
 
 TOKENS = torch.arange(22).reshape(2, 11)
 
@@ -133,9 +133,7 @@ def test_dense_needs_no_gaugekit(tmp_path):
         "assert torch.equal(model(torch.arange(22).reshape(2, 11))[0], torch.load(expected));"
         "assert 'gaugekit' not in sys.modules"
     )
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(path), str(tmp_path / "expected")], check=True
-    )
+    subprocess.run([*python(), "-W", "ignore", "-c", code, str(path), str(tmp_path / "expected")], check=True)
 
 
 @pytest.mark.parametrize("dense", [False, True])

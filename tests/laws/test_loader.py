@@ -3,10 +3,11 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from warm import python
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "gaugekit"
 
@@ -22,7 +23,7 @@ def copy(tmp_path):
 
 def run(path, code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [*python(), "-c", code],
         env={**os.environ, "PYTHONPATH": str(path), **environment},
         capture_output=True,
         text=True,

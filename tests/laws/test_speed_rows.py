@@ -2,10 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from warm import python
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 MODULES = ("registry.py", "run.py", "backends.py", "host_rows.py", "device_rows.py")
@@ -29,7 +30,7 @@ FIELDS = {
 
 def run(folder, *arguments):
     return subprocess.run(
-        [sys.executable, str(folder / "run.py"), "--quick", "--json", *arguments],
+        [*python(), str(folder / "run.py"), "--quick", "--json", *arguments],
         capture_output=True,
         text=True,
     )

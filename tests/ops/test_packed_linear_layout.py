@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from gaugekit import _library
 from gaugekit.ops.packed_linear import layout as layout
 from gaugekit.ops.packed_linear.weight import check, pack_weight, packed_rows
 from gaugekit.reference import packed_linear as reference
+from warm import python
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -144,7 +144,7 @@ def test_instruction_sets_agree(tmp_path):
     results = []
     for level in ("default", "avx2", "avx512"):
         target = tmp_path / level
-        subprocess.run([sys.executable, "-c", SCRIPT, str(target)], check=True,
+        subprocess.run([*python(), "-c", SCRIPT, str(target)], check=True,
                        env=os.environ | {"ATEN_CPU_CAPABILITY": level})  # fmt: skip
         results.append(torch.load(target))
     for other in results[1:]:

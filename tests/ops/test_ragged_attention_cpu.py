@@ -14,6 +14,7 @@ from gaugekit.ops.shaped_attention import plan, use_core
 from gaugekit.ops.shaped_attention.choice import _timed_here, cpu_core
 from gaugekit.reference.ragged_attention import ragged_attention as reference
 from helpers import assert_accurate
+from warm import python
 
 pytestmark = pytest.mark.skipif(not _library.implementation("ragged_attention"), reason="no C++ binary")
 TOKENS, WIDTH, RANKS, SCALE = 101, 40, [5, 48, 16], 0.3  # a width and ranks that fill registers and do not
@@ -110,7 +111,7 @@ def test_narrower_instruction_sets():
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment.pop("ATEN_CPU_CAPABILITY", None)
-    done = subprocess.run([sys.executable, "-c", NARROWER], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*python(), "-c", NARROWER], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -13,6 +13,7 @@ import torch
 from gaugekit import _library, pack_weight, unpack_weight
 from gaugekit.codec.tensors.blob import decode, encode_bytes
 from gaugekit.ops.rans import operator as rans
+from warm import python
 
 BINARY = pytest.mark.skipif(not _library.backends()["cpu"].loaded, reason="needs the C++ binary")
 
@@ -113,7 +114,7 @@ print(failed)
 def test_a_child_forked_while_threads_decode_goes_on(tmp_path):
     script = FORKS.format(here=os.path.dirname(__file__))
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "file")], capture_output=True, text=True, timeout=600
+        [*python(), "-c", script, str(tmp_path / "file")], capture_output=True, text=True, timeout=600
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr[-3000:]
 

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from gaugekit.ops.mask import Mask
 from gaugekit.ops.shaped_combine import operator as op
 from gaugekit.reference.shaped_combine import shaped_combine as reference
 from helpers import assert_accurate
+from warm import python
 
 GAINS = ("alpha", "beta", "gamma", "lam")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -138,7 +138,7 @@ def test_every_instruction_set_agrees(capability, tmp_path):
     torch.save(problems, tmp_path / "problems")
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", program, str(tmp_path / "problems"), str(tmp_path / "found")]
+    command = [*python(), "-c", program, str(tmp_path / "problems"), str(tmp_path / "found")]
     subprocess.run(command, check=True, env=environment)
     for found, problem in zip(torch.load(tmp_path / "found"), problems, strict=True):
         for one, widest in zip(found, flat(problem), strict=True):

@@ -9,9 +9,9 @@ from pydoc_data.topics import topics
 from transformers import AutoModel
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.calibration.moments import observe, tokens
 from gaugekit.rank import embeddings
-from gaugekit.text import samples
 from helpers import minilm
 
 

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModel
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.calibration.moments import observe
-from gaugekit.checkpoint.reader import CERTIFICATE
+from gaugekit.checkpoint.writer import CERTIFICATE
 from gaugekit.cli import main
 from gaugekit.rank import Truncate, spectrum
 from gaugekit.rank.page import pages
-from gaugekit.text import samples
 from gaugekit.verbs.convert import convert
 from tiny import add_tokenizer, bert
 

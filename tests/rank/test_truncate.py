@@ -18,11 +18,11 @@ from transformers import (
 )
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.cli import main
 from gaugekit.models import Live
 from gaugekit.rank import Truncate
 from gaugekit.symmetry import GaugeFix
-from gaugekit.text import samples
 from gaugekit.verbs.convert import convert
 from tiny import add_tokenizer, bert, gpt2
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gaugekit.hf import loading
-from gaugekit.text import samples
+from gaugekit.text.sentences import sentences
 from gaugekit.verbs.fuse import fuse
 from gaugekit.verbs.wide_products import wide_products
 
@@ -66,7 +66,7 @@ def language_model(name: str, directory: Path, seconds: float, progress: Progres
     with loading.quiet():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    ids = tokenizer(" ".join(samples.sentences(40)), return_tensors="pt")["input_ids"]
+    ids = tokenizer(" ".join(sentences(40)), return_tensors="pt")["input_ids"]
     places = getattr(model.config, "max_position_embeddings", None) or READ_TOKENS
     ids = ids[:, : min(READ_TOKENS, places)]
     fields, models = _packed(model)

@@ -21,21 +21,21 @@ import torch
 from gaugekit import _library, doctor
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec import pack, unpack
-from gaugekit.codec.files.written import written
 from gaugekit.demo import page, running, speed
-from gaugekit.files import staging
+from gaugekit.files.durable import lock, sha256, written
 from gaugekit.hf import loading
+from gaugekit.pages.figures import DTYPES
 from gaugekit.pages.numbers import change, over_noise
 from gaugekit.progress import bar
 from gaugekit.report import Report
 from gaugekit.symmetry import GaugeFix
-from gaugekit.text import samples
+from gaugekit.text.samples import minilm, smollm2
+from gaugekit.text.sentences import sentences as documentation
 from gaugekit.verbs.convert import convert
 from gaugekit.verbs.fuse import fuse
 from gaugekit.verbs.inspect import inspect
 from gaugekit.verbs.verify import NOISE_FACTOR, verify
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MARK = ".gaugekit-demo"
 WEIGHTS = "model.safetensors"
 REPORTS = ("report.json", "report.html")
@@ -89,10 +89,10 @@ def run(
     where ``directory`` holds models or a report that no demo wrote, or where another demo is writing.
     """
     directory = Path(directory)
-    source = samples.minilm() if model is None else Path(model)
+    source = minilm() if model is None else Path(model)
     name = "all-MiniLM-L6-v2" if model is None else source.name
     with _workspace(directory) as models, _one_thread():
-        clock, strings = _Clock(), samples.sentences(sentences)
+        clock, strings = _Clock(), documentation(sentences)
         fields = {"model": name, **_steps(source, models, strings, clock)}
         speaker, absent = _language_model(model is None, language_model, clock)
         fields |= _speeds(name, models / "original-bfloat16", speaker, strings, seconds, clock)
@@ -163,7 +163,7 @@ def _language_model(default: bool, given: str | Path | None, clock: _Clock) -> t
         return None, "none was given beside a model of your own"
     try:
         with clock.step("read SmolLM2"), loading.quiet():
-            return samples.smollm2(), None
+            return smollm2(), None
     except (OSError, ImportError, ValueError) as reason:  # the page says why and goes on without it
         return None, str(reason)
 
@@ -295,7 +295,7 @@ def _workspace(directory: Path) -> Iterator[Path]:
                 )
     models.mkdir(parents=True, exist_ok=True)
     with (models / MARK).open("ab") as mark:
-        if not staging.lock(mark):
+        if not lock(mark):
             raise ValueError(f"directory: another demo is writing {str(directory)!r}")
         for name in MADE:
             earlier = models / name
@@ -366,7 +366,7 @@ def _round_trip(original: Path, packed: Path, progress) -> dict:
     restored = packed.with_suffix(".restored")
     report = pack(original, packed, progress=progress)
     unpack(packed, restored, progress=progress)
-    exact = staging.sha256(original) == staging.sha256(restored)
+    exact = sha256(original) == sha256(restored)
     restored.unlink()
     fields = ("bytes_before", "bytes_after", "ratio", "bits_per_weight")
     return {**{field: report[field] for field in fields}, "bit_exact": exact}

@@ -9,6 +9,8 @@ reading of packed files.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gaugekit.hf.upstream import unfit
@@ -50,7 +52,7 @@ class GaugekitConfig(QuantizationConfigMixin):
         quant_method: str = NAME,
         packed: bool = False,
         neutreno: float | list[float] | None = None,
-        **unknown,
+        **unknown: Any,
     ):
         if version != VERSION:
             raise ValueError(
@@ -86,7 +88,7 @@ class GaugekitQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
 
-    def __init__(self, quantization_config, **arguments):
+    def __init__(self, quantization_config: GaugekitConfig, **arguments: Any):
         super().__init__(quantization_config, **arguments)
         self.packing = Packing() if quantization_config.packed else None
         self.attention_asked = False
@@ -94,13 +96,13 @@ class GaugekitQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         return self.packing is not None and self.packing.takes(model, param_name)
 
-    def get_quantize_ops(self):
+    def get_quantize_ops(self) -> Packing | None:
         return self.packing
 
-    def update_attn_implementation(self, config):
+    def update_attn_implementation(self, config: Any) -> Any:
         self.attention_asked = getattr(config, "_attn_implementation_internal", None) is not None
         return config
 

@@ -112,7 +112,8 @@ class SASModel(SASPreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x] if wanted else []
         for block, layer in zip(self.layers, layers, strict=True):
-            run = functools.partial(block, lengths=lengths, cache=layer, positions=positions)
+            turned = positions if self.config.rope else None
+            run = functools.partial(block, lengths=lengths, cache=layer, positions=turned)
             if self.gradient_checkpointing and self.training and layer is None:
                 run = functools.partial(self._gradient_checkpointing_func, run)
             x = run(x)

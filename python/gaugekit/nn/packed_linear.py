@@ -22,7 +22,8 @@ class PackedLinear(PackedLayer):
     form = "packed_linear"
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, weights: str = "bfloat16",
-                 matrix: PackedMatrix | None = None, device=None, dtype=None):  # fmt: skip
+                 matrix: PackedMatrix | None = None, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__(matrix, outputs, inputs, weights, device)
         self.in_features, self.out_features = inputs, outputs
         kind = dtype or getattr(torch, weights)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from gaugekit.calibration.streaming import collect
-from gaugekit.checkpoint.reader import Checkpoint, versions
-from gaugekit.files.staging import Staging, identity, workplace
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.checkpoint.writer import versions
+from gaugekit.files.durable import identity
+from gaugekit.files.staging import Staging, workplace
 from gaugekit.models import Layers
 from gaugekit.rank.search import needed, truncate
 from gaugekit.rank.spectra import spectrum
 from gaugekit.rank.truncation import Ranks, Truncate
-from gaugekit.text import samples
+from gaugekit.text.sentences import read
 
 
 def prepare(
@@ -43,10 +43,13 @@ def prepare(
     if work_directory is None:
         return _prepare(Checkpoint(source), calibration, energy, min_cosine, None, progress)
     checkpoint = Checkpoint(source)
-    digests = {f"source {name}": digest for name, digest in checkpoint.sha256().items()}
-    if calibration is not None:
-        digests["calibration"] = hashlib.sha256(json.dumps(samples.read(calibration)).encode()).hexdigest()
-    which = identity("ranks", versions("transformers"), digests, {"energy": energy, "min_cosine": min_cosine})
+    which = identity(
+        "ranks",
+        versions("transformers"),
+        weights={"source": checkpoint.sha256()},
+        text={} if calibration is None else {"calibration": read(calibration)},
+        options={"energy": energy, "min_cosine": min_cosine},
+    )
     with contextlib.closing(workplace(work_directory, which, {"ranks": None})) as staged:
         return _prepare(checkpoint, calibration, energy, min_cosine, staged, progress)
 

@@ -9,12 +9,14 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from gaugekit.calibration.moments import Moments, evaluating, observe, tokens
+from gaugekit.calibration.moments import Moments, evaluating, observe
 from gaugekit.models import AttentionView, Live
 from gaugekit.rank.spectra import Spectrum, spectrum
 from gaugekit.rank.truncation import Ranks, Truncate, cut
-from gaugekit.report import Report
-from gaugekit.text import samples
+from gaugekit.report import Report, spread
+from gaugekit.text import pooling
+from gaugekit.text.batches import tokens
+from gaugekit.text.sentences import read
 
 STEPS = 10  # halvings: the energy that may go is found to 1.4 %
 
@@ -69,7 +71,26 @@ def truncate(
         "energy_kept": kept,
         "mean_cosine": cosine,
     }
-    return Report("truncate", fields)
+    report = Report("truncate", fields)
+    report.lines = [
+        (
+            "ranks",
+            f"{spread([rank for layer in ranks for rank in layer])} of {fields['width']} query and key channels",
+        ),
+        ("mean rank", f"{fields['mean_rank']:.1f}"),
+        ("energy kept", f"{spread(kept)} of a layer's scores, 1 where nothing was lost"),
+    ]
+    if cosine is not None:
+        report.lines.append(
+            ("mean cosine", f"{cosine:.5f} on sentences held out, at least {min_cosine:g} asked for")
+        )
+    report.done = (
+        f"Lowered the ranks of {len(ranks)} layers of this {type(model).__name__}; nothing was written."
+    )
+    report.next = (
+        "gaugekit.heal(model, original, text) wins some of it back; gaugekit.fuse(model) makes it smaller"
+    )
+    return report
 
 
 def needed(spectra: Iterable[Spectrum], energy: float) -> Ranks:
@@ -83,22 +104,22 @@ def halves(text: str | Path | list[str] | None) -> tuple[list[str], list[str]]:
     """Sentences 0, 2, 4, … and 1, 3, 5, … of a text; ValueError where there are not two."""
     if text is None or (isinstance(text, list) and text and not isinstance(text[0], str)):
         raise ValueError("calibration: expected text for min_cosine, half of which is held out")
-    found = samples.read(text)
-    if len(found) < 2:
-        raise ValueError(f"calibration: expected at least 2 sentences for min_cosine, got {len(found)}")
-    return found[::2], found[1::2]
+    strings = read(text)
+    if len(strings) < 2:
+        raise ValueError(f"calibration: expected at least 2 sentences for min_cosine, got {len(strings)}")
+    return strings[::2], strings[1::2]
 
 
 @torch.no_grad()
 def embeddings(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     """The last hidden states averaged over each text's tokens, scaled to length 1: float64 [N, D]."""
-    found = []
     with evaluating(model):
-        for inputs in batches:
-            states = model.base_model(**inputs).last_hidden_state.to("cpu", torch.float64)
-            real = inputs["attention_mask"].to("cpu", torch.float64)[..., None]
-            found.append(nn.functional.normalize((states * real).sum(1) / real.sum(1), dim=-1))
-    return torch.cat(found)
+        return torch.cat(
+            [
+                pooling.embeddings(model.base_model(**inputs).last_hidden_state, inputs["attention_mask"])
+                for inputs in batches
+            ]
+        )
 
 
 def _search(

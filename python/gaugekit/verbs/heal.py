@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from gaugekit import models
-from gaugekit.calibration.moments import evaluating, tokens
-from gaugekit.checkpoint.reader import CERTIFICATE, INDEX, SCRATCH, Checkpoint, safetensors_package, versions
-from gaugekit.codec.directories.job import check_space
-from gaugekit.files.places import listing
-from gaugekit.files.staging import OWN, Staging, check_target, copy, free_bytes, identity, sync
+from gaugekit.calibration.moments import evaluating
+from gaugekit.checkpoint.reader import INDEX, Checkpoint
+from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, safetensors_package, versions
+from gaugekit.files.durable import copy, identity, sync_files
+from gaugekit.files.places import check_space, listing
+from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
-from gaugekit.text import samples
-from gaugekit.verbs.heal_state import State, digest, digest_of
+from gaugekit.text.batches import tokens
+from gaugekit.text.pooling import embeddings
+from gaugekit.text.sentences import read
+from gaugekit.verbs import wording
+from gaugekit.verbs.heal_state import State, digest
 
 QUERY_KEY = (
     "*query*",
@@ -82,7 +86,7 @@ def heal(
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
-    strings = samples.read(text)
+    strings = read(text)
     if len(strings) < 2:
         raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
     every = max(8, math.ceil(len(strings) / HELD_OUT))
@@ -98,13 +102,17 @@ def heal(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    digests = {
-        "student": digest(student),
-        "teacher": digest(teacher),
-        "text": digest_of(strings, held_out),
-    }
-    digests["tokens"] = digest_of(*([b["input_ids"].tolist() for b in (*batches, *(h for h, _ in held))]))
-    state = State(work_directory, identity("heal", versions("transformers"), digests, options), run.trained)
+    which = identity(
+        "heal",
+        versions("transformers"),
+        weights={"student": digest(student), "teacher": digest(teacher)},
+        text={
+            "text": [strings, held_out],
+            "tokens": [b["input_ids"].tolist() for b in (*batches, *(h for h, _ in held))],
+        },
+        options=options,
+    )
+    state = State(work_directory, which, run.trained)
     total = layer_steps + steps
     was = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     student.requires_grad_(False)
@@ -139,7 +147,7 @@ def heal(
         "mean_cosine_after": state.curve[-1]["mean_cosine"],
         "curve": state.curve,
     }
-    return Report("heal", fields)
+    return wording.healed(Report("heal", fields), student, teacher)
 
 
 def heal_directory(
@@ -166,7 +174,7 @@ def heal_directory(
     for path in paths:
         check_target(path, target)
     dtype = loading.stored_dtype(paths[0])
-    strings = samples.read(text)
+    strings = read(text)
     weights = Checkpoint(paths[0])
     numbers = sum(math.prod(weights.shape(name)) for name in weights.names())
     check_space(target, numbers * dtype.itemsize, free_bytes(target))
@@ -184,16 +192,15 @@ def heal_directory(
             staged.save()
         fields = staged.state["report"]
         staged.publish()
-    return Report("heal", fields)
+    return wording.healed(Report("heal", fields), student, teacher, target)
 
 
 def _directory_identity(paths: list[Path], strings: list[str], options: dict[str, Any]) -> dict:
-    digests = {"text": digest_of(strings)}
-    for role, path in zip(("student", "teacher"), paths, strict=True):
-        checkpoint = Checkpoint(path)
-        digests |= {f"{role} {name}": digest for name, digest in checkpoint.sha256().items()}
+    weights = {
+        role: Checkpoint(path).sha256() for role, path in zip(("student", "teacher"), paths, strict=True)
+    }
     chosen = {name: str(value) for name, value in options.items()}
-    return identity("heal", versions("transformers"), digests, chosen)
+    return identity("heal", versions("transformers"), weights=weights, text={"text": strings}, options=chosen)
 
 
 def _save(model: nn.Module, source: Path, folder: Path) -> None:
@@ -209,9 +216,7 @@ def _save(model: nn.Module, source: Path, folder: Path) -> None:
         kept = Path(name).suffix in KEPT and not name.endswith((INDEX, CERTIFICATE)) and name not in OWN
         if kept and not (folder / name).exists():
             copy(source / name, folder / name)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
+    sync_files(folder)
 
 
 class _Run:
@@ -303,10 +308,14 @@ class _Run:
         for batch, goals in held:
             states, mask = self.states(self.student, batch), batch["attention_mask"]
             loss += float(self._distance(states, goals, mask)) / len(held)
-            pooled = (_pooled(last, mask) for last in (goals[-1], states[-1]))
+            pooled = (embeddings(last, mask) for last in (goals[-1], states[-1]))
             cosines.append(nn.functional.cosine_similarity(*pooled, dim=-1))
-        found = torch.cat(cosines)
-        return {"loss": loss, "mean_cosine": float(found.mean()), "min_cosine": float(found.min())}
+        all_cosines = torch.cat(cosines)
+        return {
+            "loss": loss,
+            "mean_cosine": float(all_cosines.mean()),
+            "min_cosine": float(all_cosines.min()),
+        }
 
 
 def _error(found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
@@ -316,11 +325,6 @@ def _error(found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
     mean = goal.sum((0, 1)) / mask.sum()
     spread = ((goal - mean) * real).square().sum()
     return (found - goal).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _pooled(states: Tensor, mask: Tensor) -> Tensor:
-    real = mask[..., None].double()
-    return (states.double() * real).sum(1) / real.sum(1)
 
 
 def _matching(names: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:

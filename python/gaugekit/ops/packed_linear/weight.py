@@ -77,7 +77,9 @@ def packed_rows(index: Tensor, packed: PackedWeight) -> Tensor:
     return torch.ops.gaugekit.packed_rows(index, *packed)
 
 
-def empty_weight(rows: int, columns: int, dtype: torch.dtype, device=None) -> PackedWeight:
+def empty_weight(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None = None
+) -> PackedWeight:
     """The parts of a packed matrix of this shape with no escapes: places to load into (device "meta"), or one value."""
     blocks, planes = layout.blocks_of(columns), 3 + len(layout.fields(dtype)[2])
     sizes = [(torch.uint8, (rows, blocks * layout.BLOCK)), (torch.int64, (rows, planes, blocks)), (torch.uint8, (0,)),
