@@ -7,7 +7,7 @@
 
 namespace gaugekit::rans {
 
-// One chunk to decode: a row of what python/gaugekit/ops/rans_rows.py makes from blobs that were checked.
+// One chunk to decode: a row of what python/gaugekit/ops/rans/rows.py makes from blobs that were checked.
 struct ChunkRow {
   uint64_t in;           // where the chunk begins in the packed bytes, a multiple of 16
   uint64_t out;          // where element `from` goes, in bytes

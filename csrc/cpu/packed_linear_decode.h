@@ -1,4 +1,4 @@
-// Decoding of packed weights (docs/packed.md). Free of torch.
+// Decoding of packed weights (docs/resident.md). Free of torch.
 //
 // A segment (16 blocks of 64 weights of one row) is decoded in two steps. The first makes one byte a weight,
 // the part of the 16-bit word that the planes hold: bfloat16's exponent, float16's whole high byte. The few
