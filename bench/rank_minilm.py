@@ -23,10 +23,10 @@ import torch
 from transformers import AutoModel
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.calibration.moments import observe, tokens
 from gaugekit.progress import bar
 from gaugekit.rank import embeddings
-from gaugekit.text import samples
 
 NOT_READ = {"test", "tests", "site-packages", "pydoc_data", "idlelib", "lib2to3", "turtledemo"}
 KINDS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -100,12 +100,12 @@ def main() -> None:
             least=min(map(min, found["ranks"])),
         )
         rank = math.ceil(found["mean_rank"])
-        gk.rank.truncate(plain, observe(teacher, seen), rank=rank)
+        gk.rank.truncate(plain, moments=observe(teacher, seen), rank=rank)
         say("one rank", plain, mean_rank=rank)
         return
     gk.rank.truncate(plain, rank=options.rank)
     say("plain", plain)
-    gk.rank.truncate(student, observe(teacher, seen), rank=options.rank)
+    gk.rank.truncate(student, moments=observe(teacher, seen), rank=options.rank)
     say("aware", student)
     if not options.steps:
         return

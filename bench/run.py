@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -131,11 +132,11 @@ def run(
     lines, rows, failed = Record(record), [], 0
     where = {"machine": machine(device), "commit": commit()}
     passed_by = Exception if record is not None or device == "cuda" else AssertionError
-    measure = measurer(device, quick, budget, once)
+    timed = measurer(device, quick, budget, once)
     for planned in cases:
         begin = time.perf_counter()
         try:
-            found = measure(planned.build())
+            found = timed(planned.build())
         except passed_by as error:
             failed += 1
             wrong = "wrong result, not timed: " if isinstance(error, AssertionError) else "not timed: "
@@ -201,63 +202,78 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.split("\n\n")[0])
-    made.add_argument("--op", action="append", help="an operator to measure (repeatable); default all")
-    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    made.add_argument("--quick", action="store_true", help="small shapes and short runs")
-    made.add_argument("--json", action="store_true", help="print the rows as one JSON list and nothing else")
-    made.add_argument(
+def add_options(options: argparse.ArgumentParser) -> None:
+    """What this program takes, but ``--json``; ``gaugekit bench`` takes the same."""
+    options.add_argument("--op", action="append", help="an operator to measure (repeatable); default all")
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options.add_argument("--quick", action="store_true", help="small shapes and short runs")
+    options.add_argument(
         "--only",
         "--case",
         action="append",
         default=[],
         help="only cases with this in shape, dtype or label (repeatable)",
     )
-    made.add_argument("--list", action="store_true", help="print the cases, measure nothing")
-    made.add_argument(
+    options.add_argument("--list", action="store_true", help="print the cases, measure nothing")
+    options.add_argument(
         "--once", action="store_true", help="on a GPU: each check, and each call once; nothing is timed"
     )
-    made.add_argument("--budget", type=float, metavar="SECONDS", help="of measuring, a case")
-    made.add_argument(
+    options.add_argument("--budget", type=float, metavar="SECONDS", help="of measuring, a case")
+    options.add_argument(
         "--rows", type=Path, metavar="FILE", help="append one JSON line a case, once it is measured"
     )
-    made.add_argument("--commit", help="what the rows say was measured; default GAUGEKIT_COMMIT, else git's")
-    made.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
-    return made
+    options.add_argument(
+        "--commit", help="what the rows say was measured; default GAUGEKIT_COMMIT, else git's"
+    )
+    options.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parser()
-    arguments = options.parse_args(argv)
+def measure(arguments: argparse.Namespace) -> tuple[int, list[dict], Callable[[], str]]:
+    """(exit status, the rows or with ``--list`` the cases, their text) of what the options ask for; ValueError where
+    they do not fit this machine or each other."""
     if arguments.commit:
         os.environ["GAUGEKIT_COMMIT"] = arguments.commit
     ONLY[:] = arguments.only
-    try:
-        if arguments.list:
-            for case in chosen(arguments.op, arguments.device, arguments.quick):
-                print(case.op, name_of(case))
-            return 0
-        if arguments.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda needs a GPU that torch can see; none is here")
-        if arguments.once and arguments.device == "cpu":
-            raise ValueError("--once is for --device cuda")
-        rows, failed = run(
-            arguments.op,
-            arguments.device,
-            arguments.quick,
-            budget=arguments.budget,
-            record=arguments.rows,
-            once=arguments.once,
-        )
-    except ValueError as error:
-        options.error(str(error))
-    print(json.dumps(rows) if arguments.json else table(rows))
+    if arguments.list:
+        cases = [(case.op, name_of(case)) for case in chosen(arguments.op, arguments.device, arguments.quick)]
+        return 0, [{"op": op, "case": name} for op, name in cases], lambda: "\n".join(map(" ".join, cases))
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a GPU that torch can see for cuda; there is none here")
+    if arguments.once and arguments.device == "cpu":
+        raise ValueError("--once: expected with --device cuda, got it with cpu")
+    rows, failed = run(
+        arguments.op,
+        arguments.device,
+        arguments.quick,
+        budget=arguments.budget,
+        record=arguments.rows,
+        once=arguments.once,
+    )
     if arguments.save:
         for op in sorted({row["op"] for row in rows}):
             path = save([row for row in rows if row["op"] == op], op, arguments.device)
             print(f"kept {path.relative_to(HERE.parent)}", file=sys.stderr)
-    return 1 if failed else 0
+    kept = "kept them under bench/results/" if arguments.save else "wrote nothing"
+    done = f"Measured {len(rows)} rows on {machine(arguments.device)} and {kept}."
+    again = (
+        "docs/pack.md and its neighbours say what they mean" if arguments.save else "--save keeps the rows"
+    )
+    return (1 if failed else 0), rows, lambda: f"{table(rows)}\n\n{done}\nnext: {again}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.split("\n\n")[0])
+    add_options(options)
+    options.add_argument(
+        "--json", action="store_true", help="print the rows as one JSON list and nothing else"
+    )
+    arguments = options.parse_args(argv)
+    try:
+        status, rows, text = measure(arguments)
+    except ValueError as error:
+        options.error(str(error))
+    print(json.dumps(rows) if arguments.json else text())
+    return status
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def compare(models: dict, tokens: int, rounds: int) -> tuple[dict[str, float], f
             texts.append(text)
         order.reverse()
     ratio = statistics.median(b / a for a, b in zip(speeds["plain"], speeds["packed"], strict=True))
-    medians = {name: statistics.median(found) for name, found in speeds.items()}
+    medians = {name: statistics.median(rates) for name, rates in speeds.items()}
     return medians, ratio, all(text == texts[0] for text in texts)
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         speeds, ratio, same = compare(models, 8 if arguments.quick else 12, 3 if arguments.quick else 5)
-        speed = ", ".join(f"{name} {found:.2f} tokens/s" for name, found in speeds.items())
+        speed = ", ".join(f"{name} {rate:.2f} tokens/s" for name, rate in speeds.items())
         print(f"{threads} threads: {speed}: {ratio:.2f} times as fast, same tokens: {same}")
 
 

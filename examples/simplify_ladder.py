@@ -185,14 +185,15 @@ def plot(results: list[dict], file: Path) -> bool:
     kinds = ("causal", "masked")
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     colours = ("#4d4d4d", "#cc3311", "#ee9a00", "#0072b2", "#009e73", "#aa4499")
-    names = list(dict.fromkeys(one["rung"] for one in results))
+    names = list(dict.fromkeys(result["rung"] for result in results))
     for row, kind in zip(axes, kinds, strict=True):
-        for one in (one for one in results if one["kind"] == kind):
-            style = {"color": colours[names.index(one["rung"])], "label": one["rung"], "linewidth": 1.5}
-            dashed = style | DASHES.get(one["rung"], {})  # these lie on one another
-            row[0].plot(*zip(*one["validation"], strict=True), **style)
-            row[1].plot(one["cosine"], **dashed)
-            row[2].plot(one["norm"], **dashed)
+        for result in (result for result in results if result["kind"] == kind):
+            rung = result["rung"]
+            style = {"color": colours[names.index(rung)], "label": rung, "linewidth": 1.5}
+            dashed = style | DASHES.get(rung, {})  # these lie on one another
+            row[0].plot(*zip(*result["validation"], strict=True), **style)
+            row[1].plot(result["cosine"], **dashed)
+            row[2].plot(result["norm"], **dashed)
         row[0].set(title=f"{kind}: validation loss (nats a byte)", xlabel="optimiser steps")
         row[1].set(
             title=f"{kind}, at the start: cosine of two tokens", xlabel="blocks passed", ylim=(-0.05, 1.05)
@@ -219,16 +220,17 @@ def main() -> None:
     size = SIZES[name] | {key: value for key, value in given.items() if value is not None}
     results = []
     print(
-        f"{'':8}{'rung':9}{'parameters':>11}{'loss':>7}{'ms/step':>9}{'cosine':>8}{'norm':>7}  what changed"
+        f"{'model':8}{'rung':9}{'parameters':>11}{'loss':>7}{'ms/step':>9}{'rate':>7}{'cosine':>8}{'norm':>7}"
+        "  what changed"
     )
     for kind, text in (("causal", source()), ("masked", documentation())):
         tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         for rung, (what, make) in rungs(size).items():
             tried = [climb(rung, make, size, tokens, kind == "causal", options.seed, lr) for lr in size["lr"]]
-            one = min(tried, key=lambda run: run["validation"][-1][1])
-            results.append(one | {"tried": {run["lr"]: run["validation"][-1][1] for run in tried}})
-            print(f"{kind:8}{rung:9}{one['block_parameters']:11,}{one['validation'][-1][1]:7.3f}"
-                  f"{1e3 * one['seconds_a_step']:9.1f}{one['lr']:7g}{one['cosine'][-1]:8.3f}{one['norm'][-1]:7.2f}"
+            best = min(tried, key=lambda run: run["validation"][-1][1])
+            results.append(best | {"tried": {run["lr"]: run["validation"][-1][1] for run in tried}})
+            print(f"{kind:8}{rung:9}{best['block_parameters']:11,}{best['validation'][-1][1]:7.3f}"
+                  f"{1e3 * best['seconds_a_step']:9.1f}{best['lr']:7g}{best['cosine'][-1]:8.3f}{best['norm'][-1]:7.2f}"
                   f"  {what}", flush=True)  # fmt: skip
     directory = options.out / name
     directory.mkdir(parents=True, exist_ok=True)
@@ -237,7 +239,7 @@ def main() -> None:
     drawn = plot(results, directory / "simplify_ladder.png")
     print(
         f"{directory}: simplify_ladder.json"
-        + (" and .png" if drawn else "; pip install matplotlib for a plot")
+        + (" and .png" if drawn else "; a plot needs matplotlib: pip install gaugekit[examples]")
     )
 
 

@@ -6,7 +6,7 @@
    training loss, beside the covering-number bound of gaugekit.rank (our derivation; far above 1, so only its shape can
    be compared).
 
-Writes low_rank.json and, where matplotlib is installed, low_rank.png.
+Writes low_rank.json and, where matplotlib is installed, low_rank.png (into build/train_low_rank, or --out).
 
     python examples/train_low_rank.py            # some 5 minutes on two cores
 """
@@ -157,25 +157,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, default=Path("build/train_low_rank"))
     options = parser.parse_args()
     steps, layers = (3, 1) if options.quick else (200, 2)
     models = []
     for rank in (32, 16, 8):
         models.append(language(rank, steps, layers))
-        found = models[-1]
+        model = models[-1]
         print(
-            f"rank {rank:2} of 32  held-out loss {found['held_out_loss']:.3f}  step {found['step_ms']:.0f} ms  "
-            f"cache {found['cache_bytes_a_token']} bytes a token  {found['parameters']:,} parameters",
+            f"rank {rank:2} of 32  held-out loss {model['held_out_loss']:.3f}  step {model['step_ms']:.0f} ms  "
+            f"cache {model['cache_bytes_a_token']} bytes a token  {model['parameters']:,} parameters",
             flush=True,
         )
     ranks, sizes, seeds = ((1, 4), (32, 128), 1) if options.quick else ((1, 2, 4, 8, 16), (32, 128, 512), 3)
     rows = [single_layer(rank, n, seed, 10 if options.quick else 300)
             for n in sizes for rank in ranks for seed in range(seeds)]  # fmt: skip
+    print(
+        "one layer, teacher of rank 2; held-out error, and in brackets how far it lies above the training error"
+    )
     for n in sizes:
         cells = "  ".join(f"r={r} {mean(rows, 'held_out', n=n, rank=r):.3f} ({mean(rows, 'gap', n=n, rank=r):.3f})"
                           for r in ranks)  # fmt: skip
-        print(f"n = {n:4}  held-out error (gap):  {cells}")
+        print(f"n = {n:4}  {cells}")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "low_rank.json").write_text(
         json.dumps({"language": models, "single_layer": rows}, indent=1)
@@ -183,7 +186,7 @@ def main() -> None:
     try:
         plot(models, rows, options.out / "low_rank.png")
     except ImportError:
-        print("no matplotlib, so no plot")
+        print("a plot needs matplotlib: pip install gaugekit[examples]")
 
 
 if __name__ == "__main__":

@@ -109,10 +109,10 @@ class Digits:
     def __init__(self):
         from sklearn.datasets import load_digits
 
-        found = load_digits()
-        order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
-        self.pictures = torch.tensor(found.images, dtype=torch.float32)[order] / 8 - 1
-        self.classes = torch.tensor(found.target)[order]
+        digits = load_digits()
+        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+        self.pictures = torch.tensor(digits.images, dtype=torch.float32)[order] / 8 - 1
+        self.classes = torch.tensor(digits.target)[order]
 
     def train(self, size: dict, seed: int, step: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
@@ -196,15 +196,15 @@ def at_the_start(seeds, source: torch.Tensor) -> list[dict]:
     english = "\n".join(topics.values()).encode()
     texts = {"English": torch.frombuffer(bytearray(english), dtype=torch.uint8), "source": source}
     for (name, text), lam in itertools.product(texts.items(), (0.0, 0.6)):
-        found = []
+        cosines = []
         for seed in seeds:
             torch.manual_seed(seed)
             model = Language(size, lam)
             regularizer = gk.nn.NonlocalRegularizer(model, relative=True)
-            found.append(by_depth(model, regularizer, [batch(text, size, seed, 0)])["cosine"][1:])
-        rows.append({"text": name, "lam": lam, "cosine": found})
-        mean = ", ".join(f"{statistics.fmean(layer):.2f}" for layer in zip(*found, strict=True))
-        last = [one[-1] for one in found]
+            cosines.append(by_depth(model, regularizer, [batch(text, size, seed, 0)])["cosine"][1:])
+        rows.append({"text": name, "lam": lam, "cosine": cosines})
+        mean = ", ".join(f"{statistics.fmean(layer):.2f}" for layer in zip(*cosines, strict=True))
+        last = [layers[-1] for layers in cosines]
         print(f"4 layers at the start, {name:7}, λ = {lam}: cosine after each {mean}; "
               f"last {min(last):.2f} to {max(last):.2f}")  # fmt: skip
     return rows
@@ -285,7 +285,7 @@ def main() -> None:
         drawn = plot(record["runs"], task, directory / f"train_neutreno_{task}.png")
         print(
             f"{directory}: train_neutreno_{task}.json"
-            + (" and .png" if drawn else "; matplotlib draws a plot")
+            + (" and .png" if drawn else "; a plot needs matplotlib: pip install gaugekit[examples]")
         )
 
 

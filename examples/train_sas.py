@@ -220,7 +220,7 @@ def main() -> None:
               f"{run['seconds'][-1]:9.1f}")  # fmt: skip
     print(
         f"\n{directory}: train_sas.json"
-        + (" and train_sas.png" if drawn else "; pip install matplotlib for a plot")
+        + (" and train_sas.png" if drawn else "; a plot needs matplotlib: pip install gaugekit[examples]")
     )
 
 

@@ -65,7 +65,7 @@ def headers(blob: bytes):
         "element id 0": (10, "B", 0),
         "element id of int8": (10, "B", 6),
         "element id 255": (10, "B", 255),
-        "model 2": (11, "B", 2),
+        "another kind of symbols": (11, "B", 2),
         "context model 1": (12, "B", 1),
         "0 tables a chunk": (13, "B", 0),
         "2 tables a chunk": (13, "B", 2),
@@ -151,26 +151,28 @@ def tables_and_states(blob: bytes):
         yield name, put(blob, offset, format, *values)
 
 
-def model_2() -> bytes:
-    """bf16, one chunk of exponents 0, 60 and 122 under model 2."""
+def ten_bit_symbols() -> bytes:
+    """bf16, one chunk of exponents 0, 60 and 122 in ten-bit symbols."""
     n = np.arange(9999, dtype=np.int64)
     bits = np.array([0, 60, 122])[n * n % 89 % 3] << 7 | n % 7
-    return codec.encode(torch.from_numpy(bits.astype(np.int16)).view(torch.bfloat16), model=2)
+    return codec.encode(
+        torch.from_numpy(bits.astype(np.int16)).view(torch.bfloat16), symbols="exponent-and-mantissa"
+    )
 
 
 def models(_: bytes):
-    blob, table = model_2(), 96 + 256
+    blob, table = ten_bit_symbols(), 96 + 256
     symbols, *_, constant = struct.unpack_from("<HBB", blob, INDEX + 12)
     assert (symbols, blob[INDEX + 14], constant) == (3, 1, 0)
     yield "symbol 1024", put(blob, table + 8, "H", 1024)
     yield "exponents 63 apart", put(blob, table + 8, "H", 4 * 123)
-    yield "symbols of model 2 descending", put(blob, table + 4, "H", 4 * 122 + 1)
-    yield "another symbol of model 2", put(blob, table + 8, "H", 4 * 122 + 1)
-    yield "model 0 said to be model 2", sealed(base(), 11, "B", 2)
-    yield "model 2 said to be model 0", sealed(blob, 11, "B", 0)
-    yield "a chunk of model 2 said to be of model 0", sealed(blob, INDEX + 14, "B", 2)
+    yield "ten-bit symbols descending", put(blob, table + 4, "H", 4 * 122 + 1)
+    yield "another ten-bit symbol", put(blob, table + 8, "H", 4 * 122 + 1)
+    yield "exponents said to be ten-bit symbols", sealed(base(), 11, "B", 2)
+    yield "ten-bit symbols said to be exponents", sealed(blob, 11, "B", 0)
+    yield "a chunk of ten-bit symbols said to be of exponents", sealed(blob, INDEX + 14, "B", 2)
     tensor = torch.full((1000,), 1.5, dtype=torch.bfloat16)
-    constant = codec.encode(tensor, model=2)
+    constant = codec.encode(tensor, symbols="exponent-and-mantissa")
     assert constant[INDEX + 15] == 1
     yield "a constant of seven bits", put(constant, len(constant) - 16, "B", 64)
     byte = codec.encode(torch.zeros(500, dtype=torch.int8))

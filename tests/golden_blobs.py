@@ -28,8 +28,8 @@ def skewed(count: int) -> np.ndarray:
     return np.array([(int(x) | 1 << 14).bit_length() - int(x).bit_length() for x in draw(count)])
 
 
-def vectors() -> dict[str, tuple[torch.Tensor, int, int]]:
-    """Name -> (tensor, symbol model, log2 of the symbols a chunk)."""
+def vectors() -> dict[str, tuple[torch.Tensor, str, int]]:
+    """Name -> (tensor, symbols, log2 of the symbols a chunk)."""
     n = np.arange(1000)
     bf16 = (125 - skewed(1000)) << 7 | draw(1000) % 128 | (draw(1000) // 128 % 2) << 15
     fp16 = (0x2C - skewed(801)) << 8 | draw(801) % 256
@@ -40,22 +40,30 @@ def vectors() -> dict[str, tuple[torch.Tensor, int, int]]:
     as_byte = lambda dtype: torch.from_numpy(byte.astype(np.uint8)).view(dtype)  # noqa: E731
     as_bf16 = lambda x: torch.from_numpy(x.astype(np.uint16).view(np.int16)).view(torch.bfloat16)  # noqa: E731
     return {
-        "bf16": (as_bf16(bf16).view(20, 50), 0, 17),
-        "fp16": (torch.from_numpy(fp16.astype(np.int16)).view(torch.float16), 1, 14),
-        "fp32": (torch.from_numpy(fp32.astype(np.int32)).view(torch.float32), 0, 20),
-        "bf16_205_symbols": (as_bf16(many), 0, 17),
-        "bf16_two_chunks": (as_bf16(chunks), 0, 14),
-        "bf16_raw": (as_bf16(draw(64) * 2), 1, 17),
-        "fp32_constant": (torch.full((70, 3), 1.0), 0, 17),
-        "bf16_model_2": (as_bf16(bf16), 2, 17),
-        "bf16_model_2_zeros": (as_bf16(np.where(n % 5 == 2, n % 2 << 15, bf16)), 2, 14),
-        "bf16_model_2_far_exponents": (as_bf16(np.where(n % 50 == 2, 0x7F80, bf16)), 2, 17),
-        "bf16_model_2_constant": (as_bf16(np.full(999, 0xBFE5)), 2, 17),
-        "float8_e4m3": (as_byte(torch.float8_e4m3fn), 1, 17),
-        "float8_e5m2": (as_byte(torch.float8_e5m2).view(7, 300), 1, 14),
-        "int8": (as_byte(torch.int8), 1, 20),
-        "int8_raw": (as_byte(torch.int8)[:64], 1, 17),
-        "empty": (torch.empty(0, 7, dtype=torch.float16), 1, 17),
+        "bf16": (as_bf16(bf16).view(20, 50), "exponent", 17),
+        "fp16": (torch.from_numpy(fp16.astype(np.int16)).view(torch.float16), "high-byte", 14),
+        "fp32": (torch.from_numpy(fp32.astype(np.int32)).view(torch.float32), "exponent", 20),
+        "bf16_205_symbols": (as_bf16(many), "exponent", 17),
+        "bf16_two_chunks": (as_bf16(chunks), "exponent", 14),
+        "bf16_raw": (as_bf16(draw(64) * 2), "high-byte", 17),
+        "fp32_constant": (torch.full((70, 3), 1.0), "exponent", 17),
+        "bf16_ten_bits": (as_bf16(bf16), "exponent-and-mantissa", 17),
+        "bf16_ten_bits_zeros": (
+            as_bf16(np.where(n % 5 == 2, n % 2 << 15, bf16)),
+            "exponent-and-mantissa",
+            14,
+        ),
+        "bf16_ten_bits_far_exponents": (
+            as_bf16(np.where(n % 50 == 2, 0x7F80, bf16)),
+            "exponent-and-mantissa",
+            17,
+        ),
+        "bf16_ten_bits_constant": (as_bf16(np.full(999, 0xBFE5)), "exponent-and-mantissa", 17),
+        "float8_e4m3": (as_byte(torch.float8_e4m3fn), "high-byte", 17),
+        "float8_e5m2": (as_byte(torch.float8_e5m2).view(7, 300), "high-byte", 14),
+        "int8": (as_byte(torch.int8), "high-byte", 20),
+        "int8_raw": (as_byte(torch.int8)[:64], "high-byte", 17),
+        "empty": (torch.empty(0, 7, dtype=torch.float16), "high-byte", 17),
     }
 
 

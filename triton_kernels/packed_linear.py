@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b with W in the layout of docs/packed.md, decoded in registers: few rows split over K, many in tiles."""
+"""y = x Wᵀ + b with W in the layout of docs/resident.md, decoded in registers: few rows split over K, many in tiles."""
 
 import torch
 import triton

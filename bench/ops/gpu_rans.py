@@ -12,9 +12,9 @@ from gaugekit.ops.rans.rows import decode_rows, rows_of
 from registry import Call, Planned, benchmark
 
 
-def coded(tensor: torch.Tensor, count: int, device: str, model=None):
+def coded(tensor: torch.Tensor, count: int, device: str, symbols=None):
     """``count`` copies of the coded tensor one behind the other, and the rows that decode them side by side."""
-    blob = encode_bytes(tensor) if model is None else encode_bytes(tensor, model=model)
+    blob = encode_bytes(tensor, symbols=symbols)
     step = -(-blob.numel() // 16) * 16
     packed = torch.zeros(count * step, dtype=torch.uint8)
     packed.view(count, step)[:, : blob.numel()] = blob
@@ -31,12 +31,12 @@ def normal(elements: int) -> torch.Tensor:
     return (torch.randn(elements, generator=generator) * 0.02).bfloat16()
 
 
-def decoding(name: str, elements: int, count: int, device: str, model=None, goal=None):
+def decoding(name: str, elements: int, count: int, device: str, symbols=None, goal=None):
     """``count`` tensors of so many elements in one launch."""
 
     def make():
         tensor = normal(elements)
-        packed, rows, coded_bytes = coded(tensor, count, device, model)
+        packed, rows, coded_bytes = coded(tensor, count, device, symbols)
         out = torch.zeros(count * tensor.nbytes, dtype=torch.uint8, device=device)
         damaged = torch.ones(rows.numel() // 48, dtype=torch.int32, device=device)
         source = tensor.view(torch.uint8).repeat(count).to(device)
@@ -59,7 +59,7 @@ def decoding(name: str, elements: int, count: int, device: str, model=None, goal
             },
         }
 
-    label = "one launch, reused buffer" + ("" if model is None else f", model {model}")
+    label = "one launch, reused buffer" + ("" if symbols is None else f", {symbols}")
     return Planned("rans", f"decode {name}", "bfloat16", make, label, device)
 
 
@@ -95,6 +95,6 @@ def cases(device: str, quick: bool):
     goal = ("share_of_peak", 0.8)
     yield decoding(f"{count} tensors {side}x{side}", square, count, device, goal=goal)
     yield decoding(f"one tensor {side}x{side}", square, 1, device)
-    yield decoding(f"{count} tensors {side}x{side}", square, count, device, model=2)
+    yield decoding(f"{count} tensors {side}x{side}", square, count, device, symbols="exponent-and-mantissa")
     for way in ("encode", "decode"):
         yield fixed(way, 4 if quick else 64, device)

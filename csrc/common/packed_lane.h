@@ -1,4 +1,4 @@
-// What one lane of a warp does in the product with packed weights (docs/packed.md). A warp takes a segment of
+// What one lane of a warp does in the product with packed weights (docs/resident.md). A warp takes a segment of
 // a row, a lane 32 neighbouring weights of it: half a block, one 32-bit word of each plane. Free of CUDA's
 // and torch's headers, so that a test runs the same code on the processor, lane by lane.
 #pragma once
@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define GAUGEKIT_LANE __host__ __device__ __forceinline__
-#else
-#define GAUGEKIT_LANE inline
-#endif
+#include "common/lane.h"
 
 namespace gaugekit::packed {
 
@@ -32,20 +28,20 @@ struct Float16Bits {
   uint16_t bits;
 };
 
-GAUGEKIT_LANE float float_of(uint32_t bits) {
+GAUGEKIT_HD GAUGEKIT_INLINE float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof(value));
   return value;
 }
-GAUGEKIT_LANE uint32_t bits_of(float value) {
+GAUGEKIT_HD GAUGEKIT_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-GAUGEKIT_LANE float widen(float x) { return x; }
-GAUGEKIT_LANE float widen(BFloat16Bits x) { return float_of(uint32_t(x.bits) << 16); }
-GAUGEKIT_LANE float widen(Float16Bits x) {
+GAUGEKIT_HD GAUGEKIT_INLINE float widen(float x) { return x; }
+GAUGEKIT_HD GAUGEKIT_INLINE float widen(BFloat16Bits x) { return float_of(uint32_t(x.bits) << 16); }
+GAUGEKIT_HD GAUGEKIT_INLINE float widen(Float16Bits x) {
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   // Multiplying by 2^112 moves the exponent's bias and makes subnormal halves normal floats.
   const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
@@ -53,7 +49,7 @@ GAUGEKIT_LANE float widen(Float16Bits x) {
                                                                                       << 16);
 }
 
-GAUGEKIT_LANE int count_bits(uint32_t x) {
+GAUGEKIT_HD GAUGEKIT_INLINE int count_bits(uint32_t x) {
 #ifdef __CUDA_ARCH__
   return __popc(x);
 #else
@@ -74,7 +70,7 @@ struct alignas(16) Quad {
 };
 
 template <bool HALF, int C>
-GAUGEKIT_LANE Lane<HALF, C> load_lane(const Lanes& w, int64_t row, int64_t segment, int lane) {
+GAUGEKIT_HD GAUGEKIT_INLINE Lane<HALF, C> load_lane(const Lanes& w, int64_t row, int64_t segment, int lane) {
   Lane<HALF, C> own{};
   const int64_t half_block = segment * kLanes + lane;
   if (half_block >= 2 * w.blocks) return own;
@@ -93,7 +89,7 @@ GAUGEKIT_LANE Lane<HALF, C> load_lane(const Lanes& w, int64_t row, int64_t segme
 }
 
 // Where a row's segment begins in the stream, whatever the offsets say.
-GAUGEKIT_LANE int64_t begin_of(const Lanes& w, int64_t row, int64_t segment) {
+GAUGEKIT_HD GAUGEKIT_INLINE int64_t begin_of(const Lanes& w, int64_t row, int64_t segment) {
   const int64_t begin = w.offsets[row * w.segments + segment];
   return begin < 0 ? 0 : begin > w.escape_count ? w.escape_count : begin;
 }
@@ -101,8 +97,8 @@ GAUGEKIT_LANE int64_t begin_of(const Lanes& w, int64_t row, int64_t segment) {
 // Weight i as a 16-bit word; the lane's first escape stands at `begin` of the stream. A byte past its end is
 // 0.
 template <bool HALF, int C>
-GAUGEKIT_LANE uint16_t word_of(const Lanes& w, const Lane<HALF, C>& own, uint32_t window, int64_t begin,
-                               int i) {
+GAUGEKIT_HD GAUGEKIT_INLINE uint16_t word_of(const Lanes& w, const Lane<HALF, C>& own, uint32_t window,
+                                             int64_t begin, int i) {
   uint32_t exponent = window;
   for (int p = 0; p < C; ++p) exponent += (own.plane[p] >> i & 1u) << p;
   if (own.escaped >> i & 1u) {
@@ -121,8 +117,8 @@ constexpr int kPart =
 
 // The lane's next kPart weights; `own` and `begin` then stand at the ones after them.
 template <bool HALF, int C>
-GAUGEKIT_LANE void decode_part(const Lanes& w, Lane<HALF, C>& own, uint32_t window, int64_t& begin,
-                               float weight[kPart]) {
+GAUGEKIT_HD GAUGEKIT_INLINE void decode_part(const Lanes& w, Lane<HALF, C>& own, uint32_t window,
+                                             int64_t& begin, float weight[kPart]) {
 #pragma unroll
   for (int i = 0; i < kPart; ++i) {
     const uint16_t word = word_of(w, own, window, begin, i);
@@ -138,7 +134,7 @@ GAUGEKIT_LANE void decode_part(const Lanes& w, Lane<HALF, C>& own, uint32_t wind
 
 // sum + a part of a row of W times as many numbers of x, at a multiple of 16 bytes; weights in their order.
 template <class X>
-GAUGEKIT_LANE float part_product(const float weight[kPart], const X* x, float sum) {
+GAUGEKIT_HD GAUGEKIT_INLINE float part_product(const float weight[kPart], const X* x, float sum) {
   constexpr int EACH = 16 / sizeof(X);
 #pragma unroll
   for (int q = 0; q < kPart / EACH; ++q) {
@@ -155,8 +151,9 @@ GAUGEKIT_LANE float part_product(const float weight[kPart], const X* x, float su
 // the first row, the next row is `stride` further; beyond W's columns it is zero. The loop over the parts
 // stays one: unrolled, the compiler moves their loads forward until registers spill.
 template <bool HALF, int C, class X, int T>
-GAUGEKIT_LANE void multiply_lane(const Lanes& w, Lane<HALF, C> own, uint32_t window, int64_t begin,
-                                 const X* x, int64_t stride, int batch, float sum[T]) {
+GAUGEKIT_HD GAUGEKIT_INLINE void multiply_lane(const Lanes& w, Lane<HALF, C> own, uint32_t window,
+                                               int64_t begin, const X* x, int64_t stride, int batch,
+                                               float sum[T]) {
 #pragma unroll 1
   for (int part = 0; part < kLaneWeights / kPart; ++part, x += kPart) {
     float weight[kPart];

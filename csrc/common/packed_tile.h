@@ -1,4 +1,4 @@
-// What one lane of a warp does in the product of 16 rows of packed weights (docs/packed.md) on tensor cores.
+// What one lane of a warp does in the product of 16 rows of packed weights (docs/resident.md) on tensor cores.
 // Four lanes share a row: a lane holds 32 neighbouring weights of it, one 32-bit word of each plane, and
 // turns them into 16 pairs. The order of the pairs is the one that costs least to decode; x is arranged the
 // same way. An escaped weight is decoded as if its exponent were the least, and what that lacks is added
@@ -16,7 +16,7 @@ constexpr int kListed = 256;                      // escapes of a row that are c
 
 // Byte i of the result is byte `selector >> 4 i & 7` of b:a, or that byte's sign eight times where bit 3 is
 // set.
-GAUGEKIT_LANE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+GAUGEKIT_HD GAUGEKIT_INLINE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 #ifdef __CUDA_ARCH__
   uint32_t bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
@@ -32,7 +32,7 @@ GAUGEKIT_LANE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 #endif
 }
 
-GAUGEKIT_LANE int lowest_bit(uint32_t x) {
+GAUGEKIT_HD GAUGEKIT_INLINE int lowest_bit(uint32_t x) {
 #ifdef __CUDA_ARCH__
   return __ffs(int(x)) - 1;
 #else
@@ -42,7 +42,7 @@ GAUGEKIT_LANE int lowest_bit(uint32_t x) {
 
 // Nibble j of selector[s] is the code of weight 4 j + s, from its BITS planes.
 template <int BITS>
-GAUGEKIT_LANE void make_selectors(const uint32_t* plane, uint32_t selector[4]) {
+GAUGEKIT_HD GAUGEKIT_INLINE void make_selectors(const uint32_t* plane, uint32_t selector[4]) {
   constexpr uint32_t one = 0x55555555u, two = 0x33333333u;
   const uint32_t even = select_bits(plane[0], plane[1] << 1, one),
                  odd = select_bits(plane[0] >> 1, plane[1], one);
@@ -66,12 +66,12 @@ struct Exponents {
 };
 
 template <bool HALF, int C>
-GAUGEKIT_LANE uint32_t escape_exponent(uint32_t window) {
+GAUGEKIT_HD GAUGEKIT_INLINE uint32_t escape_exponent(uint32_t window) {
   return !HALF && C == 4 ? (window + 7) & 1u : 0u;
 }
 
 template <bool HALF, int C>
-GAUGEKIT_LANE Exponents<HALF, C> make_exponents(uint32_t window) {
+GAUGEKIT_HD GAUGEKIT_INLINE Exponents<HALF, C> make_exponents(uint32_t window) {
   Exponents<HALF, C> table{};
 #pragma unroll
   for (int code = 0; code < (1 << C) - 1; ++code) {
@@ -83,7 +83,9 @@ GAUGEKIT_LANE Exponents<HALF, C> make_exponents(uint32_t window) {
 }
 
 // The first column of pair m = 0, 1 of quarter s = 0 .. 3, half = 0, 1; its second is four further.
-GAUGEKIT_LANE constexpr int pair_column(int s, int half, int m) { return s + 16 * half + 8 * m; }
+GAUGEKIT_HD GAUGEKIT_INLINE constexpr int pair_column(int s, int half, int m) {
+  return s + 16 * half + 8 * m;
+}
 
 // The selectors of a lane's codes, and for float16 of its three further planes.
 template <bool HALF, int C>
@@ -92,7 +94,7 @@ struct Selectors {
 };
 
 template <bool HALF, int C>
-GAUGEKIT_LANE Selectors<HALF, C> make_selectors(const Lane<HALF, C>& own) {
+GAUGEKIT_HD GAUGEKIT_INLINE Selectors<HALF, C> make_selectors(const Lane<HALF, C>& own) {
   Selectors<HALF, C> made{};
   make_selectors<C>(own.plane, made.code);
   if constexpr (HALF) make_selectors<3>(own.plane + C, made.rest);
@@ -101,8 +103,9 @@ GAUGEKIT_LANE Selectors<HALF, C> make_selectors(const Lane<HALF, C>& own) {
 
 // Two pairs of 16-bit weights: columns pair_column(s, half, m), m = 0 and 1, each with the one four further.
 template <bool HALF, int C>
-GAUGEKIT_LANE void decode_pairs(const Lane<HALF, C>& own, const Selectors<HALF, C>& selectors,
-                                const Exponents<HALF, C>& table, int s, int half, uint32_t pair[2]) {
+GAUGEKIT_HD GAUGEKIT_INLINE void decode_pairs(const Lane<HALF, C>& own, const Selectors<HALF, C>& selectors,
+                                              const Exponents<HALF, C>& table, int s, int half,
+                                              uint32_t pair[2]) {
   const uint32_t codes = selectors.code[s] >> 16 * half;
   uint32_t high = permute(table.high[0], table.high[1], codes);
   // Bit 3 of a code chooses the sign of a byte, which is 0 here: the other eight exponents come by the
@@ -125,15 +128,16 @@ GAUGEKIT_LANE void decode_pairs(const Lane<HALF, C>& own, const Selectors<HALF, 
 }
 
 // The numbers of x for a pair of weights, from a lane's 32 columns as words of two.
-GAUGEKIT_LANE uint32_t pair_of(const uint32_t x[kLaneWeights / 2], int s, int half, int m) {
+GAUGEKIT_HD GAUGEKIT_INLINE uint32_t pair_of(const uint32_t x[kLaneWeights / 2], int s, int half, int m) {
   const int column = pair_column(s, half, m);
   return permute(x[column / 2], x[column / 2 + 2], s % 2 ? 0x7632u : 0x5410u);
 }
 
 // Escapes of a row's words [first, stop) of its masks, `rank` of which came before. Those from `done` on go
 // to the list, as many as it holds; segment_base + rank is where an escape stands in the stream.
-GAUGEKIT_LANE void list_escapes(const Lanes& w, int64_t row, const uint32_t* masks, int first, int stop,
-                                int rank, int done, uint16_t* list, int* segment_base) {
+GAUGEKIT_HD GAUGEKIT_INLINE void list_escapes(const Lanes& w, int64_t row, const uint32_t* masks, int first,
+                                              int stop, int rank, int done, uint16_t* list,
+                                              int* segment_base) {
   for (int word = first; word < stop; ++word) {
     if (word % kLanes == 0)
       segment_base[word / kLanes] = static_cast<int>(begin_of(w, row, word / kLanes)) - rank;
@@ -146,7 +150,7 @@ GAUGEKIT_LANE void list_escapes(const Lanes& w, int64_t row, const uint32_t* mas
 // What the escaped weight at a column lacks of its value after decode_pairs. A byte past the stream's end is
 // 0.
 template <bool HALF, int C>
-GAUGEKIT_LANE float escape_difference(const Lanes& w, int64_t row, int column, int place) {
+GAUGEKIT_HD GAUGEKIT_INLINE float escape_difference(const Lanes& w, int64_t row, int column, int place) {
   const uint32_t window = w.window[row];
   uint32_t exponent = window + (1u << C) - 1u;
   if (0 <= place && place < w.escape_count) exponent ^= w.escapes[place];

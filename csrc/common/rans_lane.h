@@ -5,13 +5,6 @@
 
 #include "common/rans_table.h"
 
-// A function that calls what exists on the device only.
-#ifdef __CUDACC__
-#define GAUGEKIT_LANE __device__
-#else
-#define GAUGEKIT_LANE
-#endif
-
 namespace gaugekit::rans {
 
 // One chunk to decode: a row of what python/gaugekit/ops/rans/rows.py makes from blobs that were checked.
@@ -128,7 +121,7 @@ GAUGEKIT_HD uint32_t lane_element_bits(const ChunkRow& row, const Sections& s, u
 
 // Calls run.kind<width, model>() for a row's elements and symbols.
 template <class Run>
-GAUGEKIT_LANE auto with_lane_kind(const ChunkRow& row, Run& run) {
+GAUGEKIT_DEVICE auto with_lane_kind(const ChunkRow& row, Run& run) {
   if (row.width == 1) return run.template kind<1, kHighByte>();
   if (row.width == 4)
     return row.model == kExponent ? run.template kind<4, kExponent>() : run.template kind<4, kHighByte>();

@@ -179,8 +179,8 @@ GAUGEKIT_HD inline void fill_slots(int thread, int threads, const SlotMaker& m, 
 
 // All steps in their order. meet(bad) waits for every thread and says whether any of them found a fault.
 template <class Meet>
-GAUGEKIT_LANE inline bool make_slots(const uint8_t* pairs, int size, int model, int thread, int threads,
-                                     SlotMaker& m, SlotTable& table, Meet meet) {
+GAUGEKIT_DEVICE inline bool make_slots(const uint8_t* pairs, int size, int model, int thread, int threads,
+                                       SlotMaker& m, SlotTable& table, Meet meet) {
   if (meet(read_slots(pairs, size, model, thread, threads, m, table))) return false;
   if (meet(read_frequencies(pairs, size, thread, threads, m, table))) return false;
   if (meet(order_buckets(thread, threads, m))) return false;

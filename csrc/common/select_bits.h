@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define GAUGEKIT_HD __host__ __device__
-#else
-#define GAUGEKIT_HD
-#endif
+#include "common/lane.h"
 
 namespace gaugekit {
 

@@ -29,6 +29,15 @@ struct Accumulator<double> {
 template <class S>
 using accumulator = typename Accumulator<S>::type;
 
+// `body`<S, W> compiled for each instruction set, W accumulators of S to a register, and `name`<S> choosing
+// at run time.
+#define GAUGEKIT_KERNEL(name, body, parameters, arguments)                                          \
+  GAUGEKIT_EACH_ISA((class S), name, parameters, body<S, BYTES / sizeof(accumulator<S>)> arguments) \
+  template <class S>                                                                                \
+  void name parameters {                                                                            \
+    GAUGEKIT_FORM(isa(), name, <S>) arguments;                                                      \
+  }
+
 template <class A, int W>
 struct VectorOf {
   typedef A type __attribute__((vector_size(sizeof(A) * W)));

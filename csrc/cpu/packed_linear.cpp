@@ -77,7 +77,7 @@ Tensor survey(const Tensor& weight) {
   int32_t* to = static_cast<int32_t*>(out.mutable_data_ptr());
   over_rows(w.rows, w.columns, SURVEY_NS, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const Survey found = survey_row(w, row, level());
+      const Survey found = survey_row(w, row, isa());
       for (int c = 0; c < 2; ++c)
         to[row * 4 + 2 * c] = found.window[c], to[row * 4 + 2 * c + 1] = found.escapes[c];
     }
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode(const Tensor& weight, const Te
       const Target target{to_raw + row * blocks * BLOCK, to_planes + row * planes * blocks, blocks,
                           to_escapes + start[row],       to_escapes + start[row + 1],       base[row]};
       encode_row(w.data + row * w.columns, w.columns, w.half, static_cast<int>(code_bits), target, start[row],
-                 to_offsets + row * segments, level());
+                 to_offsets + row * segments, isa());
     }
   });
   to_offsets[w.rows * segments] = static_cast<int32_t>(escape_count);
@@ -129,7 +129,7 @@ void decode(const Weight& w, const int64_t* index, int64_t first, int64_t count,
             uint16_t* out) {
   over_rows(count, columns, DECODE_NS, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      decode_row(w, index ? index[i] : first + i, columns, out + i * columns, level());
+      decode_row(w, index ? index[i] : first + i, columns, out + i * columns, isa());
   });
 }
 
@@ -170,7 +170,7 @@ void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch
     for (int64_t piece = next++; piece < pieces; piece = next++)
       for (int64_t first = 0; first < batch; first += MAX_BATCH)
         product(w, piece * step, std::min(w.rows, (piece + 1) * step), from + first * w.blocks * BLOCK,
-                std::min(MAX_BATCH, batch - first), level(), [&](int64_t t, int64_t row, float sum) {
+                std::min(MAX_BATCH, batch - first), isa(), [&](int64_t t, int64_t row, float sum) {
                   if (shift) sum += load<1>(shift + row, 1)[0];
                   store<1>(to + (first + t) * w.rows + row, Vector<float, 1>{sum}, 1);
                 });

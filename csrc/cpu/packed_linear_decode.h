@@ -1,4 +1,4 @@
-// Decoding of packed weights (docs/packed.md). Free of torch.
+// Decoding of packed weights (docs/resident.md). Free of torch.
 //
 // A segment (16 blocks of 64 weights of one row) is decoded in two steps. The first makes one byte a weight,
 // the part of the 16-bit word that the planes hold: bfloat16's exponent, float16's whole high byte. The few
@@ -18,11 +18,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
-#define GAUGEKIT_PACKED_AVX2 __attribute__((target("avx2,fma,f16c,bmi,popcnt")))
-#define GAUGEKIT_PACKED_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")))
-#define GAUGEKIT_PACKED_VBMI2 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
 #endif
 
 namespace gaugekit::packed {
@@ -31,21 +26,6 @@ constexpr int64_t BLOCK = 64, SEGMENT_BLOCKS = 16, SEGMENT = BLOCK * SEGMENT_BLO
 // Escapes are patched four at a time without a branch, so a stream is read, and bytes are written, a little
 // further.
 constexpr int64_t SLACK = 64;
-
-enum class Level { portable, avx2, avx512, vbmi2 };
-
-inline Level level() {
-  static const Level found = [] {
-#ifdef GAUGEKIT_X86
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("bmi") || !__builtin_cpu_supports("popcnt")) return Level::portable;
-    if (isa() == Isa::avx512) return __builtin_cpu_supports("avx512vbmi2") ? Level::vbmi2 : Level::avx512;
-    if (isa() == Isa::avx2) return Level::avx2;
-#endif
-    return Level::portable;
-  }();
-  return found;
-}
 
 struct Weight {
   const uint8_t* raw;
@@ -149,7 +129,7 @@ __attribute__((target("bmi,popcnt"), always_inline)) inline const uint8_t* patch
 }
 
 template <bool HALF, int C>
-GAUGEKIT_PACKED_AVX2 void bytes_avx2(const Segment& s, uint8_t* bytes) {
+GAUGEKIT_AVX2 void bytes_avx2(const Segment& s, uint8_t* bytes) {
   const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2,
                                           2, 3, 3, 3, 3, 3, 3, 3, 3);
   const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
@@ -207,14 +187,14 @@ __attribute__((target("avx512f,avx512bw,bmi,popcnt"), always_inline)) inline __m
 }
 
 template <bool HALF, int C>
-GAUGEKIT_PACKED_AVX512 void bytes_avx512(const Segment& s, uint8_t* bytes) {
+GAUGEKIT_AVX512 void bytes_avx512(const Segment& s, uint8_t* bytes) {
   const uint8_t* next = s.escapes;
   for (int64_t b = 0; b < s.blocks; ++b)
     _mm512_storeu_si512(bytes + b * BLOCK, block_avx512<HALF, C>(s, b, next));
 }
 
 template <bool HALF, int C>
-GAUGEKIT_PACKED_VBMI2 void bytes_vbmi2(const Segment& s, uint8_t* bytes) {
+GAUGEKIT_VBMI2 void bytes_vbmi2(const Segment& s, uint8_t* bytes) {
   const uint8_t* next = s.escapes;
   for (int64_t b = 0; b < s.blocks; ++b) {
     const uint64_t mask = escaped<C>(s, b);
@@ -227,16 +207,16 @@ GAUGEKIT_PACKED_VBMI2 void bytes_vbmi2(const Segment& s, uint8_t* bytes) {
 #endif
 
 template <bool HALF, int C>
-void bytes_of(const Segment& s, uint8_t* bytes, Level l) {
+void bytes_of(const Segment& s, uint8_t* bytes, Isa l) {
 #ifdef GAUGEKIT_X86
-  if (l == Level::vbmi2) return bytes_vbmi2<HALF, C>(s, bytes);
-  if (l == Level::avx512) return bytes_avx512<HALF, C>(s, bytes);
-  if (l == Level::avx2) return bytes_avx2<HALF, C>(s, bytes);
+  if (l == Isa::vbmi2) return bytes_vbmi2<HALF, C>(s, bytes);
+  if (l == Isa::avx512) return bytes_avx512<HALF, C>(s, bytes);
+  if (l == Isa::avx2) return bytes_avx2<HALF, C>(s, bytes);
 #endif
   bytes_portable<HALF, C>(s, bytes);
 }
 
-inline void bytes_of(const Weight& w, const Segment& s, uint8_t* bytes, Level l) {
+inline void bytes_of(const Weight& w, const Segment& s, uint8_t* bytes, Isa l) {
   if (w.half()) return w.code_bits() == 3 ? bytes_of<true, 3>(s, bytes, l) : bytes_of<true, 4>(s, bytes, l);
   return w.code_bits() == 3 ? bytes_of<false, 3>(s, bytes, l) : bytes_of<false, 4>(s, bytes, l);
 }
@@ -266,8 +246,7 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline void words_of(
 }
 
 template <bool HALF>
-GAUGEKIT_PACKED_AVX512 void join_avx512(const uint8_t* raw, const uint8_t* bytes, int64_t blocks,
-                                        uint16_t* out) {
+GAUGEKIT_AVX512 void join_avx512(const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out) {
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                 second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (int64_t b = 0; b < blocks; ++b) {
@@ -294,7 +273,7 @@ __attribute__((target("avx2"), always_inline)) inline void words_of(__m256i raw,
 }
 
 template <bool HALF>
-GAUGEKIT_PACKED_AVX2 void join_avx2(const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out) {
+GAUGEKIT_AVX2 void join_avx2(const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out) {
   for (int64_t i = 0; i < blocks * BLOCK; i += 32) {
     __m256i lo, hi;
     words_of<HALF>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(raw + i)),
@@ -305,19 +284,18 @@ GAUGEKIT_PACKED_AVX2 void join_avx2(const uint8_t* raw, const uint8_t* bytes, in
 }
 #endif
 
-inline void join(bool half, const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out,
-                 Level l) {
+inline void join(bool half, const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out, Isa l) {
 #ifdef GAUGEKIT_X86
-  if (l >= Level::avx512)
+  if (l >= Isa::avx512)
     return half ? join_avx512<true>(raw, bytes, blocks, out) : join_avx512<false>(raw, bytes, blocks, out);
-  if (l == Level::avx2)
+  if (l == Isa::avx2)
     return half ? join_avx2<true>(raw, bytes, blocks, out) : join_avx2<false>(raw, bytes, blocks, out);
 #endif
   for (int64_t i = 0; i < blocks * BLOCK; ++i) out[i] = word_of(half, raw[i], bytes[i]);
 }
 
 // The first `columns` weights of a row as 16-bit words.
-inline void decode_row(const Weight& w, int64_t row, int64_t columns, uint16_t* out, Level l) {
+inline void decode_row(const Weight& w, int64_t row, int64_t columns, uint16_t* out, Isa l) {
   alignas(64) uint8_t bytes[SEGMENT + SLACK], tail[SEGMENT + SLACK];
   alignas(64) uint16_t last[SEGMENT];
   for (int64_t s = 0; s < w.segments(); ++s) {

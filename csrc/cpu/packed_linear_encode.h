@@ -1,4 +1,4 @@
-// Packing (docs/packed.md): a survey that finds every row's window, then the encoding itself. Free of torch.
+// Packing (docs/resident.md): a survey that finds every row's window, then the encoding itself. Free of torch.
 #pragma once
 
 #include "packed_linear_decode.h"
@@ -24,9 +24,9 @@ constexpr int TOP = 16;
 
 // How often each of a row's TOP largest exponents comes, into counts[exponent]; returns the largest.
 template <bool HALF>
-GAUGEKIT_PACKED_AVX512 inline int count_top(const uint16_t* x, int64_t columns, uint32_t* counts) {
+GAUGEKIT_AVX512 inline int count_top(const uint16_t* x, int64_t columns, uint32_t* counts) {
   const int64_t whole = columns / BLOCK * BLOCK;
-  const auto exponents = [](__m512i w) GAUGEKIT_PACKED_AVX512 {
+  const auto exponents = [](__m512i w) GAUGEKIT_AVX512 {
     return HALF ? _mm512_and_si512(_mm512_srli_epi16(w, 10), _mm512_set1_epi16(31))
                 : _mm512_srli_epi16(_mm512_slli_epi16(w, 1), 8);
   };
@@ -73,14 +73,14 @@ inline uint32_t best_window(const uint32_t* counts, int low, int high, int width
   return best;
 }
 
-inline Survey survey_row(const Words& w, int64_t row, Level l = Level::portable) {
+inline Survey survey_row(const Words& w, int64_t row, Isa l = Isa::portable) {
   // Four tables, so that equal exponents side by side do not wait for each other.
   uint32_t counts[4][256] = {};
   const uint16_t* x = w.data + row * w.columns;
   const int shift = w.first(), largest = w.largest();
   Survey found{};
 #ifdef GAUGEKIT_X86
-  if (l >= Level::avx512) {
+  if (l >= Isa::avx512) {
     const int top =
         w.half ? count_top<true>(x, w.columns, counts[0]) : count_top<false>(x, w.columns, counts[0]);
     const int low = std::max(0, top - TOP + 1);
@@ -159,8 +159,8 @@ __attribute__((target("avx2"), always_inline)) inline uint64_t bits_at(__m256i b
 }
 
 template <bool HALF, int C>
-GAUGEKIT_PACKED_AVX2 uint8_t* encode_blocks_avx2(const uint16_t* x, int64_t blocks, const Target& t,
-                                                 uint8_t* escapes) {
+GAUGEKIT_AVX2 uint8_t* encode_blocks_avx2(const uint16_t* x, int64_t blocks, const Target& t,
+                                          uint8_t* escapes) {
   constexpr int last = (1 << C) - 1;
   const __m256i low = _mm256_set1_epi16(0xff), base = _mm256_set1_epi8(static_cast<char>(t.window));
   const __m256i inner = _mm256_set1_epi8(last - 1), outer = _mm256_set1_epi8(last);
@@ -206,16 +206,16 @@ GAUGEKIT_PACKED_AVX2 uint8_t* encode_blocks_avx2(const uint16_t* x, int64_t bloc
 
 // With AVX-512 a plane is the mask of a test, and the exponents of a block stay in one register.
 template <bool HALF, int C>
-GAUGEKIT_PACKED_AVX512 uint8_t* encode_blocks_avx512(const uint16_t* x, int64_t blocks, const Target& t,
-                                                     uint8_t* escapes) {
+GAUGEKIT_AVX512 uint8_t* encode_blocks_avx512(const uint16_t* x, int64_t blocks, const Target& t,
+                                              uint8_t* escapes) {
   constexpr int last = (1 << C) - 1;
   const __m512i base = _mm512_set1_epi8(static_cast<char>(t.window)), outer = _mm512_set1_epi8(last);
   const __m512i turned = _mm512_set1_epi8(static_cast<char>(t.window + last));
   const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), low = _mm512_set1_epi16(0xff);
-  const auto bytes = [order](__m512i a, __m512i b) GAUGEKIT_PACKED_AVX512 {
+  const auto bytes = [order](__m512i a, __m512i b) GAUGEKIT_AVX512 {
     return _mm512_permutexvar_epi64(order, _mm512_packus_epi16(a, b));
   };
-  const auto bit = [](__m512i v, int i) GAUGEKIT_PACKED_AVX512 {
+  const auto bit = [](__m512i v, int i) GAUGEKIT_AVX512 {
     return _mm512_test_epi8_mask(v, _mm512_set1_epi8(static_cast<char>(1 << i)));
   };
   alignas(64) uint8_t patches[BLOCK];
@@ -251,19 +251,18 @@ GAUGEKIT_PACKED_AVX512 uint8_t* encode_blocks_avx512(const uint16_t* x, int64_t 
 
 // `offsets` gets where each of the row's segments begins, counted from `start`.
 template <bool HALF, int C>
-void encode_row(const uint16_t* x, int64_t columns, const Target& t, int64_t start, int32_t* offsets,
-                Level l) {
+void encode_row(const uint16_t* x, int64_t columns, const Target& t, int64_t start, int32_t* offsets, Isa l) {
   uint8_t* escapes = t.escapes;
   for (int64_t first = 0; first < t.blocks; first += SEGMENT_BLOCKS) {
     *offsets++ = static_cast<int32_t>(start + (escapes - t.escapes));
     const int64_t stop = std::min(t.blocks, first + SEGMENT_BLOCKS);
     int64_t b = first;
 #ifdef GAUGEKIT_X86
-    if (l != Level::portable) {
+    if (l != Isa::portable) {
       const int64_t whole = std::min(stop, columns / BLOCK) - first;
       const Target part{t.raw + first * BLOCK, t.planes + first, t.blocks, t.escapes, t.limit, t.window};
       if (whole > 0) {
-        const auto encode = l >= Level::avx512 ? encode_blocks_avx512<HALF, C> : encode_blocks_avx2<HALF, C>;
+        const auto encode = l >= Isa::avx512 ? encode_blocks_avx512<HALF, C> : encode_blocks_avx2<HALF, C>;
         escapes = encode(x + first * BLOCK, whole, part, escapes), b += whole;
       }
     }
@@ -275,7 +274,7 @@ void encode_row(const uint16_t* x, int64_t columns, const Target& t, int64_t sta
 }
 
 inline void encode_row(const uint16_t* x, int64_t columns, bool half, int code_bits, const Target& t,
-                       int64_t start, int32_t* offsets, Level l) {
+                       int64_t start, int32_t* offsets, Isa l) {
   if (half)
     return code_bits == 3 ? encode_row<true, 3>(x, columns, t, start, offsets, l)
                           : encode_row<true, 4>(x, columns, t, start, offsets, l);

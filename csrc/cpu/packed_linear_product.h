@@ -92,7 +92,7 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline void load_word
 }
 
 template <bool HALF, bool PLAIN>
-GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile& f) {
+GAUGEKIT_AVX2 void multiply_avx2(const Tile& f) {
   __m256 sum[8];
   for (int i = 0; i < 8; ++i) sum[i] = _mm256_loadu_ps(f.sums + 8 * i);
   for (int64_t b = 0; b < f.blocks; ++b) {
@@ -105,7 +105,7 @@ GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile& f) {
       // (float16).
       if (HALF) {
         const int v = 2 * h;
-        const auto add = [&](int i, __m128i word) GAUGEKIT_PACKED_AVX2 {
+        const auto add = [&](int i, __m128i word) GAUGEKIT_AVX2 {
           sum[i] = _mm256_fmadd_ps(_mm256_cvtph_ps(word), _mm256_loadu_ps(x + 8 * i), sum[i]);
         };
         add(v, _mm256_castsi256_si128(lo));
@@ -114,7 +114,7 @@ GAUGEKIT_PACKED_AVX2 void multiply_avx2(const Tile& f) {
         add(v + 5, _mm256_extracti128_si256(hi, 1));
       } else {
         const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-        const auto add = [&](int i, __m256i word) GAUGEKIT_PACKED_AVX2 {
+        const auto add = [&](int i, __m256i word) GAUGEKIT_AVX2 {
           sum[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(word), _mm256_loadu_ps(x + 8 * i), sum[i]);
         };
         add(h, _mm256_slli_epi32(lo, 16));
@@ -146,7 +146,7 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline void widen(__m
 }
 
 template <bool HALF>
-GAUGEKIT_PACKED_AVX512 void arrange_avx512(const uint8_t* words, int64_t blocks, float* to) {
+GAUGEKIT_AVX512 void arrange_avx512(const uint8_t* words, int64_t blocks, float* to) {
   for (int64_t b = 0; b < blocks; ++b) {
     __m512i lo, hi;
     __m512 x[4];
@@ -171,7 +171,7 @@ std::vector<FloatBlock> arrange(const S* x, int64_t batch, int64_t columns, int6
     int64_t b = 0;
 #ifdef GAUGEKIT_X86
     constexpr bool is_half = std::is_same_v<S, Float16>;
-    if (!std::is_same_v<S, float> && level() >= Level::avx512 && half == is_half) {
+    if (!std::is_same_v<S, float> && isa() >= Isa::avx512 && half == is_half) {
       b = columns / BLOCK;
       arrange_avx512<is_half>(reinterpret_cast<const uint8_t*>(x + t * columns), b, arranged[t * blocks].at);
     }
@@ -210,9 +210,9 @@ inline void prefetch_planes(const Weight& w, int64_t row, int64_t s) {
 }
 
 template <bool PLAIN>
-void multiply(const Tile& f, bool half, Level l) {
+void multiply(const Tile& f, bool half, Isa l) {
 #ifdef GAUGEKIT_X86
-  if (l >= Level::avx2) return half ? multiply_avx2<true, PLAIN>(f) : multiply_avx2<false, PLAIN>(f);
+  if (l >= Isa::avx2) return half ? multiply_avx2<true, PLAIN>(f) : multiply_avx2<false, PLAIN>(f);
 #endif
   multiply_portable<PLAIN>(half, f);
 }
@@ -220,7 +220,7 @@ void multiply(const Tile& f, bool half, Level l) {
 // Rows [begin, end) of W: give(batch row, row, sum) is called once for each sum. ROWS rows take turns,
 // segment by segment, so that x comes from the second-level cache once for all of them.
 template <bool PLAIN, class Give>
-void product_by_segments(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t batch, Level l,
+void product_by_segments(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t batch, Isa l,
                          const Give& give) {
   alignas(64) uint8_t bytes[SEGMENT + SLACK], tail[SEGMENT + SLACK];
   alignas(64) float sums[ROWS][MAX_BATCH * BLOCK];

@@ -74,8 +74,8 @@ __attribute__((target("avx512f"), always_inline)) inline void store_sums(const _
 
 // A segment times T rows of x; `ahead` is asked for meanwhile.
 template <bool HALF, int C, bool PLAIN, int T>
-GAUGEKIT_PACKED_AVX512 void multiply_segment(const Segment& g, const uint8_t* ahead, const float* x,
-                                             int64_t x_stride, float* sums) {
+GAUGEKIT_AVX512 void multiply_segment(const Segment& g, const uint8_t* ahead, const float* x,
+                                      int64_t x_stride, float* sums) {
   __m512 sum[T][4];
   load_sums<T>(sums, sum);
   const uint8_t* next = g.escapes;
@@ -90,7 +90,7 @@ GAUGEKIT_PACKED_AVX512 void multiply_segment(const Segment& g, const uint8_t* ah
 
 // The words of a segment as words_of leaves them, two registers a block.
 template <bool HALF, int C, bool PLAIN>
-GAUGEKIT_PACKED_AVX512 void decode_segment(const Segment& g, const uint8_t* ahead, uint16_t* words) {
+GAUGEKIT_AVX512 void decode_segment(const Segment& g, const uint8_t* ahead, uint16_t* words) {
   const uint8_t* next = g.escapes;
   for (int64_t b = 0; b < g.blocks; ++b) {
     _mm_prefetch(reinterpret_cast<const char*>(ahead + b * BLOCK), _MM_HINT_T0);
@@ -102,8 +102,8 @@ GAUGEKIT_PACKED_AVX512 void decode_segment(const Segment& g, const uint8_t* ahea
 }
 
 template <bool HALF, int T>
-GAUGEKIT_PACKED_AVX512 void multiply_words(const uint16_t* words, int64_t blocks, const float* x,
-                                           int64_t x_stride, float* sums) {
+GAUGEKIT_AVX512 void multiply_words(const uint16_t* words, int64_t blocks, const float* x, int64_t x_stride,
+                                    float* sums) {
   __m512 sum[T][4];
   load_sums<T>(sums, sum);
   for (int64_t b = 0; b < blocks; ++b)
@@ -113,8 +113,8 @@ GAUGEKIT_PACKED_AVX512 void multiply_words(const uint16_t* words, int64_t blocks
 }
 
 // total() in the same order.
-GAUGEKIT_PACKED_AVX512 inline float total_avx512(const float* sums) {
-  const auto eight = [sums](int i) GAUGEKIT_PACKED_AVX512 {
+GAUGEKIT_AVX512 inline float total_avx512(const float* sums) {
+  const auto eight = [sums](int i) GAUGEKIT_AVX512 {
     return _mm256_add_ps(_mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(sums + 16 + i)),
                          _mm256_add_ps(_mm256_load_ps(sums + 32 + i), _mm256_load_ps(sums + 48 + i)));
   };
@@ -126,8 +126,8 @@ GAUGEKIT_PACKED_AVX512 inline float total_avx512(const float* sums) {
 
 // One or two rows of x (T): rows [begin, end) of W one after the other.
 template <bool HALF, int C, bool PLAIN, int T, class Give>
-GAUGEKIT_PACKED_AVX512 void stream_rows(const Weight& w, int64_t begin, int64_t end, const float* x,
-                                        const Give& give) {
+GAUGEKIT_AVX512 void stream_rows(const Weight& w, int64_t begin, int64_t end, const float* x,
+                                 const Give& give) {
   constexpr int64_t PLANE_BYTES = planes_of<HALF, C> * 8;  // a block's
   // A row's planes lie one after the other. What is asked for walks through them steadily, so far ahead that
   // the last plane comes in time, too.
@@ -217,10 +217,10 @@ void stream(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t
 // Rows [begin, end) of W times `batch` arranged rows of x: give(batch row, row, sum) is called once for each
 // sum.
 template <bool PLAIN = false, class Give>
-void product(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t batch, Level l,
+void product(const Weight& w, int64_t begin, int64_t end, const float* x, int64_t batch, Isa l,
              const Give& give) {
 #ifdef GAUGEKIT_X86
-  if (l >= Level::avx512 && w.segments() > 0) {
+  if (l >= Isa::avx512 && w.segments() > 0) {
     if (w.half())
       return w.code_bits() == 3 ? stream<true, 3, PLAIN>(w, begin, end, x, batch, give)
                                 : stream<true, 4, PLAIN>(w, begin, end, x, batch, give);

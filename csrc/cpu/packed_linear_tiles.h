@@ -99,7 +99,7 @@ class Tiles {
   void multiply(int64_t first, int64_t thread) {
     const int64_t count = std::min(step_, w_.rows - first);
     uint16_t* words = reinterpret_cast<uint16_t*>(of_thread(decoded_, thread));
-    for (int64_t i = 0; i < count; ++i) decode_row(w_, first + i, columns_, words + i * columns_, level());
+    for (int64_t i = 0; i < count; ++i) decode_row(w_, first + i, columns_, words + i * columns_, isa());
     Tensor weight = matrix(words, stored_, count, columns_, columns_);
     if (dtype_ != stored_) {
       Tensor converted = matrix(of_thread(converted_, thread), dtype_, count, columns_, columns_);

@@ -23,34 +23,7 @@
 
 namespace gaugekit {
 
-// `body` compiled for each instruction set, W accumulators to a register, and `name` choosing at run time.
-#ifdef GAUGEKIT_X86
-#define GAUGEKIT_BLOCK_KERNEL(name, body, Problem)          \
-  template <class S>                                        \
-  void name##_portable(const Problem<S>& f) {               \
-    body<S, 16 / sizeof(accumulator<S>)>(f);                \
-  }                                                         \
-  template <class S>                                        \
-  GAUGEKIT_AVX2 void name##_avx2(const Problem<S>& f) {     \
-    body<S, 32 / sizeof(accumulator<S>)>(f);                \
-  }                                                         \
-  template <class S>                                        \
-  GAUGEKIT_AVX512 void name##_avx512(const Problem<S>& f) { \
-    body<S, 64 / sizeof(accumulator<S>)>(f);                \
-  }                                                         \
-  template <class S>                                        \
-  void name(const Problem<S>& f) {                          \
-    if (isa() == Isa::avx512) return name##_avx512(f);      \
-    if (isa() == Isa::avx2) return name##_avx2(f);          \
-    name##_portable(f);                                     \
-  }
-#else
-#define GAUGEKIT_BLOCK_KERNEL(name, body, Problem) \
-  template <class S>                               \
-  void name(const Problem<S>& f) {                 \
-    body<S, 16 / sizeof(accumulator<S>)>(f);       \
-  }
-#endif
+#define GAUGEKIT_BLOCK_KERNEL(name, body, Problem) GAUGEKIT_KERNEL(name, body, (const Problem<S>& f), (f))
 
 constexpr int64_t EDGE = 48;
 constexpr int64_t ALIGN = 64;

@@ -65,8 +65,8 @@ inline Output output_of(int width, int model) {
 template <Output output>
 GroupsFunction vector_groups(Isa path, bool in_registers) {
 #ifdef GAUGEKIT_X86
-  if (path == Isa::avx512) return in_registers ? avx512::groups<true, output> : avx512::groups<false, output>;
-  if (path == Isa::avx2) return avx2::groups<output>;
+  if (path >= Isa::avx512) return in_registers ? avx512::groups<true, output> : avx512::groups<false, output>;
+  if (path >= Isa::avx2) return avx2::groups<output>;
 #endif
   return nullptr;
 }
@@ -119,7 +119,7 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
   p += padded(4 * e.symbols);
   Buckets buckets;
   make_buckets(table, buckets);
-  const bool in_registers = path == Isa::avx512 && table.size <= kRegisterSymbols;
+  const bool in_registers = path >= Isa::avx512 && table.size <= kRegisterSymbols;
   Output output;
   const GroupsFunction kernel = groups_function(path, in_registers, blob.width, model, output);
   if (in_registers) fill_registers(table, buckets, symbol_place(output), d.table);

@@ -94,14 +94,14 @@ inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTabl
       if (e < n) encode_step(states[s * kSegmentLanes + lane], symbols[e], steps, words[s]);
     }
 #ifdef GAUGEKIT_X86
-  if (path == Isa::avx512) {
+  if (path >= Isa::avx512) {
     const int breaks = table.table.size <= kCells ? table.cells.breaks : kMostBreaks + 1;
     const auto groups = breaks <= 3             ? avx512::encode_groups<3>
                         : breaks <= kMostBreaks ? avx512::encode_groups<kMostBreaks>
                                                 : avx512::encode_groups<0>;
     return groups(symbols, whole / kLanes, table, states, words, ahead);
   }
-  if (path == Isa::avx2) return avx2::encode_groups(symbols, whole / kLanes, table, states, words, ahead);
+  if (path >= Isa::avx2) return avx2::encode_groups(symbols, whole / kLanes, table, states, words, ahead);
 #endif
   for (int s = 0; s < kSegments; ++s) {
     uint32_t* state = states + s * kSegmentLanes;
@@ -126,7 +126,7 @@ class Histogram {
   void add(const uint8_t* symbols, uint64_t n) {
 #ifdef GAUGEKIT_X86
     if (windows_ && n % 64 == 0) {
-      const auto count = path_ == Isa::avx512 ? avx512::count_range : avx2::count_range;
+      const auto count = path_ >= Isa::avx512 ? avx512::count_range : avx2::count_range;
       if (count(symbols, n, low_, windows_, parts_[0]) > n / 16) windows_ = 0;
       return;
     }

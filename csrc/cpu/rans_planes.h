@@ -134,48 +134,17 @@ GAUGEKIT_INLINE void merge_by(const uint8_t* symbols, const uint8_t* const* plan
     merge<T, model>(symbols, planes, n, out);
 }
 
+GAUGEKIT_EACH_ISA((class T, int model), split,
+                  (const uint8_t* in, uint64_t n, uint8_t* symbols, uint8_t* const* planes, int shift),
+                  split_by<T, model>(in, n, symbols, planes, shift))
+GAUGEKIT_EACH_ISA((class T, int model), merge,
+                  (const uint8_t* symbols, const uint8_t* const* planes, uint64_t n, uint8_t* out, int shift),
+                  merge_by<T, model>(symbols, planes, n, out, shift))
+
 template <class T, int model>
 struct Planes {
-  static void split_portable(const uint8_t* in, uint64_t n, uint8_t* symbols, uint8_t* const* planes,
-                             int shift) {
-    split_by<T, model>(in, n, symbols, planes, shift);
-  }
-  static void merge_portable(const uint8_t* symbols, const uint8_t* const* planes, uint64_t n, uint8_t* out,
-                             int shift) {
-    merge_by<T, model>(symbols, planes, n, out, shift);
-  }
-#ifdef GAUGEKIT_X86
-  GAUGEKIT_AVX2 static void split_avx2(const uint8_t* in, uint64_t n, uint8_t* symbols,
-                                       uint8_t* const* planes, int shift) {
-    split_by<T, model>(in, n, symbols, planes, shift);
-  }
-  GAUGEKIT_AVX2 static void merge_avx2(const uint8_t* symbols, const uint8_t* const* planes, uint64_t n,
-                                       uint8_t* out, int shift) {
-    merge_by<T, model>(symbols, planes, n, out, shift);
-  }
-  GAUGEKIT_AVX512 static void split_avx512(const uint8_t* in, uint64_t n, uint8_t* symbols,
-                                           uint8_t* const* planes, int shift) {
-    split_by<T, model>(in, n, symbols, planes, shift);
-  }
-  GAUGEKIT_AVX512 static void merge_avx512(const uint8_t* symbols, const uint8_t* const* planes, uint64_t n,
-                                           uint8_t* out, int shift) {
-    merge_by<T, model>(symbols, planes, n, out, shift);
-  }
-#endif
-  static SplitFunction split_on(Isa path) {
-#ifdef GAUGEKIT_X86
-    if (path == Isa::avx512) return split_avx512;
-    if (path == Isa::avx2) return split_avx2;
-#endif
-    return split_portable;
-  }
-  static MergeFunction merge_on(Isa path) {
-#ifdef GAUGEKIT_X86
-    if (path == Isa::avx512) return merge_avx512;
-    if (path == Isa::avx2) return merge_avx2;
-#endif
-    return merge_portable;
-  }
+  static SplitFunction split_on(Isa path) { return GAUGEKIT_FORM(path, split, <T, model>); }
+  static MergeFunction merge_on(Isa path) { return GAUGEKIT_FORM(path, merge, <T, model>); }
 };
 
 // Calls run(Planes<T, model>) for elements of this width under this model.

@@ -218,6 +218,6 @@ GAUGEKIT_INLINE void backward_groups(const Backward<S>& f, const Sequence& s, Sp
 
 }  // namespace
 
-GAUGEKIT_KERNEL(shaped_combine_backward, backward_groups, Backward)
+GAUGEKIT_SWEEP(shaped_combine_backward, backward_groups, Backward)
 
 }  // namespace gaugekit

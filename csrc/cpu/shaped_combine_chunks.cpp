@@ -34,6 +34,6 @@ GAUGEKIT_INLINE void chunk_sums_of(const ChunkSums<S>& f, const Sequence& s, Spa
 
 }  // namespace
 
-GAUGEKIT_KERNEL(chunk_sums, chunk_sums_of, ChunkSums)
+GAUGEKIT_SWEEP(chunk_sums, chunk_sums_of, ChunkSums)
 
 }  // namespace gaugekit

@@ -99,6 +99,6 @@ GAUGEKIT_INLINE void forward_heads(const Forward<S>& f, const Sequence& s, Span 
 
 }  // namespace
 
-GAUGEKIT_KERNEL(shaped_combine, forward_heads, Forward)
+GAUGEKIT_SWEEP(shaped_combine, forward_heads, Forward)
 
 }  // namespace gaugekit

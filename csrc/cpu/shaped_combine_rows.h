@@ -126,27 +126,16 @@ GAUGEKIT_INLINE void columns(int64_t width, const Step& step) {
 // `name`_called is the row function `name` by itself, compiled for the instruction set that W accumulators to
 // a register stand for: what a sweep calls outside its plainest case, so that it stays small.
 #ifdef GAUGEKIT_X86
-#define GAUGEKIT_ROW(name)                                       \
-  template <int W, class A, class S, class... P>                 \
-  GAUGEKIT_NOINLINE void name##_portable(P... p) {               \
-    name<W, A, S>(p...);                                         \
-  }                                                              \
-  template <int W, class A, class S, class... P>                 \
-  GAUGEKIT_AVX2 GAUGEKIT_NOINLINE void name##_avx2(P... p) {     \
-    name<W, A, S>(p...);                                         \
-  }                                                              \
-  template <int W, class A, class S, class... P>                 \
-  GAUGEKIT_AVX512 GAUGEKIT_NOINLINE void name##_avx512(P... p) { \
-    name<W, A, S>(p...);                                         \
-  }                                                              \
-  template <int W, class A, class S, class... P>                 \
-  GAUGEKIT_INLINE void name##_called(P... p) {                   \
-    if constexpr (W * sizeof(A) == 64)                           \
-      name##_avx512<W, A, S>(p...);                              \
-    else if constexpr (W * sizeof(A) == 32)                      \
-      name##_avx2<W, A, S>(p...);                                \
-    else                                                         \
-      name##_portable<W, A, S>(p...);                            \
+#define GAUGEKIT_ROW(name)                                                                      \
+  GAUGEKIT_EACH_ISA((int W, class A, class S, class... P), name, (P... p), name<W, A, S>(p...)) \
+  template <int W, class A, class S, class... P>                                                \
+  GAUGEKIT_INLINE void name##_called(P... p) {                                                  \
+    if constexpr (W * sizeof(A) == 64)                                                          \
+      name##_avx512<W, A, S>(p...);                                                             \
+    else if constexpr (W * sizeof(A) == 32)                                                     \
+      name##_avx2<W, A, S>(p...);                                                               \
+    else                                                                                        \
+      name##_portable<W, A, S>(p...);                                                           \
   }
 #else
 #define GAUGEKIT_ROW(name)                       \
@@ -233,41 +222,13 @@ struct RunningSum {
   int64_t rows = 0;
 };
 
-// The kernel `body` compiled for each instruction set, W accumulators to a register, and `name` choosing at
-// run time, for the four storage types.
-#ifdef GAUGEKIT_X86
-#define GAUGEKIT_KERNEL(name, body, Problem)                                                            \
-  template <class S>                                                                                    \
-  void name##_portable(const Problem<S>& f, const Sequence& s, Span chunks, Span units) {               \
-    body<S, 16 / sizeof(accumulator<S>)>(f, s, chunks, units);                                          \
-  }                                                                                                     \
-  template <class S>                                                                                    \
-  GAUGEKIT_AVX2 void name##_avx2(const Problem<S>& f, const Sequence& s, Span chunks, Span units) {     \
-    body<S, 32 / sizeof(accumulator<S>)>(f, s, chunks, units);                                          \
-  }                                                                                                     \
-  template <class S>                                                                                    \
-  GAUGEKIT_AVX512 void name##_avx512(const Problem<S>& f, const Sequence& s, Span chunks, Span units) { \
-    body<S, 64 / sizeof(accumulator<S>)>(f, s, chunks, units);                                          \
-  }                                                                                                     \
-  template <class S>                                                                                    \
-  void name(const Problem<S>& f, const Sequence& s, Span chunks, Span units) {                          \
-    if (isa() == Isa::avx512) return name##_avx512(f, s, chunks, units);                                \
-    if (isa() == Isa::avx2) return name##_avx2(f, s, chunks, units);                                    \
-    name##_portable(f, s, chunks, units);                                                               \
-  }                                                                                                     \
-  GAUGEKIT_FOUR_TYPES(name, Problem)
-#else
-#define GAUGEKIT_KERNEL(name, body, Problem)                                   \
-  template <class S>                                                           \
-  void name(const Problem<S>& f, const Sequence& s, Span chunks, Span units) { \
-    body<S, 16 / sizeof(accumulator<S>)>(f, s, chunks, units);                 \
-  }                                                                            \
-  GAUGEKIT_FOUR_TYPES(name, Problem)
-#endif
-#define GAUGEKIT_FOUR_TYPES(name, Problem)                                   \
-  template void name(const Problem<float>&, const Sequence&, Span, Span);    \
-  template void name(const Problem<double>&, const Sequence&, Span, Span);   \
-  template void name(const Problem<BFloat16>&, const Sequence&, Span, Span); \
+// A kernel over chunks and units of work, for the four storage types.
+#define GAUGEKIT_SWEEP(name, body, Problem)                                                      \
+  GAUGEKIT_KERNEL(name, body, (const Problem<S>& f, const Sequence& s, Span chunks, Span units), \
+                  (f, s, chunks, units))                                                         \
+  template void name(const Problem<float>&, const Sequence&, Span, Span);                        \
+  template void name(const Problem<double>&, const Sequence&, Span, Span);                       \
+  template void name(const Problem<BFloat16>&, const Sequence&, Span, Span);                     \
   template void name(const Problem<Float16>&, const Sequence&, Span, Span);
 
 }  // namespace gaugekit

@@ -4,19 +4,12 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include "common/rans_check.h"
 #include "cuda/rans_slots.h"
 
 namespace gaugekit::rans {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kThreads = kLanes;
 constexpr int kBlocksPerProcessor = 32;
@@ -87,15 +80,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 
 void rans_decode_rows(const Tensor& packed, const Tensor& rows, Tensor out, Tensor damaged, int64_t variant) {
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                      rows.scalar_type() == ScalarType::Byte && rows.is_contiguous() &&
-                      out.scalar_type() == ScalarType::Byte && out.is_contiguous() &&
-                      damaged.scalar_type() == ScalarType::Int && damaged.is_contiguous(),
-                  "packed, rows, out: expected contiguous uint8 tensors, damaged: int32");
-  STD_TORCH_CHECK(variant == 0 || variant == 1, "variant: expected 0 or 1, got ", variant);
-  const int64_t chunks = rows.numel() / int64_t(sizeof(ChunkRow));
-  STD_TORCH_CHECK(rows.numel() == chunks * int64_t(sizeof(ChunkRow)) && damaged.numel() == chunks,
-                  "rows, damaged: expected 48 bytes and one number a chunk");
+  const int64_t chunks = check_rows(packed, rows, out, damaged, variant);
   const int device = packed.get_device_index();
   STD_TORCH_CHECK(rows.get_device_index() == device && out.get_device_index() == device &&
                       damaged.get_device_index() == device,

@@ -1,19 +1,58 @@
 """gaugekit removes from a transformer what nobody can observe."""
 
-import importlib
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from gaugekit import _library, ops
 from gaugekit.ops.nonlocal_energy.operator import nonlocal_energy
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 
+if _TYPE_CHECKING:
+    from gaugekit import calibration as statistics
+    from gaugekit import codec, models, nn, rank, rewrite, symmetry
+    from gaugekit import text as samples
+    from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
+    from gaugekit.ops.ragged_attention import ragged_attention
+    from gaugekit.report import Report
+    from gaugekit.verbs.convert import convert
+    from gaugekit.verbs.fuse import fuse, unfuse
+    from gaugekit.verbs.heal import heal
+    from gaugekit.verbs.inspect import inspect
+    from gaugekit.verbs.verify import verify
+
 __version__ = "0.1.0"
 
-__all__ = ["nonlocal_energy", "ops", "shaped_attention"]
+__all__ = [
+    "Report",
+    "codec",
+    "convert",
+    "fuse",
+    "heal",
+    "inspect",
+    "models",
+    "nn",
+    "nonlocal_energy",
+    "ops",
+    "pack_weight",
+    "packed_linear",
+    "ragged_attention",
+    "rank",
+    "rewrite",
+    "samples",
+    "shaped_attention",
+    "statistics",
+    "symmetry",
+    "unfuse",
+    "unpack_weight",
+    "verify",
+]
 
 _library.load()
 
 # Public names that are found when first asked for, so that importing gaugekit stays light: name -> module[:attribute].
+# Type checkers and editors, which do not run this, read the imports above instead.
 _LAZY = {
+    "Report": "gaugekit.report:Report",
     "codec": "gaugekit.codec",
     "convert": "gaugekit.verbs.convert:convert",
     "fuse": "gaugekit.verbs.fuse:fuse",
@@ -35,13 +74,13 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'gaugekit' has no attribute {name!r}")
     module, _, attribute = _LAZY[name].partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    value = _import_module(module)
+    return getattr(value, attribute) if attribute else value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted([*__all__, "__version__"])

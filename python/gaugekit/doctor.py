@@ -11,11 +11,11 @@ import platform
 import torch
 
 from gaugekit import _library, ops
-from gaugekit.report import Report
+from gaugekit.report import Report, table
 
 EXTRAS = {
     "hf": ("transformers", "safetensors", "tqdm"),
-    "demo": ("transformers", "safetensors", "tqdm", "zstandard", "rich"),
+    "demo": ("transformers", "safetensors", "tqdm", "gguf", "zstandard"),
     "bench": ("transformers", "safetensors", "tqdm", "zstandard", "zipnn"),
     "triton": ("triton",),
 }
@@ -39,7 +39,7 @@ def report() -> Report:
         for name, b in _library.backends().items()
     }
     extras = {extra: _extra(extra, packages) for extra, packages in EXTRAS.items()}
-    return Report(
+    report = Report(
         "doctor",
         {
             "gaugekit": importlib.metadata.version("gaugekit"),
@@ -62,6 +62,7 @@ def report() -> Report:
             if e["remedy"]
         ],
     )
+    return _told(report)
 
 
 def machine() -> dict:
@@ -78,37 +79,42 @@ def machine() -> dict:
     }
 
 
-def text(found: Report) -> str:
-    """The report as a page of text for a terminal."""
-    cpu = found["cpu"]
-    lines = [
-        f"gaugekit {found['gaugekit']}  python {found['python']}  torch {found['torch']}",
-        f"cpu       {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['vector']}",
-        f"features  {', '.join(cpu['features']) or 'not known to this torch'}",
-        f"cuda      {found['cuda_device'] or 'no device'}",
-        "",
-        "backends",
-        *(
-            f"  {name:<8}{'loaded' if b['loaded'] else 'missing: ' + b['why']}"
-            for name, b in found["backends"].items()
-        ),
-        "",
-        "operators",
-        *(
-            f"  {name:<26}" + "  ".join(f"{device}: {kind}" for device, kind in row.items())
-            for name, row in found["operators"].items()
-        ),
-        "",
-        "extras",
-        *(
-            f"  {extra:<8}"
-            + ", ".join(f"{name} {version or '(missing)'}" for name, version in e["packages"].items())
-            for extra, e in found["extras"].items()
-        ),
+def _told(report: Report) -> Report:
+    """``report`` with its text."""
+    cpu, fields = report["cpu"], report.fields
+    report.lines = [
+        ("versions", f"gaugekit {fields['gaugekit']}, python {fields['python']}, torch {fields['torch']}"),
+        ("cpu", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['vector']}"),
+        ("features", ", ".join(cpu["features"]) or "not known to this torch"),
+        ("cuda", fields["cuda_device"] or "no device"),
     ]
-    if found.notes:
-        lines += ["", "what could be mended", *(f"  {note}" for note in found.notes)]
-    return "\n".join(lines)
+    devices = {
+        name: "  ".join(f"{device}: {kind}" for device, kind in row.items())
+        for name, row in fields["operators"].items()
+    }
+    packages = {
+        extra: ", ".join(f"{name} {version or '(missing)'}" for name, version in entry["packages"].items())
+        for extra, entry in fields["extras"].items()
+    }
+    report.tables = {
+        "backends": _columns(
+            {
+                name: "loaded" if b["loaded"] else f"missing: {b['why']}"
+                for name, b in fields["backends"].items()
+            }
+        ),
+        "operators": _columns(devices),
+        "extras": _columns(packages),
+    }
+    report.done = "Looked at this installation; nothing was written."
+    # what anybody's machine can have; CUDA and the tools to measure with are for some
+    wanted = [fields["backends"].get("cpu"), *(fields["extras"][extra] for extra in ("hf", "demo"))]
+    report.next = next((entry["remedy"] for entry in wanted if entry and entry["remedy"]), "gaugekit demo")
+    return report
+
+
+def _columns(rows: dict[str, str]) -> list[str]:
+    return [line.removeprefix("  ") for line in table(list(rows.items()))]
 
 
 def _operators() -> dict[str, dict[str, str]]:

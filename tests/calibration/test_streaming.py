@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
+from gaugekit import samples
 from gaugekit.calibration import streaming
 from gaugekit.files.staging import LOCK, MANIFEST
 from gaugekit.hf import loading
-from gaugekit.text import samples
 from tiny import add_tokenizer, bert, gpt2
 from warm import python
 
@@ -95,7 +95,7 @@ def stopped(source, text, work, at):
 def killed(source, text, work, at):
     """The process ends without any warning: no exception, no finally."""
     code = (
-        "import os, sys; from gaugekit.statistics import collect; model, text, work, at = sys.argv[1:]\n"
+        "import os, sys; from gaugekit.calibration import collect; model, text, work, at = sys.argv[1:]\n"
         "stop = lambda done, total: os._exit(9) if done == int(at) else None\n"
         "collect(model, text, work_directory=work, batch_size=7, progress=stop)"
     )
@@ -198,7 +198,7 @@ def test_hidden_states_that_find_no_room_are_an_error(tmp_path):
     """A file that may not grow, in a process of its own: 20 KB, of which hidden states need more."""
     source = saved(tmp_path / "model")
     code = (
-        "import resource, sys; from gaugekit.statistics import collect; from gaugekit import samples\n"
+        "import resource, sys; from gaugekit.calibration import collect; from gaugekit import samples\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "try: collect(sys.argv[1], samples.sentences(20), work_directory=sys.argv[2])\n"
         "except OSError as error: print(error)\n"

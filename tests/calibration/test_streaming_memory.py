@@ -13,7 +13,7 @@ from tiny import add_tokenizer, bert
 CAPPED = """
 import resource, sys, torch
 from gaugekit import statistics
-from gaugekit.statistics import collect
+from gaugekit.calibration import collect
 model, text, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
 collect(model, text, max_tokens=2000, batch_size=4)  # whatever is loaded and started only once
 def held():

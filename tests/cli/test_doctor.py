@@ -55,7 +55,7 @@ def test_a_missing_binary_comes_with_why_and_remedy(monkeypatch):
         "why": "no C++ compiler was on PATH",
         "remedy": "install g++",
     }
-    assert "cpu: no C++ compiler was on PATH. To mend it: install g++" in doctor.text(found)
+    assert "cpu: no C++ compiler was on PATH. To mend it: install g++" in str(found)
 
 
 @pytest.mark.parametrize("extra", doctor.EXTRAS)
@@ -72,7 +72,7 @@ def test_a_missing_extra_comes_with_its_pip_command(monkeypatch, extra):
     found = doctor.report()
     assert found["extras"][extra]["packages"][gone] is None
     assert found["extras"][extra]["remedy"] == f"pip install gaugekit[{extra}]"
-    assert f"pip install gaugekit[{extra}]" in doctor.text(found)
+    assert f"pip install gaugekit[{extra}]" in str(found)
 
 
 def test_extras_name_what_pyproject_asks_for():

@@ -1,16 +1,22 @@
 """Exit statuses, and what stands on stderr and stdout, for good and bad command lines."""
 
+import argparse
+import importlib.metadata
+import json
 import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from gaugekit.cli import main
+import gaugekit as gk
+from gaugekit.cli import calls, main
 from warm import python
 
 # without a binary `import gaugekit` warns once, whatever the verb; these tests count the verb's own lines
+VERBS = ("inspect", "convert", "heal", "verify", "pack", "unpack", "bench", "doctor", "demo")
 QUIET = {**os.environ, "PYTHONWARNINGS": "ignore::RuntimeWarning"}
 
 
@@ -31,23 +37,74 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        ([], "VERB"),
         (["melt"], "'melt'"),
-        (["inspect"], "MODEL"),
-        (["convert", "a"], "OUT"),
+        (["inspect"], "MODEL, got none"),
+        (["convert", "a"], "OUT, got none"),
         (["convert", "a", "b"], "--gauge"),
         (["convert", "a", "b", "--gauge", "--rows", "first"], "max_volume"),
         (["convert", "a", "b", "--gauge", "--dtype", "int3"], "bfloat16"),
+        (["convert", "a", "b", "--rank", "x"], "int, got 'x'"),
+        (["convert", "a", "b", "--rank", "3", "--energy", "0.5"], "got both"),
+        (["convert", "a", "b", "--rank", "3", "--rows", "max_volume"], "beside --gauge"),
+        (["convert", "a", "b", "--gauge", "--calibration", "c"], "beside --rank"),
         (["verify", "a", "b", "--pool", "max"], "mean"),
-        (["pack", "a"], "OUT"),
+        (["pack", "a"], "OUT, got none"),
+        (["pack", "a", "b", "--symbols", "2"], "exponent-and-mantissa"),
         (["doctor", "--frobnicate"], "--frobnicate"),
     ],
     ids=" ".join,
 )
-def test_bad_usage_is_one_line_that_says_expected_and_given(capsys, arguments, expected):
+def test_bad_usage_is_one_line_that_says_expected_and_given_and_where_to_look(capsys, arguments, expected):
     line = refused(capsys, *arguments)
     assert "expected" in line and expected in line
-    assert line.rstrip().endswith("; got: " + " ".join(["gaugekit", *arguments]))
+    program = "gaugekit" if arguments[0] == "melt" else f"gaugekit {arguments[0]}"
+    assert line.startswith(f"{program}: ") and line.rstrip().endswith(f"; see {program} --help")
+
+
+def test_a_bare_call_prints_help(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "usage: gaugekit" in out
+    assert all(f"    {verb}" in out for verb in VERBS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"gaugekit {gk.__version__}\n"
+    assert gk.__version__ == importlib.metadata.version("gaugekit")
+
+
+def test_the_documented_completion_names_every_verb():
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    assert f'complete -o default -W "{" ".join(VERBS)}" gaugekit' in page
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "pack"])
+def test_a_name_of_the_hub_says_how_to_download_it(capsys, monkeypatch, tmp_path, verb):
+    monkeypatch.chdir(tmp_path)
+    rest = {"inspect": [], "verify": ["other"]}.get(verb, ["out"])
+    line = refused(capsys, verb, "someone/some-model-1.5B", *rest)
+    assert "hf download someone/some-model-1.5B --local-dir some-model-1.5B" in line
+    (tmp_path / "someone").mkdir()  # then it is the name of a folder here, mistyped
+    assert "hf download" not in refused(capsys, verb, "someone/some-model-1.5B", *rest)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "pack"])
+@pytest.mark.parametrize(
+    "file, word", [("pytorch_model.bin", "AutoModelForCausalLM"), ("m-q4.gguf", "gguf_file")]
+)
+def test_other_formats_say_how_to_convert(capsys, tmp_path, verb, file, word):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / file).write_bytes(b"\0")
+    if file.endswith(".bin"):
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+    rest = {"inspect": [], "verify": [folder]}.get(verb, [tmp_path / "out"])
+    line = refused(capsys, verb, folder, *rest)
+    assert word in line and f"{folder}-safetensors" in line
+    command = shlex.split(line[line.index("python -c") :])
+    compile(command[2], "the command that is shown", "exec")
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "convert", "pack", "unpack"])
@@ -85,14 +142,25 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
 
 
 def test_bench_without_a_source_checkout_says_so(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "gaugekit.cli.command.__file__", str(tmp_path / "python" / "gaugekit" / "cli" / "command.py")
-    )
+    monkeypatch.setattr("gaugekit.cli.calls.BENCH", tmp_path / "bench" / "run.py")
     assert "source checkout" in refused(capsys, "bench")
 
 
 def test_bench_names_the_operators_it_knows(capsys):
     assert "nothing" in refused(capsys, "bench", "--op", "nothing")
+
+
+def test_bench_takes_what_its_program_takes(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    shown = capsys.readouterr().out
+    options = argparse.ArgumentParser()
+    calls.benchmarks().add_options(options)
+    assert all(word in shown for action in options._actions for word in action.option_strings)
+    assert main(["bench", "--list", "--op", "shaped_combine", "--json"]) == 0
+    cases = json.loads(capsys.readouterr().out)
+    assert cases and all(case["op"] == "shaped_combine" for case in cases)
+    assert "--once: expected with --device cuda" in refused(capsys, "bench", "--once")
 
 
 def test_help_needs_nothing_heavy():

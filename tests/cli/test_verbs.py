@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import struct
 import subprocess
 import termios
@@ -106,7 +107,9 @@ def test_pack_and_unpack(run, model, tmp_path, whole):
 
 
 def test_pack_options(run, capsys, model, tmp_path):
-    status, found = run("pack", model, tmp_path / "p", "--verify", "--memory", "0.1GiB", "--model", "2")
+    status, found = run(
+        "pack", model, tmp_path / "p", "--verify", "--memory", "0.1GiB", "--symbols", "high-byte"
+    )
     assert status == 0 and found["verified"] is True
     for size, expected in (("9x", "a size such as 500MB"), ("1MB", "67,108,864")):
         assert main(["pack", str(model), str(tmp_path / "q"), "--memory", size]) == 2
@@ -133,7 +136,36 @@ def test_without_json_there_is_a_text(capsys, model):
         "  layer 0",
         "  layer 1",
     ]
-    assert "ranks 8 to 8" in text and "singular_values" not in text
+    assert "ranks 8 of 8" in text and "singular_values" not in text
+
+
+def test_every_text_ends_with_what_was_done_and_what_comes_next(capsys, model, tmp_path):
+    """One sentence that names what was written and where, and a command that runs as it stands."""
+    fixed, packed, again, text = (tmp_path / name for name in ("a b", "packed", "again", "text.txt"))
+    text.write_text("A sentence that is long enough to be read. Another one follows behind it. " * 4)
+    healed = tmp_path / "healed"
+    heal = ["heal", fixed, model, healed, "--text", text, "--steps", "2"]
+    for command, written, following in (
+        (["inspect", model], None, f"gaugekit convert {model} OUT --gauge"),
+        (["convert", model, fixed, "--gauge"], fixed, f"gaugekit verify {model} '{fixed}'"),
+        (["verify", model, fixed], None, f"gaugekit pack '{fixed}' OUT"),
+        (heal, healed, f"gaugekit verify {model} {healed}"),
+        (["pack", fixed, packed], packed, f"gaugekit unpack {packed} RESTORED"),
+        (["unpack", packed, again], again, f"use {again}"),
+    ):
+        assert main([*map(str, command)]) == 0
+        *_, done, following_line = capsys.readouterr().out.splitlines()
+        assert done.endswith(".") and done.count(". ") == 0, done
+        assert (str(written) if written else "nothing was written") in done
+        assert following_line.startswith(f"next: {following}")
+
+
+def test_verify_shows_limits_beside_figures(capsys, model, tmp_path):
+    assert main(["verify", str(model), str(model)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"error +1\.00 × noise, limit 1\.5 ", text)
+    assert main(["verify", str(model), str(model), "--dtype", "float64"]) == 0
+    assert "limit 1e-12 of the output" in capsys.readouterr().out
 
 
 def environment():

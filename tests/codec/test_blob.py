@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gaugekit as gk
+from gaugekit.ops.rans import operator as rans
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -66,11 +67,13 @@ def test_chunk_sizes(chunk_log2):
     assert same(gk.codec.decode(gk.codec.encode(tensor, chunk_log2=chunk_log2)), tensor)
 
 
-@pytest.mark.parametrize("model", [0, 1, 2])
-def test_models_of_bfloat16(model):
+@pytest.mark.parametrize("symbols", rans.SYMBOLS[torch.bfloat16])
+def test_symbols_of_bfloat16(symbols):
     tensor = normal(50_000)
-    assert same(gk.codec.decode(gk.codec.encode(tensor, model=model)), tensor)
-    sizes = [len(gk.codec.encode(tensor, model=m)) for m in (2, 0, 1)]
+    assert same(gk.codec.decode(gk.codec.encode(tensor, symbols=symbols)), tensor)
+    sizes = [
+        len(gk.codec.encode(tensor, symbols=s)) for s in ("exponent-and-mantissa", "exponent", "high-byte")
+    ]
     assert sizes == sorted(set(sizes)) and len(gk.codec.encode(tensor)) == sizes[1]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from damaged_blobs import base, every, put, seal
 from gaugekit import codec
+from gaugekit.codec.tensors.blob import as_byte_tensor
 from gaugekit.ops.rans import composition
 from gaugekit.ops.rans import operator as rans
 from gaugekit.reference import rans as oracle
@@ -32,7 +33,7 @@ def test_damage_is_refused(name):
         numpy_decode(DAMAGED[name])
     for path in (0, 1, 2):
         with pytest.raises(codec.CorruptFile, match="not a sound coded blob: "):
-            blob = codec.blob.as_byte_tensor(DAMAGED[name])
+            blob = as_byte_tensor(DAMAGED[name])
             count = rans.open_blob(blob)[1].numel()
             rans.decode(blob, 0, count, torch.empty(count, dtype=torch.bfloat16), path)
 

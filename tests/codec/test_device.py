@@ -35,12 +35,12 @@ def test_every_golden_vector_in_one_launch(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", rans.MODELS)
+@pytest.mark.parametrize("dtype", rans.SYMBOLS)
 def test_chunks_and_ranges(device, dtype):
     tensor = normal(70_000, dtype)
     ranges = [None, (0, 0), (5, 6), (16_383, 16_385), (16_384, 32_768), (30_000, 70_000), (69_999, 70_000)]
-    for model in rans.MODELS[dtype]:
-        blob = codec.encode(tensor, model=model, chunk_log2=14)
+    for symbols in rans.SYMBOLS[dtype]:
+        blob = codec.encode(tensor, symbols=symbols, chunk_log2=14)
         decoder = DeviceDecoder([blob] * len(ranges), device, ranges)
         for wanted, found in zip(ranges, decoder.load(), strict=True):
             assert (bits(found) == bits(tensor[slice(*(wanted or (None,)))])).all()
@@ -116,7 +116,7 @@ def test_rows_that_contradict_the_sizes_are_refused(device):
         "length": [0, 16, 1 << 31],
         "symbols": [0, 257],
         "width": [0, 3, 4],
-        "model": [2, 3],
+        "kind": [2, 3],
     }.items():
         for wrong in value:
             rows = sound.copy()

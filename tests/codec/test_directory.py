@@ -183,13 +183,13 @@ def test_another_job_is_refused(source, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         gk.codec.pack(source, tmp_path / "p", progress=stopping)
     before = contents(tmp_path / "p.partial")
-    with pytest.raises(ValueError, match="unfinished work of another call .options model differs.; delete"):
-        gk.codec.pack(source, tmp_path / "p", model=1)
+    with pytest.raises(ValueError, match="unfinished work of another call .options symbols differs.; delete"):
+        gk.codec.pack(source, tmp_path / "p", symbols="high-byte")
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="version differs"):
         patch.setattr("gaugekit.codec.files.container.BUNDLED", 3)
         gk.codec.pack(source, tmp_path / "p")
     assert contents(tmp_path / "p.partial") == before
-    gk.codec.pack(source, tmp_path / "p", model=1, resume=False)
+    gk.codec.pack(source, tmp_path / "p", symbols="high-byte", resume=False)
     gk.codec.unpack(tmp_path / "p", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(source)
 
@@ -231,7 +231,7 @@ def test_killed_between_the_rename_and_the_end(source, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert (tmp_path / "p" / MANIFEST).is_file() and (tmp_path / "p" / "config.json").is_file()
     with pytest.raises(ValueError, match="new or empty directory"):
-        gk.codec.pack(source, tmp_path / "p", model=1)
+        gk.codec.pack(source, tmp_path / "p", symbols="high-byte")
     (source / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="new or empty directory"):
         gk.codec.pack(source, tmp_path / "p")
@@ -270,16 +270,18 @@ def test_verify_publishes_nothing_that_does_not_restore_the_source(source, tmp_p
 
 
 @pytest.mark.parametrize("count", [1, 1 << 19, (1 << 20) + 1, 3 << 19, (1 << 21) + (1 << 19), (5 << 19) + 7])
-@pytest.mark.parametrize("model", [0, 2])
-def test_pieces_make_the_blob_that_the_whole_makes(tmp_path, count, model):
+@pytest.mark.parametrize("symbols", ["exponent", "exponent-and-mantissa"])
+def test_pieces_make_the_blob_that_the_whole_makes(tmp_path, count, symbols):
     tensor = (torch.randn(count) * 0.02).bfloat16()
     assert cuts(count, 1 << 20)[-1][1] == count
     save_file({"w": tensor}, tmp_path / "a.safetensors")
-    gk.codec.pack(tmp_path / "a.safetensors", tmp_path / "b.safetensors", model=model, memory_bytes=64 << 20)
+    gk.codec.pack(
+        tmp_path / "a.safetensors", tmp_path / "b.safetensors", symbols=symbols, memory_bytes=64 << 20
+    )
     with gk.codec.safe_open(tmp_path / "b.safetensors") as file:
         size = file.stored_bytes("w")
         assert torch.equal(file.get_tensor("w"), tensor)
-    blob = gk.codec.encode(tensor, model=model)
+    blob = gk.codec.encode(tensor, symbols=symbols)
     if count > 1:
         assert size == len(blob) and (tmp_path / "b.safetensors").read_bytes()[-size:] == blob
 

@@ -228,7 +228,7 @@ def test_failure_leaves_nothing(source, tmp_path):
 
 def test_disk_space_is_checked_first(source, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("gaugekit.codec.files.written.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("gaugekit.files.places.shutil.disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="are needed beside p.safetensors, 1,000 are free") as caught:
         gk.codec.pack(source, tmp_path / "p.safetensors")
     assert caught.value.errno == errno.ENOSPC

@@ -1,4 +1,4 @@
-"""Mutations of sound blobs of every type and model, checksums made right, under AddressSanitizer and UBSan.
+"""Mutations of sound blobs of every type and kind of symbols, checksums made right, under AddressSanitizer and UBSan.
 
 FUZZ_SECONDS says for how long; ``make fuzz`` runs ten minutes.
 """

@@ -77,16 +77,16 @@ def test_golden_packed_file_of_version_2(tmp_path):
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_golden_blob(name):
-    tensor, model, chunk_log2 = VECTORS[name]
+    tensor, symbols, chunk_log2 = VECTORS[name]
     data, shape, element = (
         tensor.reshape(-1).view(torch.uint8).numpy(),
         tuple(tensor.shape),
         rans.ELEMENTS[tensor.dtype],
     )
     blob = golden(name)
-    assert codec.encode(tensor, model=model, chunk_log2=chunk_log2) == blob
-    assert encoder.encode(data, shape, element, model, chunk_log2).tobytes() == blob
-    assert oracle.encode(data.tobytes(), shape, element, model, chunk_log2) == blob
+    assert codec.encode(tensor, symbols=symbols, chunk_log2=chunk_log2) == blob
+    assert encoder.encode(data, shape, element, rans.KINDS[symbols], chunk_log2).tobytes() == blob
+    assert oracle.encode(data.tobytes(), shape, element, rans.KINDS[symbols], chunk_log2) == blob
     assert oracle.decode(blob) == (data.tobytes(), shape, element)
     decoded = codec.decode(blob)
     assert decoded.dtype == tensor.dtype and decoded.shape == tensor.shape

@@ -27,11 +27,15 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "model", "bits", "ratio"),
-    [("bf16", None, 10.64, 0.668), ("bf16", 2, 10.57, 0.661), ("fp32", None, 26.56, 0.831)],
+    ("dtype", "symbols", "bits", "ratio"),
+    [
+        ("bf16", None, 10.64, 0.668),
+        ("bf16", "exponent-and-mantissa", 10.57, 0.661),
+        ("fp32", None, 26.56, 0.831),
+    ],
 )
-def test_size_and_identity(dtype, model, bits, ratio, checkpoints, tmp_path):
-    report = gk.codec.pack(checkpoints[dtype], tmp_path / "packed.safetensors", model=model)
+def test_size_and_identity(dtype, symbols, bits, ratio, checkpoints, tmp_path):
+    report = gk.codec.pack(checkpoints[dtype], tmp_path / "packed.safetensors", symbols=symbols)
     gk.codec.unpack(tmp_path / "packed.safetensors", tmp_path / "restored.safetensors")
     assert sha256(tmp_path / "restored.safetensors") == sha256(checkpoints[dtype])
     assert report["bits_per_weight"] <= bits

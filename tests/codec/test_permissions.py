@@ -6,7 +6,7 @@ import stat
 import pytest
 
 import gaugekit as gk
-from gaugekit.files import places, staging
+from gaugekit.files import durable, places, staging
 from gaugekit.files.staging import Staging
 from helpers import contents
 
@@ -70,7 +70,7 @@ def test_folders_that_cannot_be_written_in_are_found_out_before(source, anyone):
         staging.check_target(source, closed / "mine")
         staged = Staging(closed / "mine", {"verb": "test"}, {})
         staged.save()
-        staging.write(staged.folder / "file", b"whole")
+        durable.write(staged.folder / "file", b"whole")
         staged.publish()
         staged.close()
 
@@ -88,7 +88,7 @@ def test_permissions_of_folders_are_set_last(source, anyone):
             staged.clean(set())
             staged.save()
             (staged.folder / "sub" / "empty").mkdir(parents=True)
-            staging.copy(source / "config.json", staged.folder / "sub" / "config.json")
+            durable.copy(source / "config.json", staged.folder / "sub" / "config.json")
         if kill:
             os.unlink = None  # what comes after the folders within
         staged.publish(modes)

@@ -39,15 +39,15 @@ def decoded(blob: bytes, start: int, stop: int, width: int, device: str, variant
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", rans.MODELS)
+@pytest.mark.parametrize("dtype", rans.SYMBOLS)
 @pytest.mark.parametrize("variant", rans_rows.VARIANTS.values(), ids=rans_rows.VARIANTS)
 def test_every_dtype_and_model_whole_and_in_part(device, dtype, variant):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(37_001, generator=generator) * (0.02 if dtype.is_floating_point else 20)
     tensor, width = values.to(dtype), dtype.itemsize
     raw = tensor.view(torch.uint8)
-    for model in rans.MODELS[dtype]:
-        blob = codec.encode(tensor, model=model, chunk_log2=14)
+    for symbols in rans.SYMBOLS[dtype]:
+        blob = codec.encode(tensor, symbols=symbols, chunk_log2=14)
         for start, stop in ((0, 37_001), (0, 16_384), (511, 513), (16_385, 33_000), (36_999, 37_001)):
             found = decoded(blob, start, stop, width, device, variant)
             assert torch.equal(found, raw[start * width : stop * width])
@@ -75,7 +75,7 @@ def test_random_bits_and_steep_tables_on_the_gpu(variant):
     steep = torch.randn(1 << 17, generator=generator).pow(9).bfloat16()
     for tensor in (bits.view(torch.int8), bits.view(torch.bfloat16), steep, steep.float()):
         raw = tensor.view(torch.uint8)
-        for model in rans.MODELS[tensor.dtype]:
-            blob = codec.encode(tensor, model=model)
+        for symbols in rans.SYMBOLS[tensor.dtype]:
+            blob = codec.encode(tensor, symbols=symbols)
             found = decoded(blob, 0, tensor.numel(), tensor.element_size(), "cuda", variant)
             assert torch.equal(found, raw)

@@ -101,11 +101,11 @@ def test_what_was_done_is_not_done_again(verb, end, sources, tmp_path):
     [
         ("pack", {"resume": False}),
         ("unpack", {"resume": False}),
-        ("pack", {"model": 2}),
+        ("pack", {"symbols": "exponent-and-mantissa"}),
     ],
 )
 def test_another_job_does_all_of_its_work(verb, options, sources, tmp_path):
-    """Asked to start over, or with another model: no file of the job that was ended is taken over."""
+    """Asked to start over, or with other symbols: no file of the job that was ended is taken over."""
     work = tmp_path / "work"
     stopped(verb, sources[verb], work / "out")
     before = writings(work)

@@ -118,7 +118,7 @@ def test_bad_requests():
     tensor = torch.randn(10).bfloat16()
     for arguments, message in (
         ({"layout": "zip"}, "layout: expected one of"),
-        ({"layout": "fixed", "model": 0}, "expected None with layout='fixed'"),
+        ({"layout": "fixed", "symbols": "exponent"}, "expected None with layout='fixed'"),
     ):
         with pytest.raises(ValueError, match=message):
             gk.codec.encode(tensor, **arguments)

@@ -2,15 +2,19 @@
 
 import functools
 import json
+import re
 import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny_directory
 from gaugekit import codec
 from gaugekit.cli import main
-from gaugekit.demo import speed, steps
+from gaugekit.demo import page, running, speed, steps
+from tiny import add_tokenizer
 from tiny_directory import BIAS, LAYERS, SQUARE
 
 
@@ -20,10 +24,24 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(source, tmp_path_factory):
+def speaker(tmp_path_factory):
+    """A small Llama with random weights and a tokenizer of letters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=192, max_position_embeddings=96,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(source, speaker, tmp_path_factory):
     """(report, directory) of one run."""
     directory = tmp_path_factory.mktemp("demo") / "out"
-    return steps.run(directory, model=source, sentences=24, seconds=0.2), directory
+    return steps.run(directory, model=source, language_model=speaker, sentences=24, seconds=0.2), directory
 
 
 def test_report_json_holds_the_report(done):
@@ -54,8 +72,8 @@ def test_both_proofs_hold(done):
 def test_both_roads_lead_to_the_same_embeddings(done):
     report, _ = done
     assert len(report["loaded"]) == 2
-    for found in report["loaded"].values():
-        assert found["ok"] and found["max_abs_error"] < 1e-5
+    for proof in report["loaded"].values():
+        assert proof["ok"] and proof["max_abs_error"] < 1e-5
 
 
 def test_packing_is_lossless_and_counted(done):
@@ -81,6 +99,71 @@ def test_a_file_that_comes_back_changed_is_reported(source, tmp_path, monkeypatc
     monkeypatch.setattr(steps, "unpack", careless)
     weights = source / "model.safetensors"
     assert not steps._round_trip(weights, tmp_path / "packed.safetensors", None)["bit_exact"]
+
+
+def test_packed_weights_run_and_are_the_same_bits(done):
+    report, _ = done
+    encoder, speaker = report["running"]
+    for row in (encoder, speaker):
+        assert row["bit_exact"] and row["bytes_after"] < row["bytes_before"]
+        assert row["memory_ratio"] == pytest.approx(row["bytes_after"] / row["bytes_before"])
+        assert row["plain_tokens_s"] > 0 and row["packed_tokens_s"] > 0 and row["rounds"] >= 3
+    assert speaker["perplexity_tokens"] == 95 and 0 <= speaker["same_tokens"] <= speaker["new_tokens"]
+    assert speaker["packed_perplexity"] == pytest.approx(speaker["plain_perplexity"], rel=0.05)
+    assert report["absent"] is None
+
+
+def test_a_weight_that_comes_back_changed_is_reported():
+    plain = torch.nn.Linear(64, 64).bfloat16()
+    packed = torch.nn.Linear(64, 64).bfloat16()
+    packed.load_state_dict(plain.state_dict())
+    assert running._same_bits(plain, packed)
+    with torch.no_grad():
+        plain.weight[3, 5], packed.weight[3, 5] = 0.0, -0.0  # equal numbers, other bits
+    assert not running._same_bits(plain, packed)
+
+
+def test_tokens_a_second_by_hand(monkeypatch):
+    """10 tokens a step, 5, 4 and 2 s plain, 2, 2 and 2 s packed: medians 2.5 and 5 a second, ratios 2.5, 2 and 1."""
+    now = [0.0]
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now[0])
+
+    def step(seconds):
+        for duration in (0.0, *seconds):  # the first step is not timed
+            now[0] += duration
+            yield 10
+
+    steps = {"plain": step([5, 4, 2]), "packed": step([2, 2, 2])}
+    speeds = running._in_turns(steps, 1.0, 100, None)
+    assert speeds == {"plain_tokens_s": 2.5, "packed_tokens_s": 5.0, "speed_ratio": 2.0, "rounds": 3}
+
+
+def test_threads_are_given_back(done):
+    threads = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), steps._one_thread():
+        assert torch.get_num_threads() == 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == threads
+
+
+def test_without_a_language_model_the_page_says_why(done):
+    report, _ = done
+    alone = {**report.fields, "running": report["running"][:1], "absent": "it is <not> installed"}
+    html = page.page(alone)
+    assert "No language model was run beside it: it is &lt;not&gt; installed." in html
+    assert report["running"][1]["model"] not in html
+
+
+def test_what_a_report_says_is_escaped(done):
+    """A model's name, a machine's and a reason are text, wherever they stand."""
+    report, _ = done
+    wild = 'a<script>alert("b")</script>&c'
+    machine = dict.fromkeys(report["machine"], wild)
+    running = [{**row, "model": wild} for row in report["running"]]
+    html = page.page(
+        {**report.fields, "model": wild, "machine": machine, "running": running, "limits": [wild]}
+    )
+    assert "<script" not in html and "a&lt;script&gt;alert(&quot;b&quot;)&lt;/script&gt;&amp;c" in html
 
 
 def test_speeds_are_measured(done):
@@ -125,27 +208,30 @@ def test_without_zstandard_its_row_says_absent(source, monkeypatch):
 
 def test_text_names_what_counts(done):
     report, directory = done
-    for text in (steps.text(report), steps.text(report, colour=True)):
-        assert f"{report['parameters_removed']['total']:,}" in text
-        assert str(directory / "report.html") in text and "not yet faster" in text
-    assert "\x1b" not in steps.text(report)
+    text = steps.text(report)
+    assert (
+        f"{report['parameters_removed']['total']:,}" in text
+        and f"{report['pack']['bf16']['bytes_after']:,}" in text
+    )
+    assert str(directory / "report.html") in text and "not yet faster" in text and "limit 1.5 ×" in text
+    assert "\x1b" not in text
 
 
 def test_the_command_exits_1_where_a_proof_fails(done, monkeypatch, capsys):
     report, directory = done
     monkeypatch.setattr(steps, "run", lambda directory: report)
     assert main(["demo", "--directory", str(directory)]) == 0
-    assert "same answers" in capsys.readouterr().out
+    assert "not a bit was lost" in capsys.readouterr().out
     monkeypatch.setitem(report.fields["fp32"], "ok", False)
     assert main(["demo", "--directory", str(directory)]) == 1
     assert "DIFFER" in capsys.readouterr().out
 
 
-def test_a_second_run_over_the_first(source, done, monkeypatch, capsys):
+def test_a_second_run_over_the_first(source, speaker, done, monkeypatch, capsys):
     """The command reruns over its own output, with JSON alone on stdout."""
     first, directory = done
     (directory / "report.json").write_text("{}")
-    small = functools.partial(steps.run, model=source, sentences=24, seconds=0.1)
+    small = functools.partial(steps.run, model=source, language_model=speaker, sentences=24, seconds=0.1)
     monkeypatch.setattr(steps, "run", small)
     capsys.readouterr()
     assert main(["demo", "--directory", str(directory), "--json"]) == 0
@@ -230,8 +316,34 @@ def test_every_figure_has_a_drawing_and_a_caption(html):
     page = Page()
     page.feed(html)
     figures = page.tags.count("figure")
-    assert figures == page.tags.count("figcaption") == 8
-    assert page.tags.count("svg") == page.tags.count("desc") == figures - 1 + LAYERS
+    assert figures == page.tags.count("figcaption") == 10
+    assert (
+        page.tags.count("svg") == page.tags.count("desc") == figures + LAYERS
+    )  # the spectra's legend and panels
+
+
+def test_the_page_begins_with_what_it_brings_and_ends_with_the_appendix(html, done):
+    report = json.loads((done[1] / "report.json").read_text())
+    headings = re.findall("<h2>(.*?)</h2>", html)
+    assert headings[:2] == ["What it brings", "The proof"] and headings[3] == "What nobody can observe"
+    assert headings[-1] == "Appendix: inside the weights"
+    tiles = re.findall("<dd>(.*?)</dd>", html)
+    speaker = report["running"][-1]
+    assert tiles == [
+        f"−{100 * (1 - report['pack']['bf16']['ratio']):.1f} %",
+        f"−{100 * (1 - report['running'][0]['memory_ratio']):.1f} %",
+        f"{speaker['plain_tokens_s']:.1f} → {speaker['packed_tokens_s']:.1f}",
+        "bit-exact",
+    ]
+    assert html.index("Singular values") > html.index("Appendix")
+
+
+def test_cells_know_their_columns(html):
+    """On a phone a row is a block, and each cell stands beside its column's heading."""
+    for table in re.findall("<table>.*?</table>", html, re.S):
+        heads = [re.sub("<.*?>", "", head) for head in re.findall('<th(?: class="n")?>(.*?)</th>', table)]
+        for row in re.findall('<tr(?: class="total")?>(.*?)</tr>', table)[1:]:
+            assert re.findall('data-column="(.*?)"', row) == heads
 
 
 def test_page_says_what_the_report_says(html, done):
@@ -245,6 +357,7 @@ def test_page_says_what_the_report_says(html, done):
         f"{report['pack']['bf16']['bytes_after']:,}",
         f"{report['bf16']['min_cosine']:.7f}",
         f"{report['speed']['attention']['standard_ms']:.1f} ms",
+        f"{report['running'][1]['packed_perplexity']:.3f}",
         report["machine"]["name"],
         *report["limits"],
     ):

@@ -291,6 +291,20 @@ def test_fuse_leaves_float32_and_says_so():
     model = MODELS["llama"]()
     report = gk.fuse(model, packed=True, attention=False)
     assert not report["replaced"] and "torch.float32" in report["left"][0]["reason"]
+    assert report.notes[0].startswith("nothing was packed: packing takes bfloat16 and float16")
+    assert "float32; model.to(torch.bfloat16) first" in report.notes[0] and report.notes[0] in str(report)
+    assert len(report.notes) < len(report["left"]), "one sentence a reason, not one a layer"
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_parameters_are_counted_as_of_the_plain_model(name):
+    model = made(name)
+    plain = [model.num_parameters(exclude_embeddings=without) for without in (False, True)]
+    gk.fuse(model, packed=True, attention=False)
+    assert [model.num_parameters(exclude_embeddings=without) for without in (False, True)] == plain
+    assert plain[1] < plain[0]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.num_parameters(only_trainable=True) == trained < plain[0], "packed weights are frozen"
 
 
 @minilm

@@ -57,6 +57,25 @@ def test_failing_compiler_is_written_down(checkout, tmp_path):
     assert "build failed" in record["cpu"]["why"]
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_binary_is_built_once_and_anew_where_anything_changed(checkout):
+    """The second build takes the first one's binary, even without a compiler that works; other sources do not."""
+    record, _ = build(checkout)
+    assert record["cpu"]["built"]
+    binary = next((checkout / "python" / "gaugekit").glob("_cpu*.so"))
+    first = binary.read_bytes()
+    shutil.rmtree(checkout / "build")
+    record, _ = build(checkout)
+    assert (
+        record["cpu"]["built"]
+        and binary.read_bytes() == first
+        and not list(checkout.glob("build/temp*/**/*.o"))
+    )
+    (checkout / "csrc" / "cpu" / "probe.cpp").write_text("int gaugekit_probe() { return 2; }\n")
+    record, _ = build(checkout)
+    assert record["cpu"]["built"] and binary.read_bytes() != first
+
+
 @pytest.mark.skipif(not CPU.exists() or shutil.which("nm") is None, reason="needs the C++ binary and nm")
 def test_binary_uses_the_stable_abi_only():
     """Symbols of c10:: or at:: would tie the binary to one torch release."""

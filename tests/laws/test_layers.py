@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "gaugekit"
 # A room may import rooms of a lower floor, and its own. Lazy imports (inside a function) count, and modules imported
 # by the name in a string.
 FLOORS = [
-    {"_library", "report", "progress", "files", "pages", "reference"},
+    {"_library", "report", "progress", "files", "pages", "reference", "triton_kernels"},
     {"ops"},
     {"codec", "nn", "models", "doctor"},
     {"checkpoint"},
@@ -31,7 +31,6 @@ FOREIGN = {  # who may import which foreign package; torch and numpy are free
     "transformers": {"hf", "text", "demo"},
     "safetensors": {"checkpoint"},
     "tqdm": {"progress"},
-    "rich": {"demo"},
     "zstandard": {"demo"},
     "triton": {"ops"},
 }

@@ -54,7 +54,7 @@ inline Matrix pack(int64_t rows, int64_t columns, bool half, int code_bits, std:
     encode_row(m.words.data() + row * columns, columns, half, code_bits,
                Target{m.raw.data() + row * blocks * 64, m.planes.data() + row * count * blocks, blocks,
                       m.escapes.data() + begins[row], m.escapes.data() + begins[row + 1], m.window[row]},
-               begins[row], m.offsets.data() + row * segments, Level::portable);
+               begins[row], m.offsets.data() + row * segments, Isa::portable);
   m.offsets.back() = static_cast<int32_t>(begins[rows]);
   return m;
 }

@@ -44,11 +44,11 @@ int compare(int64_t rows, int64_t columns, bool half, int code_bits, std::mt1993
     encode_row(words.data() + row * columns, columns, half, code_bits,
                Target{raw.data() + row * blocks * BLOCK, plane.data() + row * planes * blocks, blocks,
                       escapes.data() + begins[row], escapes.data() + begins[row + 1], window[row]},
-               begins[row], offsets.data() + row * w.segments(), Level::portable);
+               begins[row], offsets.data() + row * w.segments(), Isa::portable);
 
   int cases = 0;
-  for (const Level l : {Level::portable, Level::avx2, Level::avx512, Level::vbmi2}) {
-    if (l > level()) continue;
+  for (const Isa l : {Isa::portable, Isa::avx2, Isa::avx512, Isa::vbmi2}) {
+    if (l > isa()) continue;
     for (const int64_t batch : {1, 2, 3, 5, 16}) {
       const auto arranged =
           half ? arrange(reinterpret_cast<const Float16*>(x.data()), batch, columns, blocks, half)
@@ -77,5 +77,5 @@ int main() {
     for (const int code_bits : {3, 4})
       for (const auto [rows, columns] : {std::pair<int, int>{1, 1}, {9, 70}, {19, 1024}, {10, 2100}})
         cases += compare(rows, columns, half, code_bits, random);
-  std::printf("levels %d, cases %d\n", static_cast<int>(level()) + 1, cases);
+  std::printf("levels %d, cases %d\n", static_cast<int>(isa()) + 1, cases);
 }

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gaugekit.pages.charts import Bar, Series, bars, columns, lines, nice, superscript
+from gaugekit.pages.charts import Bar, Series, bars, columns, key, lines, nice, superscript
 
 WORDS = dict(title="a <title>", desc="a & description", x_label="x < 1", y_label="y")
 
@@ -76,3 +76,33 @@ def test_bars_are_as_long_as_their_numbers_and_carry_them():
 def test_ids_are_unique_on_a_page():
     drawings = [parse(columns([1], x_ticks=[], **WORDS)) for _ in range(2)]
     assert len({drawing.find("title").get("id") for drawing in drawings}) == 2
+
+
+def test_a_legend_stands_inside_the_drawing_and_above_the_plot():
+    series = [
+        Series([0, 1], "noise", label="a long name <of a line>"),
+        Series([1, 0], "ours", label="another", marks=True),
+    ]
+    root = parse(lines(series, x_ticks=[], y_range=(0, 1), **WORDS))
+    labels = {
+        text.text: text for text in root.iter("text") if text.text in ("a long name <of a line>", "another")
+    }
+    assert len(labels) == 2
+    width, top = (
+        float(root.get("viewBox").split()[2]),
+        min(float(line.get("y1")) for line in root.findall("line")),
+    )
+    for words, text in labels.items():
+        assert float(text.get("x")) + 7 * len(words) < width and float(text.get("y")) < top
+    legend = root.find("g[@class='legend']")
+    assert [path.get("class") for path in legend.findall("path")] == ["line noise", "line ours"]
+    assert len(legend.findall("circle")) == 1
+
+
+def test_a_legend_that_is_too_long_takes_a_second_row():
+    drawing = ElementTree.fromstring(
+        key([("one of the heads", "head", "line"), ("the median", "ours", "dot")], width=200)
+    )
+    rows = [float(text.get("y")) for text in drawing.iter("text")]
+    assert rows[1] > rows[0] and rows[1] <= float(drawing.get("viewBox").split()[3])
+    assert len(list(drawing.iter("circle"))) == 1 and len(list(drawing.iter("path"))) == 1

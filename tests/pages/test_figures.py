@@ -5,8 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gaugekit.demo import page
-from gaugekit.pages import figures as figures
+from gaugekit.pages import figures, numbers
 from gaugekit.pages.charts import Bar, Series, bars, lines
 
 NAN, INF = float("nan"), float("inf")
@@ -16,6 +15,8 @@ def parsed(drawing):
     """The parts of a drawing; no number of it may be NaN or infinite."""
     assert "nan" not in drawing and "inf" not in drawing.replace("not finite", "")
     root = ElementTree.fromstring(drawing)
+    for legend in root.findall("g[@class='legend']"):
+        root.remove(legend)
     paths = [path.get("d") for path in root.iter("path") if "line" in path.get("class", "")]
     crosses = [group for group in root.iter("g") if group.get("class") == "missing"]
     return root, paths, crosses, list(root.iter("circle"))
@@ -85,11 +86,11 @@ def test_charts_take_values_that_are_missing():
     ],
 )  # fmt: skip
 def test_ratios_say_what_they_cannot(noise, error, said):
-    assert page._ratio({"noise": noise, "relative_error": error}) == said
+    assert numbers.over_noise({"noise": noise, "relative_error": error}) == said
 
 
 def test_small_numbers_and_cosines_say_what_they_cannot():
-    assert [page._small(value) for value in (None, NAN, INF, 0, 2.7e-7)] == [
+    assert [numbers.power_of_ten(value) for value in (None, NAN, INF, 0, 2.7e-7)] == [
         "not finite", "not finite", "not finite", "0", "2.7 · 10⁻⁷",
     ]  # fmt: skip
-    assert page._cosine(math.nan) == page._cosine(None) == "not finite"
+    assert numbers.cosine(math.nan) == numbers.cosine(None) == "not finite"

@@ -9,9 +9,9 @@ from pydoc_data.topics import topics
 from transformers import AutoModel
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.calibration.moments import observe, tokens
 from gaugekit.rank import embeddings
-from gaugekit.text import samples
 from helpers import minilm
 
 
@@ -27,7 +27,7 @@ def test_activations_matter_and_ragged_ranks_beat_uniform_ones():
 
     def truncated(known, **goal):
         model.load_state_dict(state)
-        report = gk.rank.truncate(model, known, **goal)
+        report = gk.rank.truncate(model, moments=known, **goal)
         found = embeddings(model, batches)
         away = 1 - float((found * original).sum(1).mean())
         return report, away, float((found - original).norm() / original.norm())

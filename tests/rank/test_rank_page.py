@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModel
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.calibration.moments import observe
-from gaugekit.checkpoint.reader import CERTIFICATE
+from gaugekit.checkpoint.writer import CERTIFICATE
 from gaugekit.cli import main
 from gaugekit.rank import Truncate, spectrum
 from gaugekit.rank.page import pages
-from gaugekit.text import samples
 from gaugekit.verbs.convert import convert
 from tiny import add_tokenizer, bert
 
@@ -34,12 +34,14 @@ def source(tmp_path):
 
 
 def drawings(page):
-    """The figures of the page, parsed; everything else must be free of links to other files."""
+    """The figures of the page, parsed, without their legend; nothing may link to other files."""
     assert "http" not in page and "<script" not in page and "src=" not in page
-    return [
+    legend, *panels = [
         ElementTree.fromstring(part.split("</svg>")[0] + "</svg>")
         for part in map("<svg".__add__, page.split("<svg")[1:])
     ]
+    assert "last channel kept" in [text.text for text in legend.iter("text")]
+    return panels
 
 
 @pytest.mark.parametrize(

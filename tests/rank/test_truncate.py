@@ -18,11 +18,11 @@ from transformers import (
 )
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.cli import main
 from gaugekit.models import Live
 from gaugekit.rank import Truncate
 from gaugekit.symmetry import GaugeFix
-from gaugekit.text import samples
 from gaugekit.verbs.convert import convert
 from tiny import add_tokenizer, bert, gpt2
 
@@ -170,9 +170,20 @@ def test_what_is_refused(saved, tmp_path, capsys):
         ({"energy": 1.5}, "energy: expected a share"),
         ({"min_cosine": 0.9}, "calibration: expected text for min_cosine"),
         ({"rank": 3, "calibration": TEXT}, "text: expected a model loaded from a directory"),
+        (
+            {"rank": 3, "calibration": [{}]},
+            "calibration: expected text .* a list of dict; .* given as moments=",
+        ),
+        ({"rank": 3, "calibration": TEXT, "moments": [{}]}, "calibration, moments: expected one of them"),
+        ({"min_cosine": 0.9, "moments": [{}]}, "calibration: expected text for min_cosine"),
+        ({"min_cosine": 1.1, "calibration": TEXT}, r"min_cosine: expected a cosine in \(0, 1\], got 1.1"),
     ):
         with pytest.raises(ValueError, match=message):
             gk.rank.truncate(model, **arguments)
+    with pytest.raises(ValueError, match="aware: expected True or False, got list; .* given as moments="):
+        Truncate(3, aware=[{}])
+    with pytest.raises(ValueError, match="aware, moments: expected one of them, got both"):
+        Truncate(3, aware=True, moments=[{}])
     with pytest.raises(ValueError, match="even number, since rotary"):
         gk.rank.truncate(made("llama"), rank=3)
     normed = Qwen3ForCausalLM(Qwen3Config(**SIZES))
@@ -206,3 +217,16 @@ def test_rank_then_gauge_through_the_engine(saved, tmp_path):
     assert report["parameters_before"] - report["parameters_after"] == sum(
         step["removed"]["total"] for step in report["steps"]
     )
+
+
+@pytest.mark.parametrize("goal", [{"rank": 5}, {"energy": 0.9}])
+def test_moments_take_the_place_of_text(goal, saved):
+    source = saved("bert")
+    model, twin = (AutoModel.from_pretrained(source).eval() for _ in range(2))
+    moments = gk.statistics.observe(model, TEXT)
+    by_text = gk.rank.truncate(model, TEXT, **goal)
+    assert gk.rank.truncate(twin, moments=moments, **goal).fields == by_text.fields
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+    prepared = gk.rank.prepare(source, moments=moments, **goal)
+    assert prepared.moments is moments and not prepared.needs_statistics
+    assert prepared.of(model.config.to_dict()) == by_text["ranks"]

@@ -98,7 +98,7 @@ def test_bad_input():
 
 @minilm
 def test_the_counts_of_a_real_model():
-    from gaugekit.text import samples
+    from gaugekit import samples
 
     plan = symmetry.GaugeFix().plan(transformers.AutoConfig.from_pretrained(samples.minilm()).to_dict())
     assert plan == {

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gaugekit as gk
 import gaugekit.integrations.transformers
+from gaugekit import samples
 from gaugekit.integrations.packing import load_packed
-from gaugekit.text import samples
 from helpers import smollm2
 
 pytestmark = [smollm2, pytest.mark.slow]

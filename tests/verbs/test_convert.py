@@ -12,8 +12,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from gaugekit.checkpoint.reader import CERTIFICATE, Checkpoint, Writer  # noqa: E402
-from gaugekit.files.staging import MANIFEST, sha256  # noqa: E402
+from gaugekit.checkpoint.reader import Checkpoint  # noqa: E402
+from gaugekit.checkpoint.writer import CERTIFICATE, Writer  # noqa: E402
+from gaugekit.files.durable import sha256  # noqa: E402
+from gaugekit.files.staging import MANIFEST  # noqa: E402
 from gaugekit.symmetry import GaugeFix  # noqa: E402
 from gaugekit.verbs.convert import convert  # noqa: E402
 from warm import python  # noqa: E402
@@ -232,14 +234,16 @@ def test_resume_after_a_kill_between_naming_the_shards_and_the_rename(tmp_path, 
 
 SLOW = """
 import sys, time
-from gaugekit import checkpoint, rewrite, symmetry
-checkpoint.Writer.__init__.__kwdefaults__["shard_bytes"] = 10_000
+import gaugekit
+from gaugekit import symmetry
+from gaugekit.checkpoint.writer import Writer
+Writer.__init__.__kwdefaults__["shard_bytes"] = 10_000
 class Slow(symmetry.GaugeFix):
     def layer(self, view, statistics=None):
         print("layer", flush=True)
         time.sleep(0.5)
         return super().layer(view, statistics)
-rewrite.convert(sys.argv[1], sys.argv[2], [Slow()])
+gaugekit.convert(sys.argv[1], sys.argv[2], [Slow()])
 """
 
 

@@ -12,8 +12,9 @@ transformers = pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 from gaugekit import codec, rank  # noqa: E402
-from gaugekit.checkpoint import reader  # noqa: E402
-from gaugekit.checkpoint.reader import SCRATCH, Checkpoint  # noqa: E402
+from gaugekit.checkpoint import writer  # noqa: E402
+from gaugekit.checkpoint.reader import Checkpoint  # noqa: E402
+from gaugekit.checkpoint.writer import SCRATCH  # noqa: E402
 from gaugekit.cli import main  # noqa: E402
 from gaugekit.files.staging import MANIFEST  # noqa: E402
 from gaugekit.rank import page  # noqa: E402
@@ -93,7 +94,7 @@ def end_at(patch, owner, name, before=1, after=0):
 
 
 PHASES = {  # where a conversion that packs is ended
-    "first shard": (reader, "save_tensors"),
+    "first shard": (writer, "save_tensors"),
     "before packing": (codec, "pack"),
     "packed, not noted": (codec, "pack", 0, 1),
     "moving": (engine, "_move", 0, 1),
@@ -126,7 +127,7 @@ def test_what_was_found_is_not_sought_again(source, tmp_path, monkeypatch):
 
     later = Later({"energy": 0.8}, rewrites)
     with monkeypatch.context() as patch:
-        end_at(patch, reader, "save_tensors")
+        end_at(patch, writer, "save_tensors")
         with pytest.raises(Stop):
             convert(source, tmp_path / "out", later, calibration=tmp_path / "text.txt")
     assert not (tmp_path / "out").exists()
@@ -142,7 +143,7 @@ def test_what_was_found_is_not_sought_again(source, tmp_path, monkeypatch):
 def test_another_text_after_a_kill_is_refused(source, tmp_path, monkeypatch):
     arguments = {"calibration": tmp_path / "text.txt"}
     with monkeypatch.context() as patch:
-        end_at(patch, reader, "save_tensors")
+        end_at(patch, writer, "save_tensors")
         with pytest.raises(Stop):
             convert(source, tmp_path / "out", [rank.Truncate(4, aware=True)], **arguments)
     (tmp_path / "text.txt").write_text(TEXT.replace("once", "twice"))

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModel
 
 import gaugekit as gk
+from gaugekit import samples
 from gaugekit.cli import main
 from gaugekit.models import Live
-from gaugekit.text import samples
 from gaugekit.verbs.heal import heal, heal_directory
 from tiny import add_tokenizer, bert, gpt2, save_spread
 

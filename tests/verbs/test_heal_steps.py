@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModel
 
+from gaugekit import samples
 from gaugekit.hf import loading
-from gaugekit.text import samples
 from gaugekit.verbs.heal import heal, heal_directory
 from tiny import add_tokenizer, bert, save_spread
 

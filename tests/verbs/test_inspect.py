@@ -9,8 +9,8 @@ import torch
 from transformers import BloomConfig, BloomModel
 
 import gaugekit.verbs.inspect
+from gaugekit import samples
 from gaugekit.reference.nonlocal_energy import nonlocal_energy
-from gaugekit.text import samples
 from gaugekit.verbs.inspect import SMOOTH, _smoothing
 from helpers import minilm
 from tiny import add_tokenizer, bert, gpt2
@@ -187,10 +187,10 @@ def test_what_cannot_be_inspected_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "first", ["import gaugekit", "import gaugekit.inspect", "import gaugekit.verify, inspect"]
+    "first", ["import gaugekit", "import gaugekit.verbs.inspect", "import gaugekit.verbs.verify, inspect"]
 )
 def test_the_verb_is_callable_and_hides_nothing(first):
-    use = "print(inspect.getsource(gk.inspect.inspect)[:11], callable(gk.inspect))"
+    use = "print(inspect.getsource(gk.inspect)[:11], callable(gk.inspect))"
     code = f"{first}\nimport gaugekit as gk, inspect\n{use}"
     done = subprocess.run([*python(), "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "def inspect True", done.stderr

@@ -8,7 +8,7 @@ import torch
 from transformers import BertForMaskedLM
 
 import gaugekit.verbs.verify
-from gaugekit.text import samples
+from gaugekit import samples
 from helpers import minilm
 from tiny import bert, copy_of, gpt2
 from warm import python
@@ -144,7 +144,7 @@ def test_a_masked_language_model_is_compared_by_its_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "first", ["import gaugekit", "import gaugekit.verify", "from gaugekit.verify import verify"]
+    "first", ["import gaugekit", "import gaugekit.verbs.verify", "from gaugekit.verbs.verify import verify"]
 )
 def test_the_verb_is_callable_whatever_is_imported_first(first):
     use = "import gaugekit as gk\ntry:\n    gk.verify(1, 2, pool='max')\nexcept ValueError as error:\n    print(error)"

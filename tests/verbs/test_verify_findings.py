@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import gaugekit.verbs.verify
+from gaugekit import samples
 from gaugekit.hf import loading
-from gaugekit.text import samples
 from gaugekit.verbs.verify import _Comparison, allowed
 from gaugekit.verbs.verify_runs import LOGITS, SMALL, TOKENS, Kept, Output, affordable, text_batches
 from tiny import bert, copy_of, gpt2

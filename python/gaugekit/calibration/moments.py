@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gaugekit import models
-from gaugekit.text import samples
+from gaugekit.models.family import Family
+from gaugekit.text.batches import tokens
 
 PARTS = ("q", "k", "v", "o")
 
@@ -93,29 +94,6 @@ def observe(
     return found
 
 
-def tokens(
-    model: torch.nn.Module, text: str | Path | list[str], batch_size: int = 8
-) -> list[dict[str, torch.Tensor]]:
-    """The text as batches of ``input_ids`` and ``attention_mask`` [B, T] on the model's device.
-
-    Raises ValueError where no tokenizer stands in the directory the model was loaded from, and for bad text.
-    """
-    from gaugekit.hf import loading
-
-    path = loading.home(model)
-    tokenizer = None if path is None else loading.tokenizer(path)
-    if tokenizer is None:
-        raise ValueError("text: expected a model loaded from a directory with a tokenizer, found none")
-    ids = samples.tokenize(tokenizer, samples.read(text), loading.positions(model.config))
-    if not ids:
-        raise ValueError("text: expected text that gives tokens, got none")
-    device = next(model.parameters()).device
-    return [
-        {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
-        for rows, mask in samples.batches(ids, batch_size, getattr(model.config, "pad_token_id", None) or 0)
-    ]
-
-
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode; afterwards every module is in the mode it was in."""
@@ -128,7 +106,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def watched(model, blocks, family, config: dict, modules: list[str]) -> list[dict[str, torch.nn.Module]]:
+def watched(
+    model: torch.nn.Module,
+    blocks: Iterable[torch.nn.Module],
+    family: Family,
+    config: dict,
+    modules: list[str],
+) -> list[dict[str, torch.nn.Module]]:
     """{name: module} of each block, for "q", "k", "v", "o" and paths inside a block."""
     paths = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     prefix = family.prefix(name for name, _ in model.named_parameters())

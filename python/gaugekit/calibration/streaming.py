@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -25,10 +23,13 @@ import torch
 from gaugekit import models
 from gaugekit.calibration.moments import Moments, add, observe, watched
 from gaugekit.checkpoint.config import stored_as
-from gaugekit.checkpoint.reader import Checkpoint, versions
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.checkpoint.writer import versions
+from gaugekit.files.durable import identity, replacing, sync
 from gaugekit.files.places import naming_file
-from gaugekit.files.staging import identity, replacing, workplace
-from gaugekit.text import samples
+from gaugekit.files.staging import workplace
+from gaugekit.text.batches import batches as batches_of
+from gaugekit.text.batches import padding, token_ids
 
 
 def collect(
@@ -66,7 +67,7 @@ def collect(
     with contextlib.ExitStack() as stack:
         if work_directory is None:
             work_directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gaugekit-statistics-"))
-        batches = list(samples.batches(sequences, batch_size, pad))
+        batches = list(batches_of(sequences, batch_size, pad))
         which = _identity(checkpoint, sequences, list(modules), batch_size, dtype)
         state = stack.enter_context(contextlib.closing(_State(work_directory, which)))
         run = _Pass(checkpoint, dtype, list(modules))
@@ -144,8 +145,7 @@ class _State:
 
     def sync(self, layer: int) -> None:
         """Puts the mapped file of ``layer`` on the disk before a record says it is there."""
-        with self.hidden_path(layer).open("rb") as file:
-            os.fsync(file.fileno())
+        sync(self.hidden_path(layer))
 
     def arguments(self, index: int) -> Path:
         return self.work / "arguments" / f"{index}.pt"
@@ -280,27 +280,22 @@ def _sequences(checkpoint: Checkpoint, text, max_tokens: int | None) -> tuple[li
     if tokenizer is None:
         raise ValueError(f"checkpoint: expected a tokenizer in {str(checkpoint.path)!r}, found none")
     config = loading.config(checkpoint.path)
-    sequences = samples.tokenize(tokenizer, samples.read(text), loading.positions(config))
-    if max_tokens is not None:
-        cut, left = [], max_tokens
-        for row in sequences:
-            if left > 0:
-                cut.append(row[:left])
-                left -= len(row)
-        sequences = cut
-    if not sequences:
-        raise ValueError("text_file: expected text that gives tokens, got none")
-    return sequences, config.pad_token_id or 0
+    longest = loading.positions(config)
+    sequences = token_ids(tokenizer, text, longest, most=max_tokens, argument="text_file")
+    return sequences, padding(config)
 
 
 def _identity(
     checkpoint: Checkpoint, sequences, modules: list[str], batch_size: int, dtype: torch.dtype
 ) -> dict:
     """What a work folder belongs to: the same weights, tokens and arguments, or it is not resumed."""
-    digests = {f"checkpoint {name}": digest for name, digest in checkpoint.sha256().items()}
-    digests["tokens"] = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
-    options = {"modules": modules, "batch_size": batch_size, "dtype": str(dtype)}
-    return identity("statistics", versions("transformers"), digests, options)
+    return identity(
+        "statistics",
+        versions("transformers"),
+        weights={"checkpoint": checkpoint.sha256()},
+        text={"tokens": sequences},
+        options={"modules": modules, "batch_size": batch_size, "dtype": str(dtype)},
+    )
 
 
 __all__ = ["Moments", "collect", "observe"]

@@ -47,6 +47,11 @@ def flush(stream: TextIO) -> OSError | None:
     return None
 
 
+def lost(error: OSError | None) -> bool:
+    """Whether what was printed did not arrive, although a reader waits for it (one that has gone, | head, does not)."""
+    return error is not None and not isinstance(error, BrokenPipeError)
+
+
 def _abandon(stream: TextIO) -> None:
     try:
         descriptor = stream.fileno()

@@ -9,25 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 from gaugekit.codec.directories.job import Job, Progress, convert, counter
 from gaugekit.codec.files import container, stream
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import SUFFIX, Entry
 from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
-from gaugekit.codec.files.written import check_room, written
 from gaugekit.codec.tensors.pieces import read_at
-from gaugekit.files.places import check_place, placed
-from gaugekit.ops.rans import operator as rans
-from gaugekit.report import Report
+from gaugekit.files.durable import written
+from gaugekit.files.missing import how_to_get
+from gaugekit.files.places import check_place, check_space, placed
+from gaugekit.report import Report, change, shell, size
 
 
 def pack(
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
-    model: int | None = None,
+    symbols: str | None = None,
     verify: bool = False,
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = True,
@@ -36,10 +34,11 @@ def pack(
     """Packs the .safetensors file ``source`` into ``target``, or every one in a directory, the rest being copied.
 
     Tensors of a dtype that ``encode`` takes are coded where that makes them smaller, everything else is stored as it
-    is; ``model`` is that of ``encode`` for the bfloat16 ones (2: smaller, slower). ``unpack`` restores each file byte
-    for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model directory loads once
-    ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is restored again in memory and
-    compared with the source before it is given its name, and every copy too. No file grows by more than 1 % and 4 KB.
+    is; ``symbols`` are those of ``encode`` for the bfloat16 ones ("exponent-and-mantissa": smaller, slower). ``unpack``
+    restores each file byte for byte. A packed file is a valid .safetensors file (docs/format.md), and a packed model
+    directory loads once ``gaugekit.integrations.transformers`` is imported. With ``verify`` each packed file is
+    restored again in memory and compared with the source before it is given its name, and every copy too. No file
+    grows by more than 1 % and 4 KB.
 
     Memory: ``memory_bytes`` of buffers (64 MiB or more), whatever the tensors' sizes. Nothing is written over the
     input. A file is written beside its place, flushed and renamed. A directory grows in ``<target>.partial``; after a
@@ -50,21 +49,26 @@ def pack(
     Report: bytes_before, bytes_after and ratio of the .safetensors files, bits_per_weight over them (headers included),
     verified, seconds. ValueError for a source that is missing, packed already, holds no .safetensors, something that
     cannot be copied (a link to nothing, a socket), or an index that promises what is not there; for a target that is a
-    link, a device, or in a folder that cannot be written in; and for unfinished work of another source or ``model``.
+    link, a device, or in a folder that cannot be written in; and for unfinished work of another source or ``symbols``.
     CorruptFile for a source that is damaged, OSError when the disk is too small or fails.
     """
-    if model not in (None, *rans.MODELS[torch.bfloat16]):
-        raise ValueError(f"model: expected None or one of {rans.MODELS[torch.bfloat16]}, got {model!r}")
+    stream.check_symbols(symbols)
     with Crew(memory_bytes) as crew:
-        one = partial(_pack_file, crew=crew, model=model, verify=verify)
+        one = partial(_pack_file, crew=crew, symbols=symbols, verify=verify)
         same = partial(_is_packed, crew=crew)
-        job = Job("pack", {"model": model}, _packable, one, same, verify)
+        job = Job("pack", {"symbols": symbols}, _packable, one, same, verify)
         report = _run(job, source, target, resume, progress)
     weights, after = report.fields.pop("weights"), report["bytes_after"]
     report.fields["ratio"] = after / report["bytes_before"]
     report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
     report.fields["verified"] = verify
     report.fields["seconds"] = report.fields.pop("seconds")
+    compared = ", each file decoded again and compared" if verify else ""
+    report.lines.insert(1, ("bits a weight", f"{report['bits_per_weight']:.2f}, headers included"))
+    report.done = f"Packed {source} without loss{compared} and wrote {target}."
+    report.next = (
+        f"gaugekit unpack {shell(target)} RESTORED brings every byte back; transformers loads it as it is"
+    )
     return report
 
 
@@ -86,6 +90,8 @@ def unpack(
         one, same = partial(_unpack_file, crew=crew), partial(_is_unpacked, crew=crew)
         report = _run(Job("unpack", {}, _unpackable, one, same), source, target, resume, progress)
     del report.fields["weights"]
+    report.done = f"Restored {target} from {source}, byte for byte."
+    report.next = f"use {target} as any .safetensors"
     return report
 
 
@@ -94,7 +100,9 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     started = time.perf_counter()
     source, slash, target = Path(source), os.fspath(target).endswith(("/", os.sep)), Path(target)
     if not source.exists():
-        raise ValueError(f"source: expected a {SUFFIX} file or a directory, but {source} does not exist")
+        raise ValueError(
+            f"source: expected a {SUFFIX} file or a directory, but {source} does not exist{how_to_get(source)}"
+        )
     if not (source.is_file() or source.is_dir()):
         raise ValueError(f"source: expected a {SUFFIX} file or a directory, but {source} is neither")
     whole, place = Path(os.path.realpath(source)), placed(target)
@@ -102,13 +110,22 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     if place == whole or (place.exists() and whole.samefile(place)):
         raise ValueError(f"target: expected another path than source, got {target} for both")
     if whole.is_dir():
-        return convert(job, whole, place, resume, progress, started)
+        return _told(convert(job, whole, place, resume, progress, started))
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
-    check_room(place, job.plan(whole))
+    check_space(place, job.plan(whole))
     counts = job.one(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
-    return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})
+    return _told(Report(job.verb, {**fields, "seconds": time.perf_counter() - started}))
+
+
+def _told(report: Report) -> Report:
+    sizes = report["bytes_before"], report["bytes_after"]
+    report.lines = [
+        (".safetensors", f"{size(sizes[0])} before, {size(sizes[1])} after: {change(*sizes)}"),
+        ("time", f"{report['seconds']:.1f} s"),
+    ]
+    return report
 
 
 def _packable(path: Path) -> int:
@@ -132,7 +149,7 @@ def _packed(path: Path) -> Packed:
 
 
 def _pack_file(
-    source: Path, target: Path, advance: Callable, *, crew: Crew, model: int | None, verify: bool
+    source: Path, target: Path, advance: Callable, *, crew: Crew, symbols: str | None, verify: bool
 ) -> tuple[int, int, int]:
     with source.open("rb") as file, naming(source), written(target, like=source) as out:
         original = container.read(file)
@@ -141,7 +158,7 @@ def _pack_file(
             return read_at(file, original.data_start + entry.begin + start, stop - start)
 
         advance(original.data_start)
-        after = stream.pack(original, read, out, crew, model, advance)
+        after = stream.pack(original, read, out, crew, symbols, advance)
         out.flush()
         if verify:
             _verify(file, out, crew)

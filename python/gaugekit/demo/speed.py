@@ -92,7 +92,15 @@ def coding(source: Path, seconds: float, progress: Progress = None) -> dict:
     return {"bytes": size, "rounds": len(times["gaugekit", "pack"]), "coders": found}
 
 
-def attention(seconds: float, progress: Progress = None, *, batch=4, tokens=512, width=768, heads=12) -> dict:
+def attention(
+    seconds: float,
+    progress: Progress = None,
+    *,
+    batch: int = 4,
+    tokens: int = 512,
+    width: int = 768,
+    heads: int = 12,
+) -> dict:
     """Milliseconds of two attention sub-blocks on the same input [B, T, D], float32, forward only.
 
     Standard: one fused projection to queries, keys and values, torch's SDPA, the output projection. Value-free

@@ -1,4 +1,4 @@
-"""The whole path on a real pretrained model: look, remove, load, pack, prove, time; with a report page.
+"""The whole path on a real pretrained model: look, remove, load, pack, prove, run, time; with a report page.
 
 ``run`` writes report.json and report.html; the page is drawn from the JSON and nothing else.
 """
@@ -21,19 +21,21 @@ import torch
 from gaugekit import _library, doctor
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec import pack, unpack
-from gaugekit.codec.files.written import written
-from gaugekit.demo import page, speed
-from gaugekit.files import staging
+from gaugekit.demo import page, running, speed
+from gaugekit.files.durable import lock, sha256, written
+from gaugekit.hf import loading
+from gaugekit.pages.figures import DTYPES
+from gaugekit.pages.numbers import change, over_noise
 from gaugekit.progress import bar
 from gaugekit.report import Report
 from gaugekit.symmetry import GaugeFix
-from gaugekit.text import samples
+from gaugekit.text.samples import minilm, smollm2
+from gaugekit.text.sentences import sentences as documentation
 from gaugekit.verbs.convert import convert
 from gaugekit.verbs.fuse import fuse
 from gaugekit.verbs.inspect import inspect
-from gaugekit.verbs.verify import verify
+from gaugekit.verbs.verify import NOISE_FACTOR, verify
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MARK = ".gaugekit-demo"
 WEIGHTS = "model.safetensors"
 REPORTS = ("report.json", "report.html")
@@ -44,15 +46,18 @@ MADE = [  # all a demo writes into ``models``, also what a kill leaves of it
     for place in (name, f"{name}.partial", f"{name}.packed.safetensors", f"{name}.packed.restored")
 ]
 LIMITS = [
-    "The compact form is smaller on disk and not yet faster: when the model is loaded, what was removed is filled in "
-    "again and each projection is one ordinary matrix product. A kernel that uses the removed part is still to come.",
-    "Packing saves storage and transfer. The weights are unpacked before they are used, so a running model needs as "
-    "much memory as before.",
-    "One model and one kind of text, Python’s own documentation in English. Equal embeddings were shown; no benchmark "
-    "score was taken.",
-    "The value-free block belongs to models trained that way; no such model was run here, only its arithmetic was "
-    "timed.",
-    "Speeds come from one short run on one machine that may have had other work; take them as an order of size.",
+    "One encoder and one small language model, one kind of text (Python’s own documentation, in English). Equal "
+    "answers were shown; no benchmark score was taken.",
+    "Sizes of files and of memory come from all-MiniLM-L6-v2. SmolLM2’s weights were 4-bit numbers once, so what "
+    "they pack to says nothing about a model trained in bfloat16; its perplexity and its tokens a second do.",
+    "Whether packed weights are faster or slower than plain ones depends on the processor and on how many tokens are "
+    "worked on at once: docs/resident.md has the figures. Nothing on this page ran on a GPU.",
+    "The compact form of gauge fixing is smaller on disk and not yet faster: when the model is loaded, what was "
+    "removed is filled in again and each projection is one ordinary matrix product.",
+    "The value-free block of the appendix belongs to models trained that way; no such model was run here, only its "
+    "arithmetic was timed.",
+    "Speeds come from one short run, with one thread, on one machine that may have had other work; take them as an "
+    "order of size.",
 ]
 
 
@@ -60,34 +65,66 @@ def run(
     directory: str | Path = Path("build/demo"),
     *,
     model: str | Path | None = None,
-    sentences: int = 500,
-    seconds: float = 8.0,
+    language_model: str | Path | None = None,
+    sentences: int = 100,
+    seconds: float = 4.0,
 ) -> Report:
     """Runs the demo and writes ``report.json`` and ``report.html`` into ``directory``.
 
-    ``model`` is a Hugging Face directory with one model.safetensors and a tokenizer (default: the installed
-    all-MiniLM-L6-v2); ``sentences`` how many sentences of Python's documentation verify runs; ``seconds`` the time
-    each of the two speed measurements may take. Fields: ``model``, ``parameters_before``, ``parameters_after``,
-    ``parameters_removed`` {group: count, total}, ``layers`` (as gk.inspect gives them), ``exponents``, ``loaded``,
-    ``fp32`` and ``bf16`` (as gk.verify gives them), ``pack`` {fp32, bf16: {bytes_before, bytes_after, ratio,
-    bits_per_weight, bit_exact}}, ``bytes``, ``speed``, ``seconds`` by step, ``machine``, ``limits``.
+    Returns a Report: ``model``, ``running`` [one entry a model: what ``demo.running`` measures of packed weights in
+    memory], ``absent`` (why no language model ran, or None), ``pack`` {fp32, bf16: {bytes_before, bytes_after, ratio,
+    bits_per_weight, bit_exact}}, ``bytes``, ``parameters_before``, ``parameters_after``, ``parameters_removed``
+    {group: count, total}, ``layers`` (as gk.inspect gives them), ``exponents``, ``loaded``, ``fp32`` and ``bf16`` (as
+    gk.verify gives them), ``speed``, ``seconds`` by step, ``machine``, ``limits``.
+
+    ``model``: a Hugging Face directory with one model.safetensors and a tokenizer; the installed all-MiniLM-L6-v2.
+    ``language_model``: a directory of a decoder with a tokenizer; without it, SmolLM2 beside the default ``model``
+    where its package is installed, and none beside another.
+    ``sentences``: how many sentences of Python's documentation verify runs.
+    ``seconds``: what each of the speed measurements may take; everything runs on one thread, which a busy machine
+    delays least.
 
     Models it makes stand in ``directory/models``, which an earlier run's output may fill: that goes, and nothing
     else. Raises FileNotFoundError, naming the pip command, where the default model is not installed, and ValueError
     where ``directory`` holds models or a report that no demo wrote, or where another demo is writing.
     """
     directory = Path(directory)
-    source = samples.minilm() if model is None else Path(model)
-    with _workspace(directory) as models:
-        return _run(directory, source, models, model is None, sentences, seconds)
+    source = minilm() if model is None else Path(model)
+    name = "all-MiniLM-L6-v2" if model is None else source.name
+    with _workspace(directory) as models, _one_thread():
+        clock, strings = _Clock(), documentation(sentences)
+        fields = {"model": name, **_steps(source, models, strings, clock)}
+        speaker, absent = _language_model(model is None, language_model, clock)
+        fields |= _speeds(name, models / "original-bfloat16", speaker, strings, seconds, clock)
+        fields |= {
+            "absent": absent,
+            "sentences": len(strings),
+            "seconds": clock.seconds(),
+            "machine": _machine(),
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "limits": LIMITS,
+        }
+        pages = {
+            "report.json": json.dumps(fields, indent=1, allow_nan=False) + "\n",
+            "report.html": page.page(fields),
+        }
+        for file_name, content in pages.items():
+            with written(directory / file_name) as file:
+                file.write(content.encode())
+    return Report("demo", fields, [f"{directory / name}" for name in ("report.html", "report.json")])
 
 
-def _run(directory: Path, source: Path, models: Path, minilm: bool, sentences: int, seconds: float) -> Report:
-    strings = samples.sentences(sentences)
-    clock = _Clock()
+def prepare() -> None:
+    """Writes SmolLM2 as safetensors where its package is installed, so that the demo need not wait for it."""
+    absent = _language_model(True, None, _Clock())[1]
+    if absent:
+        print(f"gaugekit: the demo will run without a language model: {absent}")
 
+
+def _steps(source: Path, models: Path, strings: list[str], clock: _Clock) -> dict:
+    """The fields of everything but speed."""
     with clock.step("inspect") as progress:
-        seen = inspect(source, text=strings[:32], progress=progress)
+        seen = inspect(source, text=strings[:16], progress=progress)
         exponents = {**_exponents(source), "entropy_bits": seen["exponent_entropy_bits"]}
     with clock.step("convert") as progress:
         folders = {kind: models / f"gauge-fixed-{dtype}" for kind, dtype in DTYPES.items()}
@@ -96,128 +133,137 @@ def _run(directory: Path, source: Path, models: Path, minilm: bool, sentences: i
         plain = {"fp32": source, "bf16": models / "original-bfloat16"}
         convert(source, plain["bf16"], [], dtype="bfloat16", progress=progress)
     with clock.step("load") as progress:
-        loaded = _loaded(source, folders["fp32"], strings[:32], progress)
+        loaded = _loaded(source, folders["fp32"], strings[:8], progress)
     with clock.step("pack") as progress:
         packed, sizes = _packed(plain, folders, models, progress)
     proofs = {}
-    with clock.step("verify") as progress:
-        for kind, dtype in DTYPES.items():
-            proofs[kind] = verify(
-                source,
-                folders[kind],
-                text=strings,
-                dtype=dtype,
-                pool="mean",
-                batch_size=32,
-                progress=progress,
-            ).fields
-    with clock.step("speed") as progress:
-        measured = {
-            "coding": speed.coding(plain["bf16"], seconds, progress),
-            "attention": speed.attention(seconds, progress),
-        }
-
-    fields = {
-        "model": "all-MiniLM-L6-v2" if minilm else source.name,
+    for kind, dtype in DTYPES.items():
+        with clock.step(f"verify {dtype}") as progress:
+            options = {"text": strings, "dtype": dtype, "pool": "mean", "batch_size": 32}
+            proofs[kind] = verify(source, folders[kind], progress=progress, **options).fields
+    return {
         "parameters_before": converted["parameters_before"],
         "parameters_after": converted["parameters_after"],
         "parameters_removed": converted["steps"][0]["removed"],
-        "sentences": len(strings),
         "layers": seen["layers"],
         "exponents": exponents,
         "loaded": loaded,
         **proofs,
+        "noise_limits": {kind: NOISE_FACTOR[getattr(torch, dtype)] for kind, dtype in DTYPES.items()},
         "pack": packed,
         "bytes": sizes,
-        "speed": measured,
-        "seconds": clock.seconds(),
-        "machine": _machine(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "limits": LIMITS,
     }
-    pages = {
-        "report.json": json.dumps(fields, indent=1, allow_nan=False) + "\n",
-        "report.html": page.page(fields),
-    }
-    for name, content in pages.items():
-        with written(directory / name) as file:
-            file.write(content.encode())
-    return Report("demo", fields, [f"{directory / name}" for name in ("report.html", "report.json")])
+
+
+def _language_model(default: bool, given: str | Path | None, clock: _Clock) -> tuple[Path | None, str | None]:
+    """(directory of the language model or None, why there is none)."""
+    if given is not None:
+        return Path(given), None
+    if not default:
+        return None, "none was given beside a model of your own"
+    try:
+        with clock.step("read SmolLM2"), loading.quiet():
+            return smollm2(), None
+    except (OSError, ImportError, ValueError) as reason:  # the page says why and goes on without it
+        return None, str(reason)
+
+
+def _name(speaker: Path) -> str:
+    return "SmolLM2-135M" if speaker.name.startswith("smollm2") else speaker.name
+
+
+def _speeds(
+    name: str, plain: Path, speaker: Path | None, strings: list[str], seconds: float, clock: _Clock
+) -> dict:
+    """Packed weights in memory beside plain ones, coding beside zstd, a value-free attention beside a standard one."""
+    with clock.step("run packed encoder") as progress:
+        rows = [running.encoder(name, plain, strings, seconds, progress)]
+    if speaker is not None:
+        with clock.step("run packed language model") as progress:
+            rows.append(running.language_model(_name(speaker), speaker, 2 * seconds, progress))
+    with clock.step("time coding and attention") as progress:
+        measured = {
+            "coding": speed.coding(plain, seconds, progress),
+            "attention": speed.attention(seconds, progress),
+        }
+    return {"running": rows, "speed": measured}
 
 
 def holds(report: Report) -> bool:
-    """Whether both proofs came out and both files came back bit for bit."""
-    return all(report[kind]["ok"] and report["pack"][kind]["bit_exact"] for kind in DTYPES)
+    """Whether both proofs came out, both files came back bit for bit, and so did every weight packed in memory."""
+    return all(report[kind]["ok"] and report["pack"][kind]["bit_exact"] for kind in DTYPES) and all(
+        row["bit_exact"] for row in report["running"]
+    )
 
 
-def text(report: Report, colour: bool = False) -> str:
-    """The result as a table: by rich where ``colour`` is asked for and rich is installed, else as plain text."""
+def text(report: Report) -> str:
+    """The result as plain text: what it brings, the proof, where the page is."""
     rows = _rows(report)
-    answers = "same answers" if holds(report) else "and the answers DIFFER"
-    title = f"{report['model']}: {report['parameters_removed']['total']:,} parameters fewer, {answers}"
-    where = "\n".join(["", *report["limits"][:1], "", *(f"wrote {path}" for path in report.notes)])
-    if colour:
-        try:
-            return _rich(title, rows) + where
-        except ImportError:
-            colour = False
+    exact = "and not a bit was lost" if holds(report) else "and the answers DIFFER"
+    file, memory = report["pack"]["bf16"]["ratio"], report["running"][0]["memory_ratio"]
+    title = f"{report['model']} in bfloat16: file {change(file)}, memory {change(memory)}, {exact}"
     width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]) + "\n" + where
+    table = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+    if report["absent"]:
+        table.append(f"no language model was run: {report['absent']}")
+    return "\n".join([*table, "", *(f"wrote {path}" for path in report.notes)])
 
 
 def _rows(report: Report) -> list[tuple[str, str]]:
-    removed = report["parameters_removed"]
-    rows = [(f"removed: {group.replace('_', ' ')}", f"{count:,}") for group, count in removed.items()]
-    for kind, dtype in DTYPES.items():
-        proof = report[kind]
-        rows.append(
-            (
-                f"error beside noise, {dtype}",
-                f"{proof['relative_error']:.2e} beside {proof['noise']:.2e}, min cosine {proof['min_cosine']:.7f}, "
-                f"{'passes' if proof['ok'] else 'FAILS'}",
-            )
-        )
+    rows = []
     for kind, dtype in DTYPES.items():
         row = report["pack"][kind]
-        rows.append(
-            (
-                f"packed, {dtype}",
-                f"{row['bytes_before']:,} to {row['bytes_after']:,} bytes, ratio {row['ratio']:.4f}, "
-                f"{row['bits_per_weight']:.2f} bits a weight, {'bit-exact' if row['bit_exact'] else 'NOT EXACT'}",
-            )
-        )
+        rows.append((
+            f"file, {dtype}",
+            f"{row['bytes_before']:,} to {row['bytes_after']:,} bytes ({change(row['ratio'])}), "
+            f"{row['bits_per_weight']:.2f} bits a weight, {'bit-exact' if row['bit_exact'] else 'NOT EXACT'}",
+        ))  # fmt: skip
+    for row in report["running"]:
+        rows.append((
+            f"memory, {row['model']}",
+            f"{row['bytes_before'] / 1e6:,.1f} to {row['bytes_after'] / 1e6:,.1f} MB "
+            f"({change(row['memory_ratio'])}), {'bit-exact' if row['bit_exact'] else 'NOT EXACT'}",
+        ))  # fmt: skip
+        rows.append((
+            f"tokens a second, {row['work']}",
+            f"plain {row['plain_tokens_s']:.1f}, packed {row['packed_tokens_s']:.1f} ({row['speed_ratio']:.2f} times)"
+            f"",
+        ))  # fmt: skip
+        if "plain_perplexity" in row:
+            rows.append((
+                f"perplexity, {row['perplexity_tokens']} tokens",
+                f"plain {row['plain_perplexity']:.3f}, packed {row['packed_perplexity']:.3f}",
+            ))  # fmt: skip
+    removed = report["parameters_removed"]["total"]
+    share = removed / report["parameters_before"]
+    rows.append(("unobservable parameters removed", f"{removed:,} ({share:.2%}), smaller and not yet faster"))
+    for kind, dtype in DTYPES.items():
+        rows.append((f"error without them, {dtype}", _proof(report[kind], report["noise_limits"][kind])))
     for name, row in report["speed"]["coding"]["coders"].items():
-        rows.append(
-            (
-                f"pack and unpack, {name}",
-                row.get("absent")
-                or f"{row['pack_gb_s']:.2f} and {row['unpack_gb_s']:.2f} GB/s, ratio {row['ratio']:.4f}",
-            )
-        )
-    block = report["speed"]["attention"]
-    rows.append(
-        (
-            "attention, value-free beside standard",
-            f"{block['value_free_ms']:.1f} ms beside {block['standard_ms']:.1f} ms, {block['ratio']:.2f} times as fast",
-        )
-    )
+        rows.append((
+            f"pack and unpack, {name}",
+            row.get("absent")
+            or f"{row['pack_gb_s']:.2f} and {row['unpack_gb_s']:.2f} GB/s, ratio {row['ratio']:.4f}",
+        ))  # fmt: skip
     rows.append(("seconds", f"{report['seconds']['total']:.0f}"))
     return rows
 
 
-def _rich(title: str, rows: list[tuple[str, str]]) -> str:
-    from rich.console import Console
-    from rich.table import Table
+def _proof(proof: dict, limit: float) -> str:
+    cosine = "" if proof["min_cosine"] is None else f", least cosine {proof['min_cosine']:.7f}"
+    verdict = "passes" if proof["ok"] else "FAILS"
+    return f"{over_noise(proof)} the format's own noise, limit {limit:g} ×{cosine}: {verdict}"
 
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
-    table.add_column(style="cyan")
-    table.add_column()
-    for row in rows:
-        table.add_row(*row)
-    console = Console(force_terminal=True, width=shutil.get_terminal_size().columns)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of torch: two that wait for each other on a busy machine take longer than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Clock:
@@ -249,11 +295,14 @@ def _workspace(directory: Path) -> Iterator[Path]:
                 )
     models.mkdir(parents=True, exist_ok=True)
     with (models / MARK).open("ab") as mark:
-        if not staging.lock(mark):
+        if not lock(mark):
             raise ValueError(f"directory: another demo is writing {str(directory)!r}")
         for name in MADE:
-            made = models / name
-            shutil.rmtree(made) if made.is_dir() and not made.is_symlink() else made.unlink(missing_ok=True)
+            earlier = models / name
+            if earlier.is_dir() and not earlier.is_symlink():
+                shutil.rmtree(earlier)
+            else:
+                earlier.unlink(missing_ok=True)
         yield models
 
 
@@ -279,22 +328,19 @@ def _loaded(source: Path, converted: Path, strings: list[str], progress) -> dict
     """How far the converted directory, loaded by transformers, and the original, fused, stand from the original."""
     from transformers import AutoModel
 
-    from gaugekit.hf import loading
-
-    with (
-        loading.quiet()
-    ):  # our own bar is on the screen; this also registers the loader of converted directories
+    # Our own bar is on the screen; this also registers the loader of converted directories.
+    with loading.quiet():
         plain, compact = (AutoModel.from_pretrained(path).eval() for path in (source, converted))
     replaced = fuse(plain)
     roads = {"converted, from_pretrained": compact, "original, fused": plain}
-    found = {}
+    proofs = {}
     for road, model in roads.items():
         proof = verify(source, model, text=strings, dtype="float32", pool="mean", progress=progress)
-        found[road] = {
+        proofs[road] = {
             key: proof[key] for key in ("noise", "relative_error", "max_abs_error", "min_cosine", "ok")
         }
-    found["original, fused"]["replaced"] = replaced.fields
-    return found
+    proofs["original, fused"]["replaced"] = replaced.fields
+    return proofs
 
 
 def _packed(plain: dict, fixed: dict, models: Path, progress) -> tuple[dict, dict]:
@@ -320,7 +366,7 @@ def _round_trip(original: Path, packed: Path, progress) -> dict:
     restored = packed.with_suffix(".restored")
     report = pack(original, packed, progress=progress)
     unpack(packed, restored, progress=progress)
-    exact = staging.sha256(original) == staging.sha256(restored)
+    exact = sha256(original) == sha256(restored)
     restored.unlink()
     fields = ("bytes_before", "bytes_after", "ratio", "bits_per_weight")
     return {**{field: report[field] for field in fields}, "bit_exact": exact}

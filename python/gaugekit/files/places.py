@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +58,17 @@ def check_place(target: Path) -> None:
         raise ValueError(
             f"target: expected a folder that can be written in, got {str(parent)!r}, which cannot"
         )
+
+
+def check_space(target: Path, needed: int, free: int | None = None) -> None:
+    """OSError unless ``needed`` bytes are free beside ``target``, whose folder may not be there yet; ``free`` are,
+    where the caller knows.
+    """
+    if free is None:
+        free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
+    if free < needed:
+        message = f"{needed:,} bytes are needed beside {target.name}, {free:,} are free"
+        raise OSError(errno.ENOSPC, message, os.fspath(placed(target).parent))
 
 
 def holds(folder: Path, place: Path) -> bool:

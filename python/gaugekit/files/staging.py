@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from gaugekit.files.places import beside, check_place, holds, naming_file, placed
+from gaugekit.files.durable import dump, lock, replacing, sync
+from gaugekit.files.places import beside, check_place, holds, placed
 
 MANIFEST = "gaugekit_manifest.json"
 LOCK = "gaugekit_lock"
 OWN = (MANIFEST, MANIFEST + ".tmp", LOCK)
-
-
-def identity(verb: str, version: Any, digests: dict[str, str], options: dict[str, Any]) -> dict:
-    """What makes two calls the same job, so that the second may go on with what a kill left of the first.
-
-    ``digests`` are those of the weights and texts that are read, by what they are for; ``version`` is that of what the
-    job writes; ``options`` is everything else that the result depends on. No names, sizes or times of files: equal
-    ones say nothing about what is in them. All values are JSON.
-    """
-    parts = {"verb": verb, "version": version, "digests": digests, "options": options}
-    return json.loads(json.dumps(parts))  # as the manifest gives it back: tuples are lists there
 
 
 class Staging:
@@ -104,10 +93,8 @@ class Staging:
 
     def save(self) -> None:
         """Puts ``state`` on the disk; a kill at any moment leaves the old one or the new."""
-        temporary = self.folder / (MANIFEST + ".tmp")
-        write(temporary, dump(self.state))
-        os.replace(temporary, self.folder / MANIFEST)
-        sync(self.folder)
+        with replacing(self.folder / MANIFEST) as file:
+            file.write(dump(self.state))
 
     def clean(self, keep: set[str]) -> None:
         """Removes what an earlier run left, except the files (relative names) in ``keep`` and their folders."""
@@ -190,17 +177,6 @@ def workplace(
     return staged
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of ``path`` only when it is whole and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with naming_file(path), temporary.open("wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
 def _manifest(folder: Path) -> dict | None:
     """What the manifest in ``folder`` says; None where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -239,21 +215,6 @@ def _workplace(target: Path) -> Path:
     return target if fixed or os.path.realpath(os.curdir) == str(target) else partial(target)
 
 
-def lock(file: IO) -> bool:
-    """Whether this process has the open ``file`` to itself now, until it closes it; always so where the system has no
-    such locks.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def partial(target: Path) -> Path:
     """The folder in which ``target`` grows."""
     return beside(target, "", ".partial")
@@ -289,55 +250,3 @@ def free_bytes(target: Path) -> int:
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     place = next(place for place in (folder, *folder.parents) if place.is_dir())
     return shutil.disk_usage(place).free + held
-
-
-def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The SHA-256 of a file, in hexadecimal; ``progress`` is told each block's bytes."""
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-        if progress:
-            progress(len(block))
-    return digest.hexdigest()
-
-
-def dump(content: dict) -> bytes:
-    """JSON as our files have it; names that are no Unicode text are escaped."""
-    try:
-        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:
-        return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def write(path: Path, content: bytes) -> None:
-    """A new file that is on the disk when this returns."""
-    with naming_file(path), open(path, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def copy(source: Path, target: Path) -> None:
-    """A copy that is on the disk when this returns, its folder made where there is none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with naming_file(target), open(target, "wb") as stream:
-        for block in _blocks(source):
-            stream.write(block)
-        stream.flush()
-        os.fsync(stream.fileno())
-    shutil.copymode(source, target)
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a folder that somebody else wrote."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with naming_file(path), open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            yield block

@@ -15,10 +15,11 @@ import torch
 
 from gaugekit import models
 from gaugekit.checkpoint.config import read_config
+from gaugekit.checkpoint.dtypes import FLOATS
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec.directories.index import INDEX_SUFFIX, check_indices
+from gaugekit.files.missing import how_to_convert, how_to_get
 
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # transformers sets torch's default dtype and more while it builds a model: two threads must not undo each other's.
 _building = threading.RLock()
 _switch = threading.Lock()
@@ -44,11 +45,15 @@ def directory(path: str | Path, argument: str = "model") -> Path:
     if not path.is_dir():
         raise ValueError(
             f"{argument}: expected a model directory, got {str(path)!r}, which is not a directory"
+            f"{how_to_get(path)}"
         )
     if not (path / "config.json").is_file():
-        raise ValueError(f"{argument}: expected a config.json in {str(path)!r}, found none")
+        raise ValueError(
+            f"{argument}: expected a config.json in {str(path)!r}, found none{how_to_convert(path)}"
+        )
     if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{argument}: expected .safetensors files in {str(path)!r}, found none")
+        hint = how_to_convert(path)
+        raise ValueError(f"{argument}: expected .safetensors files in {str(path)!r}, found none{hint}")
     read_config(path)
     check_indices(path, [file.name for file in path.glob("*" + INDEX_SUFFIX)])
     return path
@@ -59,10 +64,10 @@ def stored_dtype(path: Path) -> torch.dtype:
     checkpoint = Checkpoint(path)  # the files the model consists of, not others that stand beside them
     numbers: Counter[torch.dtype] = Counter()
     for name in checkpoint.names():
-        if (dtype := checkpoint.dtype(name)) in STORED.values():
+        if (dtype := checkpoint.dtype(name)) in FLOATS.values():
             numbers[dtype] += math.prod(checkpoint.shape(name))
     if not numbers:
-        raise ValueError(f"{path}: expected weights stored as {', '.join(STORED)}, found none")
+        raise ValueError(f"{path}: expected weights stored as {', '.join(FLOATS)}, found none")
     return numbers.most_common(1)[0][0]
 
 
@@ -163,7 +168,7 @@ def positions(config: Any) -> int:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Keeps transformers' progress bars and advice off the terminal: the caller shows its own progress.
 
     They are switches of the whole process: the first of several threads turns them off, the last turns them back.

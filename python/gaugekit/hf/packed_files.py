@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -32,7 +33,7 @@ def register() -> None:
 
 
 @contextlib.contextmanager
-def without_mapping():
+def without_mapping() -> Iterator[None]:
     """Reads ordinary files through gaugekit too, a tensor at a time and without mapping them; this thread only."""
     token = _mapping.set(False)
     try:

@@ -9,6 +9,8 @@ reading of packed files.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gaugekit.hf.upstream import unfit
@@ -32,14 +34,13 @@ NAME = "gaugekit"
 logger = logging.get_logger(__name__)
 
 
-@register_quantization_config(NAME)
 class GaugekitConfig(QuantizationConfigMixin):
     """``quantization_config`` of a converted checkpoint: {"quant_method": "gaugekit", "version": 1, "modules": {...}}.
 
     ``modules`` maps the name of a module of the base model (no "bert." or "transformer." before it) to its spec,
     {"form": name, "arguments": {...}}. ``neutreno``, where it stands, is the λ of a model that was saved after
     ``gaugekit.fuse(model, neutreno=λ)``; it is fused so again. ``GaugekitConfig(packed=True)``, given to
-    ``from_pretrained`` of a plain directory, keeps its matrices packed in memory instead (docs/packed.md). Raises
+    ``from_pretrained`` of a plain directory, keeps its matrices packed in memory instead (docs/resident.md). Raises
     ValueError for a version that is not 1, modules of another shape, or an entry that is not known.
     """
 
@@ -50,7 +51,7 @@ class GaugekitConfig(QuantizationConfigMixin):
         quant_method: str = NAME,
         packed: bool = False,
         neutreno: float | list[float] | None = None,
-        **unknown,
+        **unknown: Any,
     ):
         if version != VERSION:
             raise ValueError(
@@ -77,7 +78,10 @@ class GaugekitConfig(QuantizationConfigMixin):
         return kept if self.neutreno is not None else {k: v for k, v in kept.items() if k != "neutreno"}
 
 
-@register_quantizer(NAME)
+# calls instead of decorators: a type checker takes what those return for the class
+register_quantization_config(NAME)(GaugekitConfig)
+
+
 class GaugekitQuantizer(HfQuantizer):
     """Puts the forms in place before the weights are read; nothing is lost, so everything else stays allowed."""
 
@@ -86,7 +90,7 @@ class GaugekitQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
 
-    def __init__(self, quantization_config, **arguments):
+    def __init__(self, quantization_config: GaugekitConfig, **arguments: Any):
         super().__init__(quantization_config, **arguments)
         self.packing = Packing() if quantization_config.packed else None
         self.attention_asked = False
@@ -94,13 +98,13 @@ class GaugekitQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         return self.packing is not None and self.packing.takes(model, param_name)
 
-    def get_quantize_ops(self):
+    def get_quantize_ops(self) -> Packing | None:
         return self.packing
 
-    def update_attn_implementation(self, config):
+    def update_attn_implementation(self, config: Any) -> Any:
         self.attention_asked = getattr(config, "_attn_implementation_internal", None) is not None
         return config
 
@@ -134,6 +138,9 @@ class GaugekitQuantizer(HfQuantizer):
                 raise ValueError(f"quantization_config: neutreno does not fit this model: {reasons[0]}")
             remember(model, [step])
         return model
+
+
+register_quantizer(NAME)(GaugekitQuantizer)
 
 
 interface.register()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ class Packing(ConversionOps):
             return False
         return module.weight is not None and module.weight.dtype in resident.DTYPES
 
-    def convert(self, input_dict: dict, model: nn.Module, **_) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict, model: nn.Module, **_: Any) -> dict[str, Tensor]:
         converted = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value

@@ -35,7 +35,7 @@ except ImportError as error:
 from gaugekit.hf.sas_config import BLOCKS, SASCacheLayer, SASConfig
 from gaugekit.nn import MLP, IdentityLinear, ShapedAttention
 from gaugekit.nn.block import Block, make_norm
-from gaugekit.nn.rows import positions_of
+from gaugekit.nn.cache import positions_of
 
 # What transformers calls the cache an output holds: "cache" from 5.24 on, "past_key_values" before. Both are taken.
 CACHE = next(
@@ -112,7 +112,8 @@ class SASModel(SASPreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x] if wanted else []
         for block, layer in zip(self.layers, layers, strict=True):
-            run = functools.partial(block, lengths=lengths, cache=layer, positions=positions)
+            turned = positions if self.config.rope else None
+            run = functools.partial(block, lengths=lengths, cache=layer, positions=turned)
             if self.gradient_checkpointing and self.training and layer is None:
                 run = functools.partial(self._gradient_checkpointing_func, run)
             x = run(x)

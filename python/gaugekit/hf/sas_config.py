@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,10 +88,10 @@ class SASConfig(PreTrainedConfig):
             raise ValueError(f"num_hidden_layers: expected at least 1, got {self.num_hidden_layers!r}")
         return [SASCacheLayer._layer_type] * self.num_hidden_layers
 
-    def validate_layer_type(self):
+    def validate_layer_type(self) -> None:
         """Ours is not on transformers' list of types."""
 
-    def block_of(self, layer: int, device=None) -> Block:
+    def block_of(self, layer: int, device: torch.device | str | None = None) -> Block:
         """A new block for this layer."""
         options = {"beta_ff": self.beta_ff, "first": self.first_value and layer == 0}
         return BLOCKS[self.block](
@@ -119,7 +120,7 @@ class SASCacheLayer(LayerCache, CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, **_):
+    def __init__(self, **_: Any):
         LayerCache.__init__(self)
 
     @property
@@ -130,10 +131,12 @@ class SASCacheLayer(LayerCache, CacheLayerMixin):
     def batch_size(self) -> int:
         return -1 if self.keys is None else self.keys.shape[0]
 
-    def lazy_initialization(self, *_) -> None:
+    def lazy_initialization(self, *_: Any) -> None:
         """The first append does it."""
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         step = self.append(key_states, value_states)
         return step.keys, step.values
 

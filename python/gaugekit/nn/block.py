@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +13,13 @@ from gaugekit.nn.shaped_attention import ShapedAttention
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "none": lambda width, **_: nn.Identity()}
 
 
-def make_norm(kind: str, width: int, eps: float, device=None, dtype=None) -> nn.Module:
+def make_norm(
+    kind: str,
+    width: int,
+    eps: float,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """The norm called ``kind``: "rms", "layer" or "none" (the identity); ValueError for another."""
     if kind not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}; got {kind!r}")
@@ -24,8 +32,10 @@ class Block(nn.Module):
     ``hidden`` is the MLP's width, 4·D unless given. What is not named here goes to ``ShapedAttention``.
     """
 
-    def __init__(self, width, heads, *, gains: dict[str, float], norms=2, hidden=None, norm="rms", activation="relu",
-                 eps=1e-8, std=0.02, device=None, dtype=None, **attention):  # fmt: skip
+    def __init__(self, width: int, heads: int, *, gains: dict[str, float], norms: int = 2, hidden: int | None = None,
+                 norm: str = "rms", activation: str = "relu", eps: float = 1e-8, std: float = 0.02,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+                 **attention: Any):  # fmt: skip
         super().__init__()
         make = {"device": device, "dtype": dtype}
         self.norm = make_norm(norm, width, eps, **make)

@@ -7,6 +7,8 @@ those of the constructor that ``Block`` does not take: groups, key_width, causal
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from gaugekit.nn.block import Block
@@ -26,11 +28,11 @@ class SASBlock(Block):
     which keeps a value matrix.
     """
 
-    def __init__(self, width: int, heads: int, *, beta_ff: float = 0.1, first: bool = False, **options):
+    def __init__(self, width: int, heads: int, *, beta_ff: float = 0.1, first: bool = False, **options: Any):
         options = _first_value(first, width, options) | options
         super().__init__(width, heads, gains={"beta_ff": beta_ff}, **options)
 
-    def forward(self, x: Tensor, **options) -> Tensor:
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         x = self.attention(self.norm(x), **options)
         return x + self.beta_ff * self.mlp(self.mlp_norm(x))
 
@@ -41,11 +43,11 @@ class SASPBlock(Block):
     As ``SASBlock``; it also trains with norm="none". β_SA starts at 1.
     """
 
-    def __init__(self, width: int, heads: int, *, beta_ff: float = 0.1, first: bool = False, **options):
+    def __init__(self, width: int, heads: int, *, beta_ff: float = 0.1, first: bool = False, **options: Any):
         options = _first_value(first, width, options) | options
         super().__init__(width, heads, gains={"beta_sa": 1.0, "beta_ff": beta_ff}, norms=1, **options)
 
-    def forward(self, x: Tensor, **options) -> Tensor:
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         x = self.norm(x)
         return self.beta_sa * self.attention(x, **options) + self.beta_ff * self.mlp(x)
 
@@ -53,7 +55,7 @@ class SASPBlock(Block):
 class PreLNBlock(Block):
     """a = x + attention(norm(x)); y = a + MLP(norm(a)): softmax attention with value and output matrices."""
 
-    def __init__(self, width: int, heads: int, *, groups: int | None = None, **options):
+    def __init__(self, width: int, heads: int, *, groups: int | None = None, **options: Any):
         make = {name: options.get(name) for name in ("device", "dtype")}
         values = width if groups is None else width // heads * groups
         matrices = {"value": nn.Linear(width, values, bias=False, **make),
@@ -65,6 +67,6 @@ class PreLNBlock(Block):
             if isinstance(matrix, nn.Linear):
                 nn.init.normal_(matrix.weight, std=self.attention.std)
 
-    def forward(self, x: Tensor, **options) -> Tensor:
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         x = x + self.attention(self.norm(x), **options)
         return x + self.mlp(self.mlp_norm(x))

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from gaugekit.nn.rows import append
+from torch.nn.functional import pad
 
 
 class Step(NamedTuple):
@@ -18,6 +17,24 @@ class Step(NamedTuple):
     query_start: Tensor | None
     key_lengths: Tensor | None
     mean: Tensor | None
+
+
+def append(old: Tensor | None, new: Tensor, columns: int, start: Tensor | None) -> Tensor:
+    """A buffer that holds the first ``columns`` rows of ``old`` [B, ·, S, ·] and then ``new`` [B, ·, T, ·].
+
+    With ``start`` int64 [B] the new rows of sequence b stand at start[b]. The buffer is ``old`` where it has room and
+    no gradient flows, else a larger one; without ``old`` it is ``new`` itself, which is therefore never written to.
+    """
+    if old is None:
+        return new
+    end = columns + new.shape[2]
+    if end > old.shape[2] or old.requires_grad or new.requires_grad:
+        old = pad(old[:, :, :columns], (0, 0, 0, end + end // 4 - columns))
+    if start is None:
+        old[:, :, columns:end] = new
+        return old
+    row = start[:, None] + torch.arange(new.shape[2], device=new.device)
+    return old.scatter_(2, row[:, None, :, None].expand_as(new), new)
 
 
 class LayerCache:
@@ -78,3 +95,12 @@ class LayerCache:
             self.lengths = self.lengths - rows
         if self.total is not None:
             self.total = self._sum(self.values, self.lengths)
+
+
+def positions_of(rows: int, cache: LayerCache | None, device: torch.device) -> Tensor:
+    """The positions of ``rows`` new rows after what a LayerCache (or None) holds: int64 [T], or [B, T] where its
+    sequences differ in length."""
+    t = torch.arange(rows, device=device)
+    if cache is None:
+        return t
+    return t + (cache.columns if cache.lengths is None else cache.lengths[:, None])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from gaugekit.nn.concat import Concat
@@ -16,11 +17,19 @@ from gaugekit.nn.packed_embedding import PackedEmbedding
 from gaugekit.nn.packed_linear import PackedLinear
 
 
-def _linear(inputs: int, outputs: int, bias: bool = True, device=None, dtype=None) -> nn.Module:
+def _linear(
+    inputs: int,
+    outputs: int,
+    bias: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     return nn.Linear(inputs, outputs, bias, device=device, dtype=dtype)
 
 
-def _concat(parts: list[dict], device=None, dtype=None) -> nn.Module:
+def _concat(
+    parts: list[dict], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     return Concat(build(part, device=device, dtype=dtype) for part in parts)
 
 
@@ -34,7 +43,9 @@ FORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(spec: dict, *, device=None, dtype=None) -> nn.Module:
+def build(
+    spec: dict, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """The module of a spec, its weights still to be loaded.
 
     Raises ValueError for a spec of another shape, a form that is not known (naming those that are) or arguments the

@@ -31,7 +31,7 @@ class GaugeProjection(nn.Module):
     form = "gauge_projection"
 
     def __init__(self, inputs: int, heads: int, width: int, bias: bool = False, padded: int | None = None,
-                 device=None, dtype=None):  # fmt: skip
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__()
         for name, size in (("inputs", inputs), ("heads", heads), ("width", width)):
             if not isinstance(size, int) or size < 1:

@@ -13,7 +13,9 @@ class IdentityLinear(nn.Module):
     Simplifying Transformer Blocks (ICLR 2024), eq. 6 with W_init = I.
     """
 
-    def __init__(self, width: int, device=None, dtype=None):
+    def __init__(
+        self, width: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, width, device=device, dtype=dtype))
         self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))

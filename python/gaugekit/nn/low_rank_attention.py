@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from gaugekit.nn.shaped_attention import ShapedAttention
@@ -16,7 +19,16 @@ class LowRankAttention(ShapedAttention):
     Truong, arXiv 2410.11500.
     """
 
-    def __init__(self, width: int, heads: int, rank: int, *, device=None, dtype=None, **arguments):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        rank: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ):
         make = {"bias": False, "device": device, "dtype": dtype}
         super().__init__(
             width,

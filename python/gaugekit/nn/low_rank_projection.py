@@ -21,7 +21,7 @@ class LowRankProjection(nn.Module):
     form = "low_rank_projection"
 
     def __init__(self, inputs: int, width: int, ranks: Sequence[int], bias: bool = True, leading: bool = True,
-                 device=None, dtype=None):  # fmt: skip
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__()
         ranks = list(ranks)
         if not ranks or not all(isinstance(rank, int) and 1 <= rank <= width for rank in ranks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
@@ -16,7 +17,8 @@ class MLP(nn.Module):
     ValueError for an activation that is not one of relu, gelu, geglu, swiglu.
     """
 
-    def __init__(self, width, hidden, activation="relu", std=0.02, device=None, dtype=None):
+    def __init__(self, width: int, hidden: int, activation: str = "relu", std: float = 0.02,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gaugekit.nn.block import make_norm
+from gaugekit.nn.cache import LayerCache
 from gaugekit.nn.mlp import MLP
 from gaugekit.nn.neutreno_attention import NeutrenoAttention
 
@@ -19,15 +21,17 @@ class NeutrenoBlock(nn.Module):
     ``hidden`` is the MLP's width, 4·D unless given; ``norm`` "layer" or "rms"; other arguments go to NeutrenoAttention.
     """
 
-    def __init__(self, width, heads, *, hidden=None, norm="layer", activation="gelu", eps=1e-5, std=0.02,
-                 device=None, dtype=None, **attention):  # fmt: skip
+    def __init__(self, width: int, heads: int, *, hidden: int | None = None, norm: str = "layer",
+                 activation: str = "gelu", eps: float = 1e-5, std: float = 0.02,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+                 **attention: Any):  # fmt: skip
         super().__init__()
         make = {"device": device, "dtype": dtype}
         self.norm, self.mlp_norm = (make_norm(norm, width, eps, **make) for _ in range(2))
         self.attention = NeutrenoAttention(width, heads, std=std, **attention, **make)
         self.mlp = MLP(width, 4 * width if hidden is None else hidden, activation, std, **make)
 
-    def forward(self, x: Tensor, v0: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, v0: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         y, v0 = self.attention(self.norm(x), v0, **options)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), v0
@@ -44,7 +48,8 @@ class ValueSharing(nn.Module):
         super().__init__()
         self.layers, self.checkpoint = nn.ModuleList(layers), checkpoint
 
-    def forward(self, x: Tensor, *, caches=None, states: list[Tensor] | None = None, **options) -> Tensor:
+    def forward(self, x: Tensor, *, caches: Sequence[LayerCache] | None = None, states: list[Tensor] | None = None,
+                **options: Any) -> Tensor:  # fmt: skip
         """``caches``: a LayerCache for each layer. ``states``, a list, gets what enters each layer, and the result."""
         v0 = None
         for index, layer in enumerate(self.layers):

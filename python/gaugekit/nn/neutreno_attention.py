@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gaugekit.nn.cache import LayerCache, positions_of
 from gaugekit.nn.rotary import rotate
-from gaugekit.nn.rows import check_rows, positions_of
+from gaugekit.nn.rows import check_positions, check_rows
 from gaugekit.nn.tap import Tap
+from gaugekit.ops.operands import Gain, Integers, check_tensors
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 
 
@@ -21,8 +23,10 @@ class NeutrenoAttention(nn.Module):
     ValueError for sizes that do not fit.
     """
 
-    def __init__(self, width, heads, *, groups=None, lam=0.6, trained=False, mix=False, causal=True, window=None,
-                 rotary_base=None, bias=False, std=0.02, device=None, dtype=None):  # fmt: skip
+    def __init__(self, width: int, heads: int, *, groups: int | None = None, lam: Gain = 0.6, trained: bool = False,
+                 mix: bool = False, causal: bool = True, window: int | None = None, rotary_base: float | None = None,
+                 bias: bool = False, std: float = 0.02, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__()
         groups = heads if groups is None else groups
         if heads < 1 or width % heads or groups < 1 or heads % groups:
@@ -53,13 +57,17 @@ class NeutrenoAttention(nn.Module):
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 
-    def forward(self, x: Tensor, v0: Tensor | None = None, *, lengths=None, cache=None, positions=None):
+    def forward(self, x: Tensor, v0: Tensor | None = None, *, lengths: Integers | None = None,
+                cache: LayerCache | None = None,
+                positions: Integers | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``lengths`` int64 [B]: the real rows of x, at the front (None: all T). ``v0`` [B, G, T, D/H], of these rows.
 
         With a LayerCache as ``cache`` x follows what that holds; V⁰ is needed for the new rows alone and not kept.
         ``positions`` int64 [T] or [B, T] are for the rotation; they count on from the cache by default.
         """
-        check_rows(x, self.query.in_features, lengths)
+        check_tensors(v0=v0)
+        lengths = check_rows(x, self.query.in_features, lengths)
+        positions = check_positions(x, positions, self.rotary_base)
         if cache is not None and not self.causal:
             raise ValueError("cache: expected None without causal, since earlier rows would see later ones")
         q, k, v = (

@@ -11,17 +11,19 @@ from gaugekit.nn.packed_matrix import PackedMatrix
 from gaugekit.ops.packed_linear.weight import packed_rows
 
 
-class PackedEmbedding(PackedLayer):
-    """rows = W[ids], W [``count``, ``width``] frozen in the layout of docs/packed.md; only rows asked for are decoded.
+class PackedEmbedding(PackedLayer, nn.Embedding):
+    """rows = W[ids], W [``count``, ``width``] frozen in the layout of docs/resident.md; only rows asked for decode.
 
     ids int64 or int32 [...] -> [..., width] in W's dtype; ValueError for ids of another dtype. A tied head is
-    ``PackedLinear.from_parts(embedding.packed)``: one packed weight for both.
+    ``PackedLinear.from_parts(embedding.packed)``: one packed weight for both. It is an nn.Embedding, so that whoever
+    counts or looks for embeddings finds it (transformers' ``num_parameters(exclude_embeddings=True)``).
     """
 
     form = "packed_embedding"
 
     def __init__(self, count: int, width: int, padding_idx: int | None = None, weights: str = "bfloat16",
-                 matrix: PackedMatrix | None = None, device=None, dtype=None):  # fmt: skip
+                 matrix: PackedMatrix | None = None, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__(matrix, count, width, weights, device)
         self.num_embeddings, self.embedding_dim, self.padding_idx = count, width, padding_idx
         # what nn.Embedding has besides, so that this layer can be made one again

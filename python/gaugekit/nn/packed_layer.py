@@ -17,8 +17,15 @@ class PackedLayer(nn.Module):
     or the five packed parts under ``packed.``.
     """
 
-    def __init__(self, matrix: PackedMatrix | None, rows: int, columns: int, weights: str, device=None):
-        super().__init__()
+    def __init__(
+        self,
+        matrix: PackedMatrix | None,
+        rows: int,
+        columns: int,
+        weights: str,
+        device: torch.device | str | None = None,
+    ):
+        nn.Module.__init__(self)  # not nn.Embedding's, which would make a table
         if weights not in ("bfloat16", "float16"):
             raise ValueError(f"weights: expected bfloat16 or float16, got {weights!r}")
         if matrix is None:
@@ -38,7 +45,7 @@ class PackedLayer(nn.Module):
         """Memory of the packed weight."""
         return self.packed.value.bytes
 
-    def register_parameter(self, name, param):
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         weight = self._parameters.get(name)
         awaited = isinstance(weight, PackedMatrix) and weight.is_meta and type(param) is nn.Parameter
         if awaited and not param.is_meta and (param.dtype, param.shape) == (weight.dtype, weight.shape):

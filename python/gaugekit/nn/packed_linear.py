@@ -12,7 +12,7 @@ from gaugekit.ops.packed_linear.operator import packed_linear
 
 
 class PackedLinear(PackedLayer):
-    """y = x Wᵀ + b, W frozen in the lossless layout of docs/packed.md: x [..., inputs] -> [..., outputs].
+    """y = x Wᵀ + b, W frozen in the lossless layout of docs/resident.md: x [..., inputs] -> [..., outputs].
 
     x may be of W's dtype, float32 or float64; under autocast y has autocast's dtype, as nn.Linear's has, while W is
     multiplied as it is. ``weight`` is a PackedMatrix, the bias a plain parameter. ``matrix`` is a PackedMatrix to share
@@ -22,7 +22,8 @@ class PackedLinear(PackedLayer):
     form = "packed_linear"
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, weights: str = "bfloat16",
-                 matrix: PackedMatrix | None = None, device=None, dtype=None):  # fmt: skip
+                 matrix: PackedMatrix | None = None, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__(matrix, outputs, inputs, weights, device)
         self.in_features, self.out_features = inputs, outputs
         kind = dtype or getattr(torch, weights)

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -35,7 +36,7 @@ class _Cell:
 
 
 class PackedMatrix(torch.Tensor):
-    """A frozen matrix W [N, K] of bfloat16 or float16 in the layout of docs/packed.md (``transposed``: shown as Wᵀ).
+    """A frozen matrix W [N, K] of bfloat16 or float16 in the layout of docs/resident.md (``transposed``: shown as Wᵀ).
 
     Shape, dtype and device are there at once; an operator that needs the numbers decodes them. The matrix changes as a
     whole or not at all: assignment to ``.data`` packs what is assigned, and so does ``copy_`` into a detached alias,
@@ -70,7 +71,13 @@ class PackedMatrix(torch.Tensor):
         return matrix
 
     @classmethod
-    def empty(cls, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, device=None) -> PackedMatrix:
+    def empty(
+        cls,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> PackedMatrix:
         """Zeros [``rows``, ``columns``] to load into, or a place for them on the device "meta"."""
         return cls(empty_weight(rows, columns, dtype, device))
 
@@ -201,7 +208,7 @@ class PackedMatrix(torch.Tensor):
             raise RuntimeError(FROZEN)
         return self
 
-    def untyped_storage(self):
+    def untyped_storage(self) -> torch.UntypedStorage:
         """A detached alias', as a saver reads it: the plain matrix'. A parameter's: its largest packed part."""
         if type(self.raw) is not torch.Tensor or self.is_meta:
             return super().untyped_storage()
@@ -221,7 +228,7 @@ class PackedMatrix(torch.Tensor):
             self._pinned = self.unpack()
         return self._pinned
 
-    def numpy(self, *, force: bool = False):
+    def numpy(self, *, force: bool = False) -> np.ndarray:
         array = self.unpack().numpy(force=force)
         array.flags.writeable = False
         return array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
@@ -57,13 +58,13 @@ class ReadOnly(torch.Tensor):
     def __tensor_unflatten__(inner, meta, outer_size, outer_stride):
         return ReadOnly(inner["plain"])
 
-    def untyped_storage(self):
+    def untyped_storage(self) -> torch.UntypedStorage:
         return self.plain.untyped_storage()
 
     def data_ptr(self) -> int:
         return self.plain.data_ptr()
 
-    def numpy(self, *, force: bool = False):
+    def numpy(self, *, force: bool = False) -> np.ndarray:
         array = self.plain.numpy(force=force)
         array.flags.writeable = False
         return array

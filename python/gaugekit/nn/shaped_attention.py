@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gaugekit.nn.cache import LayerCache, positions_of
 from gaugekit.nn.rotary import rotate
-from gaugekit.nn.rows import check_rows, positions_of
+from gaugekit.nn.rows import check_positions, check_rows
+from gaugekit.ops.operands import Integers
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 
 
@@ -19,8 +21,10 @@ class ShapedAttention(nn.Module):
     ``shaped=False``. He and Hofmann, Simplifying Transformer Blocks, eq. 5, 12. ValueError for sizes that do not fit.
     """
 
-    def __init__(self, width, heads, *, groups=None, key_width=None, causal=True, window=None, rotary_base=None,
-                 shaped=True, value=None, output=None, std=0.02, device=None, dtype=None):  # fmt: skip
+    def __init__(self, width: int, heads: int, *, groups: int | None = None, key_width: int | None = None,
+                 causal: bool = True, window: int | None = None, rotary_base: float | None = None, shaped: bool = True,
+                 value: nn.Module | None = None, output: nn.Module | None = None, std: float = 0.02,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__()
         groups = heads if groups is None else groups
         if heads < 1 or width % heads:
@@ -48,13 +52,15 @@ class ShapedAttention(nn.Module):
         for gain in (self.alpha, self.beta, self.gamma) if self.shaped else ():
             nn.init.ones_(gain)
 
-    def forward(self, x: Tensor, *, lengths=None, cache=None, positions=None, cu_seqlens=None) -> Tensor:
+    def forward(self, x: Tensor, *, lengths: Integers | None = None, cache: LayerCache | None = None,
+                positions: Integers | None = None, cu_seqlens: Integers | None = None) -> Tensor:  # fmt: skip
         """``lengths`` int64 [B]: the rows of x that are real, at the front of each sequence (None: all T).
 
         With a LayerCache as ``cache`` x follows what that holds. ``positions`` int64 [T] or [B, T] are for the rotation
         alone, and count on from the cache by default. ``cu_seqlens`` as in ``gaugekit.shaped_attention``.
         """
-        check_rows(x, self.query.in_features, lengths)
+        lengths = check_rows(x, self.query.in_features, lengths)
+        positions = check_positions(x, positions, self.rotary_base)
         if cache is not None and not self.causal:
             raise ValueError("cache: expected None without causal, since earlier rows would see later ones")
         if cu_seqlens is not None and (cache is not None or (self.rotary_base and positions is None)):

@@ -12,6 +12,14 @@ class Tap(nn.Module):
     """
 
     def forward(
-        self, u: Tensor, q: Tensor, k: Tensor, *, causal: bool, window=None, key_lengths=None, scale=None
-    ):
+        self,
+        u: Tensor,
+        q: Tensor,
+        k: Tensor,
+        *,
+        causal: bool,
+        window: int | None = None,
+        key_lengths: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
         return None

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gaugekit.ops.operands import Integers, integers
+
 
 class Mask(NamedTuple):
     """The mask arguments of ``shaped_attention``, in the operators' order (see there for their meaning)."""
@@ -21,6 +23,25 @@ class Mask(NamedTuple):
     query_start: Tensor | None = None
     key_lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        device: torch.device,
+        causal: bool,
+        window: int | None,
+        query_start: Integers | None,
+        key_lengths: Integers | None,
+        cu_seqlens: Integers | None,
+    ) -> Mask:
+        """The mask of what a caller gave: lists of integers become tensors on ``device``."""
+        return cls(
+            causal,
+            window,
+            integers("query_start", query_start, torch.int64, device),
+            integers("key_lengths", key_lengths, torch.int64, device),
+            integers("cu_seqlens", cu_seqlens, torch.int32, device),
+        )
 
     def check(self, batch: int, queries: int, keys: int) -> None:
         """ValueError naming the argument that does not fit [batch, ·, queries, ·] beside [batch, ·, keys, ·]."""
@@ -58,7 +79,10 @@ class Mask(NamedTuple):
             raise ValueError(f"key_lengths: expected values in 0..S = {keys}, got {lengths.tolist()}")
 
 
-def check(a, v, alpha, beta, gamma, v0, lam, mask: Mask) -> None:
+def check(
+    a: Tensor, v: Tensor, alpha: Tensor | None, beta: Tensor | None, gamma: Tensor | None, v0: Tensor | None,
+    lam: Tensor | None, mask: Mask,
+) -> None:  # fmt: skip
     """ValueError naming the argument that does not fit ``a`` [B, H, T, ·]; shared by both operators."""
     if a.dim() != 4 or v.dim() != 4:
         raise ValueError(

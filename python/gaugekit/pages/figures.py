@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-from gaugekit.pages.charts import Bar, Series, bars, columns, is_number, lines, superscript
+from gaugekit.pages.charts import Bar, Series, bars, columns, is_number, key, lines, superscript
+from gaugekit.pages.markup import Html, html, joined
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def error_by_layer(report: dict, kind: str) -> str:
+def error_by_layer(report: dict, kind: str) -> Html:
     """Hidden-state errors of the converted model and of the original in its own dtype, layer by layer."""
     layers = report[kind]["layers"]
     both = [[row[name] for row in layers] for name in ("noise", "relative_error")]
@@ -20,7 +21,10 @@ def error_by_layer(report: dict, kind: str) -> str:
     )
     last = (f"{values[-1]:.2f}" if is_number(values[-1]) else "not finite" for values in (noise, error))
     return lines(
-        [Series(noise, "noise", marks=True), Series(error, "ours", marks=True)],
+        [
+            Series(noise, "noise", marks=True, label="original, rounding alone"),
+            Series(error, "ours", marks=True, label="converted"),
+        ],
         title=f"Relative error of the hidden states by layer, {DTYPES[kind]}",
         desc=f"After the last layer, in units of 1e{power}: original {next(last)}, converted {next(last)}",
         x_label="after layer (0: the embedding)",
@@ -31,7 +35,7 @@ def error_by_layer(report: dict, kind: str) -> str:
     )
 
 
-def sizes(report: dict) -> str:
+def sizes(report: dict) -> Html:
     """Bytes of the weights file in each dtype: original, gauge-fixed, packed, both."""
     rows = [
         Bar(what, size, _size_kind(what), f"{size / 1e6:.1f} MB", f"stored as {dtype}")
@@ -45,38 +49,69 @@ def _size_kind(what: str) -> str:
     return {"original": "other", "gauge-fixed and packed": "alt"}.get(what, "ours")
 
 
-def exponents(report: dict) -> str:
+def memory(report: dict) -> Html:
+    """Memory of each model's parameters and buffers in bfloat16, plain and packed."""
+    rows = [
+        Bar(how, size, kind, f"{size / 1e6:.1f} MB", row["model"])
+        for row in report["running"]
+        for how, size, kind in (
+            ("plain", row["bytes_before"], "other"),
+            ("packed", row["bytes_after"], "ours"),
+        )
+    ]
+    return bars(
+        rows, title="Memory of the running model", desc=_spoken(rows), x_label="megabytes (10⁶ bytes)"
+    )
+
+
+def tokens(report: dict) -> Html:
+    """Tokens a second of each model, plain and packed."""
+    rows = [
+        Bar(
+            how,
+            row[f"{how}_tokens_s"],
+            kind,
+            f"{row[f'{how}_tokens_s']:.1f}",
+            f"{row['model']}, {row['work']}",
+        )
+        for row in report["running"]
+        for how, kind in (("plain", "other"), ("packed", "ours"))
+    ]
+    return bars(rows, title="Tokens a second", desc=_spoken(rows), x_label="tokens a second, one thread")
+
+
+def exponents(report: dict) -> Html:
     """How often each exponent occurs among the weights."""
-    found = report["exponents"]
-    low = found["low"]
+    spread = report["exponents"]
+    low = spread["low"]
     return columns(
-        [100 * count / found["weights"] for count in found["counts"]],
+        [100 * count / spread["weights"] for count in spread["counts"]],
         title="Histogram of the weights' exponents",
-        desc=f"{len(found['counts'])} exponents from 2^{low} on; entropy {found['entropy_bits']:.2f} bits",
+        desc=f"{len(spread['counts'])} exponents from 2^{low} on; entropy {spread['entropy_bits']:.2f} bits",
         x_label="magnitude of the weight",
         y_label="share of weights (%)",
         x_ticks=[
             (place, f"2{superscript(low + place)}")
-            for place in range(len(found["counts"]))
+            for place in range(len(spread["counts"]))
             if (low + place) % 5 == 0
         ],
     )
 
 
-def coding(report: dict) -> str:
+def coding(report: dict) -> Html:
     """Speed of coding and decoding weights beside zstd."""
     rows = []
-    for key, verb in (("pack_gb_s", "pack"), ("unpack_gb_s", "unpack")):
+    for field, verb in (("pack_gb_s", "pack"), ("unpack_gb_s", "unpack")):
         for name, row in report["speed"]["coding"]["coders"].items():
             if "absent" not in row:
                 kind = "ours" if name == "gaugekit" else "other"
-                rows.append(Bar(name, row[key], kind, f"{row[key]:.2f} GB/s", verb))
+                rows.append(Bar(name, row[field], kind, f"{row[field]:.2f} GB/s", verb))
     return bars(
         rows, title="Packing and unpacking", desc=_spoken(rows), x_label="10⁹ bytes of weights a second"
     )
 
 
-def attention(report: dict) -> str:
+def attention(report: dict) -> Html:
     """Time of a standard and of a value-free attention sub-block."""
     measured = report["speed"]["attention"]
     standard, free = measured["standard_ms"], measured["value_free_ms"]
@@ -89,7 +124,7 @@ def attention(report: dict) -> str:
     )
 
 
-def spectrum(row: dict) -> str:
+def spectrum(row: dict) -> Html:
     """Singular values of W_Q W_Kᵀ of every head of one layer, each relative to the head's largest.
 
     A dead head, all of whose values are zero, is a line at zero. Where the row holds ``kept``, how many channels each
@@ -118,14 +153,27 @@ def spectrum(row: dict) -> str:
     )
 
 
-def smoothing(report: dict) -> str:
+def spectra(rows: list[dict]) -> Html:
+    """``spectrum`` of each layer side by side, under one legend."""
+    entries = [("one head", "head", "line"), ("median head", "ours", "line")]
+    if "kept" in rows[0]:
+        entries.append(("last channel kept", "ours", "dot"))
+    return html(
+        '<div class="key">{key}</div><div class="panels">{panels}</div>',
+        key=key(entries),
+        panels=joined(map(spectrum, rows)),
+    )
+
+
+def smoothing(report: dict) -> Html:
     """How alike the tokens are at the input of each layer, and the energy left in its values; "" without text."""
     cosines, energies = ([row.get(name) for row in report["layers"]] for name in ("token_cosine", "energy"))
-    series = [Series(values, kind, marks=True) for values, kind in ((cosines, "noise"), (energies, "ours"))
+    curves = ((cosines, "noise", "token cosine"), (energies, "ours", "energy of the values"))
+    series = [Series(values, kind, marks=True, label=label) for values, kind, label in curves
               if any(map(is_number, values))]  # fmt: skip
     if not series:
-        return ""
-    drawn = [value for one in series for value in one.y if is_number(value)]
+        return Html()
+    drawn = [value for line in series for value in line.y if is_number(value)]
     return lines(
         series,
         title="Token cosine and energy by layer",

@@ -60,7 +60,13 @@ figcaption { color: var(--soft); font-size: 14.5px; line-height: 1.5; margin-top
 .panels {
   display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: 14px 18px;
 }
-svg { display: block; width: 100%; height: auto; overflow: visible; }
+svg { display: block; width: 100%; max-width: 520px; height: auto; overflow: visible; }
+.key { margin-bottom: 10px; }
+.panels svg { max-width: 340px; }
+pre {
+  margin: 0 0 14px; padding: 16px 18px; max-width: 46em; overflow-x: auto; background: var(--card);
+  border: 1px solid var(--rule); border-radius: 10px; line-height: 1.7;
+}
 svg text {
   font: 12px system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; fill: var(--soft);
   font-variant-numeric: tabular-nums;
@@ -82,7 +88,7 @@ svg .bar.other { fill: var(--other); }
 svg .bar.alt { fill: var(--alt); }
 .scroll { overflow-x: auto; margin-top: 20px; }
 table {
-  border-collapse: collapse; width: 100%; font-size: 15px; line-height: 1.45;
+  border-collapse: collapse; width: 100%; max-width: 980px; font-size: 15px; line-height: 1.45;
   font-variant-numeric: tabular-nums;
 }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13.5px; vertical-align: bottom; }
@@ -111,6 +117,19 @@ footer p { max-width: 60em; }
   figure { padding: 16px 14px; }
   svg text { font-size: 14px; }
   .panels svg text { font-size: 12px; }
+  .scroll { overflow-x: visible; }
+  table, tbody, tr, td { display: block; }
+  thead { display: none; }
+  tr { padding: 12px 0; border-bottom: 1px solid var(--rule); }
+  td, td.n {
+    display: flex; justify-content: space-between; gap: 16px; padding: 3px 0; border: 0; white-space: normal;
+  }
+  td::before { content: attr(data-column); flex: 0 0 44%; color: var(--soft); font-size: 13.5px; }
+  td span { text-align: right; min-width: 0; overflow-wrap: anywhere; }
+  td:first-child { display: block; font-weight: 600; }
+  td:first-child::before { content: none; }
+  td:first-child span { display: block; text-align: left; font-weight: inherit; }
+  td .why { font-weight: 400; }
 }
 @media print {
   body { background: #fff; font-size: 11pt; }

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from gaugekit.models import Live
 from gaugekit.rank.spectra import check, head_ranks, rounding_norm
-from gaugekit.report import Report
+from gaugekit.report import Report, spread
 
 INTEGRAL = math.sqrt(math.log(9)) + math.sqrt(math.pi) / 2 * 9 * math.erfc(math.sqrt(math.log(9)))
 
@@ -133,9 +133,22 @@ def bound(
                 "bounds": bounds,
             }
         )
-    return Report(
+    report = Report(
         "bound", {"n_samples": n_samples, "delta": delta, "layers": rows}, ["our derivation: rank.bounds"]
     )
+    report.lines = [
+        ("samples", f"{n_samples:,}"),
+        ("certainty", f"{1 - delta:g}: the bound may fail with the rest"),
+    ]
+    report.tables = {
+        "layers": [
+            f"layer {row['layer']}: gap at most {spread(row['bounds'])}, ranks {spread(row['ranks'])}"
+            for row in rows
+        ]
+    }
+    report.done = "Bounded the gap between training and test error of every head; nothing was written."
+    report.next = "gaugekit.rank.truncate(model, ...): a lower rank has a lower bound"
+    return report
 
 
 def nuclear_penalty(*factors: nn.Module | tuple[Tensor, Tensor]) -> Tensor:

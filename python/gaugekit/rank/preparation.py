@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gaugekit.calibration.moments import Moments, digest
 from gaugekit.calibration.streaming import collect
-from gaugekit.checkpoint.reader import Checkpoint, versions
-from gaugekit.files.staging import Staging, identity, workplace
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.checkpoint.writer import versions
+from gaugekit.files.durable import identity
+from gaugekit.files.staging import Staging, workplace
 from gaugekit.models import Layers
-from gaugekit.rank.search import needed, truncate
+from gaugekit.rank.goal import Goal, Ranks, Text, needed
+from gaugekit.rank.search import truncate
 from gaugekit.rank.spectra import spectrum
-from gaugekit.rank.truncation import Ranks, Truncate
-from gaugekit.text import samples
+from gaugekit.rank.truncation import Truncate
+from gaugekit.text.sentences import read
 
 
 def prepare(
     source: str | Path,
-    calibration: str | Path | None = None,
+    calibration: Text | None = None,
     *,
-    rank: int | None = None,
+    moments: Sequence[dict[str, Moments]] | None = None,
+    rank: int | Ranks | None = None,
     energy: float | None = None,
     min_cosine: float | None = None,
     work_directory: str | Path | None = None,
@@ -30,50 +33,53 @@ def prepare(
 ) -> Truncate:
     """The rewrite that ``gaugekit.convert(source, ...)`` is to be given, its ranks chosen (see ``truncate``).
 
-    For ``rank`` the engine itself calibrates. ``energy`` reads the checkpoint layer by layer, after one streaming pass
-    over the ``calibration`` file. ``min_cosine`` needs the file and the whole model in memory; every second sentence is
-    held out while it searches. ``work_directory`` is a new or empty folder, which is locked and marked as this job's:
+    ``calibration`` is text, ``moments`` what ``gaugekit.statistics`` collected of it. For ``rank`` with text the engine
+    itself calibrates. ``energy`` reads the checkpoint layer by layer, after one streaming pass over the text.
+    ``min_cosine`` needs text and the whole model in memory; every second sentence is held out while it searches.
+    ``work_directory`` is a new or empty folder, which is locked and marked as this job's:
     what stands there after a kill is gone on from by a call of the same weights, text, arguments and versions. Raises
     ValueError as ``truncate`` and ``gaugekit.statistics`` do.
     """
-    if sum(x is not None for x in (rank, energy, min_cosine)) != 1:
-        raise ValueError("rank, energy, min_cosine: expected one of them, got none or several")
-    if rank is not None:
-        return Truncate(rank, aware=calibration is not None)
-    if work_directory is None:
-        return _prepare(Checkpoint(source), calibration, energy, min_cosine, None, progress)
+    goal = Goal(rank, energy, min_cosine)
+    goal.check(calibration, moments)
+    if goal.rank is not None:
+        return Truncate(goal.rank, aware=calibration is not None, moments=moments)
     checkpoint = Checkpoint(source)
-    digests = {f"source {name}": digest for name, digest in checkpoint.sha256().items()}
-    if calibration is not None:
-        digests["calibration"] = hashlib.sha256(json.dumps(samples.read(calibration)).encode()).hexdigest()
-    which = identity("ranks", versions("transformers"), digests, {"energy": energy, "min_cosine": min_cosine})
+    if work_directory is None:
+        return _prepare(checkpoint, calibration, moments, goal, None, progress)
+    which = identity(
+        "ranks",
+        versions("transformers"),
+        weights={"source": checkpoint.sha256(), **({} if moments is None else {"moments": digest(moments)})},
+        text={} if calibration is None else {"calibration": read(calibration)},
+        options=goal.options,
+    )
     with contextlib.closing(workplace(work_directory, which, {"ranks": None})) as staged:
-        return _prepare(checkpoint, calibration, energy, min_cosine, staged, progress)
+        return _prepare(checkpoint, calibration, moments, goal, staged, progress)
 
 
 def _prepare(
     checkpoint: Checkpoint,
-    calibration: str | Path | None,
-    energy: float | None,
-    min_cosine: float | None,
+    calibration: Text | None,
+    moments: Sequence[dict[str, Moments]] | None,
+    goal: Goal,
     staged: Staging | None,
     progress: Callable[[int, int], None] | None,
 ) -> Truncate:
     known = None if staged is None else staged.state["ranks"]
-    aware: bool | list = True
-    if min_cosine is not None:
-        ranks = known or _searched(checkpoint, calibration, min_cosine, progress)
+    if goal.min_cosine is not None:
+        ranks = known or _searched(checkpoint, calibration, goal.min_cosine, progress)
+        rewrite = Truncate(ranks, aware=True)
     else:
-        moments = None
         if calibration is not None:
             folder = None if staged is None else staged.folder / "statistics"
             moments = collect(checkpoint, calibration, work_directory=folder, progress=progress)
-        aware = moments or False
-        ranks = known or _needed(checkpoint, moments, energy)
+        ranks = known or _needed(checkpoint, moments, goal.energy)
+        rewrite = Truncate(ranks, moments=moments)
     if staged is not None:
         staged.state["ranks"] = ranks
         staged.save()
-    return Truncate(ranks, aware=aware)
+    return rewrite
 
 
 def _searched(checkpoint: Checkpoint, calibration, min_cosine: float, progress) -> Ranks:
@@ -84,7 +90,7 @@ def _searched(checkpoint: Checkpoint, calibration, min_cosine: float, progress) 
     return truncate(model, calibration, min_cosine=min_cosine, progress=progress)["ranks"]
 
 
-def _needed(checkpoint: Checkpoint, moments: list | None, energy: float) -> Ranks:
+def _needed(checkpoint: Checkpoint, moments: Sequence[dict[str, Moments]] | None, energy: float) -> Ranks:
     layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
     views = (layers.attention(layer) for layer in range(len(layers)))
     return needed((spectrum(v, None if moments is None else moments[v.layer]["q"]) for v in views), energy)

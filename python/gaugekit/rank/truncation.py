@@ -11,17 +11,16 @@ from torch import Tensor
 
 from gaugekit.calibration.moments import Moments, digest
 from gaugekit.models import AttentionView, Projection, family
+from gaugekit.rank.goal import Ranks
 from gaugekit.rank.spectra import Spectrum, check, spectrum
 from gaugekit.rewrite import Rewrite
-
-Ranks = list[list[int]]  # [L][G]
 
 
 class Truncate(Rewrite):
     """Keeps ``ranks`` of the K query/key channels of each key head: one number, or [L][G] of them.
 
-    Without ``aware`` the parts that go are the smallest of W_Q W_Kᵀ; with it, of the scores the activations make: True
-    lets the engine ask for calibration text, a list is what ``gaugekit.statistics`` found. Heads at full rank keep
+    The parts that go are the smallest of W_Q W_Kᵀ or, better, of the scores the activations make: ``aware`` lets the
+    engine ask for calibration text, ``moments`` is what ``gaugekit.statistics`` collected. Heads at full rank keep
     their numbers; elsewhere W_Q and W_K become U√Σ and V√Σ (``rank.spectra``), and the key bias, which nobody can see,
     goes. The scale of the scores stays that of the old K. Rotary channels go in whole pairs, chosen by energy: an odd
     number of them raises ValueError. A fixed gauge would be lost: truncate first. The result is approximate. Source:
@@ -31,19 +30,32 @@ class Truncate(Rewrite):
     name = "rank"
     claim = "approximate"
 
-    def __init__(self, ranks: int | Ranks, aware: bool | Sequence[dict[str, Moments]] = False):
-        self.ranks, self.aware = ranks, aware
-        self.needs_statistics = ("q",) if aware is True else ()
+    def __init__(
+        self,
+        ranks: int | Ranks,
+        aware: bool = False,
+        moments: Sequence[dict[str, Moments]] | None = None,
+    ):
+        if not isinstance(aware, bool):
+            raise ValueError(
+                f"aware: expected True or False, got {type(aware).__name__}; what gaugekit.statistics collected is "
+                "given as moments="
+            )
+        if aware and moments is not None:
+            raise ValueError("aware, moments: expected one of them, got both")
+        self.ranks, self.moments = ranks, moments
+        self.aware = aware or moments is not None
+        self.needs_statistics = ("q",) if aware else ()
         self._last: tuple[AttentionView, Spectrum] | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"ranks": self.ranks, "aware": bool(self.aware)}
+        return {"ranks": self.ranks, "aware": self.aware}
 
     @property
     def digests(self) -> dict[str, str]:
         """That of the moments this was given, where it was given them."""
-        return {"moments": digest(self.aware)} if self.aware and self.aware is not True else {}
+        return {} if self.moments is None else {"moments": digest(self.moments)}
 
     def plan(self, config: dict) -> dict[str, int]:
         """{query, key, key_bias, total}: stored numbers that go."""
@@ -75,16 +87,16 @@ class Truncate(Rewrite):
 
     def note(self, view: AttentionView, statistics: dict[str, Moments] | None = None) -> dict[str, Any]:
         """{ranks [G], energy_kept [G], singular_values [G][K] descending: the square roots of the energies}."""
-        found, ranks = self._spectrum(view, statistics), self._ranks(view)
-        sizes = found.energies.sqrt().sort(1, descending=True).values
+        parts, ranks = self._spectrum(view, statistics), self._ranks(view)
+        sizes = parts.energies.sqrt().sort(1, descending=True).values
         rounded = [[float(f"{size:.6g}") for size in row] for row in sizes.tolist()]
-        return {"ranks": ranks, "energy_kept": found.shares(ranks), "singular_values": rounded}
+        return {"ranks": ranks, "energy_kept": parts.shares(ranks), "singular_values": rounded}
 
     def _spectrum(self, view: AttentionView, statistics: dict[str, Moments] | None) -> Spectrum:
         """The spectrum of a view; that of the last view asked for is remembered, since ``note`` asks again."""
         if self._last is None or self._last[0] is not view:
-            found = statistics if self.aware is True else self.aware[view.layer] if self.aware else None
-            self._last = view, spectrum(view, None if found is None else found["q"])
+            inputs = statistics if self.moments is None else self.moments[view.layer]
+            self._last = view, spectrum(view, inputs["q"] if self.aware else None)
         return self._last[1]
 
     def _ranks(self, view: AttentionView) -> list[int]:
@@ -107,16 +119,16 @@ class Truncate(Rewrite):
         return ranks
 
 
-def cut(view: AttentionView, found: Spectrum, ranks: Sequence[int]) -> AttentionView:
+def cut(view: AttentionView, parts: Spectrum, ranks: Sequence[int]) -> AttentionView:
     """The view with ``ranks`` [G] channels a key head, the others zero; heads at full rank keep their numbers."""
     width, rotary = view.k.weight.shape[2], view.rotary
-    kept = found.kept(list(ranks))
+    kept = parts.kept(list(ranks))
     full = torch.tensor([rank == width for rank in ranks])
     mask = torch.zeros(view.groups, width, dtype=torch.float64)
     for group, channels in enumerate(kept):
         mask[group, channels] = 1.0
-    q = _turned(view.q, found.turn_q, mask, full, rotary, view.repeats)
-    k = _turned(view.k, found.turn_k, mask, full, rotary, 1)
+    q = _turned(view.q, parts.turn_q, mask, full, rotary, view.repeats)
+    k = _turned(view.k, parts.turn_k, mask, full, rotary, 1)
     if k.bias is not None:
         bias = torch.cat([k.bias[:, :rotary], torch.zeros_like(k.bias[:, rotary:])], 1)
         k = Projection(k.weight, bias if rotary else None)

@@ -9,7 +9,9 @@ from gaugekit.reference.shaped_combine import seen_keys
 
 
 def nonlocal_energy(
-    u, q, k, *, target=None, lam=0.0, causal=False, key_lengths=None, scale=None, kernel="softmax", gradient="full"
+    u: Tensor, q: Tensor, k: Tensor, *, target: Tensor | None = None, lam: float | Tensor | None = None,
+    causal: bool = False, key_lengths: Tensor | None = None, scale: float | None = None, kernel: str = "softmax",
+    gradient: str = "full",
 ) -> Tensor:  # fmt: skip
     """u, target [B, G or H, T, V], q [B, H, T, K], k [B, G, T, K] -> [B, H]; as in ``gaugekit.nonlocal_energy``."""
     batch, heads, rows, width = q.shape

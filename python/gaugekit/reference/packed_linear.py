@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b with W in the layout of docs/packed.md: packing, unpacking and the product, weight by weight."""
+"""y = x Wᵀ + b with W in the layout of docs/resident.md: packing, unpacking and the product, weight by weight."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def outside(exponents: np.ndarray, code_bits: int, largest: int) -> tuple[int, i
     return int(np.argmax(inside)), int(len(exponents) - max(inside))
 
 
-def unpack(raw, planes, escapes, offsets, window, columns: int) -> Tensor:
+def unpack(
+    raw: Tensor, planes: Tensor, escapes: Tensor, offsets: Tensor, window: Tensor, columns: int
+) -> Tensor:
     """The matrix [N, columns], bfloat16 (3 or 4 planes) or float16 (6 or 7)."""
     dtype = torch.bfloat16 if planes.shape[1] <= 4 else torch.float16
     first, _, byte, further = FIELDS[dtype]
@@ -88,7 +90,15 @@ def unpack(raw, planes, escapes, offsets, window, columns: int) -> Tensor:
     return torch.from_numpy(words.view(np.int16)).view(dtype)
 
 
-def packed_linear(x, raw, planes, escapes, offsets, window, bias=None) -> Tensor:
+def packed_linear(
+    x: Tensor,
+    raw: Tensor,
+    planes: Tensor,
+    escapes: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
     """x Wᵀ + b in float64: x [..., K], b [N] or None -> [..., N]."""
     weight = unpack(raw, planes, escapes, offsets, window, x.shape[-1]).double()
     y = x.double() @ weight.T

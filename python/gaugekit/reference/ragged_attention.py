@@ -6,6 +6,8 @@ The oracle of ``ops/ragged_attention``.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from torch import Tensor
 from gaugekit.reference.shaped_attention import shaped_attention
 
 
-def ragged_attention(q, k, v, ranks, *, scale, **options) -> Tensor:
+def ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, ranks: Sequence[int], *, scale: float, **options: Any
+) -> Tensor:
     """q [B, T, Σ_h R_g(h)], k [B, S, Σ_g R_g], v [B, G, S, V] -> [B, H, T, V]; as ``gaugekit.ragged_attention``.
 
     Gains [H] and v0 [B, G, T, V] among the options are cut to the head at hand.

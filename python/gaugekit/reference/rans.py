@@ -9,12 +9,13 @@ from integers.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 MAGIC = b"GKRANS\x1a\n"
 VERSION = 1
 ELEMENT_BYTES = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1, 6: 1}  # bf16, fp16, fp32, float8 e4m3, float8 e5m2, int8
-# element -> symbol models: 0 exponent, 1 high byte, 2 exponent and the two highest mantissa bits
-MODELS = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
+# element -> kinds of symbols: 0 exponent, 1 high byte, 2 exponent and the two highest mantissa bits
+KINDS_OF = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
 HEADER = "<8sHBBBBBBQQIIII"
 ENTRY = "<QIHBBIIII"
 SLOTS, LOWER, UPPER = 1 << 12, 1 << 15, 1 << 31
@@ -45,21 +46,21 @@ def chunk_sizes(count: int, log2: int) -> list[int]:
     return sizes
 
 
-def to_symbol(x: int, width: int, model: int) -> int:
-    """Element bits -> y, whose top byte (ten bits with model 2) is the symbol, the other bits being stored raw."""
-    if model == 1:
+def to_symbol(x: int, width: int, kind: int) -> int:
+    """Element bits -> y, whose top byte (ten bits with kind 2) is the symbol, the other bits being stored raw."""
+    if kind == 1:
         return x
-    if model == 2:
+    if kind == 2:
         return (x & 0x7FE0) << 1 | x >> 15 << 5 | x & 31
     mantissa_bits = 8 * width - 9
     sign, exponent = x >> (8 * width - 1), (x >> mantissa_bits) & 255
     return (exponent << (mantissa_bits + 1)) | (sign << mantissa_bits) | (x & ((1 << mantissa_bits) - 1))
 
 
-def from_symbol(y: int, width: int, model: int) -> int:
-    if model == 1:
+def from_symbol(y: int, width: int, kind: int) -> int:
+    if kind == 1:
         return y
-    if model == 2:
+    if kind == 2:
         return (y >> 5 & 1) << 15 | y >> 1 & 0x7FE0 | y & 31
     mantissa_bits = 8 * width - 9
     exponent, sign = y >> (mantissa_bits + 1), (y >> mantissa_bits) & 1
@@ -114,7 +115,7 @@ def slot_owners(f: dict[int, int]) -> list[int]:
     return [symbols[b if r < divider[b] else alias[b]] for b in range(buckets) for r in range(width)]
 
 
-def steps(n: int):
+def steps(n: int) -> Iterator[tuple[int, int, int]]:
     """The order in which a segment's decoder takes its symbols: (segment, lane, element), group by group."""
     for group in range(0, n, 64):
         for segment in (0, 1):
@@ -163,12 +164,12 @@ def decode_symbols(n: int, f: dict[int, int], states: list[list[int]], words: li
     return symbols
 
 
-def raw_bits(width: int, model: int) -> int:
+def raw_bits(width: int, kind: int) -> int:
     """Bits of y below the symbol."""
-    return 6 if model == 2 else 8 * width - 8
+    return 6 if kind == 2 else 8 * width - 8
 
 
-def fits_model_2(elements: list[int]) -> bool:
+def fits_kind_2(elements: list[int]) -> bool:
     """Whether the exponents that are not 0 are among 63 that follow each other."""
     exponents = {x >> 7 & 255 for x in elements} - {0}
     return not exponents or max(exponents) - min(exponents) < 63
@@ -192,15 +193,15 @@ def unpack_six(packed: bytes, n: int) -> bytes:
     return values[:n]
 
 
-def encode_chunk(data: bytes, width: int, model: int) -> tuple[bytes, tuple]:
+def encode_chunk(data: bytes, width: int, kind: int) -> tuple[bytes, tuple]:
     """A chunk's bytes, and of its index entry (symbols, method, constant planes, words, words)."""
     n = len(data) // width
     elements = [int.from_bytes(data[i * width : (i + 1) * width], "little") for i in range(n)]
     method = 1
-    if model == 2 and not fits_model_2(elements):
-        method, model = 2, 0
-    y = [to_symbol(x, width, model) for x in elements]
-    symbols = [v >> raw_bits(width, model) for v in y]
+    if kind == 2 and not fits_kind_2(elements):
+        method, kind = 2, 0
+    y = [to_symbol(x, width, kind) for x in elements]
+    symbols = [v >> raw_bits(width, kind) for v in y]
     f = frequencies(symbols)
     states, words = encode_symbols(symbols, f)
     coded = struct.pack("<64I", *states[0], *states[1])
@@ -210,11 +211,11 @@ def encode_chunk(data: bytes, width: int, model: int) -> tuple[bytes, tuple]:
     )
     constant = 0
     for plane in reversed(range(width - 1)):
-        values = bytes(v >> (8 * plane) & (63 if model == 2 else 255) for v in y)
+        values = bytes(v >> (8 * plane) & (63 if kind == 2 else 255) for v in y)
         if len(set(values)) == 1:
             constant |= 1 << plane
             values = values[:1]
-        elif model == 2:
+        elif kind == 2:
             values = pack_six(values)
         coded += padded(values)
     if len(coded) >= len(padded(data)):
@@ -222,7 +223,7 @@ def encode_chunk(data: bytes, width: int, model: int) -> tuple[bytes, tuple]:
     return coded, (len(f), method, constant, len(words[0]), len(words[1]))
 
 
-def encode(data: bytes, shape: tuple[int, ...], element: int, model: int, chunk_log2: int) -> bytes:
+def encode(data: bytes, shape: tuple[int, ...], element: int, kind: int, chunk_log2: int) -> bytes:
     """A coded blob of the little-endian elements in ``data``."""
     width = ELEMENT_BYTES[element]
     count = len(data) // width
@@ -232,7 +233,7 @@ def encode(data: bytes, shape: tuple[int, ...], element: int, model: int, chunk_
     body, index, start = b"", b"", 0
     for n in sizes:
         piece = data[start * width : (start + n) * width]
-        coded, (symbols, method, constant, *words) = encode_chunk(piece, width, model)
+        coded, (symbols, method, constant, *words) = encode_chunk(piece, width, kind)
         index += struct.pack(
             ENTRY, offset, len(coded), symbols, method, constant, *words, crc32c(coded), crc32c(piece)
         )
@@ -241,7 +242,7 @@ def encode(data: bytes, shape: tuple[int, ...], element: int, model: int, chunk_
         MAGIC,
         VERSION,
         element,
-        model,
+        kind,
         0,
         1,
         chunk_log2,
@@ -260,10 +261,10 @@ def decode(blob: bytes) -> tuple[bytes, tuple[int, ...], int]:
     """(elements as bytes, shape, element id) of a sound blob; ValueError where a checksum or a final state
     is wrong.
     """
-    magic, version, element, model, context, tables, log2, rank, count, _, chunks, index_crc, _, crc = (
+    magic, version, element, kind, context, tables, log2, rank, count, _, chunks, index_crc, _, crc = (
         struct.unpack(HEADER, blob[:48])
     )
-    if (magic, version, context, tables) != (MAGIC, VERSION, 0, 1) or model not in MODELS.get(element, ()):
+    if (magic, version, context, tables) != (MAGIC, VERSION, 0, 1) or kind not in KINDS_OF.get(element, ()):
         raise ValueError("not a blob this reader knows")
     begin = 48 + len(padded(bytes(8 * rank)))
     if crc != crc32c(blob[:44] + bytes(4) + blob[48:begin]):
@@ -280,7 +281,7 @@ def decode(blob: bytes) -> tuple[bytes, tuple[int, ...], int]:
         if crc32c(coded) != coded_crc:
             raise ValueError("a chunk's coded bytes are damaged")
         piece = (
-            decode_chunk(coded, n, width, 0 if method == 2 else model, symbols, constant, words)
+            decode_chunk(coded, n, width, 0 if method == 2 else kind, symbols, constant, words)
             if method
             else coded[: n * width]
         )
@@ -291,7 +292,7 @@ def decode(blob: bytes) -> tuple[bytes, tuple[int, ...], int]:
 
 
 def decode_chunk(
-    coded: bytes, n: int, width: int, model: int, size: int, constant: int, words: list[int]
+    coded: bytes, n: int, width: int, kind: int, size: int, constant: int, words: list[int]
 ) -> bytes:
     place = 0
 
@@ -305,11 +306,11 @@ def decode_chunk(
     streams = [list(struct.unpack(f"<{w}H", section(2 * w))) for w in words]
     f = dict(zip(pairs[::2], pairs[1::2], strict=True))
     symbols = decode_symbols(n, f, [list(states[:32]), list(states[32:])], streams)
-    y = [s << raw_bits(width, model) for s in symbols]
+    y = [s << raw_bits(width, kind) for s in symbols]
     for plane in reversed(range(width - 1)):
         if constant >> plane & 1:
             values = section(1) * n
         else:
-            values = unpack_six(section((n + 63) // 64 * 48), n) if model == 2 else section(n)
+            values = unpack_six(section((n + 63) // 64 * 48), n) if kind == 2 else section(n)
         y = [v | b << (8 * plane) for v, b in zip(y, values, strict=True)]
-    return b"".join(from_symbol(v, width, model).to_bytes(width, "little") for v in y)
+    return b"".join(from_symbol(v, width, kind).to_bytes(width, "little") for v in y)

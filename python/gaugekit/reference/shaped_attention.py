@@ -5,13 +5,25 @@ The oracle of ``ops/shaped_attention``.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from gaugekit.reference.shaped_combine import seen_keys, shaped_combine
 
 
 def shaped_attention(
-    q, k, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None, scale=None, **mask
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    gamma: Tensor | None = None,
+    v0: Tensor | None = None,
+    lam: Tensor | None = None,
+    scale: float | None = None,
+    **mask: Any,
 ) -> Tensor:
     """q [B, H, T, K], k [B, G, S, K], v [B, G, S, V] -> [B, H, T, V]; arguments as in ``gaugekit.shaped_attention``."""
     (batch, heads, queries, width), (groups, keys) = q.shape, k.shape[1:3]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def seen_keys(
-    batch, queries, keys, causal=False, window=None, query_start=None, key_lengths=None, cu_seqlens=None
+    batch: int,
+    queries: int,
+    keys: int,
+    causal: bool = False,
+    window: int | None = None,
+    query_start: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """seen [B, T, S]: whether the query sees the key; own [B, T, S]: whether the key stands at the query's position."""
     if cu_seqlens is not None:
@@ -30,7 +39,17 @@ def seen_keys(
     return seen.expand(batch, queries, keys), ((j == p) & (j < length)).expand(batch, queries, keys)
 
 
-def shaped_combine(a, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None, **mask) -> Tensor:
+def shaped_combine(
+    a: Tensor,
+    v: Tensor,
+    *,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    gamma: Tensor | None = None,
+    v0: Tensor | None = None,
+    lam: Tensor | None = None,
+    **mask: Any,
+) -> Tensor:
     """a [B, H, T, V], v [B, G, S, V], v0 [B, G, T, V], gains [H] -> [B, H, T, V], in the dtype of a."""
     (batch, heads, queries, _), (groups, keys) = a.shape, v.shape[1:3]
     seen, own = (x[:, None].to(a.dtype) for x in seen_keys(batch, queries, keys, **mask))

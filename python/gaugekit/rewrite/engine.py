@@ -14,10 +14,13 @@ import torch
 
 from gaugekit import codec
 from gaugekit.checkpoint.config import CONFIG
-from gaugekit.checkpoint.reader import CERTIFICATE, INDEX, SCRATCH, Checkpoint, Writer, versions
+from gaugekit.checkpoint.dtypes import name_of
+from gaugekit.checkpoint.reader import INDEX, Checkpoint
 from gaugekit.checkpoint.version import VERSION
+from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, Writer, versions
+from gaugekit.files.durable import identity
 from gaugekit.files.places import listing
-from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes, identity
+from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
 from gaugekit.rewrite.job import Job
 from gaugekit.rewrite.rewrite import Calibration, Later, Rewrite
@@ -95,22 +98,21 @@ class _Conversion:
         return f"target: expected {needed:,} bytes free in {str(self.target.parent)!r}, got {free:,}"
 
     def identity(self, rewrites: Sequence[Rewrite] | Later) -> dict:
-        digests = {f"source {name}": digest for name, digest in self.checkpoint.sha256(self.advance).items()}
-        if self.calibration is not None:
-            digests["calibration"] = self.calibration.digest
+        weights: dict[str, Any] = {"source": self.checkpoint.sha256(self.advance)}
+        text = {} if self.calibration is None else {"calibration": self.calibration.digest}
         if isinstance(rewrites, Later):
             asked: Any = rewrites.arguments
         else:
             asked = self.steps
-            for number, rewrite in enumerate(rewrites):
-                digests |= {f"rewrite {number} {name}": digest for name, digest in rewrite.digests.items()}
+            weights |= {f"rewrite {number}": rewrite.digests for number, rewrite in enumerate(rewrites)}
         options = {
             "rewrites": asked,
             "dense": self.job.dense,
             "dtype": str(self.job.dtype),
             "pack": self.pack,
         }
-        return identity("convert", {"format": VERSION, **versions()}, digests, options)
+        version = {"format": VERSION, **versions()}
+        return identity("convert", version, weights=weights, text=text, options=options)
 
     def start(self) -> dict[str, Any]:
         return {**Writer.start(), "packed": None, "report": None}
@@ -174,7 +176,7 @@ class _Conversion:
                     if "layer" in r
                 ],
                 "dense": job.dense,
-                "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
+                "dtype": None if job.dtype is None else name_of(job.dtype),
                 "source_sha256": checkpoint.sha256(),
                 "output_sha256": output,
                 "versions": {**versions(), "format": VERSION},

@@ -12,21 +12,11 @@ from torch import Tensor
 
 from gaugekit.checkpoint.compact import forms
 from gaugekit.checkpoint.config import stored_as
+from gaugekit.checkpoint.dtypes import name_of
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.checkpoint.version import VERSION
 from gaugekit.models import Layers, Stored
 from gaugekit.rewrite.rewrite import Calibration, Rewrite, invariance_error
-
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -131,7 +121,7 @@ class Job:
         config = dict(self.checkpoint.config)
         if self.dtype is not None:
             config.pop("torch_dtype", None)
-            config["dtype"] = str(self.dtype).removeprefix("torch.")
+            config["dtype"] = name_of(self.dtype)
         modules = {name: spec for record in records for name, spec in record.get("modules", {}).items()}
         if modules:
             config["quantization_config"] = {
@@ -157,15 +147,6 @@ class Job:
         smallest = min(self.checkpoint.dtype(name).itemsize for names in layers for name in names)
         width = smallest if self.dtype is None else self.dtype.itemsize
         return size - removed * width + 4 * channels * len(self.rewrites)
-
-
-def storage(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype to store weights in; ValueError for one that is not offered."""
-    if dtype is None or dtype in DTYPES.values():
-        return dtype
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-    return DTYPES[dtype]
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

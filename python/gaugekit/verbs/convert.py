@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from gaugekit.calibration import collect
+from gaugekit.checkpoint.dtypes import floating
 from gaugekit.checkpoint.reader import Checkpoint
-from gaugekit.files.staging import sha256
+from gaugekit.files.durable import sha256
 from gaugekit.report import Report
 from gaugekit.rewrite import Calibration, Later, Rewrite, engine
-from gaugekit.rewrite.job import storage
+from gaugekit.verbs import wording
 
 
 def convert(
@@ -50,14 +51,14 @@ def convert(
     name, a target that is not empty or lies inside the source (or holds it), a missing ``calibration``, or numbers that
     do not fit ``dtype``; OSError where the disk is too small or does not take what is written.
     """
-    checkpoint, stored = Checkpoint(source), storage(dtype)
+    checkpoint, stored = Checkpoint(source), None if dtype is None else floating(dtype)
     if calibration is not None and not Path(calibration).is_file():
         raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
 
     def statistics(modules: list[str], folder: Path) -> list[dict]:
         return collect(checkpoint, calibration, modules=modules, work_directory=folder)
 
-    return engine.run(
+    report = engine.run(
         checkpoint,
         Path(target),
         rewrites,
@@ -69,3 +70,4 @@ def convert(
         progress=progress,
         pages=pages,
     )
+    return wording.converted(report, source, target)

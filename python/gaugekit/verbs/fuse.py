@@ -19,6 +19,7 @@ from gaugekit.nn.packed_layer import PackedLayer
 from gaugekit.ops.packed_linear.choice import speed_note
 from gaugekit.report import Report
 from gaugekit.symmetry import GaugeFix
+from gaugekit.verbs import wording
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def fuse(
     probabilities, so fuse with ``attention=False`` to train a model that asks for it.
 
     ``packed``: plain linear layers, GPT-2's Conv1D and embeddings of bfloat16 or float16 keep their weights packed in
-    memory and frozen, bit for bit (docs/packed.md); each layer stays the same object, with its hooks, attributes and
+    memory and frozen, bit for bit (docs/resident.md); each layer stays the same object, with its hooks, attributes and
     ties. Nothing is kept for ``unfuse``, which unpacks whatever is packed, so the memory is saved in this process. The
     model saves as the plain one. The report then has ``bytes_before`` and ``bytes_after`` of all parameters and buffers
     and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``speed`` [sentence] says what is known
@@ -86,10 +87,10 @@ def fuse(
             install.remember(model, steps)
     fields["attention"] = _attention(model)
     fields["parameters_after"] = _count(model)
-    notes = [
-        f"left alone: {one['module'] or type(model).__name__}: {one['reason']}" for one in fields["left"]
-    ]
-    return Report("fuse", fields, notes)
+    notes = _notes(model, fields["left"])
+    if packed and not fields["replaced"]:
+        notes.insert(0, _why_nothing(model))
+    return wording.fused(Report("fuse", fields, notes), model)
 
 
 def unfuse(model: nn.Module) -> Report:
@@ -105,7 +106,8 @@ def unfuse(model: nn.Module) -> Report:
     unpacked = resident.unpack(model)
     notes = [] if unpacked or install.fused(model) else ["the model is not fused"]
     restored = [*install.undo(model), *unpacked]
-    return Report("unfuse", {"restored": restored, "attention": _attention(model)}, notes)
+    report = Report("unfuse", {"restored": restored, "attention": _attention(model)}, notes)
+    return wording.unfused(report, model)
 
 
 @dataclass
@@ -238,6 +240,32 @@ def _make(path: str, original: nn.Module, stored: Any) -> nn.Module:
 def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     module.load_state_dict(
         {name: tensor.to(module.state_dict()[name].dtype) for name, tensor in tensors.items()}
+    )
+
+
+def _notes(model: nn.Module, left: list[dict[str, str]]) -> list[str]:
+    """One sentence for each reason why modules were left alone, with the first of them."""
+    modules: dict[str, list[str]] = {}
+    for entry in left:
+        modules.setdefault(entry["reason"], []).append(entry["module"] or type(model).__name__)
+    return [
+        f"left alone: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+        for reason, names in modules.items()
+    ]
+
+
+def _why_nothing(model: nn.Module) -> str:
+    """Why ``packed`` packed nothing: where the weights have no dtype that is packed, how to give them one."""
+    dtypes = {p.dtype for p in model.parameters() if p.dim() > 1 and p.is_floating_point()}
+    names = (
+        ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        or "no floating-point numbers"
+    )
+    if dtypes & set(resident.DTYPES):
+        return "nothing was packed: see the reasons below"
+    return (
+        f"nothing was packed: packing takes bfloat16 and float16, and the matrices of this model are {names}; "
+        "model.to(torch.bfloat16) first, where rounding them is acceptable"
     )
 
 

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from gaugekit import models
-from gaugekit.calibration.moments import evaluating, tokens
-from gaugekit.checkpoint.reader import CERTIFICATE, INDEX, SCRATCH, Checkpoint, safetensors_package, versions
-from gaugekit.codec.directories.job import check_space
-from gaugekit.files.places import listing
-from gaugekit.files.staging import OWN, Staging, check_target, copy, free_bytes, identity, sync
+from gaugekit.calibration.moments import evaluating
+from gaugekit.checkpoint.reader import INDEX, Checkpoint
+from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, safetensors_package, versions
+from gaugekit.files.durable import copy, identity, sync_files
+from gaugekit.files.places import check_space, listing
+from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
-from gaugekit.text import samples
-from gaugekit.verbs.heal_state import State, digest, digest_of
+from gaugekit.text.batches import tokens
+from gaugekit.text.pooling import embeddings
+from gaugekit.text.sentences import read
+from gaugekit.verbs import wording
+from gaugekit.verbs.heal_state import State, digest
 
 QUERY_KEY = (
     "*query*",
@@ -75,18 +79,8 @@ def heal(
     that do not fit, and for a ``work_directory`` of another job, or that holds files which are not ours.
     """
     layer_steps = steps // 4 if layer_steps is None else layer_steps
-    for name, value, least in (
-        ("steps", steps, 0),
-        ("layer_steps", layer_steps, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
-    strings = samples.read(text)
-    if len(strings) < 2:
-        raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
-    every = max(8, math.ceil(len(strings) / HELD_OUT))
-    held_out, strings = strings[::every], [s for index, s in enumerate(strings) if index % every]
+    _check_counts(steps, layer_steps, batch_size)
+    held_out, strings = _parted(read(text))
     run = _Run(student, teacher, parameters)
     held = [(batch, run.states(teacher, batch)) for batch in tokens(teacher, held_out, 32)]
     batches = tokens(teacher, strings, batch_size)
@@ -98,13 +92,17 @@ def heal(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    digests = {
-        "student": digest(student),
-        "teacher": digest(teacher),
-        "text": digest_of(strings, held_out),
-    }
-    digests["tokens"] = digest_of(*([b["input_ids"].tolist() for b in (*batches, *(h for h, _ in held))]))
-    state = State(work_directory, identity("heal", versions("transformers"), digests, options), run.trained)
+    which = identity(
+        "heal",
+        versions("transformers"),
+        weights={"student": digest(student), "teacher": digest(teacher)},
+        text={
+            "text": [strings, held_out],
+            "tokens": [b["input_ids"].tolist() for b in (*batches, *(h for h, _ in held))],
+        },
+        options=options,
+    )
+    state = State(work_directory, which, run.trained)
     total = layer_steps + steps
     was = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     student.requires_grad_(False)
@@ -117,10 +115,7 @@ def heal(
             state.enter(first)
             while first <= state.step < first + count:
                 order = torch.randperm(len(batches), generator=_generator(seed, state.step // len(batches)))
-                batch = batches[order[state.step % len(batches)]]
-                loss = run.layers_loss(batch) if stage == "layers" else run.end_loss(batch)
-                loss.backward()
-                nn.utils.clip_grad_norm_(list(run.trained.values()), 1.0)
+                run.learn(batches[order[state.step % len(batches)]], by_layer=stage == "layers")
                 state.advance(_rate(state.step - first, count) * learning_rate)
                 if progress is not None:
                     progress(state.step, total)
@@ -139,7 +134,25 @@ def heal(
         "mean_cosine_after": state.curve[-1]["mean_cosine"],
         "curve": state.curve,
     }
-    return Report("heal", fields)
+    return wording.healed(Report("heal", fields), student, teacher)
+
+
+def _check_counts(steps: int, layer_steps: int, batch_size: int) -> None:
+    for name, value, least in (
+        ("steps", steps, 0),
+        ("layer_steps", layer_steps, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+
+
+def _parted(strings: list[str]) -> tuple[list[str], list[str]]:
+    """(held out, to learn from): at most ``HELD_OUT`` sentences, evenly spread, are held out."""
+    if len(strings) < 2:
+        raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
+    every = max(8, math.ceil(len(strings) / HELD_OUT))
+    return strings[::every], [string for index, string in enumerate(strings) if index % every]
 
 
 def heal_directory(
@@ -166,7 +179,7 @@ def heal_directory(
     for path in paths:
         check_target(path, target)
     dtype = loading.stored_dtype(paths[0])
-    strings = samples.read(text)
+    strings = read(text)
     weights = Checkpoint(paths[0])
     numbers = sum(math.prod(weights.shape(name)) for name in weights.names())
     check_space(target, numbers * dtype.itemsize, free_bytes(target))
@@ -184,16 +197,15 @@ def heal_directory(
             staged.save()
         fields = staged.state["report"]
         staged.publish()
-    return Report("heal", fields)
+    return wording.healed(Report("heal", fields), student, teacher, target)
 
 
 def _directory_identity(paths: list[Path], strings: list[str], options: dict[str, Any]) -> dict:
-    digests = {"text": digest_of(strings)}
-    for role, path in zip(("student", "teacher"), paths, strict=True):
-        checkpoint = Checkpoint(path)
-        digests |= {f"{role} {name}": digest for name, digest in checkpoint.sha256().items()}
+    weights = {
+        role: Checkpoint(path).sha256() for role, path in zip(("student", "teacher"), paths, strict=True)
+    }
     chosen = {name: str(value) for name, value in options.items()}
-    return identity("heal", versions("transformers"), digests, chosen)
+    return identity("heal", versions("transformers"), weights=weights, text={"text": strings}, options=chosen)
 
 
 def _save(model: nn.Module, source: Path, folder: Path) -> None:
@@ -209,9 +221,7 @@ def _save(model: nn.Module, source: Path, folder: Path) -> None:
         kept = Path(name).suffix in KEPT and not name.endswith((INDEX, CERTIFICATE)) and name not in OWN
         if kept and not (folder / name).exists():
             copy(source / name, folder / name)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
+    sync_files(folder)
 
 
 class _Run:
@@ -253,6 +263,12 @@ class _Run:
     def _distance(found: list[Tensor], goals: list[Tensor], mask: Tensor) -> Tensor:
         errors = [_error(y, goal, mask) for y, goal in zip(found, goals, strict=True)]
         return errors[-1] + sum(errors[:-1], errors[-1] * 0) / max(len(errors) - 1, 1)
+
+    def learn(self, batch: dict[str, Tensor], by_layer: bool) -> None:
+        """The gradients of one batch, clipped to a norm of 1, in the parameters that are trained."""
+        loss = self.layers_loss(batch) if by_layer else self.end_loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
 
     def layers_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """One run of the student in which every block is given what the teacher's block was given."""
@@ -303,10 +319,14 @@ class _Run:
         for batch, goals in held:
             states, mask = self.states(self.student, batch), batch["attention_mask"]
             loss += float(self._distance(states, goals, mask)) / len(held)
-            pooled = (_pooled(last, mask) for last in (goals[-1], states[-1]))
+            pooled = (embeddings(last, mask) for last in (goals[-1], states[-1]))
             cosines.append(nn.functional.cosine_similarity(*pooled, dim=-1))
-        found = torch.cat(cosines)
-        return {"loss": loss, "mean_cosine": float(found.mean()), "min_cosine": float(found.min())}
+        all_cosines = torch.cat(cosines)
+        return {
+            "loss": loss,
+            "mean_cosine": float(all_cosines.mean()),
+            "min_cosine": float(all_cosines.min()),
+        }
 
 
 def _error(found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
@@ -316,11 +336,6 @@ def _error(found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
     mean = goal.sum((0, 1)) / mask.sum()
     spread = ((goal - mean) * real).square().sum()
     return (found - goal).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _pooled(states: Tensor, mask: Tensor) -> Tensor:
-    real = mask[..., None].double()
-    return (states.double() * real).sum(1) / real.sum(1)
 
 
 def _matching(names: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gaugekit.files.staging import replacing, workplace
+from gaugekit.files.durable import replacing
+from gaugekit.files.staging import workplace
 
 
 class State:
@@ -86,8 +87,3 @@ def digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def digest_of(*values: list) -> str:
-    """The SHA-256 of JSON values, in hexadecimal."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -15,7 +15,9 @@ from gaugekit.models import AttentionView, Layers, Live
 from gaugekit.nn import NonlocalRegularizer
 from gaugekit.rank import head_ranks, head_values
 from gaugekit.report import Report
-from gaugekit.text import samples
+from gaugekit.text.batches import batches, padding, token_ids
+from gaugekit.text.sentences import sentences
+from gaugekit.verbs import wording
 
 GROUPS = ("value_output", "query_key", "key_bias", "value_bias")
 SMOOTH = 0.9  # a token cosine from which on a model is said to over-smooth
@@ -109,7 +111,7 @@ def inspect(
         "token_cosine": cosines[-1],
         "layers": rows,
     }
-    return Report("inspect", fields, notes)
+    return wording.inspected(Report("inspect", fields, notes), model)
 
 
 def _spectra(view: AttentionView) -> dict[str, list]:
@@ -172,11 +174,9 @@ class _Text:
             notes.append("token_cosine: no tokenizer was found, so no text was read")
             return
         config = loading.config(path)
-        strings = samples.read(text) if text is not None else samples.sentences(SENTENCES)
-        ids = samples.tokenize(tokenizer, strings, loading.positions(config))
-        self.batches = list(
-            samples.batches([row for row in ids if len(row) > 1], 32, config.pad_token_id or 0)
-        )
+        text = sentences(SENTENCES) if text is None else text
+        ids = token_ids(tokenizer, text, loading.positions(config))
+        self.batches = list(batches([row for row in ids if len(row) > 1], 32, padding(config)))
 
     def __len__(self) -> int:
         return len(self.batches)

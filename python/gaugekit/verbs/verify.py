@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from gaugekit.checkpoint.dtypes import floating, name_of
 from gaugekit.report import Report
+from gaugekit.verbs import wording
 from gaugekit.verbs.verify_runs import (
     Batch,
     Kept,
@@ -21,14 +23,6 @@ from gaugekit.verbs.verify_runs import (
     sequences,
     text_batches,
 )
-
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 # An exact rewrite may err as the original does, and a little more: its factors are rounded once again.
 NOISE_FACTOR = {torch.float32: 1.5, torch.float16: 1.2, torch.bfloat16: 1.2}
@@ -81,7 +75,7 @@ def verify(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
     original, result = Subject(a, "a"), Subject(b, "b")
-    working = _dtype(dtype) if dtype is not None else None
+    working = floating(dtype) if dtype is not None else None
     notes: list[str] = []
     reads = _reads(original, result, text)
     ids, pad = sequences(original, result, text, notes) if reads == "input_ids" else ([], 0)
@@ -99,7 +93,7 @@ def verify(
     working = original.dtype(model) if working is None else working
     if working == torch.float64 != highest:
         working = highest
-        notes.append(f"dtype: {_name(highest)}, since {type(model).__name__} does not run in float64")
+        notes.append(f"dtype: {name_of(highest)}, since {type(model).__name__} does not run in float64")
     passes = _Passes(trials, pool, 2 if working == highest else 3, progress)
     comparison = _Comparison(highest, working)
     with Kept() as reference, Kept() as plain:
@@ -113,7 +107,8 @@ def verify(
         comparison.result(
             reference, reference if working == highest else plain, passes.of(result.model(working))
         )
-    return comparison.report(passes.tokens, notes)
+    report = comparison.report(passes.tokens, notes)
+    return wording.verified(report, NOISE_FACTOR.get(working), a, b)
 
 
 def allowed(noise: float, dtype: torch.dtype) -> float:
@@ -207,8 +202,8 @@ class _Comparison:
             "relative_error": relative_error,
             "max_abs_error": self.output.max_abs if finite else None,
             "min_cosine": self.output.min_cosine if finite else None,
-            "dtype": _name(self.working),
-            "reference_dtype": _name(self.highest),
+            "dtype": name_of(self.working),
+            "reference_dtype": name_of(self.highest),
             "output": self.name,
             "rows": self.output.rows,
             "tokens": tokens,
@@ -223,8 +218,8 @@ class _Comparison:
     def _findings(self) -> list[str]:
         """One sentence for each model and dtype that gave NaN or infinity, with the first place it did."""
         findings = []
-        working = _name(self.working)
-        who = {"r": f"the original (a) in {_name(self.highest)}", "p": f"the original (a) in {working}",
+        working = name_of(self.working)
+        who = {"r": f"the original (a) in {name_of(self.highest)}", "p": f"the original (a) in {working}",
                "y": f"the result (b) in {working}"}  # fmt: skip
         for key, what in who.items():
             if key == "p" and self.working == self.highest:
@@ -307,14 +302,3 @@ def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 def _broken(rows: torch.Tensor) -> int:
     return int((~rows.isfinite()).any(-1).sum())
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    name = SHORT.get(dtype, dtype) if isinstance(dtype, str) else _name(dtype)
-    if name not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join([*DTYPES, *SHORT])}, got {dtype!r}")
-    return DTYPES[name]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -21,7 +21,10 @@ from typing import Any
 import torch
 
 from gaugekit.checkpoint.reader import Checkpoint
-from gaugekit.text import samples
+from gaugekit.text.batches import batches, padding, token_ids
+from gaugekit.text.pooling import embeddings
+from gaugekit.text.samples import random_sequences
+from gaugekit.text.sentences import read, sentences
 from gaugekit.verbs.wide_products import wide_products
 
 OUTPUTS = ("logits", "prediction_logits", "last_hidden_state")  # the first that a model gives is compared
@@ -202,7 +205,9 @@ class Subject:
         return loading.tokenizer(self.path) if self.path is not None else None
 
 
-def sequences(original: Subject, result: Subject, text, notes: list[str]) -> tuple[list[list[int]], int]:
+def sequences(
+    original: Subject, result: Subject, text: str | Path | list[str] | None, notes: list[str]
+) -> tuple[list[list[int]], int]:
     """Token ids to run both models on, and the id that pads them; of the default text as many as are cheap."""
     from gaugekit.hf import loading
 
@@ -210,22 +215,21 @@ def sequences(original: Subject, result: Subject, text, notes: list[str]) -> tup
     if sizes[0] != sizes[1]:
         raise ValueError(f"b: expected the vocabulary of a, {sizes[0]} tokens, got {sizes[1]}")
     longest = min(loading.positions(subject.config) for subject in (original, result))
-    pad = getattr(original.config, "pad_token_id", None)
-    tokenizers = [found for subject in (original, result) if (found := subject.tokenizer()) is not None]
+    tokenizers = [t for subject in (original, result) if (t := subject.tokenizer()) is not None]
     if not tokenizers:
         if text is not None:
             raise ValueError("text: expected a tokenizer beside the model to read text with, found none")
         if not sizes[0]:
             raise ValueError("a: expected a vocab_size in its config, found none")
         notes.append("text: no tokenizer was found, so seeded random ids were used")
-        return samples.random_sequences(sizes[0], longest, avoid=pad), pad or 0
-    strings = samples.read(text) if text is not None else samples.sentences()
-    ids = [samples.tokenize(tokenizer, strings, longest) for tokenizer in tokenizers]
+        avoid = getattr(original.config, "pad_token_id", None)
+        return random_sequences(sizes[0], longest, avoid=avoid), padding(original.config)
+    strings = read(text) if text is not None else sentences()
+    ids = [token_ids(tokenizer, strings, longest) for tokenizer in tokenizers]
     if ids[0] != ids[-1]:
         raise ValueError("b: expected a tokenizer that reads the text as a's does; its tokens differ")
-    if not ids[0]:
-        raise ValueError("text: expected text that gives tokens, got none")
-    return (ids[0] if text is not None else affordable(ids[0], original.parameters())), pad or 0
+    cheap = ids[0] if text is not None else affordable(ids[0], original.parameters())
+    return cheap, padding(original.config)
 
 
 def affordable(ids: list[list[int]], parameters: int) -> list[list[int]]:
@@ -243,7 +247,7 @@ def text_batches(ids: list[list[int]], pad: int, batch_size: int, model: torch.n
     tokens = None if head is None else LOGITS // vocabulary
     return [
         Batch({"input_ids": rows, "attention_mask": mask}, mask.bool())
-        for rows, mask in samples.batches(ids, batch_size, pad, tokens)
+        for rows, mask in batches(ids, batch_size, pad, tokens)
     ]
 
 
@@ -286,11 +290,7 @@ def run(model: torch.nn.Module, batch: Batch, pool: str | None) -> Output:
             raise ValueError(
                 f"pool: expected a model that returns hidden states, {type(model).__name__} does not"
             )
-        last = last.to("cpu", torch.float64)
-        weight = (torch.ones(last.shape[:2]) if keep is None else keep).double().unsqueeze(-1)
-        # A product of 0 and NaN is NaN: what stands at padding positions must not get into the mean.
-        mean = (last.masked_fill(weight == 0, 0.0) * weight).sum(1) / weight.sum(1)
-        return Output("mean-pooled embeddings", torch.nn.functional.normalize(mean, dim=-1), hidden)
+        return Output("mean-pooled embeddings", embeddings(last, keep), hidden)
     if not name:
         raise ValueError(
             f"expected a model with logits or last_hidden_state, {type(model).__name__} has neither"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import filecmp
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,8 +15,10 @@ from gaugekit.codec.directories.index import INDEX_SUFFIX, check_indices, weight
 from gaugekit.codec.files import container
 from gaugekit.codec.files.container import CorruptFile
 from gaugekit.codec.files.header import SUFFIX
-from gaugekit.files.places import holds, listing, placed
-from gaugekit.files.staging import OWN, Staging, check_target, copy, dump, free_bytes, identity, write
+from gaugekit.files.durable import copy, dump, identity, write
+from gaugekit.files.missing import how_to_convert
+from gaugekit.files.places import check_space, holds, listing
+from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
 
 Progress = Callable[[int, int], None] | None
@@ -63,7 +63,9 @@ class _Contents:
                 )
         self.weights = [name for name in self.files if name.endswith(SUFFIX)]
         if not self.weights:
-            raise ValueError(f"source: expected a directory with {SUFFIX} files, found none in {source}")
+            raise ValueError(
+                f"source: expected a directory with {SUFFIX} files, found none in {source}{how_to_convert(source)}"
+            )
         self.others = sorted((name for name in self.files if not name.endswith(SUFFIX)), key=_last)
         self.bytes = {name: (source / name).stat().st_size for name in self.files}
         check_indices(source, self.files)
@@ -85,7 +87,7 @@ def convert(job: Job, source: Path, target: Path, resume: bool, progress: Progre
     needed = sum(job.plan(source / name) for name in contents.weights)
     needed += sum(contents.bytes[name] for name in contents.others)
     check_space(target, needed, free_bytes(target))
-    what = identity(job.verb, container.BUNDLED, {}, job.options)
+    what = identity(job.verb, container.BUNDLED, options=job.options)
     staged = Staging(target, what, {"done": {}}, resume=resume, sound=_sound)
     with staged.until_closed(CorruptFile):
         advance = counter(job.passes * sum(contents.bytes[name] for name in contents.weights), progress)
@@ -190,13 +192,6 @@ def _stored_bytes(path: Path) -> int:
         return path.stat().st_size
     with path.open("rb") as file:
         return container.read(file).stored.data_bytes
-
-
-def check_space(target: Path, needed: int, free: int) -> None:
-    """OSError unless ``needed`` bytes are free beside ``target``."""
-    if free < needed:
-        message = f"{needed:,} bytes are needed beside {target.name}, {free:,} are free"
-        raise OSError(errno.ENOSPC, message, os.fspath(placed(target).parent))
 
 
 def counter(total: int, progress: Progress) -> Callable[[int], None]:

@@ -135,7 +135,7 @@ def parse_object(text: str | bytes, what: str) -> dict:
     return value
 
 
-def natural(value) -> bool:
+def natural(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 

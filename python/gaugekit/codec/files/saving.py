@@ -10,19 +10,25 @@ import torch
 
 from gaugekit.codec.files import header, stream
 from gaugekit.codec.files.stream import Crew
-from gaugekit.codec.files.written import check_room, written
-from gaugekit.files.places import check_place, placed
+from gaugekit.files.durable import written
+from gaugekit.files.places import check_place, check_space, placed
 
 
 def save_file(
-    tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+    tensors: dict[str, torch.Tensor],
+    path: str | os.PathLike,
+    metadata: dict[str, str] | None = None,
+    *,
+    symbols: str | None = None,
 ) -> None:
-    """Writes ``tensors`` to a packed file: ``safetensors.torch.save_file``, and ``pack`` of what that wrote.
+    """Writes ``tensors`` to a packed file: ``safetensors.torch.save_file``, and ``pack`` of what that wrote,
+    with the same ``symbols``.
 
     ``unpack`` of it gives the file that safetensors would have written. The file is written beside its place, flushed
     and renamed. ValueError for what is no {name: tensor}, for metadata that is no {str: str}, for a dtype that
     .safetensors lacks, and for tensors that share memory: they would not when they are loaded.
     """
+    stream.check_symbols(symbols)
     flat = {name: _stored(tensor) for name, tensor in _checked(tensors, metadata).items()}
     raw = header.render_plain({n: (header.NAMES[t.dtype], _shape(t)) for n, t in tensors.items()}, metadata)
     original = header.parse_header(raw)
@@ -31,14 +37,14 @@ def save_file(
     if slash or path.is_dir():
         raise ValueError(f"path: expected a file name, got the directory {path}")
     path = placed(path)
-    check_room(path, stream.most_bytes(original))
+    check_space(path, stream.most_bytes(original))
     with Crew() as crew, written(path) as out:
         stream.pack(
             original,
             lambda entry, start, stop: flat[entry.name][start:stop].numpy(),
             out,
             crew,
-            None,
+            symbols,
             lambda size: None,
         )
 

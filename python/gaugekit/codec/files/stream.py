@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from gaugekit.codec.files import bundle, container
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import BITS, DTYPES, Entry, Header
 from gaugekit.codec.tensors.blob import encode_bytes
-from gaugekit.codec.tensors.pieces import BlobWriter, StoredBlob, chunk_count, cuts, read_at
+from gaugekit.codec.tensors.pieces import BlobWriter, StoredBlob, cuts, read_at
 from gaugekit.ops.rans import operator as rans
 from gaugekit.ops.rans.crc32c import joined
+from gaugekit.ops.rans.header import chunk_count
 
 MIN_MEMORY_BYTES, MEMORY_BYTES = 64 << 20, 256 << 20
 THREADS = (
@@ -51,7 +52,7 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, tasks: Iterable[Callable]) -> Iterator:
@@ -68,7 +69,7 @@ class Crew:
             for future in waiting:
                 future.cancel()
 
-    def beside(self, task: Callable, *arguments):
+    def beside(self, task: Callable, *arguments: Any) -> Future:
         """A future of ``task``, which one of the threads takes on."""
         return self._pool.submit(task, *arguments)
 
@@ -77,23 +78,30 @@ class Crew:
         return max(1, self.piece_bytes // item_bytes >> 20) << 20
 
 
+def check_symbols(symbols: str | None) -> None:
+    """ValueError unless ``symbols`` are some that bfloat16 can have, or None."""
+    if symbols is not None and symbols not in rans.SYMBOLS[torch.bfloat16]:
+        expected = ", ".join(map(repr, rans.SYMBOLS[torch.bfloat16]))
+        raise ValueError(f"symbols: expected None or one of {expected}, got {symbols!r}")
+
+
 def pack(
     original: Header,
     read: Callable[[Entry, int, int], np.ndarray],
     out: BinaryIO,
     crew: Crew,
-    model: int | None,
+    symbols: str | None,
     advance: Advance,
 ) -> int:
     """Writes the packed file of ``original`` to the empty file ``out``; returns its bytes.
 
-    ``read(entry, start, stop)`` gives bytes [start, stop) of a tensor. ``model`` is the symbol model of the
+    ``read(entry, start, stop)`` gives bytes [start, stop) of a tensor. ``symbols`` are those of the
     bfloat16 ones. ``advance`` is told the bytes of each piece. The file's header lists the tensors (version 1) unless
     that cannot be, or makes a file that is larger than the original by more than a few KB (version 2).
     """
     reserved = container.packed_header_bytes(original)
     begin = bundle.START if reserved is None else 8 + reserved
-    stored = _store(original, read, out, begin, crew, model, advance)
+    stored = _store(original, read, out, begin, crew, symbols, advance)
     end = stored[-1][0].end if stored else 0
     if reserved is not None and begin + end <= original.file_bytes + SLACK_BYTES:
         header = container.render_packed(original, stored, reserved)
@@ -126,7 +134,7 @@ def _store(
     out: BinaryIO,
     begin: int,
     crew: Crew,
-    model: int | None,
+    symbols: str | None,
     advance: Advance,
 ) -> list[tuple[Entry, str, int]]:
     """Writes all tensors from ``begin`` on: [(entry, codec, crc32c)] in the order in which they stand."""
@@ -141,7 +149,7 @@ def _store(
 
     coded = [e for e in original.entries if container.codable(e.dtype) and e.size > LEAST_BLOB_BYTES]
     pieces = {entry.name: cuts(entry.weights, crew.step(BITS[entry.dtype] // 8)) for entry in coded}
-    blobs = crew.run(partial(_encode, read, e, *cut, model) for e in coded for cut in pieces[e.name])
+    blobs = crew.run(partial(_encode, read, e, *cut, symbols) for e in coded for cut in pieces[e.name])
     for entry in original.entries:
         if entry.name not in pieces:
             rest.append(entry)
@@ -178,10 +186,10 @@ def _move_down(file: BinaryIO, begin: int, to: int, size: int, piece_bytes: int)
         file.write(piece)
 
 
-def _encode(read: Callable, entry: Entry, start: int, stop: int, model: int | None) -> np.ndarray:
+def _encode(read: Callable, entry: Entry, start: int, stop: int, symbols: str | None) -> np.ndarray:
     dtype = DTYPES[entry.dtype]
     data = torch.from_numpy(read(entry, start * dtype.itemsize, stop * dtype.itemsize)).view(dtype)
-    return encode_bytes(data, model=model if dtype == torch.bfloat16 else None).numpy()
+    return encode_bytes(data, symbols=symbols if dtype == torch.bfloat16 else None).numpy()
 
 
 def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> Iterator[np.ndarray]:

@@ -5,42 +5,45 @@ from __future__ import annotations
 import contextlib
 import mmap
 import warnings
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from gaugekit.ops.rans import operator as rans
 
+Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | np.ndarray | torch.Tensor
 MAPPED_BYTES = 1 << 25  # from here on the C library maps memory anew for each allocation, too
 
 
-def encode(tensor: torch.Tensor, *, model: int | None = None, chunk_log2: int | None = None) -> bytes:
+def encode(tensor: torch.Tensor, *, symbols: str | None = None, chunk_log2: int | None = None) -> bytes:
     """``tensor`` [any shape, any strides] of bfloat16, float16, float32, float8_e4m3fn, float8_e5m2 or int8 as a
     coded blob, bit for bit recoverable.
 
-    ``model`` says which bits of an element are entropy-coded, the others being stored as they are: 0 its exponent
-    (default for bfloat16 and float32), 1 its high byte (default for the others, and their only choice), 2 its exponent
-    and the two highest bits of its mantissa (bfloat16 only: about 0.6 % smaller, slower). ``chunk_log2`` (14 to 20;
-    default 17, with model 2, whose tables are larger, 18) is log2 of the symbols a chunk: smaller chunks are read in
-    smaller pieces and cost more bytes. ValueError for other dtypes, devices or numbers. Format: docs/format.md.
+    ``symbols`` says which bits of an element are entropy-coded, the others being stored as they are: "exponent"
+    (default for bfloat16 and float32), "high-byte" (default for the others, and their only choice) or
+    "exponent-and-mantissa", the exponent and the two highest bits of the mantissa (bfloat16 only: about 0.6 % smaller,
+    slower). ``chunk_log2`` (14 to 20; default 17, with "exponent-and-mantissa", whose tables are larger, 18) is log2 of
+    the symbols a chunk: smaller chunks are read in smaller pieces and cost more bytes.
+    ValueError for other dtypes, devices or numbers. Format: docs/format.md.
     """
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
-    return encode_bytes(tensor, model=model, chunk_log2=chunk_log2).numpy().tobytes()
+    return encode_bytes(tensor, symbols=symbols, chunk_log2=chunk_log2).numpy().tobytes()
 
 
 def encode_bytes(
-    tensor: torch.Tensor, *, model: int | None = None, chunk_log2: int | None = None
+    tensor: torch.Tensor, *, symbols: str | None = None, chunk_log2: int | None = None
 ) -> torch.Tensor:
     """``encode`` without the copy into ``bytes``: uint8 [bytes]."""
-    if model is None:
-        model = rans.EXPONENT if tensor.dtype in (torch.bfloat16, torch.float32) else rans.HIGH_BYTE
+    if tensor.dtype in rans.SYMBOLS and symbols is None:
+        symbols = rans.SYMBOLS[tensor.dtype][0]
     if chunk_log2 is None:
-        chunk_log2 = 18 if model == rans.EXPONENT_AND_TWO else 17
-    return rans.encode(tensor, model, chunk_log2)
+        chunk_log2 = 18 if symbols == "exponent-and-mantissa" else 17
+    return rans.encode(tensor, symbols, chunk_log2)
 
 
-def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode(blob: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:
     """The tensor that ``blob`` (anything with the buffer protocol, or a uint8 tensor) was made from.
 
     ``out``, a contiguous CPU tensor of the same dtype and shape, is filled and returned instead of a new
@@ -54,7 +57,7 @@ def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
     return out
 
 
-def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode_range(blob: Buffer, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Elements [start, stop) of the flattened tensor, one-dimensional; only the chunks that hold them are
     decoded.
     """
@@ -69,7 +72,7 @@ def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -
     return out
 
 
-def as_byte_tensor(data) -> torch.Tensor:
+def as_byte_tensor(data: Buffer) -> torch.Tensor:
     """A uint8 vector over ``data`` without a copy (bytes, mmap, array, uint8 tensor); it is only ever
     read.
     """

@@ -6,24 +6,26 @@ import torch
 
 from gaugekit.codec.tensors import blob as coded
 from gaugekit.codec.tensors import fixed
+from gaugekit.codec.tensors.blob import Buffer
 
 LAYOUTS = ("rans", "fixed")
 
 
 def encode(
-    tensor: torch.Tensor, *, layout: str = "rans", model: int | None = None, chunk_log2: int | None = None
+    tensor: torch.Tensor, *, layout: str = "rans", symbols: str | None = None, chunk_log2: int | None = None
 ) -> bytes | torch.Tensor:
     """``tensor`` (any shape, strides, bit patterns) in fewer bytes, bit for bit recoverable by ``decode``.
 
     ``layout="rans"``, for files: ``bytes``, the smallest. bfloat16, float16, float32, float8_e4m3fn, float8_e5m2 or
-    int8 on the CPU. ``model`` says which bits of an element are entropy-coded: 0 its exponent (default for bfloat16 and
-    float32), 1 its high byte (default for the others, and their only choice), 2 its exponent and the two highest bits
-    of its mantissa (bfloat16 only: about 0.6 % smaller, slower). ``chunk_log2`` (14 to 20; default 17, with model 2,
-    whose tables are larger, 18) is log2 of the symbols a chunk: smaller chunks are read in smaller pieces and cost more
-    bytes.
+    int8 on the CPU.
+    ``symbols`` says which bits of an element are entropy-coded, the others being stored as they are: "exponent"
+    (default for bfloat16 and float32), "high-byte" (default for the others, and their only choice) or
+    "exponent-and-mantissa", the exponent and the two highest bits of the mantissa (bfloat16 only: about 0.6 % smaller,
+    slower). ``chunk_log2`` (14 to 20; default 17, with "exponent-and-mantissa", whose tables are larger, 18) is log2 of
+    the symbols a chunk: smaller chunks are read in smaller pieces and cost more bytes.
 
     ``layout="fixed"``, for transfers: a uint8 tensor on the tensor's device, some 4 % larger and as simple as a GPU
-    likes it; bfloat16 or float16 on any device. ``model`` and ``chunk_log2`` do not go with it.
+    likes it; bfloat16 or float16 on any device. ``symbols`` and ``chunk_log2`` do not go with it.
 
     ValueError for other dtypes, devices, layouts or numbers. Formats: docs/format.md, ``gaugekit.codec.fixed``.
     """
@@ -33,13 +35,13 @@ def encode(
         raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
     tensor = tensor.resolve_neg()  # a view that negates has other bits in memory than it shows
     if layout == "rans":
-        return coded.encode(tensor, model=model, chunk_log2=chunk_log2)
-    if model is not None or chunk_log2 is not None:
-        raise ValueError("model, chunk_log2: expected None with layout='fixed', which has none")
+        return coded.encode(tensor, symbols=symbols, chunk_log2=chunk_log2)
+    if symbols is not None or chunk_log2 is not None:
+        raise ValueError("symbols, chunk_log2: expected None with layout='fixed', which has none")
     return fixed.encode(tensor)
 
 
-def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode(blob: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:
     """The tensor that ``blob`` (anything with the buffer protocol, or a uint8 tensor) was made from; which layout made
     it is seen from its first bytes.
 
@@ -62,7 +64,7 @@ def decode(blob, out: torch.Tensor | None = None) -> torch.Tensor:
     return out.copy_(found)
 
 
-def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode_range(blob: Buffer, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Elements [start, stop) of the flattened tensor, one-dimensional; only the chunks (or rows of 1,024 elements) that
     hold them are decoded. ``out`` goes with layout "rans".
     """
@@ -74,7 +76,7 @@ def decode_range(blob, start: int, stop: int, out: torch.Tensor | None = None) -
     return fixed.decode(data, start, stop)
 
 
-def _bytes(blob) -> torch.Tensor:
+def _bytes(blob: Buffer) -> torch.Tensor:
     if isinstance(blob, torch.Tensor) and blob.dtype == torch.uint8 and blob.dim() == 1:
         return blob.contiguous()
     return coded.as_byte_tensor(blob)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gaugekit.codec.tensors.blob import as_byte_tensor
+from gaugekit.codec.tensors.blob import Buffer, as_byte_tensor
 from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans import rows
+from gaugekit.ops.rans.rows import ROW, decode_rows, rows_of
 
 ALIGNMENT = 256  # of each tensor in the output, in bytes
 GROUP_BYTES = 1 << 26  # packed bytes that travel at once while the ones before them are decoded
@@ -27,12 +27,13 @@ class DeviceDecoder:
     of them waits for the GPU. ``check()`` does, and raises CorruptFile if a chunk did not decode as a sound one.
     """
 
-    def __init__(self, blobs: Sequence, device, ranges: Sequence | None = None):
+    def __init__(self, blobs: Sequence[Buffer], device: torch.device | str,
+                 ranges: Sequence[tuple[int, int] | None] | None = None):  # fmt: skip
         self.device = torch.device(device)
         ranges = [None] * len(blobs) if ranges is None else ranges
         if len(ranges) != len(blobs):
             raise ValueError(f"ranges: expected one for each of {len(blobs)} blobs, got {len(ranges)}")
-        sources, rows, layout, place, out = [], [], [], 0, 0
+        sources, parts, layout, place, out = [], [], [], 0, 0
         self._groups = []  # (bytes to send from, to; rows from, to)
         for blob, wanted in zip(blobs, ranges, strict=True):
             blob = as_byte_tensor(blob)
@@ -40,9 +41,9 @@ class DeviceDecoder:
             start, stop = (0, shape.numel()) if wanted is None else wanted
             if not 0 <= start <= stop <= shape.numel():
                 raise ValueError(f"ranges: expected 0 <= start <= stop <= {shape.numel()}, got {wanted}")
-            done = sum(map(len, rows))
-            rows.append(rows.rows_of(blob, start, stop, place, out))
-            self._extend_groups(place, place + blob.numel(), done, done + len(rows[-1]))
+            done = sum(map(len, parts))
+            parts.append(rows_of(blob, start, stop, place, out))
+            self._extend_groups(place, place + blob.numel(), done, done + len(parts[-1]))
             layout.append((out, dtype, shape if wanted is None else torch.Size([stop - start])))
             sources.append(blob)
             place += blob.numel()
@@ -51,7 +52,7 @@ class DeviceDecoder:
         self._host = torch.empty(place, dtype=torch.uint8, pin_memory=pinned)
         if sources:
             torch.cat(sources, out=self._host)
-        table = np.concatenate(rows) if rows else np.zeros(0, rows.ROW)
+        table = np.concatenate(parts) if parts else np.zeros(0, ROW)
         self._rows = torch.from_numpy(table.view(np.uint8)).to(self.device)
         self._packed = torch.empty(place, dtype=torch.uint8, device=self.device)
         self._out = torch.empty(out, dtype=torch.uint8, device=self.device)
@@ -72,7 +73,7 @@ class DeviceDecoder:
 
     def decode(self) -> list[torch.Tensor]:
         """Decodes all chunks in one launch on the current stream."""
-        rows.decode_rows(self._packed, self._rows, self._out, self._damaged)
+        decode_rows(self._packed, self._rows, self._out, self._damaged)
         return self.tensors
 
     def load(self) -> list[torch.Tensor]:
@@ -87,10 +88,11 @@ class DeviceDecoder:
                 with torch.cuda.stream(side):
                     self._packed[start:stop].copy_(self._host[start:stop], non_blocking=True)
                 current.wait_stream(side)
-                rows = self._rows[48 * first : 48 * last]
-                rows.decode_rows(self._packed, rows, self._out, self._damaged[first:last])
+                chunks = self._rows[48 * first : 48 * last]
+                decode_rows(self._packed, chunks, self._out, self._damaged[first:last])
         return self.tensors
 
     def check(self) -> None:
+        """Waits for the device; CorruptFile if a chunk did not decode as a sound one."""
         if self._damaged.any():
             raise rans.CorruptFile("not a sound coded blob: a chunk does not decode to its end")

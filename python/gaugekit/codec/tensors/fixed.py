@@ -1,4 +1,4 @@
-"""The fixed-length layout of docs/packed.md as one run of bytes: for transfers, where speed matters more than ratio.
+"""The fixed-length layout of docs/resident.md as one run of bytes: for transfers, where speed matters more than ratio.
 
 docs/format.md has it byte for byte: a header, and the five tensors for rows of 1,024 elements of the flattened tensor.
 Checksum kind 1 is crc32c, for which processors have an instruction; kind 2, made on a GPU, is Σ (2i + 1) w_i mod 2^64
@@ -12,10 +12,11 @@ import struct
 
 import torch
 
-from gaugekit.codec.tensors.blob import as_byte_tensor, fresh
+from gaugekit.codec.tensors.blob import fresh
 from gaugekit.ops.packed_linear import layout as layout
 from gaugekit.ops.packed_linear.weight import PackedWeight, pack_weight
 from gaugekit.ops.rans import operator as rans
+from gaugekit.ops.rans.header import padded, sealed, unsealed
 from gaugekit.ops.rans.operator import CorruptFile
 
 MAGIC, VERSION, ROW = b"GKFIXD\x1a\n", 1, layout.SEGMENT
@@ -33,21 +34,19 @@ def encode(tensor: torch.Tensor) -> torch.Tensor:
     count, missing = flat.numel(), -flat.numel() % ROW
     packed = pack_weight((torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, ROW))
     parts = (packed.planes, packed.offsets, packed.raw, packed.window, packed.escapes)
-    begin = FIELDS.size + 16 * -(-8 * tensor.dim() // 16)
-    size = torch.Size([begin + sum(part.nbytes + -part.nbytes % 16 for part in parts)])
+    begin = FIELDS.size + padded(8 * tensor.dim())
+    size = torch.Size([begin + sum(padded(part.nbytes) for part in parts)])
     blob = fresh(size, torch.uint8) if on_cpu else torch.empty(size, dtype=torch.uint8, device=tensor.device)
     end = begin
     for part in parts:
-        start, end = end, end + part.nbytes + -part.nbytes % 16
+        start, end = end, end + padded(part.nbytes)
         blob[start : start + part.nbytes] = part.reshape(-1).view(torch.uint8)
         blob[start + part.nbytes : end] = 0
     kind = CRC32C if on_cpu else WORD_SUM
     fields = [MAGIC, VERSION, ELEMENTS[tensor.dtype], layout.layout(packed.planes)[1], tensor.dim(), kind, 0]
     fields += [count, packed.escapes.numel(), _checksum(blob[begin:], kind), 0]
-    shape = struct.pack(f"<{tensor.dim()}Q", *tensor.shape)
-    shape += bytes(-len(shape) % 16)
-    crc = rans.crc32c(as_byte_tensor(FIELDS.pack(*fields, 0) + shape))
-    blob[:begin] = torch.frombuffer(bytearray(FIELDS.pack(*fields, crc) + shape), dtype=torch.uint8)
+    head = sealed(FIELDS, fields, tensor.shape)
+    blob[:begin] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
     return blob
 
 
@@ -74,23 +73,22 @@ def decode(blob: torch.Tensor, start: int = 0, stop: int | None = None) -> torch
 
 def _opened(blob: torch.Tensor) -> tuple[PackedWeight, torch.Size]:
     head = bytes(blob[: FIELDS.size].tolist())
-    _, version, element, code_bits, rank, kind, zero, count, escapes, checksum, none, crc = FIELDS.unpack(
-        head
-    )
-    begin = FIELDS.size + 16 * -(-8 * rank // 16)
+    _, version, element, code_bits, rank, kind, zero, count, escapes, checksum, none, _ = FIELDS.unpack(head)
+    begin = FIELDS.size + padded(8 * rank)
     dims = bytes(blob[FIELDS.size : begin].tolist())
     known = version == VERSION and element in ELEMENTS.values() and code_bits in (3, 4) and not zero | none
     if not known or kind not in (CRC32C, WORD_SUM) or rank > 64 or len(dims) != begin - FIELDS.size:
         raise CorruptFile("not a sound transfer blob: its header is not one this version reads")
-    if rans.crc32c(as_byte_tensor(head[:-4] + bytes(4) + dims)) != crc:
+    dimensions = unsealed(FIELDS, head + dims, rank)
+    if dimensions is None:
         raise CorruptFile("not a sound transfer blob: the header's checksum is wrong")
-    shape = torch.Size(struct.unpack(f"<{rank}Q", dims[: 8 * rank]))
+    shape = torch.Size(dimensions)
     rows = -(-count // ROW)
     planes = code_bits + (3 if element == ELEMENTS[torch.float16] else 0)
     sizes = [rows * planes * ROW // 8, 4 * (rows + 1), rows * ROW, rows, escapes]
     ends = [begin]
     for size in sizes:
-        ends.append(ends[-1] + size + -size % 16)
+        ends.append(ends[-1] + padded(size))
     if count != math.prod(shape) or ends[-1] != blob.numel():
         raise CorruptFile("not a sound transfer blob: its length is not the sum of its parts")
     if blob.data_ptr() % 16 or blob.storage_offset() % 16:

@@ -7,8 +7,8 @@ are a blob of that part of the tensor. Taking a blob apart and putting one toget
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
@@ -18,16 +18,8 @@ from gaugekit.codec.tensors.blob import as_byte_tensor
 from gaugekit.files.places import naming_file
 from gaugekit.ops.rans import operator as rans
 from gaugekit.ops.rans.crc32c import joined
+from gaugekit.ops.rans.header import ENTRY, FIELDS, BlobHeader, header_of
 from gaugekit.ops.rans.operator import CorruptFile
-
-MAGIC, VERSION = b"GKRANS\x1a\n", 1
-FIELDS = struct.Struct("<8sHBBBBBBQQIIII")  # magic, version, element, model, context, tables, log2, rank, ...
-MAX_RANK = 64
-ENTRY = np.dtype(
-    [("offset", "<u8"), ("length", "<u4"), ("symbols", "<u2"), ("method", "u1"), ("constant", "u1")]
-    + [(name, "<u4") for name in ("words_0", "words_1", "coded_crc", "decoded_crc")]
-)
-
 
 Room = Callable[[int], np.ndarray]
 
@@ -51,38 +43,23 @@ def read_at(file: BinaryIO, start: int, size: int, into: np.ndarray | None = Non
     return data
 
 
-def chunk_count(count: int, log2: int) -> int:
-    """How many chunks of 2^log2 symbols ``count`` elements take."""
-    return max(1, (count + (1 << log2 - 1) - 1) >> log2) if count else 0
-
-
-def render(like: bytes, shape: tuple[int, ...], entries: np.ndarray) -> bytes:
-    """Header, shape and index of a blob of ``shape`` with these chunks, in the type and model of the header ``like``.
+def render(like: BlobHeader, shape: tuple[int, ...], entries: np.ndarray) -> bytes:
+    """Header, shape and index of a blob of ``shape`` with these chunks, of the type and symbols of the header ``like``.
 
     Offsets are made anew: the first chunk follows the index, each other one the one before it.
     """
-    begin = len(like[:48]) + 16 * -(-8 * len(shape) // 16)
-    entries = entries.copy()
+    header, entries = replace(like, shape=shape), entries.copy()
     lengths = entries["length"].astype(np.uint64)
-    start = begin + entries.nbytes
-    entries["offset"] = start + np.cumsum(lengths) - lengths
-    index = entries.tobytes()
-    dims = struct.pack(f"<{len(shape)}Q", *shape)
-    dims += bytes(begin - 48 - len(dims))
-    fields = list(FIELDS.unpack(like[:48]))
-    fields[7:] = [len(shape), torch.Size(shape).numel(), start + int(lengths.sum()), len(entries)]
-    fields += [rans.crc32c(as_byte_tensor(index)), 0, 0]
-    crc = rans.crc32c(as_byte_tensor(FIELDS.pack(*fields) + dims))
-    return FIELDS.pack(*fields[:-1], crc) + dims + index
+    entries["offset"] = header.index_end + np.cumsum(lengths) - lengths
+    index, length = entries.tobytes(), header.index_end + int(lengths.sum())
+    return replace(header, length=length, index_crc=rans.crc32c(as_byte_tensor(index))).render() + index
 
 
-def split(blob: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
+def split(blob: np.ndarray) -> tuple[BlobHeader, np.ndarray, np.ndarray]:
     """The header, the index and the chunks of a blob that was just made."""
-    header = blob[:48].tobytes()
-    begin = 48 + 16 * -(-8 * header[15] // 16)
-    chunks = FIELDS.unpack(header)[10]
-    end = begin + chunks * ENTRY.itemsize
-    return header, np.frombuffer(blob[begin:end].tobytes(), ENTRY), blob[end:]
+    header = header_of(blob)
+    index = blob[header.index_begin : header.index_end]
+    return header, np.frombuffer(index.tobytes(), ENTRY), blob[header.index_end :]
 
 
 class StoredBlob:
@@ -95,43 +72,27 @@ class StoredBlob:
         self.file, self.start, self.dtype, self.shape = file, start, dtype, shape
         self.count = torch.Size(shape).numel()
         self.header, self.entries = self._opened(size)
-        self.log2 = self.header[14]
+        self.log2 = self.header.chunk_log2
 
-    def _opened(self, size: int) -> tuple[bytes, np.ndarray]:
-        header = read_at(self.file, self.start, min(size, 48)).tobytes()
-        if size < 48 or header[:8] != MAGIC:
-            raise CorruptFile("not a sound coded blob: the magic bytes are not those of a coded blob")
-        _, version, element, _, _, _, log2, rank, count, length, chunks, crc, reserved, sealed = (
-            FIELDS.unpack(header)
-        )
-        if version != VERSION or reserved or rank > MAX_RANK or not 14 <= log2 <= 20:
-            raise CorruptFile("not a sound coded blob: its version or sizes are not those this version reads")
-        begin = 48 + 16 * -(-8 * rank // 16)
-        end = begin + chunks * ENTRY.itemsize
-        if length != size or end > size:
-            raise CorruptFile("not a sound coded blob: its length or its index does not fit the file")
-        dims = read_at(self.file, self.start + 48, begin - 48).tobytes()
-        if rans.crc32c(as_byte_tensor(header[:44] + bytes(4) + dims)) != sealed:
-            raise CorruptFile("not a sound coded blob: the header's checksum is wrong")
-        found = struct.unpack(f"<{rank}Q", dims[: 8 * rank])
-        if rans.DTYPES.get(element) != self.dtype or found != tuple(self.shape) or count != self.count:
+    def _opened(self, size: int) -> tuple[BlobHeader, np.ndarray]:
+        start = read_at(self.file, self.start, min(size, FIELDS.size)).tobytes()
+        head = read_at(self.file, self.start, min(size, rans.header_bytes(start))).tobytes()
+        header = rans.parse_header(head, size)
+        dtype = rans.DTYPES[header.element]
+        if dtype != self.dtype or header.shape != tuple(self.shape):
             raise CorruptFile(
-                f"the header says {self.dtype} {list(self.shape)}, its blob {rans.DTYPES.get(element)} {list(found)}"
+                f"the header says {self.dtype} {list(self.shape)}, its blob {dtype} {list(header.shape)}"
             )
-        index = read_at(self.file, self.start + begin, end - begin)
+        index = read_at(self.file, self.start + header.index_begin, header.index_end - header.index_begin)
         index_crc = rans.crc32c(torch.from_numpy(index))
-        if index_crc != crc:
+        if index_crc != header.index_crc:
             raise CorruptFile("not a sound coded blob: the index's checksum is wrong")
         entries = index.view(ENTRY)
         lengths = entries["length"].astype(np.uint64)
-        places = np.uint64(end) + np.cumsum(lengths) - lengths
-        if (
-            chunks != chunk_count(count, log2)
-            or not np.array_equal(entries["offset"], places)
-            or end + int(lengths.sum()) != size
-        ):
+        places = np.uint64(header.index_end) + np.cumsum(lengths) - lengths
+        if not np.array_equal(entries["offset"], places) or header.index_end + int(lengths.sum()) != size:
             raise CorruptFile("not a sound coded blob: its chunks do not follow each other to its end")
-        self.head_crc = joined(rans.crc32c(as_byte_tensor(header + dims)), index_crc, index.size)
+        self.head_crc = joined(rans.crc32c(as_byte_tensor(head)), index_crc, index.size)
         return header, entries
 
     def parts(self, start: int, stop: int, piece_bytes: int) -> Iterator[tuple[int, int, int, int]]:
@@ -179,16 +140,16 @@ class BlobWriter:
 
     def __init__(self, file: BinaryIO, start: int, shape: tuple[int, ...]):
         self.file, self.start, self.shape = file, start, shape
-        self.header, self.entries = b"", []
+        self.header: BlobHeader | None = None
+        self.entries: list[np.ndarray] = []
         self.size = self.crc = 0  # of the chunks so far
 
     def add(self, blob: np.ndarray) -> None:
         """The next piece."""
         header, entries, chunks = split(blob)
-        if not self.header:
-            self.header = header
-            count = chunk_count(torch.Size(self.shape).numel(), header[14])
-            self.file.seek(self.start + 48 + 16 * -(-8 * len(self.shape) // 16) + count * ENTRY.itemsize)
+        if self.header is None:
+            self.header = replace(header, shape=self.shape)
+            self.file.seek(self.start + self.header.index_end)
         self.entries.append(entries)
         self.crc = joined(self.crc, rans.crc32c(torch.from_numpy(chunks)), chunks.size)
         self.size += chunks.size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class _Arrived:
             )
 
 
-def check(config) -> None:
+def check(config: Any) -> None:
     """ValueError, with the reason, for a model whose attentions this was not tried with."""
     family = getattr(config, "model_type", None)
     if family not in FAMILIES:
@@ -75,7 +76,7 @@ def check(config) -> None:
         raise ValueError("neutreno: expected no cross-attention, whose values are another model's")
 
 
-def numbers(config, lam: float | Sequence[float]) -> float | list[float]:
+def numbers(config: Any, lam: float | Sequence[float]) -> float | list[float]:
     """λ as given, checked: a finite number, or as many as there are layers. ValueError otherwise."""
     single = isinstance(lam, (int, float)) and not isinstance(lam, bool)
     found = [lam] if single or isinstance(lam, (bool, str)) else list(lam)
@@ -88,7 +89,7 @@ def numbers(config, lam: float | Sequence[float]) -> float | list[float]:
     return lam if single else found
 
 
-def stored(existing, lam: float | Sequence[float]) -> dict:
+def stored(existing: Any, lam: float | Sequence[float]) -> dict:
     """``existing``, the model's quantization_config, with λ: what config.json says of a fused model.
 
     ValueError where the weights are stored in a way that is not ours.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gaugekit.ops.mask import Mask
 from gaugekit.ops.nonlocal_energy import rows as rows
+from gaugekit.ops.operands import Gain, Integers, check_tensors, gains, integers
 from gaugekit.ops.shaped_attention.core import softmax_core
 
 KERNELS, GRADIENTS = ("softmax", "symmetric"), ("full", "row")
@@ -24,14 +25,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def nonlocal_energy(
-    u, q, k, *, target=None, lam=0.0, causal=False, key_lengths=None, scale=None, kernel="softmax", gradient="full"
+    u: Tensor, q: Tensor, k: Tensor, *, target: Tensor | None = None, lam: Gain | None = None, causal: bool = False,
+    key_lengths: Integers | None = None, scale: float | None = None, kernel: str = "softmax", gradient: str = "full",
 ) -> Tensor:  # fmt: skip
     """½ Σ_ij A_ij ‖u_i − u_j‖² + λ/2 Σ_i ‖u_i − f_i‖², [B, H]: float32 (float64 for float64), one number a head.
 
     u [B, G or H, T, V] tokens (an attention's values, say); q [B, H, T, K]; k [B, G, T, K], H a multiple of G: head h
-    reads group h // (H/G). ``target`` f, of u's shape, comes with ``lam``, a number or a tensor [] or [H]. ``causal``:
-    token i sees tokens j ≤ i. With ``key_lengths`` int64 [B] rows i and j ≥ key_lengths[b] are left out of both sums;
-    they must hold finite numbers. ``scale`` None means K^-0.5. Differentiable in u, q, k, target, lam.
+    reads group h // (H/G). ``target`` f, of u's shape, comes with ``lam``, a number, a list or a tensor [] or [H].
+    ``causal``: token i sees tokens j ≤ i. With ``key_lengths`` int64 [B] rows i and j ≥ key_lengths[b] are left out of
+    both sums; they must hold finite numbers. ``scale`` None means K^-0.5. Differentiable in u, q, k, target, lam.
 
     ``kernel``: "softmax", A = softmax(scale·q kᵀ); "symmetric", A = (E + Eᵀ)/2 with E = n·exp(scale·q kᵀ)/Σ exp(…) over
     the n real tokens: the nonlocal functional with the kernel k(x, y) + k(y, x) of the paper, scaled to softmax's mass.
@@ -41,6 +43,10 @@ def nonlocal_energy(
     float32, float64, bfloat16, float16 (sums in float32); torch.autocast is not heeded. Raises ValueError for arguments
     that do not fit. Source: NeuTRENO (NeurIPS 2023), the functionals J and E.
     """
+    check_tensors(u=u, q=q, k=k, target=target)
+    if not isinstance(lam, (int, float)):
+        (lam,) = gains(q, lam=lam)
+    key_lengths = integers("key_lengths", key_lengths, torch.int64, q.device)
     _check(u, q, k, target, lam, causal, key_lengths, kernel, gradient)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -126,8 +132,9 @@ def _check(u, q, k, target, lam, causal, key_lengths, kernel, gradient) -> None:
     for name, x in (("q", q), ("k", k), ("target", target)):
         if x is not None and (x.dtype != u.dtype or x.device != u.device):
             raise ValueError(f"{name}: expected {u.dtype} on {u.device} as u, got {x.dtype} on {x.device}")
-    if target is None and (isinstance(lam, Tensor) or lam != 0):
-        raise ValueError("target: expected beside lam, got None")
+    if (target is None) != (lam is None):
+        missing, given = ("lam", "target") if lam is None else ("target", "lam")
+        raise ValueError(f"{missing}: expected beside {given}, got None")
     if target is not None and target.shape != u.shape:
         raise ValueError(f"target: expected the shape of u {list(u.shape)}, got {list(target.shape)}")
     if isinstance(lam, Tensor) and lam.shape not in ((), (heads,)):

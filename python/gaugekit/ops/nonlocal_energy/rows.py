@@ -27,7 +27,9 @@ def _fits(*tensors: Tensor) -> bool:
     return fits(*tensors) and all(x.shape[3] <= WIDEST for x in tensors)
 
 
-def of(u, q, k, causal: bool, key_lengths: Tensor | None, scale: float, row: bool) -> tuple[Tensor, Tensor]:
+def of(
+    u: Tensor, q: Tensor, k: Tensor, causal: bool, key_lengths: Tensor | None, scale: float, row: bool
+) -> tuple[Tensor, Tensor]:
     """(energies, log-sum-exps) of the rows, both [B, H, T] and differentiable; ``row``: u_j is held constant."""
     return torch.ops.gaugekit.nonlocal_energy(u, q, k, causal, key_lengths, scale, row)[:2]
 
@@ -58,7 +60,9 @@ def _blocks(q: Tensor, k: Tensor, causal: bool, key_lengths: Tensor | None, scal
         yield rows, scores, seen
 
 
-def composition(u, q, k, causal, key_lengths, scale, row) -> tuple[Tensor, Tensor, Tensor]:
+def composition(
+    u: Tensor, q: Tensor, k: Tensor, causal: bool, key_lengths: Tensor | None, scale: float, row: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     energies, log, out = _fake(u, q, k)
     u, q, k = (_per_head(x, q.shape[1]) for x in (u, q, k))
     square = u.square().sum(-1)
@@ -73,7 +77,20 @@ def composition(u, q, k, causal, key_lengths, scale, row) -> tuple[Tensor, Tenso
     return energies, log, out
 
 
-def composition_backward(grad, grad_log, u, q, k, energies, log, out, causal, key_lengths, scale, row):
+def composition_backward(
+    grad: Tensor,
+    grad_log: Tensor,
+    u: Tensor,
+    q: Tensor,
+    k: Tensor,
+    energies: Tensor,
+    log: Tensor,
+    out: Tensor,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    row: bool,
+) -> tuple[Tensor, ...]:
     like = (u, q, k)
     u, q, k = (_per_head(x, q.shape[1]) for x in like)
     square, delta = u.square().sum(-1), share_of_rows(grad, grad_log, u, energies)

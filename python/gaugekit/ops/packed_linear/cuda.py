@@ -28,7 +28,16 @@ def variant(dtype: torch.dtype, columns: int) -> int:
     return VARIANTS["tile" if suits else "lanes"]
 
 
-def linear(x, raw, planes, escapes, offsets, window, bias, fused) -> Tensor:
+def linear(
+    x: Tensor,
+    raw: Tensor,
+    planes: Tensor,
+    escapes: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    bias: Tensor | None,
+    fused: bool,
+) -> Tensor:
     weight = (raw, planes, escapes, offsets, window)
     suits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() and raw.shape[0]
     if not fused or not suits:
@@ -48,7 +57,16 @@ def linear(x, raw, planes, escapes, offsets, window, bias, fused) -> Tensor:
     return out.view(*x.shape[:-1], raw.shape[0])
 
 
-def rows(x, raw, planes, escapes, offsets, window, bias, variant=0) -> Tensor:
+def rows(
+    x: Tensor,
+    raw: Tensor,
+    planes: Tensor,
+    escapes: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    bias: Tensor | None,
+    variant: int = 0,
+) -> Tensor:
     return composition(x, raw, planes, escapes, offsets, window, bias, True)
 
 

@@ -1,4 +1,4 @@
-"""The packed layout (docs/packed.md) by torch operators alone, on any device: what answers where no kernel does."""
+"""The packed layout (docs/resident.md) by torch operators alone, on any device: what answers where no kernel does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def segments_of(columns: int) -> int:
     return -(-columns // SEGMENT)
 
 
-def slabs(rows: int, columns: int):
+def slabs(rows: int, columns: int) -> list[tuple[int, int]]:
     """Ranges of rows of at most SLAB weights; none where there are no weights."""
     step = max(1, SLAB // max(1, columns))
     return [(first, min(first + step, rows)) for first in range(0, rows if columns else 0, step)]
@@ -51,7 +51,9 @@ def survey(weight: Tensor) -> Tensor:
     return out
 
 
-def encode(weight: Tensor, window: Tensor, begins: Tensor, code_bits: int, escape_count: int):
+def encode(
+    weight: Tensor, window: Tensor, begins: Tensor, code_bits: int, escape_count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """raw, planes, escapes and offsets of ``weight`` once every row's window and first escape are known."""
     first, largest, further = fields(weight.dtype)
     (rows, columns), last = weight.shape, 2**code_bits - 1
@@ -83,7 +85,15 @@ def encode(weight: Tensor, window: Tensor, begins: Tensor, code_bits: int, escap
     return raw, planes, escapes, offsets
 
 
-def rows(index: Tensor | None, raw, planes, escapes, offsets, window, columns: int) -> Tensor:
+def rows(
+    index: Tensor | None,
+    raw: Tensor,
+    planes: Tensor,
+    escapes: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    columns: int,
+) -> Tensor:
     """W[index] (None: all of W) as a new tensor [len(index), columns]."""
     dtype, _ = layout(planes)
     count = raw.shape[0] if index is None else index.shape[0]

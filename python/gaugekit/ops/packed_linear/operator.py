@@ -1,4 +1,4 @@
-"""``packed_linear``: y = x Wᵀ + b, W kept in the lossless layout of docs/packed.md and decoded inside the product.
+"""``packed_linear``: y = x Wᵀ + b, W kept in the lossless layout of docs/resident.md and decoded inside the product.
 
 The layout is of one length for every block, so a product can decode where it stands. Others of the kind: ZipServ
 (arXiv 2603.17435), SplitZip (arXiv 2605.01708).
@@ -41,12 +41,29 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
     return planned(x, *packed[:5], bias)
 
 
-def planned(x, raw, planes, escapes, offsets, window, bias) -> Tensor:
+def planned(
+    x: Tensor,
+    raw: Tensor,
+    planes: Tensor,
+    escapes: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
     fused = plan(x.numel() // max(1, x.shape[-1]), x.dtype, x.device.type) == "fused"
     return torch.ops.gaugekit.packed_linear(x, raw, planes, escapes, offsets, window, bias, fused)
 
 
-def composition(x, raw, planes, escapes, offsets, window, bias, fused) -> Tensor:
+def composition(
+    x: Tensor,
+    raw: Tensor,
+    planes: Tensor,
+    escapes: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    bias: Tensor | None,
+    fused: bool,
+) -> Tensor:
     columns, n = x.shape[-1], raw.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
     for start, stop in layout.slabs(n, max(1, columns)):
@@ -56,7 +73,9 @@ def composition(x, raw, planes, escapes, offsets, window, bias, fused) -> Tensor
     return out
 
 
-def composition_backward(grad, raw, planes, escapes, offsets, window, columns) -> Tensor:
+def composition_backward(
+    grad: Tensor, raw: Tensor, planes: Tensor, escapes: Tensor, offsets: Tensor, window: Tensor, columns: int
+) -> Tensor:
     weight = torch.ops.gaugekit.packed_rows(None, raw, planes, escapes, offsets, window, columns)
     return grad @ weight.to(grad.dtype)
 

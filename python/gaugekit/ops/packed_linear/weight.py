@@ -1,4 +1,4 @@
-"""A packed matrix (docs/packed.md): its five tensors, packing, unpacking, and the check of what a file holds."""
+"""A packed matrix (docs/resident.md): its five tensors, packing, unpacking, and the check of what a file holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHT = "Tensor raw, Tensor planes, Tensor escapes, Tensor offsets, Tensor wind
 
 
 class PackedWeight(NamedTuple):
-    """A packed matrix [N, K]: its five tensors (docs/packed.md) and ``columns`` = K."""
+    """A packed matrix [N, K]: its five tensors (docs/resident.md) and ``columns`` = K."""
 
     raw: Tensor
     planes: Tensor
@@ -77,7 +77,9 @@ def packed_rows(index: Tensor, packed: PackedWeight) -> Tensor:
     return torch.ops.gaugekit.packed_rows(index, *packed)
 
 
-def empty_weight(rows: int, columns: int, dtype: torch.dtype, device=None) -> PackedWeight:
+def empty_weight(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None = None
+) -> PackedWeight:
     """The parts of a packed matrix of this shape with no escapes: places to load into (device "meta"), or one value."""
     blocks, planes = layout.blocks_of(columns), 3 + len(layout.fields(dtype)[2])
     sizes = [(torch.uint8, (rows, blocks * layout.BLOCK)), (torch.int64, (rows, planes, blocks)), (torch.uint8, (0,)),

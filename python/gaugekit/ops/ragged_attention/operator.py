@@ -7,11 +7,15 @@ kernels want, those that fit the values' in one call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gaugekit import _library
 from gaugekit.ops.mask import Mask, check
+from gaugekit.ops.operands import Gain, Integers, check_tensors, gain
 from gaugekit.ops.ragged_attention.layout import buckets, dense, gather, spread
 from gaugekit.ops.shaped_attention import fused as fused
 from gaugekit.ops.shaped_attention.choice import RAGGED, asked_core, cpu_core
@@ -23,8 +27,10 @@ NO_TERMS = (None,) * 5
 
 
 def ragged_attention(
-    q, k, v, ranks, *, scale, alpha=None, beta=None, gamma=None, v0=None, lam=None, causal=False, window=None,
-    query_start=None, key_lengths=None, cu_seqlens=None,
+    q: Tensor, k: Tensor, v: Tensor, ranks: Sequence[int], *, scale: float,
+    alpha: Gain | None = None, beta: Gain | None = None, gamma: Gain | None = None,
+    v0: Tensor | None = None, lam: Gain | None = None, causal: bool = False, window: int | None = None,
+    query_start: Integers | None = None, key_lengths: Integers | None = None, cu_seqlens: Integers | None = None,
 ) -> Tensor:  # fmt: skip
     """β·softmax(scale·q_h k_hᵀ) v + α·v − γ·C v + λ·(v0 − v) with q_h and k_h of rank ``ranks[g]``, g = h // (H/G).
 
@@ -33,20 +39,22 @@ def ragged_attention(
     else, and what is returned, [B, H, T, V], as in ``gaugekit.shaped_attention``. Raises ValueError for arguments that
     do not fit.
     """
+    check_tensors(q=q, k=k, v=v, v0=v0)
     ranks = _check(q, k, v, ranks)
     repeats = q.shape[2] // k.shape[2]
-    mask = (causal, window, query_start, key_lengths, cu_seqlens)
-    terms = {"alpha": alpha, "beta": beta, "gamma": gamma, "lam": lam}
+    mask = Mask.of(q.device, causal, window, query_start, key_lengths, cu_seqlens)
+    given = {"alpha": alpha, "beta": beta, "gamma": gamma, "lam": lam}
+    terms = {name: gain(name, value, repeats * len(ranks), q) for name, value in given.items()}
     if _operator(q, v, ranks):
         heads = q[:, :, : repeats * len(ranks), None].transpose(1, 2)
-        check(heads, v, alpha, beta, gamma, v0, lam, Mask(*mask))
+        check(heads, v, *[terms[name] for name in ("alpha", "beta", "gamma")], v0, terms["lam"], mask)
         a = torch.ops.gaugekit.ragged_attention(q, k, v, ranks, *mask, float(scale))[0]
         if all(gain is None for gain in terms.values()):
             return a
+        alpha, beta, gamma, lam = terms.values()
         return torch.ops.gaugekit.shaped_combine(a, v, alpha, beta, gamma, v0, lam, *mask)
     parts, order = [], []
-    options = {"v0": v0, "causal": causal, "window": window, "query_start": query_start,
-               "key_lengths": key_lengths, "cu_seqlens": cu_seqlens, "scale": scale}  # fmt: skip
+    options = {"v0": v0, "scale": scale, **mask._asdict()}
     for width, groups in buckets(ranks, v.shape[3]):
         heads = [group * repeats + member for group in groups for member in range(repeats)]
         whole = len(groups) == len(ranks)
@@ -79,12 +87,14 @@ def _operator(q: Tensor, v: Tensor, ranks: list[int]) -> bool:
     )
 
 
-def composition(q, k, v, ranks, *rest) -> tuple[Tensor, Tensor]:
+def composition(q: Tensor, k: Tensor, v: Tensor, ranks: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
     _, a, lse = fused.composition(*dense(q, k, ranks), v, *NO_TERMS, *rest)
     return a, lse
 
 
-def composition_backward(grad, q, k, v, a, lse, ranks, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def composition_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, lse: Tensor, ranks: Sequence[int], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv, *_ = fused.composition_backward(grad, *dense(q, k, ranks), v, a, lse, *NO_TERMS, *rest)
     return gather(dq, ranks, q.shape[2] // k.shape[2]), gather(dk, ranks, 1), dv
 

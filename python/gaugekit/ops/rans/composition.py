@@ -5,31 +5,15 @@ Answers where there is no binary. Same bytes as csrc/cpu/rans_*.h, which it foll
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import numpy as np
 
 from gaugekit.ops.rans.crc32c import crc32c
+from gaugekit.ops.rans.header import ENTRY, chunk_count, corrupt, header_of, padded
 from gaugekit.ops.rans.tables import SLOTS, from_planes, slots_by_symbol, unpack_six
 
-CORRUPT = "corrupt blob: "
-MAGIC = b"GKRANS\x1a\n"
-HEADER = struct.Struct("<8sHBBBBBBQQIIII")
-ENTRY = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("length", "<u4"),
-        ("symbols", "<u2"),
-        ("method", "u1"),
-        ("constant", "u1"),
-        ("words", "<u4", 2),
-        ("crc_coded", "<u4"),
-        ("crc_decoded", "<u4"),
-    ]
-)
 WIDTHS = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1, 6: 1}
-MODELS = {1: (0, 1, 2), 2: (1,), 3: (0, 1), 4: (1,), 5: (1,), 6: (1,)}
 LOWER, UPPER = 1 << 15, 1 << 31
 LANES = 64
 # The element of a group of 64 that each lane codes: even elements first, then odd ones, in either half.
@@ -38,19 +22,9 @@ BLOCK_GROUPS = 64  # groups whose symbols are looked up at once
 BATCH_SYMBOLS = 1 << 20  # chunks that run side by side: bounds the memory, keeps NumPy's calls few
 
 
-def _corrupt(sentence: str) -> RuntimeError:
-    return RuntimeError(CORRUPT + sentence)
-
-
-def padded(size: int) -> int:
-    """``size`` bytes and what fills them up to 16."""
-    return (size + 15) & ~15
-
-
 def chunk_starts(count: int, log2: int) -> list[int]:
     """Where chunks begin, and the end: 2^log2 symbols each, the last taking what is at most half a chunk."""
-    chunks = max(1, (count + (1 << (log2 - 1)) - 1) >> log2) if count else 0
-    return [i << log2 for i in range(chunks)] + [count]
+    return [i << log2 for i in range(chunk_count(count, log2))] + [count]
 
 
 @dataclass
@@ -59,7 +33,7 @@ class Blob:
 
     data: np.ndarray
     element: int
-    model: int
+    kind: int
     chunk_log2: int
     count: int
     shape: tuple[int, ...]
@@ -73,74 +47,23 @@ class Blob:
 
 def open_blob(data: np.ndarray) -> Blob:
     """Checks everything that can be checked before decoding; RuntimeError that begins with CORRUPT."""
-    if data.size < 48:
-        raise _corrupt("it is shorter than a header")
-    (
-        magic,
-        version,
-        element,
-        model,
-        context,
-        tables,
-        log2,
-        rank,
-        count,
-        size,
-        chunks,
-        index_crc,
-        reserved,
-        crc,
-    ) = HEADER.unpack(data[:48].tobytes())
-    if magic != MAGIC:
-        raise _corrupt("the magic bytes are not those of a coded blob")
-    if version != 1:
-        raise _corrupt("its version is not one this version reads")
-    if rank > 64:
-        raise _corrupt("it has more than 64 dimensions")
-    begin = padded(48 + 8 * rank)
-    if data.size < begin:
-        raise _corrupt("it ends within its shape")
-    head = data[:begin].copy()
-    head[44:48] = 0
-    if crc32c(head) != crc:
-        raise _corrupt("the header's checksum is wrong")
-    shape = struct.unpack_from(f"<{rank}Q", head, 48)
-    product = 1
-    for dim in shape:
-        product *= dim
-    known = (
-        model in MODELS.get(element, ())
-        and context == 0
-        and tables == 1
-        and 14 <= log2 <= 20
-        and reserved == 0
-    )
-    if not known:
-        raise _corrupt(
-            "its element, symbol model, context model, tables or chunk size is not one this version reads"
-        )
-    if any(dim >> 63 for dim in shape) or product != count or count >> 60:
-        raise _corrupt("the shape does not multiply to the count")
-    if size != data.size:
-        raise _corrupt("its length is not the one it names")
-    if chunks != (max(1, (count + (1 << (log2 - 1)) - 1) >> log2) if count else 0):
-        raise _corrupt("the number of chunks does not follow from the count")
-    if chunks * 32 > data.size - begin:
-        raise _corrupt("it ends within its index")
-    index = data[begin : begin + 32 * chunks]
-    if crc32c(index) != index_crc:
-        raise _corrupt("the index's checksum is wrong")
-    blob = Blob(data, element, model, log2, count, shape, index.copy().view(ENTRY), chunk_starts(count, log2))
-    _check_entries(blob, begin + 32 * chunks)
+    header = header_of(data)
+    index = data[header.index_begin : header.index_end]
+    if crc32c(index) != header.index_crc:
+        raise corrupt("the index's checksum is wrong")
+    starts = chunk_starts(header.count, header.chunk_log2)
+    kind = (header.element, header.kind, header.chunk_log2, header.count, header.shape)
+    blob = Blob(data, *kind, index.copy().view(ENTRY), starts)
+    _check_entries(blob, header.index_end)
     return blob
 
 
-def _chunk_model(blob: Blob, entry) -> int:
-    return 0 if entry["method"] == 2 else blob.model
+def _chunk_kind(blob: Blob, entry) -> int:
+    return 0 if entry["method"] == 2 else blob.kind
 
 
-def _plane_bytes(n: int, model: int) -> int:
-    return (n + 63) // 64 * 48 if model == 2 else n
+def _plane_bytes(n: int, kind: int) -> int:
+    return (n + 63) // 64 * 48 if kind == 2 else n
 
 
 def _check_entries(blob: Blob, cursor: int) -> None:
@@ -149,26 +72,26 @@ def _check_entries(blob: Blob, cursor: int) -> None:
         n, groups, rest = b - a, (b - a) // 64, (b - a) % 64
         words, symbols, constant = e["words"].tolist(), int(e["symbols"]), int(e["constant"])
         if int(e["offset"]) != cursor:
-            raise _corrupt("a chunk does not start where the one before it ends")
+            raise corrupt("a chunk does not start where the one before it ends")
         if e["method"] == 0:
             if symbols or constant or any(words):
-                raise _corrupt("a raw chunk has fields of a coded one")
+                raise corrupt("a raw chunk has fields of a coded one")
             length = padded(n * width)
-        elif e["method"] == 1 or (e["method"] == 2 and blob.model == 2):
+        elif e["method"] == 1 or (e["method"] == 2 and blob.kind == 2):
             if not 1 <= symbols <= 256 or constant >> (width - 1):
-                raise _corrupt("a chunk's symbols or constant planes are out of range")
+                raise corrupt("a chunk's symbols or constant planes are out of range")
             if words[0] > 32 * groups + min(rest, 32) or words[1] > 32 * groups + max(rest - 32, 0):
-                raise _corrupt("a segment has more words than symbols")
+                raise corrupt("a segment has more words than symbols")
             length = 256 + padded(4 * symbols) + padded(2 * words[0]) + padded(2 * words[1])
-            size = _plane_bytes(n, _chunk_model(blob, e))
+            size = _plane_bytes(n, _chunk_kind(blob, e))
             length += sum(padded(1 if constant >> plane & 1 else size) for plane in range(width - 1))
         else:
-            raise _corrupt("a chunk's method is not one this version reads")
+            raise corrupt("a chunk's method is not one this version reads")
         if int(e["length"]) != length or length > blob.data.size - cursor:
-            raise _corrupt("a chunk's length is not the sum of its sections, or runs past the end")
+            raise corrupt("a chunk's length is not the sum of its sections, or runs past the end")
         cursor += length
     if cursor != blob.data.size:
-        raise _corrupt("bytes follow the last chunk")
+        raise corrupt("bytes follow the last chunk")
 
 
 def _read_chunk(blob: Blob, i: int) -> tuple:
@@ -185,28 +108,28 @@ def _read_chunk(blob: Blob, i: int) -> tuple:
 
     states = section(256).copy().view("<u4").astype(np.int64)
     if (states < LOWER).any() or (states >= UPPER).any():
-        raise _corrupt("a state is not in [2^15, 2^31)")
+        raise corrupt("a state is not in [2^15, 2^31)")
     names, f = section(4 * int(e["symbols"])).copy().view("<u2").astype(np.int64).reshape(-1, 2).T
-    model, shift = _chunk_model(blob, e), 0
+    kind, shift = _chunk_kind(blob, e), 0
     if not names.size:
-        raise _corrupt("a table has no symbols")
-    if names[-1] > (1023 if model == 2 else 255) or (np.diff(names) <= 0).any():
-        raise _corrupt("a table's symbols are not ascending, or too large")
-    if model == 2 and names[-1] >= 4:
+        raise corrupt("a table has no symbols")
+    if names[-1] > (1023 if kind == 2 else 255) or (np.diff(names) <= 0).any():
+        raise corrupt("a table's symbols are not ascending, or too large")
+    if kind == 2 and names[-1] >= 4:
         shift = int(names[names >= 4][0]) // 4 * 4 - 4
         names = np.where(names < 4, names, names - shift)
         if names[-1] > 255:
-            raise _corrupt("a table's exponents are too far apart")
+            raise corrupt("a table's exponents are too far apart")
     if (f < 1).any() or (f > SLOTS).any() or f.sum() != SLOTS:
-        raise _corrupt("a table's frequencies are not in 1..4096 or do not sum to 4096")
+        raise corrupt("a table's frequencies are not in 1..4096 or do not sum to 4096")
     words = [section(2 * w).copy().view("<u2") for w in e["words"].tolist()]
     planes = np.empty((blob.width, n), np.uint8)
     for plane in range(blob.width - 2, -1, -1):
         constant = bool(int(e["constant"]) >> plane & 1)
-        values = section(1 if constant else _plane_bytes(n, model))
-        if constant and model == 2 and values[0] > 63:
-            raise _corrupt("a constant of six bits has more")
-        planes[plane] = unpack_six(values, n) if model == 2 and not constant else values
+        values = section(1 if constant else _plane_bytes(n, kind))
+        if constant and kind == 2 and values[0] > 63:
+            raise corrupt("a constant of six bits has more")
+        planes[plane] = unpack_six(values, n) if kind == 2 and not constant else values
     return states, names, f, words, shift, planes
 
 
@@ -250,7 +173,7 @@ def _decode_symbols(chunks: list[tuple]) -> None:
             done = symbol[keys[: g + 1 - first]].transpose(1, 0, 2)
             decoded[:, first : g + 1, LANE_ELEMENT] = done
     if (next_word != ends).any() or (x != LOWER).any():
-        raise _corrupt(
+        raise corrupt(
             "a segment does not end in the state it began with, or its words do not last or are left"
         )
     for c, (*_, planes) in enumerate(chunks):
@@ -262,7 +185,7 @@ def decode_whole(blob: Blob, i: int) -> np.ndarray:
     chunk = _read_chunk(blob, i)
     _decode_symbols([chunk])
     *_, shift, planes = chunk
-    return from_planes(planes, blob.width, _chunk_model(blob, blob.entries[i]), shift)
+    return from_planes(planes, blob.width, _chunk_kind(blob, blob.entries[i]), shift)
 
 
 def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
@@ -286,9 +209,9 @@ def decode(data: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
             piece = blob.data[offset : offset + (b - a) * width]
             if i in coded:
                 *_, shift, planes = coded[i]
-                piece = from_planes(planes, width, _chunk_model(blob, blob.entries[i]), shift)
+                piece = from_planes(planes, width, _chunk_kind(blob, blob.entries[i]), shift)
             if crc32c(piece) != int(blob.entries[i]["crc_decoded"]):
-                raise _corrupt("a chunk's checksum is wrong")
+                raise corrupt("a chunk's checksum is wrong")
             low, high = max(a, start), min(b, stop)
             out[(low - start) * width : (high - start) * width] = piece[
                 (low - a) * width : (high - a) * width

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import struct
 
 import numpy as np
 
 from gaugekit.ops.rans.composition import (
     BATCH_SYMBOLS,
     BLOCK_GROUPS,
-    ENTRY,
-    HEADER,
     LANE_ELEMENT,
     LANES,
     LOWER,
-    MAGIC,
     WIDTHS,
     chunk_starts,
-    padded,
 )
 from gaugekit.ops.rans.crc32c import crc32c
+from gaugekit.ops.rans.header import ENTRY, BlobHeader, padded
 from gaugekit.ops.rans.tables import SLOTS, frequencies, pack_six, slots_by_symbol, table_shift, to_planes
 
 
@@ -82,10 +78,10 @@ def _section(array: np.ndarray) -> np.ndarray:
     return np.concatenate([raw, np.zeros(-raw.size % 16, np.uint8)])
 
 
-def _encode_chunks(pieces: list[np.ndarray], width: int, model: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    shifts = [table_shift(piece) if model == 2 else 0 for piece in pieces]
-    models = [model if shift >= 0 else 0 for shift in shifts]
-    planes = [to_planes(*piece) for piece in zip(pieces, itertools.repeat(width), models, shifts)]
+def _encode_chunks(pieces: list[np.ndarray], width: int, kind: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    shifts = [table_shift(piece) if kind == 2 else 0 for piece in pieces]
+    kinds = [kind if shift >= 0 else 0 for shift in shifts]
+    planes = [to_planes(*piece) for piece in zip(pieces, itertools.repeat(width), kinds, shifts)]
     tables = []
     for p in planes:
         counts = np.bincount(p[-1], minlength=256)
@@ -95,7 +91,7 @@ def _encode_chunks(pieces: list[np.ndarray], width: int, model: int) -> list[tup
     result = []
     coded = _code_symbols([p[-1] for p in planes], tables)
     for piece, p, (names, f, _), (states, words), own, shift in zip(
-        pieces, planes, tables, coded, models, shifts, strict=True
+        pieces, planes, tables, coded, kinds, shifts, strict=True
     ):
         entry = np.zeros((), ENTRY)
         symbols = np.where(names < 4, names, names + max(shift, 0))
@@ -110,31 +106,27 @@ def _encode_chunks(pieces: list[np.ndarray], width: int, model: int) -> list[tup
         if body.size >= padded(piece.size):
             body, entry["constant"] = _section(piece), 0
         else:
-            method = 1 if own == model else 2
+            method = 1 if own == kind else 2
             entry["symbols"], entry["method"], entry["words"] = f.size, method, [w.size for w in words]
         entry["length"], entry["crc_coded"], entry["crc_decoded"] = body.size, crc32c(body), crc32c(piece)
         result.append((body, entry))
     return result
 
 
-def encode(data: np.ndarray, shape: tuple[int, ...], element: int, model: int, chunk_log2: int) -> np.ndarray:
+def encode(data: np.ndarray, shape: tuple[int, ...], element: int, kind: int, chunk_log2: int) -> np.ndarray:
     """The coded blob, uint8 [bytes], of ``data``, uint8 [count * width]."""
     width = WIDTHS[element]
     starts = chunk_starts(data.size // width, chunk_log2)
     pieces = [data[a * width : b * width] for a, b in itertools.pairwise(starts)]
     bodies, entries = [], np.zeros(len(pieces), ENTRY)
-    offset = padded(48 + 8 * len(shape)) + 32 * len(pieces)
+    offset = BlobHeader(element, kind, chunk_log2, shape, 0, 0).index_end
     batch = max(1, BATCH_SYMBOLS >> chunk_log2)
     for first in range(0, len(pieces), batch):
-        for i, (body, entry) in enumerate(_encode_chunks(pieces[first : first + batch], width, model), first):
+        for i, (body, entry) in enumerate(_encode_chunks(pieces[first : first + batch], width, kind), first):
             entries[i] = entry
             entries[i]["offset"] = offset
             bodies.append(body)
             offset += body.size
-    dims = struct.pack(f"<{len(shape)}Q", *shape)
-    dims += bytes(-len(dims) % 16)
     index = entries.view(np.uint8)
-    fields = (MAGIC, 1, element, model, 0, 1, chunk_log2, len(shape), data.size // width, offset, len(pieces))
-    fields += (crc32c(index), 0)
-    crc = crc32c(np.frombuffer(HEADER.pack(*fields, 0) + dims, np.uint8))
-    return np.concatenate([np.frombuffer(HEADER.pack(*fields, crc) + dims, np.uint8), index, *bodies])
+    header = BlobHeader(element, kind, chunk_log2, shape, offset, crc32c(index))
+    return np.concatenate([np.frombuffer(header.render(), np.uint8), index, *bodies])

@@ -1,8 +1,8 @@
 """``gaugekit::rans_*`` and ``gaugekit::crc32c``: exact bytes in, exact bytes out; no autograd, the same bits
 everywhere.
 
-A coded blob is docs/format.md's: 64 interleaved rANS lanes over one byte of each element (with model 2, ten bits),
-the others stored raw.
+A coded blob is docs/format.md's: 64 interleaved rANS lanes over one byte of each element (of "exponent-and-mantissa",
+ten bits), the others stored raw.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from gaugekit import _library
-from gaugekit.ops.rans import composition, encoder
+from gaugekit.ops.rans import composition, encoder, header
+from gaugekit.ops.rans.crc32c import crc32c as composed_crc32c
 
 ELEMENTS = {
     torch.bfloat16: 1,
@@ -21,30 +22,31 @@ ELEMENTS = {
     torch.int8: 6,
 }
 DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
-EXPONENT, HIGH_BYTE, EXPONENT_AND_TWO = 0, 1, 2
-MODELS = {
-    torch.bfloat16: (EXPONENT, HIGH_BYTE, EXPONENT_AND_TWO),
-    torch.float16: (HIGH_BYTE,),
-    torch.float32: (EXPONENT, HIGH_BYTE),
-    torch.float8_e4m3fn: (HIGH_BYTE,),
-    torch.float8_e5m2: (HIGH_BYTE,),
-    torch.int8: (HIGH_BYTE,),
+# which bits of an element are its symbol -> their number in a file
+KINDS = {"exponent": 0, "high-byte": 1, "exponent-and-mantissa": 2}
+# the symbols a dtype can have, the ones it has unless asked first
+SYMBOLS = {
+    torch.bfloat16: ("exponent", "high-byte", "exponent-and-mantissa"),
+    torch.float16: ("high-byte",),
+    torch.float32: ("exponent", "high-byte"),
+    torch.float8_e4m3fn: ("high-byte",),
+    torch.float8_e5m2: ("high-byte",),
+    torch.int8: ("high-byte",),
 }
-CORRUPT = composition.CORRUPT
 
 
 class CorruptFile(ValueError):
     """The bytes are damaged, or made by a version this one cannot read. The only error that damage raises."""
 
 
-def _encode(data, shape, element, model, chunk_log2, path=-1):
-    blob = encoder.encode(data.numpy(), tuple(shape.tolist()), element, model, chunk_log2)
+def _encode(data, shape, element, kind, chunk_log2, path=-1):
+    blob = encoder.encode(data.numpy(), tuple(shape.tolist()), element, kind, chunk_log2)
     return torch.from_numpy(blob)
 
 
 def _open(blob):
     opened = composition.open_blob(blob.numpy())
-    return torch.tensor([opened.element, opened.model, opened.chunk_log2, opened.count, *opened.shape])
+    return torch.tensor([opened.element, opened.kind, opened.chunk_log2, opened.count, *opened.shape])
 
 
 def _decode(blob, start, stop, out, path=-1):
@@ -52,7 +54,7 @@ def _decode(blob, start, stop, out, path=-1):
 
 
 def _crc32c(data, crc=0):
-    return torch.tensor(composition.crc32c(data.numpy(), crc))
+    return torch.tensor(composed_crc32c(data.numpy(), crc))
 
 
 def _unbacked():
@@ -60,9 +62,9 @@ def _unbacked():
 
 
 _library.define(
-    "rans_encode(Tensor data, Tensor shape, int element, int model, int chunk_log2, int path=-1) -> Tensor",
+    "rans_encode(Tensor data, Tensor shape, int element, int kind, int chunk_log2, int path=-1) -> Tensor",
     _encode,
-    lambda data, shape, element, model, chunk_log2, path=-1: data.new_empty((_unbacked(),)),
+    lambda data, shape, element, kind, chunk_log2, path=-1: data.new_empty((_unbacked(),)),
 )
 _library.define(
     "rans_open(Tensor blob) -> Tensor", _open, lambda blob: blob.new_empty((_unbacked(),), dtype=torch.int64)
@@ -84,8 +86,8 @@ def _checked(operator, *arguments):
     try:
         return operator(*arguments)
     except RuntimeError as error:
-        _, found, sentence = str(error).partition(CORRUPT)
-        if not found:
+        _, prefix, sentence = str(error).partition(header.CORRUPT)
+        if not prefix:
             raise
         raise CorruptFile("not a sound coded blob: " + sentence.splitlines()[0]) from None
 
@@ -94,25 +96,36 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def encode(tensor: torch.Tensor, model: int, chunk_log2: int, path: int = -1) -> torch.Tensor:
-    """The coded blob [bytes] uint8 of a CPU tensor of one of ``MODELS``' dtypes, of any shape and strides.
+def parse_header(head: bytes, size: int) -> header.BlobHeader:
+    """The header of a blob of ``size`` bytes, from its first bytes; CorruptFile."""
+    return _checked(header.parse, head, size)
 
-    ``model`` is 0 (exponent), 1 (high byte) or 2 (exponent and the two highest mantissa bits), ``chunk_log2`` 14 to
-    20. ``path`` (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, -1 the widest there is; a wider one than the
-    processor has is the widest) changes the speed, never a byte. ValueError for anything else.
+
+def header_bytes(start: bytes) -> int:
+    """How many bytes the header takes of a blob that begins with ``start`` (48 bytes); CorruptFile."""
+    return _checked(header.header_bytes, start)
+
+
+def encode(tensor: torch.Tensor, symbols: str, chunk_log2: int, path: int = -1) -> torch.Tensor:
+    """The coded blob [bytes] uint8 of a CPU tensor of one of ``SYMBOLS``' dtypes, of any shape and strides.
+
+    ``symbols`` are "exponent", "high-byte" or "exponent-and-mantissa" (the exponent and the two highest mantissa
+    bits), ``chunk_log2`` is 14 to 20. ``path`` (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, -1 the widest there is;
+    a wider one than the processor has is the widest) changes the speed, never a byte. ValueError for anything else.
     """
     if tensor.dtype not in ELEMENTS:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in ELEMENTS)
         raise ValueError(f"tensor: expected one of {expected}, got {tensor.dtype}")
     if tensor.device.type != "cpu":
         raise ValueError(f"tensor: expected a CPU tensor, got one on {tensor.device}")
-    if model not in MODELS[tensor.dtype]:
-        raise ValueError(f"model: expected one of {MODELS[tensor.dtype]} for {tensor.dtype}, got {model!r}")
+    if symbols not in SYMBOLS[tensor.dtype]:
+        expected = ", ".join(map(repr, SYMBOLS[tensor.dtype]))
+        raise ValueError(f"symbols: expected one of {expected} for {tensor.dtype}, got {symbols!r}")
     if not isinstance(chunk_log2, int) or not 14 <= chunk_log2 <= 20:
         raise ValueError(f"chunk_log2: expected 14 to 20, got {chunk_log2!r}")
     shape = torch.tensor(tuple(tensor.shape), dtype=torch.int64)
     return torch.ops.gaugekit.rans_encode(
-        _as_bytes(tensor), shape, ELEMENTS[tensor.dtype], model, chunk_log2, path
+        _as_bytes(tensor), shape, ELEMENTS[tensor.dtype], KINDS[symbols], chunk_log2, path
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gaugekit import _library
-from gaugekit.ops.rans import composition
+from gaugekit.ops.rans import composition, header
 from gaugekit.ops.rans import operator as rans
 
 ROW = np.dtype(
@@ -27,7 +27,7 @@ ROW = np.dtype(
         ("method", "u1"),
         ("constant", "u1"),
         ("width", "u1"),
-        ("model", "u1"),
+        ("kind", "u1"),
         ("reserved", "<u2"),
     ]
 )
@@ -45,25 +45,19 @@ def _contradicts(row: np.ndarray, packed_bytes: int, out_bytes: int) -> bool:
     start, out, n, first, last, length = (
         int(row[name]) for name in ("in", "out", "n", "from", "to", "length")
     )
-    width, model, symbols = int(row["width"]), int(row["model"]), int(row["symbols"])
-    if width not in ELEMENT_OF_WIDTH or model > 2 or (model == 2 and width != 2) or symbols > 256:
+    width, kind, symbols = int(row["width"]), int(row["kind"]), int(row["symbols"])
+    if width not in ELEMENT_OF_WIDTH or kind > 2 or (kind == 2 and width != 2) or symbols > 256:
         return True
     if start % 16 or start + length > packed_bytes or not first <= last <= n or out % width:
         return True
     if out + (last - first) * width > out_bytes:
         return True
     if not row["method"]:
-        return composition.padded(n * width) != length
-    plane = -(-n // 64) * 48 if model == 2 else n
+        return header.padded(n * width) != length
+    plane = -(-n // 64) * 48 if kind == 2 else n
     constant = [int(row["constant"]) >> i & 1 for i in range(width - 1)]
-    sections = (
-        256
-        + composition.padded(4 * symbols)
-        + sum(composition.padded(2 * int(words)) for words in row["words"])
-    )
-    return (
-        symbols == 0 or sections + sum(composition.padded(1 if one else plane) for one in constant) != length
-    )
+    sections = 256 + header.padded(4 * symbols) + sum(header.padded(2 * int(words)) for words in row["words"])
+    return symbols == 0 or sections + sum(header.padded(1 if one else plane) for one in constant) != length
 
 
 def _decode_row(packed: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -73,12 +67,12 @@ def _decode_row(packed: np.ndarray, row: np.ndarray) -> np.ndarray:
     cut = slice(int(row["from"]) * width, int(row["to"]) * width)
     if not row["method"]:
         return chunk[cut]
-    entry = np.zeros(1, composition.ENTRY)
+    entry = np.zeros(1, header.ENTRY)
     for name in ("symbols", "constant", "words"):
         entry[name] = row[name]
     entry["method"] = 1
-    element, model = ELEMENT_OF_WIDTH[width], int(row["model"])
-    blob = composition.Blob(chunk, element, model, 0, n, (n,), entry, [0, n])
+    element, kind = ELEMENT_OF_WIDTH[width], int(row["kind"])
+    blob = composition.Blob(chunk, element, kind, 0, n, (n,), entry, [0, n])
     return composition.decode_whole(blob, 0)[cut]
 
 
@@ -111,12 +105,11 @@ def rows_of(blob: torch.Tensor, start: int, stop: int, place: int, out: int) -> 
     Header, index and the coded bytes' checksums are verified: CorruptFile.
     """
     rans.open_blob(blob)
-    element, model, log2, count, *shape = torch.ops.gaugekit.rans_open(blob).tolist()
-    starts = np.array(composition.chunk_starts(count, log2), np.int64)
-    begin = 48 + 16 * -(-8 * len(shape) // 16)
-    index = blob[begin : begin + 32 * (starts.size - 1)].numpy().copy().view(composition.ENTRY)
+    opened = header.header_of(blob.numpy())
+    starts = np.array(composition.chunk_starts(opened.count, opened.chunk_log2), np.int64)
+    index = blob[opened.index_begin : opened.index_end].numpy().copy().view(header.ENTRY)
     wanted = np.flatnonzero((starts[:-1] < stop) & (start < starts[1:]))
-    width = composition.WIDTHS[element]
+    width = composition.WIDTHS[opened.element]
     first, last, entries = starts[:-1][wanted], starts[1:][wanted], index[wanted]
     for entry in entries:
         at = int(entry["offset"])
@@ -128,7 +121,7 @@ def rows_of(blob: torch.Tensor, start: int, stop: int, place: int, out: int) -> 
     rows["in"], rows["n"], rows["width"] = entries["offset"] + np.uint64(place), last - first, width
     rows["from"], rows["to"] = np.maximum(start - first, 0), np.minimum(stop, last) - first
     rows["out"] = out + width * (np.maximum(first, start) - start)
-    rows["model"] = np.where(entries["method"] == 2, rans.EXPONENT, model)
+    rows["kind"] = np.where(entries["method"] == 2, rans.KINDS["exponent"], opened.kind)
     return rows
 
 

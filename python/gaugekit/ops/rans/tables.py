@@ -19,7 +19,7 @@ def _masks(width: int) -> tuple:
 
 
 def table_shift(data: np.ndarray) -> int:
-    """What model 2 takes from a chunk's symbols of 4 and above so that they are bytes; -1 if that cannot be."""
+    """What kind 2 takes from a chunk's symbols of 4 and above so that they are bytes; -1 if that cannot be."""
     exponents = np.unique(data.view("<u2") >> np.uint16(7) & np.uint16(255)).astype(int)
     exponents = exponents[exponents > 0]
     if not exponents.size:
@@ -41,27 +41,27 @@ def unpack_six(packed: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate([(b & np.uint8(63)).reshape(-1, 48), last], 1).reshape(-1)[:n]
 
 
-def to_planes(data: np.ndarray, width: int, model: int, shift: int) -> np.ndarray:
-    """uint8 [width, n]: the symbols last (with model 2 as bytes), the raw planes before them."""
+def to_planes(data: np.ndarray, width: int, kind: int, shift: int) -> np.ndarray:
+    """uint8 [width, n]: the symbols last (with kind 2 as bytes), the raw planes before them."""
     x = data.view(f"<u{width}")
-    if model == 2:
+    if kind == 2:
         symbol = x >> np.uint16(5) & np.uint16(1023)
         symbol = np.where(symbol < 4, symbol, symbol - np.uint16(shift))
         return np.stack([x >> np.uint16(10) & np.uint16(32) | x & np.uint16(31), symbol]).astype(np.uint8)
-    if model == 0:
+    if kind == 0:
         one, eight, sign, exponent, mantissa = _masks(width)
         x = (x & exponent) << one | (x & sign) >> eight | x & mantissa
     return np.ascontiguousarray(x.view(np.uint8).reshape(-1, width).T)
 
 
-def from_planes(planes: np.ndarray, width: int, model: int, shift: int) -> np.ndarray:
-    if model == 2:
+def from_planes(planes: np.ndarray, width: int, kind: int, shift: int) -> np.ndarray:
+    if kind == 2:
         six, symbol = planes.astype(np.uint16)
         symbol = np.where(symbol < 4, symbol, symbol + np.uint16(shift))
         sign = (six & np.uint16(32)) << np.uint16(10)
         return (sign | symbol << np.uint16(5) | six & np.uint16(31)).astype("<u2").view(np.uint8)
     y = np.ascontiguousarray(planes.T).reshape(-1).view(f"<u{width}")
-    if model == 0:
+    if kind == 0:
         one, eight, sign, exponent, mantissa = _masks(width)
         y = y << eight & sign | y >> one & exponent | y & mantissa
     return y.view(np.uint8)

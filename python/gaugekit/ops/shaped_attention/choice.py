@@ -11,6 +11,7 @@ attention kernels are ahead of any Triton kernel by more than the sweep of ``sha
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -33,7 +34,7 @@ BACKENDS = {
 
 
 @contextlib.contextmanager
-def use_core(name: str):
+def use_core(name: str) -> Iterator[None]:
     """Calls inside take the core ``name`` instead of the table's: "torch", "ragged", "fused" or "flex".
 
     "ragged" is the operator of ``gaugekit.ragged_attention``, one rank for all heads: C++ on CPUs, Triton on GPUs.

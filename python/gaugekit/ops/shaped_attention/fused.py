@@ -6,6 +6,8 @@ most 1,024 queries, the softmax written out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,17 @@ def _split(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).unflatten(1, (like.shape[1], -1))
 
 
-def composition(q, k, v, alpha, beta, gamma, v0, lam, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def composition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    gamma: Tensor | None,
+    v0: Tensor | None,
+    lam: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     *mask, scale = rest
     out, a, lse = _fake(q, k, v)
     for rows, scores in _blocks(q, k, Mask(*mask), scale):
@@ -45,7 +57,20 @@ def composition(q, k, v, alpha, beta, gamma, v0, lam, *rest) -> tuple[Tensor, Te
     return out, a, lse
 
 
-def composition_backward(grad, q, k, v, a, lse, alpha, beta, gamma, v0, lam, *rest) -> tuple[Tensor, ...]:
+def composition_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    lse: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    gamma: Tensor | None,
+    v0: Tensor | None,
+    lam: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     *mask, scale = rest
     terms = (alpha, beta, gamma, v0, lam)
     da, dv, *others = torch.ops.gaugekit.shaped_combine_backward(grad, a, v, *terms, *mask)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gaugekit.ops.mask import Mask, check, keys_of_queries
+from gaugekit.ops.operands import Gain, Integers, check_tensors, gains
 from gaugekit.ops.shaped_attention.choice import BACKENDS, FLEX, FUSED, RAGGED, asked_core, cpu_core, gpu_core
 from gaugekit.ops.shaped_attention.choice import use_core as use_core
 from gaugekit.ops.shaped_attention.core import mask_kind, packed_core, softmax_core
@@ -36,14 +37,17 @@ class Plan(NamedTuple):
 
 
 def shaped_attention(
-    q, k, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None, causal=False, window=None,
-    query_start=None, key_lengths=None, cu_seqlens=None, scale=None,
+    q: Tensor, k: Tensor, v: Tensor, *, alpha: Gain | None = None, beta: Gain | None = None, gamma: Gain | None = None,
+    v0: Tensor | None = None, lam: Gain | None = None, causal: bool = False, window: int | None = None,
+    query_start: Integers | None = None, key_lengths: Integers | None = None, cu_seqlens: Integers | None = None,
+    scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """β·softmax(scale·q kᵀ) v + α·v − γ·C v + λ·(v0 − v), per head; differentiable in everything but the mask.
 
     q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], H a multiple of G: head h reads group h // (H/G). v0 [B, G, T, V].
-    Gains alpha, beta, gamma, lam are [H], float32 or v's dtype; beta None means 1, the others 0; lam and v0 come
-    together. ``scale`` None means K^-0.5. C is the uniform attention under the same mask. Returns [B, H, T, V].
+    Gains alpha, beta, gamma, lam are [H], float32 or v's dtype, or a number for all heads, or a list; beta None means
+    1, the others 0; lam and v0 come together. ``scale`` None means K^-0.5. C is the uniform attention under the same
+    mask. Returns [B, H, T, V].
 
     Query t of sequence b stands at position p = query_start[b] + t (int64 [B]; None: S − T when causal, else 0). It
     sees keys j < key_lengths[b] (int64 [B]; None: S); with ``causal`` j ≤ p; with ``window`` w p − w < j (and, without
@@ -55,7 +59,9 @@ def shaped_attention(
     float32, float64, bfloat16, float16. Raises ValueError for arguments that do not fit. Sources: He and Hofmann,
     Simplifying Transformer Blocks (ICLR 2024), eq. 5; NeuTRENO (NeurIPS 2023) for lam.
     """
-    mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
+    check_tensors(q=q, k=k, v=v, v0=v0)
+    alpha, beta, gamma, lam = gains(q, alpha=alpha, beta=beta, gamma=gamma, lam=lam)
+    mask = Mask.of(q.device, causal, window, query_start, key_lengths, cu_seqlens)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v, v0 = (None if x is None else x.to(_autocast(x)) for x in (q, k, v, v0))
     uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
@@ -78,7 +84,7 @@ def shaped_attention(
             return torch.ops.gaugekit.shaped_combine(a, *operands)
         torch.ops.gaugekit.shaped_combine_(a, *operands)
         return a
-    some_blind = query_start is not None or key_lengths is not None or q.shape[2] > k.shape[2]
+    some_blind = mask.query_start is not None or mask.key_lengths is not None or q.shape[2] > k.shape[2]
     if some_blind and uses.core != RAGGED:
         seen = keys_of_queries(q.shape[2], k.shape[2], mask, q.device)
         a = a.masked_fill((seen.last == seen.first)[:, None, :, None], 0)
@@ -86,11 +92,15 @@ def shaped_attention(
 
 
 def plan(
-    q, k, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None, causal=False, window=None,
-    query_start=None, key_lengths=None, cu_seqlens=None, scale=None,
+    q: Tensor, k: Tensor, v: Tensor, *, alpha: Gain | None = None, beta: Gain | None = None, gamma: Gain | None = None,
+    v0: Tensor | None = None, lam: Gain | None = None, causal: bool = False, window: int | None = None,
+    query_start: Integers | None = None, key_lengths: Integers | None = None, cu_seqlens: Integers | None = None,
+    scale: float | None = None,
 ) -> Plan:  # fmt: skip
     """What ``shaped_attention`` with these arguments would use; reads dtypes, shapes and which arguments are given."""
-    mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
+    check_tensors(q=q, k=k, v=v, v0=v0)
+    alpha, beta, gamma, lam = gains(q, alpha=alpha, beta=beta, gamma=gamma, lam=lam)
+    mask = Mask.of(q.device, causal, window, query_start, key_lengths, cu_seqlens)
     uses = _plan(q, k, v, alpha, beta, gamma, v0, lam, mask)
     if uses.core != FUSED or not INSTALLED:
         return uses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def fits(*tensors: Tensor) -> bool:
     return all(x.dtype in DTYPES and x.shape[3] <= WIDEST and x.numel() > 0 for x in tensors)
 
 
-def forward(a, v, *rest) -> Tensor:
+def forward(a: Tensor, v: Tensor, *rest: Any) -> Tensor:
     if not fits(a, v):
         return composition(a, v, *rest)
     from gaugekit.triton_kernels.shaped_combine import shaped_combine
@@ -35,7 +36,7 @@ def forward(a, v, *rest) -> Tensor:
     return out
 
 
-def in_place(a, v, *rest) -> None:
+def in_place(a: Tensor, v: Tensor, *rest: Any) -> None:
     if not fits(a, v):
         return composition_in_place(a, v, *rest)
     from gaugekit.triton_kernels.shaped_combine import shaped_combine
@@ -43,7 +44,17 @@ def in_place(a, v, *rest) -> None:
     shaped_combine(a, a, v, *rest)
 
 
-def backward(grad, a, v, alpha, beta, gamma, v0, lam, *mask) -> tuple[Tensor, ...]:
+def backward(
+    grad: Tensor,
+    a: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    gamma: Tensor | None,
+    v0: Tensor | None,
+    lam: Tensor | None,
+    *mask: Any,
+) -> tuple[Tensor, ...]:
     if not fits(a, v):
         return composition_backward(grad, a, v, alpha, beta, gamma, v0, lam, *mask)
     from gaugekit.triton_kernels.shaped_combine_backward import shaped_combine_backward

@@ -7,19 +7,23 @@ Mitigating Over-smoothing in Transformers via Regularized Nonlocal Functionals: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gaugekit import _library
 from gaugekit.ops.mask import Mask, check, gather, keys_of_queries, queries_of_keys, sums
+from gaugekit.ops.operands import Gain, Integers, check_tensors, gains
 
 TERMS = "Tensor v, Tensor? alpha, Tensor? beta, Tensor? gamma, Tensor? v0, Tensor? lam"
 MASK = "bool causal, int? window, Tensor? query_start, Tensor? key_lengths, Tensor? cu_seqlens"
 
 
 def shaped_combine(
-    a, v, *, alpha=None, beta=None, gamma=None, v0=None, lam=None,
-    causal=False, window=None, query_start=None, key_lengths=None, cu_seqlens=None,
+    a: Tensor, v: Tensor, *, alpha: Gain | None = None, beta: Gain | None = None, gamma: Gain | None = None,
+    v0: Tensor | None = None, lam: Gain | None = None, causal: bool = False, window: int | None = None,
+    query_start: Integers | None = None, key_lengths: Integers | None = None, cu_seqlens: Integers | None = None,
 ) -> Tensor:  # fmt: skip
     """β·a + α·v − γ·C v + λ·(v0 − v) as a new tensor [B, H, T, V]; differentiable in a, v, v0 and the gains.
 
@@ -27,30 +31,51 @@ def shaped_combine(
     arguments mean what they mean in ``gaugekit.shaped_attention``; a row that sees no key ignores ``a``. float32,
     float64, bfloat16, float16; sums in float32 (float64 for float64). ValueError for arguments that do not fit.
     """
-    mask = Mask(causal, window, query_start, key_lengths, cu_seqlens)
+    check_tensors(a=a, v=v, v0=v0)
+    alpha, beta, gamma, lam = gains(a, alpha=alpha, beta=beta, gamma=gamma, lam=lam)
+    mask = Mask.of(a.device, causal, window, query_start, key_lengths, cu_seqlens)
     check(a, v, alpha, beta, gamma, v0, lam, mask)
     if a.shape[3] != v.shape[3]:
         raise ValueError(f"a: expected [B, H, T, V] with V = {v.shape[3]} as in v, got {list(a.shape)}")
     return torch.ops.gaugekit.shaped_combine(a, v, alpha, beta, gamma, v0, lam, *mask)
 
 
-def composition(a, v, alpha, beta, gamma, v0, lam, *mask) -> Tensor:
+def composition(
+    a: Tensor, v: Tensor, alpha: Tensor | None, beta: Tensor | None, gamma: Tensor | None, v0: Tensor | None,
+    lam: Tensor | None, *mask: Any,
+) -> Tensor:  # fmt: skip
     terms = _Terms(a, v, alpha, beta, gamma, v0, lam, Mask(*mask))
     return rows_like(a).copy_(terms.output())
 
 
-def composition_in_place(a, v, alpha, beta, gamma, v0, lam, *mask) -> None:
+def composition_in_place(
+    a: Tensor, v: Tensor, alpha: Tensor | None, beta: Tensor | None, gamma: Tensor | None, v0: Tensor | None,
+    lam: Tensor | None, *mask: Any,
+) -> None:  # fmt: skip
     a.copy_(_Terms(a, v, alpha, beta, gamma, v0, lam, Mask(*mask)).output())
 
 
-def composition_backward(grad, a, v, alpha, beta, gamma, v0, lam, *mask) -> tuple[Tensor, ...]:
+def composition_backward(
+    grad: Tensor, a: Tensor, v: Tensor, alpha: Tensor | None, beta: Tensor | None, gamma: Tensor | None,
+    v0: Tensor | None, lam: Tensor | None, *mask: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return _Terms(a, v, alpha, beta, gamma, v0, lam, Mask(*mask)).gradients(grad)
 
 
 class _Terms:
     """The operands in the accumulator's dtype, heads split as [B, G, H/G, T, V]."""
 
-    def __init__(self, a, v, alpha, beta, gamma, v0, lam, mask: Mask):
+    def __init__(
+        self,
+        a: Tensor,
+        v: Tensor,
+        alpha: Tensor | None,
+        beta: Tensor | None,
+        gamma: Tensor | None,
+        v0: Tensor | None,
+        lam: Tensor | None,
+        mask: Mask,
+    ):
         self.a, self.v, self.v0 = a, v, v0
         self.given = {"alpha": alpha, "beta": beta, "gamma": gamma, "lam": lam}
         self.queries, self.keys, self.groups, self.mask = a.shape[2], v.shape[2], v.shape[1], mask

@@ -1,0 +1,71 @@
+"""Writes the README's table of model families anew, from what the adapters in gaugekit.models say.
+
+    python docs/families.py
+
+Which groups gauge fixing removes, and whether ranks can be lowered, is asked of each adapter for a small config of the
+family; nothing of it stands here. tests/test_families_table.py fails where the README is not what this writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from gaugekit.hf.attention import neutreno
+from gaugekit.models import FAMILIES
+from gaugekit.rank.truncation import check
+from gaugekit.symmetry.gauge import count
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- families: written by docs/families.py -->\n", "<!-- end of families -->\n"
+TITLES = {
+    "bert": "BERT", "roberta": "RoBERTa", "xlm-roberta": "XLM-R", "camembert": "CamemBERT", "mpnet": "MPNet",
+    "deberta-v2": "DeBERTa v2, v3", "gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
+    "qwen3": "Qwen3", "qwen3_moe": "Qwen3 MoE", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "gemma3_text": "Gemma 3 (text)",
+    "chameleon": "Chameleon", "t5": "T5", "mt5": "mT5", "umt5": "UMT5 (encoders)", "vit": "ViT", "deit": "DeiT",
+}  # fmt: skip
+GROUPS = {
+    "value_output": "values and output",
+    "query_key": "queries and keys",
+    "key_bias": "key bias",
+    "value_bias": "value bias",
+}
+
+
+def row(name: str) -> tuple[str, str, str]:
+    """(what gauge fixing removes, whether ranks can be lowered, whether NeuTRENO can be fused) in a family."""
+    config = AutoConfig.for_model(name)
+    adapter = FAMILIES[name]
+    # A bias that a config can switch on counts: the table says what holds, not what one checkpoint has.
+    sizes = config.to_dict() | ({"attention_bias": True} if "attention_bias" in config.to_dict() else {})
+    view = adapter.outline(sizes, 0)
+    fixed = [GROUPS[group] for group, size in count(view).items() if size]
+    removes = "everything" if len(fixed) == len(GROUPS) else ", ".join(fixed)
+    try:
+        check(view)
+        ranks = "in whole rotary pairs" if view.rotary else "yes"
+    except ValueError:
+        ranks = "–"
+    return removes, ranks, "yes" if name in neutreno.FAMILIES else "–"
+
+
+def table() -> str:
+    """The table as Markdown: families of which the same holds share a row."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for name in FAMILIES:
+        rows.setdefault(row(name), []).append(TITLES[name])
+    lines = ["| family | `--gauge` removes | `--rank` | NeuTRENO |", "| --- | --- | --- | --- |"]
+    lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in rows.items()]
+    lines.append("| every other | – | – | – |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}{table()}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""One call for each verb: what the command line asks for, as the function of the same name takes it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from gaugekit.cli.refusals import UsageError
+from gaugekit.progress import bar
+from gaugekit.report import Report
+
+BENCH = Path(__file__).resolve().parents[3] / "bench" / "run.py"
+Outcome = tuple[int, Any, Callable[[], str]]  # exit status, what --json prints, what is printed without it
+
+if TYPE_CHECKING:
+    from gaugekit.rank import Goal
+
+
+def _shown(report: Report, status: int = 0) -> Outcome:
+    return status, report.fields, lambda: str(report)
+
+
+def inspect(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.verbs.inspect import inspect as run
+
+    with bar("inspect") as progress:
+        return _shown(run(arguments.model, text=arguments.text, progress=progress))
+
+
+def convert(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.rank import Goal, page
+
+    goal = Goal.asked(rank=arguments.rank, energy=arguments.energy, min_cosine=arguments.min_cosine)
+    if goal is None and not arguments.gauge:
+        raise UsageError("expected a rewrite (--gauge, --rank, --energy, --min-cosine), got none")
+    if goal is None and arguments.calibration:
+        raise UsageError("--calibration: expected beside --rank, --energy or --min-cosine, got it alone")
+    if arguments.rows and not arguments.gauge:
+        raise UsageError("--rows: expected beside --gauge, got it without")
+    rows = arguments.rows or "max_volume"
+    from gaugekit.rewrite import Later
+    from gaugekit.verbs.convert import convert as run
+
+    depends = {"goal": goal and goal.options, "gauge": arguments.gauge, "rows": rows}
+    with bar("convert") as progress:
+        return _shown(
+            run(
+                arguments.model,
+                arguments.out,
+                Later(depends, functools.partial(_rewrites, arguments, goal, rows)),
+                dense=arguments.dense,
+                dtype=arguments.dtype,
+                calibration=arguments.calibration,
+                pack=arguments.pack,
+                progress=progress,
+                pages=page.pages,
+            )
+        )
+
+
+def _rewrites(arguments: argparse.Namespace, goal: Goal | None, rows: str, folder: Path) -> list:
+    """The rewrites a conversion was asked for; ``folder`` keeps what was found out about them."""
+    from gaugekit.checkpoint.reader import Checkpoint
+    from gaugekit.symmetry import GaugeFix
+
+    rewrites, ranks = [], None
+    if goal is not None:
+        from gaugekit.rank import prepare
+
+        with bar("calibrate") as progress:
+            more = {"work_directory": folder, "progress": progress}
+            truncate = prepare(arguments.model, arguments.calibration, **goal.options, **more)
+        rewrites, ranks = [truncate], truncate.of(Checkpoint(arguments.model).config)
+    if arguments.gauge:
+        rewrites.append(GaugeFix(rows=rows, key_ranks=ranks))
+    return rewrites
+
+
+def heal(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.verbs.heal import heal_directory
+
+    with bar("heal") as progress:
+        return _shown(
+            heal_directory(
+                arguments.student,
+                arguments.teacher,
+                arguments.out,
+                arguments.text,
+                parameters=arguments.parameters,
+                steps=arguments.steps,
+                batch_size=arguments.batch_size,
+                learning_rate=arguments.learning_rate,
+                progress=progress,
+            )
+        )
+
+
+def verify(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.verbs.verify import verify as run
+
+    with bar("verify") as progress:
+        report = run(
+            arguments.a,
+            arguments.b,
+            text=arguments.text,
+            dtype=arguments.dtype,
+            pool=arguments.pool,
+            progress=progress,
+        )
+    return _shown(report, 0 if report["ok"] else 1)
+
+
+def pack(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.codec import pack as run
+
+    with bar("pack") as progress:
+        return _shown(
+            run(
+                arguments.source,
+                arguments.target,
+                symbols=arguments.symbols,
+                verify=arguments.verify,
+                memory_bytes=arguments.memory,
+                progress=progress,
+            )
+        )
+
+
+def unpack(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.codec import unpack as run
+
+    with bar("unpack") as progress:
+        return _shown(
+            run(arguments.source, arguments.target, memory_bytes=arguments.memory, progress=progress)
+        )
+
+
+def benchmarks() -> ModuleType:
+    """``bench/run.py`` of the source checkout that gaugekit was installed from."""
+    if not BENCH.is_file():
+        raise ValueError(f"expected a source checkout, with its bench folder; {BENCH} does not exist")
+    spec = importlib.util.spec_from_file_location("gaugekit_bench", BENCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bench(arguments: argparse.Namespace) -> Outcome:
+    return benchmarks().measure(arguments)
+
+
+def doctor(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit import doctor as module
+
+    return _shown(module.report())
+
+
+def demo(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.demo import steps as module
+
+    report = module.run(arguments.directory)
+    own = "next: gaugekit pack MODEL OUT, with a model of your own; gaugekit verify A B proves it"
+    return 0 if module.holds(report) else 1, report.fields, lambda: f"{module.text(report)}\n{own}"

@@ -1,0 +1,234 @@
+"""What the reports of the verbs say in words: figures with their limits, one sentence, and what comes next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaugekit.report import Report, change, figure, shell, size, spread
+
+GROUPS = {
+    "value_output": "between values and output",
+    "query_key": "between queries and keys",
+    "key_bias": "biases of keys",
+    "value_bias": "biases of values",
+}
+
+
+def inspected(report: Report, model: str | Path | torch.nn.Module) -> Report:
+    """``report`` of ``inspect``, told."""
+    fields, hidden = report.fields, report["unobservable"]
+    share = 100 * hidden["total"] / max(fields["parameters"], 1)
+    report.lines = [
+        ("parameters", f"{fields['parameters']:,} floating-point numbers"),
+        ("unobservable", f"{hidden['total']:,}, {share:.2f} % of them: no output depends on these"),
+        *((f"  {GROUPS[name]}", f"{hidden[name]:,}") for name in GROUPS),
+        ("exponent entropy", f"{fields['exponent_entropy_bits']:.2f} bits of the 8 that bfloat16 stores"),
+    ]
+    if fields["token_cosine"] is not None:
+        cosine = f"{fields['token_cosine']:.2f} between two tokens of a text, in the output; over-smoothed from 0.9"
+        report.lines.append(("token cosine", cosine))
+    report.tables = {"layers": [_layer(row) for row in fields["layers"]]}
+    report.done = f"Read {len(fields['layers'])} layers of {_name(model)}; nothing was written."
+    if isinstance(model, torch.nn.Module):
+        report.next = "gaugekit.fuse(model), which removes what cannot be observed from this instance"
+    else:
+        report.next = f"gaugekit convert {shell(model)} OUT --gauge"
+    return report
+
+
+def _layer(row: dict[str, Any]) -> str:
+    widest = max(len(values) for values in row["singular_values"])
+    cells = [
+        f"layer {row['layer']}",
+        f"ranks {spread(row['ranks'])} of {widest}",
+        f"effective ranks {spread(row['effective_ranks'])}",
+        f"exponent entropy {row['exponent_entropy_bits']:.2f} bits",
+    ]
+    for name, label in (("token_cosine", "token cosine"), ("energy", "energy")):
+        if row.get(name) is not None:
+            cells.append(f"{label} {row[name]:.2f}")
+    return ", ".join(cells)
+
+
+def converted(report: Report, source: str | Path, target: str | Path) -> Report:
+    """``report`` of ``convert``, told."""
+    fields = report.fields
+    counts, sizes = (
+        tuple(fields[f"{what}_{when}"] for when in ("before", "after")) for what in ("parameters", "bytes")
+    )
+    report.lines = [
+        ("parameters", f"{counts[0]:,} before, {counts[1]:,} after: {counts[0] - counts[1]:,} fewer"),
+        ("weight files", f"{size(sizes[0])} before, {size(sizes[1])} after: {change(*sizes)}"),
+        (
+            "error of a layer",
+            f"{fields['invariance_error']:.1e} of its output at most, in float64 and before rounding",
+        ),
+        ("time", f"{fields['seconds']:.1f} s"),
+    ]
+    report.tables = {"steps": [_step(step) for step in fields["steps"]]}
+    names = ", ".join(step["rewrite"] for step in fields["steps"])
+    report.done = f"Rewrote {source} ({names}) and wrote the result, with its certificate, to {target}."
+    report.next = f"gaugekit verify {shell(source)} {shell(target)}"
+    return report
+
+
+def _step(step: dict[str, Any]) -> str:
+    removed = step.get("removed", {}).get("total")
+    cells = [f"{step['rewrite']}: {step['claim']}" if "claim" in step else f"{step['rewrite']}"]
+    if removed is not None:
+        cells.append(f"{removed:,} numbers removed")
+    cells += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in step.items()
+              if name not in ("rewrite", "claim", "removed") and _short(value)]  # fmt: skip
+    return ", ".join(cells)
+
+
+def _short(value: Any) -> str:
+    """An argument of a rewrite in a few characters; empty where it has no such form."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return figure(value)
+    if isinstance(value, list):
+        numbers = [x for row in value for x in (row if isinstance(row, list) else [row])]
+        return spread(numbers) if numbers and all(isinstance(x, int | float) for x in numbers) else ""
+    return value if isinstance(value, str) else ""
+
+
+def verified(report: Report, limit: float | None, a: object, b: object) -> Report:
+    """``report`` of ``verify``, told; ``limit`` is how many times the noise is allowed, None an absolute bound."""
+    fields = report.fields
+    noise, error, dtype = fields["noise"], fields["relative_error"], fields["dtype"]
+    compared = f"{fields['rows']:,} rows of {fields['output']}, from {fields['tokens']:,} tokens or images"
+    report.lines = [
+        ("verdict", "passes" if fields["ok"] else "FAILS"),
+        ("error", _error(noise, error, limit)),
+    ]
+    if noise is not None:
+        what = f"what {dtype} itself costs the original, beside {fields['reference_dtype']}"
+        report.lines.append(("noise", f"{noise:.2e} of the output: {what}"))
+    if fields["max_abs_error"] is not None:
+        report.lines += [
+            (
+                "largest difference",
+                f"{fields['max_abs_error']:.2e} in one number of the output; for information",
+            ),
+            ("least cosine", f"{fields['min_cosine']:.7f} of a row of b with that of a; for information"),
+        ]
+    report.lines.append(("compared", compared))
+    report.tables = {
+        "layers": [
+            f"layer {row['layer']}: {_error(row['noise'], row['relative_error'], None, bound=None)}"
+            for row in fields["layers"]
+        ]
+    }
+    verdict = "within" if fields["ok"] else "more than"
+    ran = f"Ran {_name(a)} and {_name(b)} on the same input"
+    report.done = f"{ran}: the error is {verdict} what an exact rewrite may have; nothing was written."
+    live = isinstance(a, torch.nn.Module) or isinstance(b, torch.nn.Module)
+    if fields["ok"]:
+        report.next = "model.save_pretrained(folder)" if live else f"gaugekit pack {shell(b)} OUT"
+    elif live:
+        report.next = "gaugekit.heal(b, a, text), if b is meant to differ (a lower rank)"
+    else:
+        report.next = (
+            f"gaugekit heal {shell(b)} {shell(a)} OUT --text FILE, if {b} is meant to differ (a lower rank)"
+        )
+    return report
+
+
+def _error(noise: float | None, error: float | None, limit: float | None, bound: float | None = 1e-12) -> str:
+    if error is None:
+        return "not computed, see below"
+    limits = ""
+    if bound is not None:
+        limits = f", limit {bound:g} of the output" if limit is None else f", limit {limit:g}"
+    if not noise or (limit is None and bound is not None):
+        return f"{error:.2e} of the output{limits}"
+    return f"{error / noise:.2f} × noise{limits} ({error:.2e} of the output)"
+
+
+def healed(report: Report, student: object, teacher: object, target: str | Path | None = None) -> Report:
+    """``report`` of ``heal``, told."""
+    fields, before = report.fields, report["curve"][0]
+    after = fields["curve"][-1]
+    report.lines = [
+        ("trained", f"{fields['parameters']:,} parameters, {fields['steps']:,} steps"),
+        (
+            "mean cosine",
+            f"{fields['mean_cosine_before']:.5f} before, {fields['mean_cosine_after']:.5f} after: of student and "
+            "teacher, embeddings of sentences held out; 1 where they agree",
+        ),
+        (
+            "least cosine",
+            f"{before['min_cosine']:.5f} before, {after['min_cosine']:.5f} after: the worst sentence",
+        ),
+    ]
+    report.tables = {
+        "curve": [
+            f"{row['stage']}, step {row['step']}: loss {row['loss']:.4g}, mean cosine {row['mean_cosine']:.5f}"
+            for row in fields["curve"]
+        ]
+    }
+    if target is None:
+        report.done = f"Trained {_name(student)} in place towards {_name(teacher)}; nothing was written."
+        report.next = "gaugekit.verify(teacher, student)"
+    else:
+        report.done = f"Trained {student} towards {teacher} and wrote the result to {target}."
+        report.next = f"gaugekit verify {shell(str(teacher))} {shell(target)}"
+    return report
+
+
+def fused(report: Report, model: torch.nn.Module) -> Report:
+    """``report`` of ``fuse``, told."""
+    fields = report.fields
+    forms = [entry["form"] for entry in fields["replaced"]]
+    counts = (fields["parameters_before"], fields["parameters_after"])
+    report.lines = [
+        (
+            "replaced",
+            ", ".join(f"{forms.count(form)} × {form}" for form in dict.fromkeys(forms)) or "no layer",
+        ),
+        ("rewritten, still plain", f"{len(fields['rewritten'])} layers that take up what the others lost"),
+        ("attention", fields["attention"] or "the model's own"),
+        ("parameters", f"{counts[0]:,} before, {counts[1]:,} after"),
+    ]
+    if "bytes_before" in fields:
+        sizes = (fields["bytes_before"], fields["bytes_after"])
+        report.lines += [
+            ("memory", f"{size(sizes[0])} before, {size(sizes[1])} after: {change(*sizes)}"),
+            (
+                "plain vectors",
+                f"{fields['plain_in_vectors']:,} numbers of norms and biases, which are not packed",
+            ),
+        ]
+        report.notes += fields["speed"]
+    changed = bool(fields["replaced"] or fields["rewritten"] or fields["attention"] == "gaugekit")
+    name = type(model).__name__
+    report.done = (
+        f"Fused this {name} in memory; nothing was written." if changed else f"Left this {name} as it was."
+    )
+    report.next = (
+        "model.save_pretrained(folder), or gaugekit.unfuse(model), which undoes it" if changed else ""
+    )
+    report.next = report.next or "see above what stood in the way"
+    return report
+
+
+def unfused(report: Report, model: torch.nn.Module) -> Report:
+    """``report`` of ``unfuse``, told."""
+    count = len(report["restored"])
+    report.lines = [("restored", f"{count} layers"), ("attention", report["attention"] or "the model's own")]
+    report.done = (
+        f"Put back {count} layers of this {type(model).__name__}, weights bit for bit; nothing was written."
+    )
+    report.next = "gaugekit.fuse(model) fuses it again"
+    return report
+
+
+def _name(model: object) -> str:
+    if isinstance(model, torch.nn.Module):
+        return f"this {type(model).__name__}"
+    return str(model)

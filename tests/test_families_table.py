@@ -1,0 +1,37 @@
+"""The README's table of families is what the adapters say, and every family is in it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from gaugekit.models import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def families():
+    spec = importlib.util.spec_from_file_location("families", ROOT / "docs" / "families.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_holds_the_table_as_it_is_now(families):
+    assert families.BEGIN + families.table() + families.END in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_every_family_has_a_title(families):
+    assert set(families.TITLES) == set(FAMILIES)
+
+
+def test_rows_by_hand(families):
+    """BERT has all four groups; Llama turns queries and keys by position; MPNet adds position to the scores."""
+    assert families.row("bert") == ("everything", "yes", "yes")
+    assert families.row("llama") == ("values and output, value bias", "in whole rotary pairs", "yes")
+    assert families.row("mpnet") == ("values and output, key bias, value bias", "–", "–")
