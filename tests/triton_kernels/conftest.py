@@ -4,7 +4,6 @@ Other tests import triton too, so without a GPU ``test_interpreter.py`` runs the
 ``TRITON_INTERPRET=1 python -m pytest tests/triton_kernels`` runs them directly.
 """
 
-import functools
 import os
 from importlib.metadata import version
 
@@ -32,9 +31,6 @@ def _hasten() -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_once
-    interpreter._get_np_dtype = functools.cache(
-        interpreter._get_np_dtype
-    )  # a table made anew at every operation
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and version("triton").startswith(
