@@ -16,7 +16,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 def _hasten() -> None:
     """Triton's interpreter replaces its language's functions anew at every call of one kernel's function by another.
 
-    Where that was done already it would change nothing and take a third of the time; here it is skipped.
+    Where that was done already it would change nothing and take a quarter of the time; here it is skipped.
     """
     from triton.runtime import interpreter
 
