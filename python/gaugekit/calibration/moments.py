@@ -80,7 +80,7 @@ def observe(
 
     hooks = [
         module.register_forward_pre_hook(watch(layer, name))
-        for layer, inside in enumerate(watched(model, blocks, live.family, live.config, list(modules)))
+        for layer, inside in enumerate(watched(model, blocks, live.family, list(modules)))
         for name, module in inside.items()
     ]
     try:
@@ -107,18 +107,14 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def watched(
-    model: torch.nn.Module,
-    blocks: Iterable[torch.nn.Module],
-    family: Family,
-    config: dict,
-    modules: list[str],
+    model: torch.nn.Module, blocks: Iterable[torch.nn.Module], family: Family, modules: list[str]
 ) -> list[dict[str, torch.nn.Module]]:
     """{name: module} of each block, for "q", "k", "v", "o" and paths inside a block."""
     paths = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     prefix = family.prefix(name for name, _ in model.named_parameters())
     found = []
     for layer, block in enumerate(blocks):
-        parts = family.projections(config, layer)
+        parts = family.projections(layer)
         inside = {
             name: (prefix + parts[name]).removeprefix(paths[block]) if name in PARTS else name
             for name in modules

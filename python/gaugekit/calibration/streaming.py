@@ -169,7 +169,7 @@ class _Pass:
         self.path = {module: f"{name}." if name else "" for module, name in names.items()}
         # The file may name the base model's tensors with or without the prefix the live model has.
         self.prefix = (layers.family.prefix(name for name, _ in self.model.named_parameters()), layers.prefix)
-        self.watched = watched(self.model, self.blocks, layers.family, checkpoint.config, modules)
+        self.watched = watched(self.model, self.blocks, layers.family, modules)
 
     def load(self, module: torch.nn.Module, recurse: bool = True) -> None:
         """Gives the parameters of ``module`` their stored numbers, in the pass's dtype."""
