@@ -7,6 +7,7 @@ import torch
 from gaugekit.codec.tensors import blob as coded
 from gaugekit.codec.tensors import fixed
 from gaugekit.codec.tensors.blob import Buffer
+from gaugekit.ops.operands import check_tensors
 
 LAYOUTS = ("rans", "fixed")
 
@@ -31,8 +32,7 @@ def encode(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    check_tensors(tensor=tensor)
     tensor = tensor.resolve_neg()  # a view that negates has other bits in memory than it shows
     if layout == "rans":
         return coded.encode(tensor, symbols=symbols, chunk_log2=chunk_log2)
