@@ -21,43 +21,67 @@ LARGE = dict(vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidd
              num_key_value_heads=8)  # fmt: skip
 IDS = torch.arange(12)[None]
 
-# The child limits its own address space to what it has after its imports and `allowance` bytes more, then loads through
-# the same reader, plain or packed, and answers one token. Large tensors are mappings of their own: what is freed goes
-# back to the system at once.
+# Each kind is a fork of one process that has imported everything: it limits its own address space to what it has then
+# and `allowance` bytes more, loads through the same reader, plain or packed, and answers one token. Large tensors are
+# mappings of their own: what is freed goes back to the system at once.
 CHILD = """
-import resource, sys, torch, transformers
+import os, resource, sys, torch, transformers
 from gaugekit.checkpoint import Checkpoint
-from gaugekit.integrations import loading
+from gaugekit.hf import loading
 from gaugekit.integrations.packing import load_packed
-path, kind, allowance = sys.argv[1], sys.argv[2], int(sys.argv[3])
+from gaugekit.integrations.transformers import GaugekitConfig
+folder, allowance = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
 transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)).bfloat16()(torch.arange(8)[None])
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + allowance, size + allowance))
-if kind == "packed":
-    model = load_packed(path)
-elif kind == "config":
-    from gaugekit.integrations.transformers import GaugekitConfig
-    options = {"quantization_config": GaugekitConfig(packed=True), "dtype": torch.bfloat16}
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-else:
-    checkpoint = Checkpoint(path)
-    model = loading.skeleton(checkpoint.path, torch.bfloat16)
-    model.load_state_dict({name: checkpoint.read(name) for name in checkpoint.names()}, assign=True)
-with torch.no_grad():
-    print(int(model(torch.arange(8)[None]).logits[0, -1].argmax()))
+
+def answer(path, kind):
+    resource.setrlimit(resource.RLIMIT_AS, (size + allowance, size + allowance))
+    if kind == "packed":
+        model = load_packed(path)
+    elif kind == "config":
+        options = {"quantization_config": GaugekitConfig(packed=True), "dtype": torch.bfloat16}
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    else:
+        checkpoint = Checkpoint(path)
+        model = loading.skeleton(checkpoint.path, torch.bfloat16)
+        model.load_state_dict({name: checkpoint.read(name) for name in checkpoint.names()}, assign=True)
+    with torch.no_grad():
+        print(int(model(torch.arange(8)[None]).logits[0, -1].argmax()), flush=True)
+
+for path, kind in zip(sys.argv[3::2], sys.argv[4::2]):
+    if not (child := os.fork()):
+        for number, name in (1, "out"), (2, "err"):
+            os.dup2(os.open(f"{folder}/{kind}.{name}", os.O_WRONLY | os.O_CREAT), number)
+        status = 1
+        try:
+            answer(path, kind)
+            status = 0
+        except BaseException as error:
+            print(type(error).__name__, error, file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def child(path, kind, allowance):
+def children(folder, allowance, **paths):
+    """{kind: (exit status, stdout, stderr)} of a child for each kind and its path."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "1000000",
     }
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(path), kind, str(int(allowance))]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    pairs = [str(x) for kind, path in paths.items() for x in (path, kind)]
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(folder), str(int(allowance)), *pairs]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = ((folder / f"{kind}.{name}").read_text() for kind in paths for name in ("out", "err"))
+    return {
+        kind: (int(status), next(said), next(said))
+        for kind, status in zip(paths, done.stdout.split(), strict=True)
+    }
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits address space as Linux does")
@@ -78,14 +102,12 @@ def test_a_model_that_fits_only_packed(tmp_path):
     config.save_pretrained(directory)
     allowance = 0.88 * sum(w.nbytes for w in state.values())
     gk.codec.pack(directory, container)
-    packed = child(directory, "packed", allowance)
-    config = child(container, "config", allowance)
-    for done in (packed, config):
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert 0 <= int(done.stdout) < LARGE["vocab_size"]
-    assert config.stdout == packed.stdout
-    plain = child(directory, "plain", allowance)
-    assert plain.returncode != 0 and "memory" in plain.stderr.lower(), plain.stderr[-2000:]
+    ends = children(tmp_path, allowance, packed=directory, config=container, plain=directory)
+    for status, answered, error in (ends["packed"], ends["config"]):
+        assert status == 0, error[-2000:]
+        assert 0 <= int(answered) < LARGE["vocab_size"]
+    assert ends["config"][1] == ends["packed"][1]
+    assert ends["plain"][0] != 0 and "memory" in ends["plain"][2].lower(), ends["plain"]
 
 
 @pytest.mark.parametrize("tied", [False, True])
