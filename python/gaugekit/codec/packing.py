@@ -114,7 +114,7 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
     check_space(place, job.plan(whole))
-    counts = job.one(whole, place, counter(job.passes * whole.stat().st_size, progress))
+    counts = job.work(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
     return _told(Report(job.verb, {**fields, "seconds": time.perf_counter() - started}))
 

@@ -51,17 +51,17 @@ def decode(blob: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:
     data = _bytes(blob)
     if not fixed.is_fixed(data):
         return coded.decode(data, out)
-    found = fixed.decode(data)
+    tensor = fixed.decode(data)
     if out is None:
-        return found
+        return tensor
     fits = isinstance(out, torch.Tensor) and (out.dtype, out.shape, out.device) == (
-        found.dtype,
-        found.shape,
-        found.device,
+        tensor.dtype,
+        tensor.shape,
+        tensor.device,
     )
     if not fits or not out.is_contiguous() or out.requires_grad:
-        raise ValueError(f"out: expected a contiguous {found.dtype} {list(found.shape)} on {found.device}")
-    return out.copy_(found)
+        raise ValueError(f"out: expected a contiguous {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+    return out.copy_(tensor)
 
 
 def decode_range(blob: Buffer, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
