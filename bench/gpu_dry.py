@@ -154,6 +154,15 @@ def other_tests() -> str:
     return f"{collected([f'tests/{folder}' for folder in WITHOUT_GPU])} tests in {', '.join(WITHOUT_GPU)}"
 
 
+def cuda_sources() -> str:
+    """Every .cu compiles for sm_80 and sm_90a without a spill."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = asked([*command, "tests/laws/test_ahead_of_time_cuda.py"], GAUGEKIT_EVERY_ARCHITECTURE="1")
+    if done.returncode:
+        raise Wrong(last(done))
+    return done.stdout.strip().splitlines()[-1]
+
+
 def launches() -> str:
     """Every launch of those tests and of the benches is recorded and compiled; spills have their reason in a table."""
     if not RECORDER.exists():
@@ -200,6 +209,7 @@ STEPS: dict[str, Callable[[], str]] = {
     "imports": imports,
     "tests for a GPU": gpu_tests,
     "other tests": other_tests,
+    "CUDA sources": cuda_sources,
     "launches": launches,
     "schedule": schedule,
 }

@@ -28,7 +28,7 @@ def test_code_runs(page, tmp_path):
         env=os.environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

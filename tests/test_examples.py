@@ -20,7 +20,7 @@ def test_example_runs(example, tmp_path):
         env=os.environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip(), "an example shows something"
