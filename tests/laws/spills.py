@@ -19,7 +19,7 @@ ODD_HEADS = (
     "registers; published heads are 64, 80, 96, 128 or 256 wide"
 )
 FEW_BYTES = "ptxas keeps up to 16 bytes on the stack with registers to spare"
-ODD_ROWS = "rows of W whose length is no multiple of 16 bytes are loaded byte by byte; those of published matrices are not like it"
+ODD_ROWS = "rows of W of no multiple of 16 bytes are loaded byte by byte; published matrices are not like it"
 SPILLS = [
     Spill("_shaped_attention_fwd", {"WIDTH": 136}, 1700, ODD_HEADS),
     Spill("_shaped_attention_bwd_kv", {"WIDTH": 136}, 900, ODD_HEADS),
