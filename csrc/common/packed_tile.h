@@ -1,7 +1,7 @@
-// What one lane of a warp does in the product of 16 rows of packed weights (docs/resident.md) on tensor cores.
-// Four lanes share a row: a lane holds 32 neighbouring weights of it, one 32-bit word of each plane, and
-// turns them into 16 pairs. The order of the pairs is the one that costs least to decode; x is arranged the
-// same way. An escaped weight is decoded as if its exponent were the least, and what that lacks is added
+// What one lane of a warp does in the product of 16 rows of packed weights (docs/resident.md) on tensor
+// cores. Four lanes share a row: a lane holds 32 neighbouring weights of it, one 32-bit word of each plane,
+// and turns them into 16 pairs. The order of the pairs is the one that costs least to decode; x is arranged
+// the same way. An escaped weight is decoded as if its exponent were the least, and what that lacks is added
 // afterwards. Free of CUDA's and torch's headers, so that a test runs the same code on the processor, lane by
 // lane.
 #pragma once

@@ -1,4 +1,5 @@
-// Packing (docs/resident.md): a survey that finds every row's window, then the encoding itself. Free of torch.
+// Packing (docs/resident.md): a survey that finds every row's window, then the encoding itself. Free of
+// torch.
 #pragma once
 
 #include "packed_linear_decode.h"

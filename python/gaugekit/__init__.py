@@ -1,13 +1,13 @@
 """gaugekit removes from a transformer what nobody can observe."""
 
 from importlib import import_module as _import_module
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from gaugekit import _library, ops
 from gaugekit.ops.nonlocal_energy.operator import nonlocal_energy
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 
-if _TYPE_CHECKING:
+if TYPE_CHECKING:
     from gaugekit import calibration as statistics
     from gaugekit import codec, models, nn, rank, rewrite, symmetry
     from gaugekit import text as samples
@@ -74,12 +74,14 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'gaugekit' has no attribute {name!r}")
-    module, _, attribute = _LAZY[name].partition(":")
-    value = _import_module(module)
-    return getattr(value, attribute) if attribute else value
+if not TYPE_CHECKING:  # or a type checker would believe in every name
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'gaugekit' has no attribute {name!r}")
+        module, _, attribute = _LAZY[name].partition(":")
+        value = _import_module(module)
+        return getattr(value, attribute) if attribute else value
 
 
 def __dir__() -> list[str]:

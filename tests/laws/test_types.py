@@ -78,6 +78,7 @@ MISTAKES = [
     ("gk.shaped_attention(q, q, q, alpha={})", "alpha"),
     ('gk.codec.pack("a", "b", model=2)', "model"),
     ("gk.importlib", "importlib"),
+    ("gk.verifi", "verifi"),
 ]
 
 

@@ -72,7 +72,7 @@ def test_rotary_view_computes_what_the_module_computes(name):
         torch.testing.assert_close(
             view.attend(x), out, rtol=1e-5, atol=1e-5
         )  # angles are float32 in the module
-        for tensor, value in live.family.store(live.config, layer, view).tensors.items():
+        for tensor, value in live.family.store(layer, view).tensors.items():
             assert torch.equal(value, live.read(tensor)), tensor
 
 
@@ -80,10 +80,10 @@ def test_rotary_view_computes_what_the_module_computes(name):
 def test_store_inverts_attention(make):
     live = models.Live(make())
     for layer in range(2):
-        stored = live.family.store(live.config, layer, live.attention(layer))
+        stored = live.family.store(layer, live.attention(layer))
         assert stored.modules == {}
         assert {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()} == live.family.shapes(
-            live.config, layer
+            layer
         )
         for name, tensor in stored.tensors.items():
             assert torch.equal(tensor, live.read(name)), name
@@ -95,7 +95,7 @@ def test_absent_biases_are_stored_as_zeros():
     without = models.AttentionView(
         view.q, models.Projection(view.k.weight), view.v, models.Projection(view.o.weight), scale=view.scale
     )
-    stored = live.family.store(live.config, 0, without).tensors
+    stored = live.family.store(0, without).tensors
     bias = stored["h.0.attn.c_attn.bias"]
     assert torch.equal(bias[:24], view.q.bias.flatten())
     assert bias[24:48].count_nonzero() == 0
@@ -103,7 +103,7 @@ def test_absent_biases_are_stored_as_zeros():
 
 
 def test_prefix():
-    family = models.FAMILIES["bert"]
+    family = models.FAMILIES["bert"]({"model_type": "bert"})
     for prefix in ("", "bert.", "0.auto_model."):
         assert family.prefix([prefix + family.anchor, "pooler.dense.weight"]) == prefix
     with pytest.raises(ValueError, match="got none"):
@@ -116,7 +116,7 @@ def test_prefix():
 
 def test_outline_has_the_shapes_without_numbers():
     live = models.Live(bert())
-    outline, view = live.family.outline(live.config, 0), live.attention(0)
+    outline, view = live.family.outline(0), live.attention(0)
     assert outline.q.weight.is_meta
     assert outline.q.weight.shape == view.q.weight.shape == (3, 24, 8)
     assert outline.o.weight.shape == view.o.weight.shape == (3, 8, 24)
@@ -130,7 +130,7 @@ def test_gpt2_scale():
 
 
 def test_masks_of_old_files_are_no_parameters():
-    family = models.FAMILIES["gpt2"]
+    family = models.FAMILIES["gpt2"]({"model_type": "gpt2"})
     assert family.recomputed("transformer.h.3.attn.bias") and family.recomputed("h.0.attn.masked_bias")
     assert not family.recomputed("h.0.attn.c_attn.bias") and not family.recomputed("h.0.mlp.c_fc.bias")
 
@@ -163,12 +163,11 @@ def test_what_is_not_covered_is_refused_with_the_reason(config, message):
 def test_a_tensor_of_the_wrong_shape_or_kind_is_named():
     live = models.Live(bert())
     with pytest.raises(ValueError, match=r"query.weight: expected shape \(24, 24\).*got \(24, 23\)"):
-        live.family.attention(live.config, 0, lambda name: torch.zeros(24, 23))
+        live.family.attention(0, lambda name: torch.zeros(24, 23))
     with pytest.raises(ValueError, match="floating-point"):
         live.family.attention(
-            live.config,
             0,
-            lambda name: torch.zeros(live.family.shapes(live.config, 0)[name], dtype=torch.int8),
+            lambda name: torch.zeros(live.family.shapes(0)[name], dtype=torch.int8),
         )
 
 

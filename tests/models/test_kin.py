@@ -8,7 +8,7 @@ transformers = pytest.importorskip("transformers")
 import gaugekit as gk  # noqa: E402
 import gaugekit.integrations.transformers  # noqa: E402
 from gaugekit.hf import loading  # noqa: E402
-from gaugekit.models import Live, unused_positions  # noqa: E402
+from gaugekit.models import FAMILIES, Live, unused_positions  # noqa: E402
 from gaugekit.symmetry import SYMMETRIES  # noqa: E402
 
 ENCODER = dict(hidden_size=24, num_attention_heads=3, num_hidden_layers=2, intermediate_size=32)
@@ -82,7 +82,7 @@ def test_every_group_that_holds_is_fixed_and_no_output_moves(name):
         for group in KIN[name][3]:
             symmetry, view = SYMMETRIES[group], live.attention(1)
             moved = symmetry.act(view, symmetry.random(view, torch.Generator().manual_seed(1)))
-            live.write(live.family.store(live.config, 1, moved).tensors)
+            live.write(live.family.store(1, moved).tensors)
             assert (model(**inputs)[0] - before).norm() < 1e-12 * before.norm(), group
         report = gk.symmetry.fix(model)
         after = model(**inputs)[0]
@@ -93,6 +93,22 @@ def test_every_group_that_holds_is_fixed_and_no_output_moves(name):
     assert set(view.barred).isdisjoint(KIN[name][3])
 
 
+@pytest.mark.parametrize("name", KIN)
+def test_an_adapter_names_the_tensors_there_are_and_stores_what_it_read(name):
+    live = Live(made(name)[0])
+    assert type(live.family) is FAMILIES[live.config["model_type"]] and live.family.config is live.config
+    assert len(live) == live.family.layers == 2
+    for layer in range(2):
+        view, outline = live.attention(layer), live.family.outline(layer)
+        stored = live.family.store(layer, view).tensors
+        assert {path: tuple(tensor.shape) for path, tensor in stored.items()} == live.family.shapes(layer)
+        for path, tensor in stored.items():
+            assert torch.equal(tensor, live.read(path)), path
+        for part in "qkvo":
+            assert getattr(outline, part).weight.is_meta
+            assert getattr(outline, part).weight.shape == getattr(view, part).weight.shape
+
+
 @pytest.mark.parametrize("name", ["qwen3", "deberta-v2"])
 def test_what_is_left_alone_would_be_seen(name):
     """The key bias there is no symmetry: moving it changes the output."""
@@ -101,7 +117,7 @@ def test_what_is_left_alone_would_be_seen(name):
     with torch.no_grad():
         before = model(**inputs)[0]
         view = live.attention(0)
-        path = live.family.projections(live.config, 0)["k"]
+        path = live.family.projections(0)["k"]
         model.get_parameter(f"{live.prefix}{path}.bias").add_(torch.randn(view.groups * 8).double())
         assert (model(**inputs)[0] - before).norm() > 1e-4 * before.norm()
 

@@ -121,3 +121,14 @@ def test_modules_take_lists_and_refuse_positions_that_nothing_uses():
             ValueError, match="x: expected a torch.Tensor, got a NumPy array: torch.from_numpy"
         ):
             module(x.numpy())
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: gk.pack_weight(x),
+    lambda x: gk.packed_linear(x, gk.pack_weight(torch.ones(4, 4).bfloat16())),
+    lambda x: gk.codec.encode(x),
+    lambda x: gk.nonlocal_energy(x, x, x),
+])  # fmt: skip
+def test_an_array_is_refused_wherever_a_tensor_is_wanted(call):
+    with pytest.raises(ValueError, match=r"got a NumPy array: torch\.from_numpy\(array\) makes it a tensor"):
+        call(np.ones((4, 4), np.float32))

@@ -10,6 +10,7 @@ import gaugekit as gk
 from gaugekit.ops.shaped_attention import core as core
 from gaugekit.reference.shaped_attention import shaped_attention as reference
 from helpers import assert_accurate
+from masks import draw_mask
 
 GAINS = ("alpha", "beta", "gamma", "lam")
 
@@ -116,17 +117,7 @@ def problems(draw):
     keys = draw(st.integers(1, 30))
     terms = draw(st.sampled_from([(), ("gamma",), SHAPED]))
     queries = keys if "alpha" in terms and not causal else draw(st.integers(1, 30))
-    mask = {"causal": causal, "window": draw(st.none() | st.integers(1, 35))}
-    if draw(st.booleans()):
-        mask["query_start"] = torch.tensor(
-            draw(st.lists(st.integers(-9, 40), min_size=batch, max_size=batch))
-        )
-    if draw(st.booleans()):
-        lengths = st.integers(0, keys)
-        mask["key_lengths"] = torch.tensor(draw(st.lists(lengths, min_size=batch, max_size=batch)))
-    elif "query_start" not in mask and batch == 1 and queries == keys:
-        cuts = sorted(draw(st.lists(st.integers(0, keys), max_size=4)))
-        mask["cu_seqlens"] = torch.tensor([0, *cuts, keys], dtype=torch.int32)
+    mask = draw_mask(draw, causal, batch, queries, keys)
     sizes = dict(score_width=draw(st.integers(1, 4)), width=draw(st.integers(1, 4)))
     return make(torch.float32, batch, groups * per_group, groups, queries, keys, terms=terms, **sizes), mask
 

@@ -14,6 +14,7 @@ from gaugekit.ops.mask import Mask
 from gaugekit.ops.shaped_combine import operator as op
 from gaugekit.reference.shaped_combine import shaped_combine as reference
 from helpers import assert_accurate
+from masks import draw_mask
 from warm import python
 
 GAINS = ("alpha", "beta", "gamma", "lam")
@@ -105,17 +106,7 @@ def problems(draw):
     batch, groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     keys = draw(st.integers(1, 40))
     queries = draw(st.integers(1, 40)) if causal else keys
-    mask = {"causal": causal, "window": draw(st.none() | st.integers(1, 45))}
-    if draw(st.booleans()):
-        mask["query_start"] = torch.tensor(
-            draw(st.lists(st.integers(-9, 50), min_size=batch, max_size=batch))
-        )
-    if draw(st.booleans()):
-        lengths = st.integers(0, keys)
-        mask["key_lengths"] = torch.tensor(draw(st.lists(lengths, min_size=batch, max_size=batch)))
-    elif "query_start" not in mask and batch == 1 and queries == keys:
-        cuts = sorted(draw(st.lists(st.integers(0, keys), max_size=4)))
-        mask["cu_seqlens"] = torch.tensor([0, *cuts, keys], dtype=torch.int32)
+    mask = draw_mask(draw, causal, batch, queries, keys)
     return make(torch.float64, batch, groups * per_group, groups, queries, keys, width=3), mask
 
 

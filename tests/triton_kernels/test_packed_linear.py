@@ -33,9 +33,9 @@ def matrix(n, k, kind):
         (1, 20, 70, torch.float16, 3),
         (3, 18, 70, torch.float16, 4),
         (3, 5, 1100, torch.bfloat16, 4),
-        (60, 66, 70, torch.bfloat16, 3),
+        (60, 18, 70, torch.bfloat16, 3),
         (70, 66, 70, torch.bfloat16, 3),
-        (130, 66, 1100, torch.float16, 4),
+        (130, 18, 70, torch.float16, 4),
     ],
 )
 def test_product(batch, n, k, kind, code_bits):

@@ -72,15 +72,15 @@ def observe(
     """
     live = models.Live(model)
     blocks = live.family.blocks(model)
-    found: list[dict[str, Moments]] = [{} for _ in blocks]
+    moments: list[dict[str, Moments]] = [{} for _ in blocks]
     real: list[torch.Tensor] = []
 
     def watch(layer: int, name: str):
-        return lambda module, arguments: add(found[layer], name, arguments[0][real[-1]].cpu())
+        return lambda module, arguments: add(moments[layer], name, arguments[0][real[-1]].cpu())
 
     hooks = [
         module.register_forward_pre_hook(watch(layer, name))
-        for layer, inside in enumerate(watched(model, blocks, live.family, live.config, list(modules)))
+        for layer, inside in enumerate(watched(model, blocks, live.family, list(modules)))
         for name, module in inside.items()
     ]
     try:
@@ -91,7 +91,7 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return moments
 
 
 @contextlib.contextmanager
@@ -107,18 +107,14 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def watched(
-    model: torch.nn.Module,
-    blocks: Iterable[torch.nn.Module],
-    family: Family,
-    config: dict,
-    modules: list[str],
+    model: torch.nn.Module, blocks: Iterable[torch.nn.Module], family: Family, modules: list[str]
 ) -> list[dict[str, torch.nn.Module]]:
     """{name: module} of each block, for "q", "k", "v", "o" and paths inside a block."""
     paths = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     prefix = family.prefix(name for name, _ in model.named_parameters())
-    found = []
+    by_block = []
     for layer, block in enumerate(blocks):
-        parts = family.projections(config, layer)
+        parts = family.projections(layer)
         inside = {
             name: (prefix + parts[name]).removeprefix(paths[block]) if name in PARTS else name
             for name in modules
@@ -127,17 +123,17 @@ def watched(
         for name, path in inside.items():
             if path not in known:
                 raise ValueError(f"modules: expected q, k, v, o or a module of a block, got {name!r}")
-        found.append({name: known[path] for name, path in inside.items()})
-    return found
+        by_block.append({name: known[path] for name, path in inside.items()})
+    return by_block
 
 
-def add(found: dict[str, Moments], name: str, rows: torch.Tensor) -> None:
+def add(moments: dict[str, Moments], name: str, rows: torch.Tensor) -> None:
     """Counts ``rows`` [N, D] into the moments of ``name``."""
     rows = rows.double()
-    if name not in found:
+    if name not in moments:
         size = rows.shape[1]
         zeros = torch.zeros(size, dtype=torch.float64)
-        found[name] = Moments(0, zeros, torch.zeros(size, size, dtype=torch.float64))
-    found[name].count += len(rows)
-    found[name].total += rows.sum(0)
-    found[name].products += rows.mT @ rows
+        moments[name] = Moments(0, zeros, torch.zeros(size, size, dtype=torch.float64))
+    moments[name].count += len(rows)
+    moments[name].total += rows.sum(0)
+    moments[name].products += rows.mT @ rows

@@ -43,7 +43,7 @@ def collect(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Moments]]:
-    """``found[layer][name]``: the Moments of the inputs of module ``name`` in each layer, over the real tokens.
+    """``moments[layer][name]``: the Moments of the inputs of module ``name`` in each layer, over the real tokens.
 
     ``modules`` are parts of the attention ("q", "k", "v" read the attention's input, "o" the heads' outputs) or paths
     of modules inside a block ("mlp.c_fc"). ``text_file`` is a UTF-8 file, cut into sentences, or a list of strings,
@@ -84,9 +84,9 @@ def collect(
             run.embed(batches, state, advance)
             state.record(layer=0)
         for layer in range(state.layer, len(run.blocks)):
-            found = run.layer(layer, batches, state, advance)
+            moments = run.layer(layer, batches, state, advance)
             with replacing(state.moments_path(layer)) as file:
-                torch.save({name: vars(moments) for name, moments in found.items()}, file)
+                torch.save({name: vars(sums) for name, sums in moments.items()}, file)
             state.record(layer=layer + 1)
         state.hidden_path(len(run.blocks)).unlink(missing_ok=True)
         files = [state.moments_path(layer) for layer in range(len(run.blocks))]
@@ -169,7 +169,7 @@ class _Pass:
         self.path = {module: f"{name}." if name else "" for module, name in names.items()}
         # The file may name the base model's tensors with or without the prefix the live model has.
         self.prefix = (layers.family.prefix(name for name, _ in self.model.named_parameters()), layers.prefix)
-        self.watched = watched(self.model, self.blocks, layers.family, checkpoint.config, modules)
+        self.watched = watched(self.model, self.blocks, layers.family, modules)
 
     def load(self, module: torch.nn.Module, recurse: bool = True) -> None:
         """Gives the parameters of ``module`` their stored numbers, in the pass's dtype."""
@@ -233,7 +233,7 @@ class _Pass:
         self, layer: int, batches: list, state: _State, advance: Callable[[], None]
     ) -> dict[str, Moments]:
         """Runs one block over all batches, summing the moments of the modules watched in it."""
-        found: dict[str, Moments] = {}
+        moments: dict[str, Moments] = {}
         real: list[torch.Tensor] = []  # the mask of the batch at work, for the hooks
 
         def watch(name: str):
@@ -244,7 +244,7 @@ class _Pass:
                         f"modules: expected {name!r} to take [B, T, D] = {list(real[-1].shape)} tokens, "
                         f"got {list(x.shape)}"
                     )
-                add(found, name, x[real[-1]])
+                add(moments, name, x[real[-1]])
 
             return hook
 
@@ -267,7 +267,7 @@ class _Pass:
                 hook.remove()
             self.drop(block)
         state.sync(layer + 1)
-        return found
+        return moments
 
 
 def _sequences(checkpoint: Checkpoint, text, max_tokens: int | None) -> tuple[list[list[int]], int]:

@@ -17,11 +17,11 @@ def forms(view: AttentionView) -> dict[str, Compact]:
     Queries and keys of which some channels are idle as "low_rank_projection"; keys and values whose gauge is fixed as
     "gauge_projection"; keys that have lost their bias, the rest of their gauge barred, as "linear".
     """
-    found = low_rank(view)
-    found |= {name: gauge(part) for name, part in (("k", view.k), ("v", view.v)) if part.rows is not None}
+    compact = low_rank(view)
+    compact |= {name: gauge(part) for name, part in (("k", view.k), ("v", view.v)) if part.rows is not None}
     if "query_key" in view.barred and "key_bias" not in view.barred and view.k.bias is None:
-        found["k"] = linear(view.k)
-    return found
+        compact["k"] = linear(view.k)
+    return compact
 
 
 def gauge(part: Projection) -> Compact:

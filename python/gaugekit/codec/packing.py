@@ -63,9 +63,9 @@ def pack(
     report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
     report.fields["verified"] = verify
     report.fields["seconds"] = report.fields.pop("seconds")
-    compared = ", each file decoded again and compared" if verify else ""
+    compared = "; each file was decoded again and compared" if verify else ""
     report.lines.insert(1, ("bits a weight", f"{report['bits_per_weight']:.2f}, headers included"))
-    report.done = f"Packed {source} without loss{compared} and wrote {target}."
+    report.done = f"Packed {source} without loss and wrote {target}{compared}."
     report.next = (
         f"gaugekit unpack {shell(target)} RESTORED brings every byte back; transformers loads it as it is"
     )
@@ -114,7 +114,7 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
     check_space(place, job.plan(whole))
-    counts = job.one(whole, place, counter(job.passes * whole.stat().st_size, progress))
+    counts = job.work(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
     return _told(Report(job.verb, {**fields, "seconds": time.perf_counter() - started}))
 

@@ -183,26 +183,34 @@ def sinusoids(positions: Tensor, like: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width].to(like.dtype)
 
 
-def _with_causal(config: SASConfig, causal: bool, head: str) -> SASConfig:
-    if config.causal is not None and config.causal != causal:
-        raise ValueError(f"causal: expected {causal} or None for {head}, got {config.causal}")
-    config = copy.deepcopy(config)
-    config.causal = causal
-    return config
+class _WithHead(SASPreTrainedModel):
+    """The body and a head over the vocabulary; ``causal`` is how such a model sees."""
 
-
-class SASForCausalLM(SASPreTrainedModel, GenerationMixin):
-    """A language model: the next token from those before it."""
-
+    causal: bool
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True  # num_items_in_batch
 
     def __init__(self, config: SASConfig):
-        config = _with_causal(config, True, "SASForCausalLM")
+        if config.causal is not None and config.causal != self.causal:
+            kind = type(self).__name__
+            raise ValueError(f"causal: expected {self.causal} or None for {kind}, got {config.causal}")
+        config = copy.deepcopy(config)
+        config.causal = self.causal
         super().__init__(config)
         self.model = SASModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _loss(self, logits: Tensor, labels: Tensor | None, items: int | Tensor | None) -> Tensor | None:
+        if labels is None:
+            return None
+        return self.loss_function(logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items)
+
+
+class SASForCausalLM(_WithHead, GenerationMixin):
+    """A language model: the next token from those before it."""
+
+    causal = True
 
     @can_return_tuple
     def forward(
@@ -225,11 +233,7 @@ class SASForCausalLM(SASPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+        loss = self._loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -244,18 +248,10 @@ class SASForCausalLM(SASPreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
 
-class SASForMaskedLM(SASPreTrainedModel):
+class SASForMaskedLM(_WithHead):
     """A masked language model: hidden tokens from those around them."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    accepts_loss_kwargs = True  # num_items_in_batch
-
-    def __init__(self, config: SASConfig):
-        config = _with_causal(config, False, "SASForMaskedLM")
-        super().__init__(config)
-        self.model = SASModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    causal = False
 
     @can_return_tuple
     def forward(
@@ -273,11 +269,7 @@ class SASForMaskedLM(SASPreTrainedModel):
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
         logits = self.lm_head(out.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+        loss = self._loss(logits, labels, num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 

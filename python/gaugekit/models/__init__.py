@@ -15,16 +15,8 @@ from gaugekit.models.encoders import bert, vit
 from gaugekit.models.family import Family, Read
 from gaugekit.models.view import AttentionView, Compact, Projection, Stored, parameters, used_channels
 
-FAMILIES: dict[str, Family] = {
-    adapter.name: adapter
-    for adapter in (
-        *(bert.Bert(name) for name in bert.NAMES),
-        Gpt2(),
-        *(llama.Llama(name) for name in llama.NAMES),
-        *(t5.T5(name) for name in t5.NAMES),
-        *(vit.Vit(name) for name in vit.NAMES),
-    )
-}
+ADAPTERS: tuple[type[Family], ...] = (bert.Bert, Gpt2, llama.Llama, t5.T5, vit.Vit)
+FAMILIES: dict[str, type[Family]] = {name: adapter for adapter in ADAPTERS for name in adapter.names}
 FUSED = "its fused projection of queries, keys and values has no adapter yet"
 REFUSED = {
     **dict.fromkeys(("bloom", "deberta", "mpt"), FUSED),
@@ -33,7 +25,7 @@ REFUSED = {
 
 
 def family(config: dict) -> Family:
-    """The adapter for ``config`` (the content of ``config.json``).
+    """The adapter for ``config`` (the content of ``config.json``), bound to it.
 
     Raises ValueError for a family that is not known (naming those that are) and for a config of a known family that the
     mathematics does not cover (naming the entry or the reason).
@@ -43,11 +35,11 @@ def family(config: dict) -> Family:
         raise ValueError(f"model_type: {kind!r} is not covered: {REFUSED[kind]}")
     if kind not in FAMILIES:
         raise ValueError(f"model_type: expected one of {', '.join(sorted(FAMILIES))}; got {kind!r}")
-    adapter = FAMILIES[kind]
+    adapter = FAMILIES[kind](config)
     try:
-        adapter.check(config)
-        for layer in range(min(adapter.layers(config), 1)):
-            adapter.outline(config, layer)
+        adapter.check()
+        for layer in range(min(adapter.layers, 1)):
+            adapter.outline(layer)
     except KeyError as missing:
         raise ValueError(f"config of a {kind} model: expected an entry {missing}, got none") from None
     except (TypeError, AttributeError, ArithmeticError, RuntimeError) as odd:
@@ -78,7 +70,7 @@ class Layers:
 
     def __len__(self) -> int:
         """L, the number of layers."""
-        return self.family.layers(self.config)
+        return self.family.layers
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name`` of the base model (without prefix)."""
@@ -93,8 +85,8 @@ class Layers:
             stored[name] = tensor.dtype
             return tensor
 
-        view = self.family.attention(self.config, layer, read)
-        paths = self.family.projections(self.config, layer)
+        view = self.family.attention(layer, read)
+        paths = self.family.projections(layer)
         parts = {
             part: replace(getattr(view, part), dtype=stored[f"{path}.weight"]) for part, path in paths.items()
         }

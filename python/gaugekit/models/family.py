@@ -14,35 +14,43 @@ Read = Callable[[str], Tensor]
 
 
 class Family(ABC):
-    """One architecture: where the parts of its attention are, and how they are laid out.
+    """One model of an architecture: where the parts of its attention are, and how they are laid out.
 
-    Names are those of the base model, without the prefix ("bert.", "transformer.", ...) a model with a head puts before
-    them; ``prefix`` finds it. ``config`` is the content of ``config.json``.
+    It is bound to ``config``, the content of ``config.json``; making one reads nothing of it, ``check`` does. Names are
+    those of the base model, without the prefix ("bert.", "transformer.", ...) a model with a head puts before them;
+    ``prefix`` finds it.
     """
 
-    name: str
+    names: tuple[str, ...]  # the model types it is the adapter of
     anchor: str  # a tensor every checkpoint of the family has, at layer 0
 
+    def __init__(self, config: dict):
+        self.config = config
+
+    @property
+    def name(self) -> str:
+        """The model type."""
+        return self.config["model_type"]
+
     @abstractmethod
-    def check(self, config: dict) -> None:
+    def check(self) -> None:
         """Raises ValueError, with the reason, for a config the mathematics of this house does not cover."""
 
-    @abstractmethod
-    def layers(self, config: dict) -> int:
+    @property
+    def layers(self) -> int:
         """L, the number of layers."""
+        return self.config["num_hidden_layers"]
 
     @abstractmethod
-    def shapes(self, config: dict, layer: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """The tensors of one layer's attention, by name, with their shapes."""
 
     @abstractmethod
-    def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
+    def attention(self, layer: int, read: Read) -> AttentionView:
         """One layer's attention in float64 from ``read(name)``; meta tensors where ``read`` gives meta tensors."""
 
     @abstractmethod
-    def store(
-        self, config: dict, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None
-    ) -> Stored:
+    def store(self, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None) -> Stored:
         """The inverse of ``attention``: float64 tensors under the family's names.
 
         Parts named in ``compact`` ("q", "k", "v", "o") are stored by their form instead. An absent bias is stored as
@@ -50,20 +58,27 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def projections(self, config: dict, layer: int) -> dict[str, str]:
+    def projections(self, layer: int) -> dict[str, str]:
         """{"q", "k", "v", "o": path of the module that computes it}; fused parts share a path."""
 
     @abstractmethod
     def block(self, layer: int) -> str:
         """The path of the module of layer ``layer``."""
 
+    def refuse_odd_heads(self) -> None:
+        """ValueError for cross-attention beside the self-attention, and for heads that were cut out of some layers."""
+        if self.config.get("add_cross_attention"):
+            raise ValueError("add_cross_attention: expected false, got true (cross-attention is not covered)")
+        if self.config.get("pruned_heads"):
+            raise ValueError(f"pruned_heads: expected none, got {self.config['pruned_heads']}")
+
     def named(self, names: Iterable[str]) -> Family:
         """The adapter that goes by ``names``: a family may call its tensors otherwise in files than in memory."""
         return self
 
-    def modules(self, config: dict, layer: int) -> dict[str, str]:
+    def modules(self, layer: int) -> dict[str, str]:
         """``projections`` of a live model, whatever names this adapter goes by: where forms are put."""
-        return self.projections(config, layer)
+        return self.projections(layer)
 
     def recomputed(self, name: str) -> bool:
         """Whether a stored tensor is no parameter: old files hold masks that the model makes anew."""
@@ -71,36 +86,35 @@ class Family(ABC):
 
     def prefix(self, names: Iterable[str]) -> str:
         """What stands before the base model's names in ``names``; ValueError unless the model is found once."""
-        found = sorted({name[: -len(self.anchor)] for name in names if _ends(name, self.anchor)})
-        if len(found) != 1:
-            what = f"several models, at {found}" if found else "none"
+        prefixes = sorted({name[: -len(self.anchor)] for name in names if _ends(name, self.anchor)})
+        if len(prefixes) != 1:
+            what = f"several models, at {prefixes}" if prefixes else "none"
             raise ValueError(f"expected one {self.name} model (a tensor named {self.anchor!r}), got {what}")
-        return found[0]
+        return prefixes[0]
 
-    def outline(self, config: dict, layer: int) -> AttentionView:
+    def outline(self, layer: int) -> AttentionView:
         """The view of a layer with shapes but no numbers (meta device), from the config alone."""
-        shapes = self.shapes(config, layer)
-        return self.attention(config, layer, lambda name: torch.empty(shapes[name], device="meta"))
+        shapes = self.shapes(layer)
+        return self.attention(layer, lambda name: torch.empty(shapes[name], device="meta"))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The L blocks of a live model, in order."""
-        config = model.config.to_dict()
         prefix = self.prefix(name for name, _ in model.named_parameters())
-        return [model.get_submodule(prefix + self.block(layer)) for layer in range(self.layers(config))]
+        return [model.get_submodule(prefix + self.block(layer)) for layer in range(self.layers)]
 
-    def take(self, config: dict, layer: int, read: Read) -> dict[str, Tensor]:
+    def take(self, layer: int, read: Read) -> dict[str, Tensor]:
         """The tensors of ``shapes`` in float64; ValueError for another shape than the config says, or NaN."""
-        found = {}
-        for name, shape in self.shapes(config, layer).items():
+        tensors = {}
+        for name, shape in self.shapes(layer).items():
             tensor = read(name)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected shape {shape} by the config, got {tuple(tensor.shape)}")
             if not tensor.is_floating_point():
                 raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-            found[name] = tensor.detach().to(torch.float64, copy=True)
-            if not (tensor.is_meta or found[name].isfinite().all()):
+            tensors[name] = tensor.detach().to(torch.float64, copy=True)
+            if not (tensor.is_meta or tensors[name].isfinite().all()):
                 raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-        return found
+        return tensors
 
 
 def _ends(name: str, anchor: str) -> bool:

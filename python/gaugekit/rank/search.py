@@ -147,4 +147,4 @@ def _search(
 def _write(live: Live, views: list[AttentionView], spectra: list[Spectrum], ranks: Ranks) -> None:
     for view, own, here in zip(views, spectra, ranks, strict=True):
         after = view if here == view.ranks else cut(view, own, here)
-        live.write(live.family.store(live.config, view.layer, after).tensors)
+        live.write(live.family.store(view.layer, after).tensors)

@@ -61,8 +61,8 @@ class Truncate(Rewrite):
         """{query, key, key_bias, total}: stored numbers that go."""
         adapter = family(config)
         gone = {"query": 0, "key": 0, "key_bias": 0}
-        for layer in range(adapter.layers(config)):
-            view = replace(adapter.outline(config, layer), layer=layer)
+        for layer in range(adapter.layers):
+            view = replace(adapter.outline(layer), layer=layer)
             ranks = self._ranks(view)
             width = view.k.weight.shape[2]
             dropped = sum(width - rank for rank in ranks)
@@ -76,8 +76,8 @@ class Truncate(Rewrite):
     def of(self, config: dict) -> Ranks:
         """[L][G] the ranks a model of this config is left with; ValueError where they do not fit."""
         adapter = family(config)
-        layers = range(adapter.layers(config))
-        return [self._ranks(replace(adapter.outline(config, layer), layer=layer)) for layer in layers]
+        layers = range(adapter.layers)
+        return [self._ranks(replace(adapter.outline(layer), layer=layer)) for layer in layers]
 
     def layer(self, view: AttentionView, statistics: dict[str, Moments] | None = None) -> AttentionView:
         ranks = self._ranks(view)

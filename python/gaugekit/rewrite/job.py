@@ -41,7 +41,7 @@ class Job:
         self.units = []
         taken = set()
         for layer in range(len(self.layers)):
-            shapes = self.layers.family.shapes(checkpoint.config, layer)
+            shapes = self.layers.family.shapes(layer)
             unit = Unit([self.layers.prefix + name for name in shapes], layer)
             for name, shape in zip(unit.names, shapes.values(), strict=True):
                 if checkpoint.shape(name) != shape:  # named in an error now, not after an hour
@@ -105,7 +105,7 @@ class Job:
             view, after = after, rewrite.layer(after, moments)
             notes |= rewrite.note(view, moments)
         compact = forms(after) if self.rewrites and not self.dense else {}
-        stored = self.layers.family.store(self.checkpoint.config, layer, after, compact)
+        stored = self.layers.family.store(layer, after, compact)
         return stored, invariance_error(before, after, seed=layer), notes
 
     def _parameters(self, tensors: dict[str, tuple[Sequence[int], torch.dtype]]) -> int:

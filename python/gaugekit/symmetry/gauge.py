@@ -46,8 +46,8 @@ class GaugeFix(Rewrite):
     def plan(self, config: dict) -> dict[str, int]:
         adapter = family(config)
         removed = dict.fromkeys(SYMMETRIES, 0)
-        for layer in range(adapter.layers(config)):
-            view = adapter.outline(config, layer)
+        for layer in range(adapter.layers):
+            view = adapter.outline(layer)
             if self.key_ranks is not None:
                 kept = tuple(tuple(range(rank)) for rank in self.key_ranks[layer])
                 bias = None if self.key_ranks[layer] != view.ranks else view.k.bias
@@ -88,7 +88,7 @@ def fix(model: nn.Module, *, rows: str = "max_volume") -> Report:
             "key_rows": None if after.k.rows is None else after.k.rows.tolist(),
             "invariance_error": invariance_error(before, after, seed=layer),
         }
-        live.write(live.family.store(live.config, layer, after).tensors)
+        live.write(live.family.store(layer, after).tensors)
         layers.append(found)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = Report("fix", {"parameters": parameters, "removed": removed, "layers": layers}, notes)

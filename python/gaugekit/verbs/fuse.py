@@ -170,12 +170,12 @@ def _replacements(live: Live, layer: int) -> tuple[dict[str, nn.Module], dict[st
     where they cannot be replaced.
     """
     rewrite = GaugeFix()
-    paths = dict.fromkeys(live.family.projections(live.config, layer).values())
+    paths = dict.fromkeys(live.family.projections(layer).values())
     originals = {path: live.model.get_submodule(live.prefix + path) for path in paths}
     for path, original in originals.items():
         _check_plain(path, original)
     view = rewrite.layer(live.attention(layer))
-    stored = live.family.store(live.config, layer, view, forms_of(view))
+    stored = live.family.store(layer, view, forms_of(view))
     return originals, {path: _make(path, original, stored) for path, original in originals.items()}, stored
 
 

@@ -229,11 +229,11 @@ class _Run:
 
     def __init__(self, student: nn.Module, teacher: nn.Module, patterns: Sequence[str] | None):
         self.student, self.teacher = student, teacher
-        found = models.Live(teacher)
+        original = models.Live(teacher)
         self.blocks = {model: models.Live(model).family.blocks(model) for model in (student, teacher)}
-        if len(self.blocks[student]) != len(found):
+        if len(self.blocks[student]) != len(original):
             raise ValueError(
-                f"student: expected {len(found)} blocks as in the teacher, got {len(self.blocks[student])}"
+                f"student: expected {len(original)} blocks as in the teacher, got {len(self.blocks[student])}"
             )
         names = {name: p for name, p in student.named_parameters() if p.is_floating_point()}
         self.trained = _matching(names, QUERY_KEY if patterns is None else patterns)
@@ -256,12 +256,12 @@ class _Run:
 
     def end_loss(self, batch: dict[str, Tensor]) -> Tensor:
         with evaluating(self.student):
-            found = self._states(self.student, batch)
-        return self._distance(found, self.states(self.teacher, batch), batch["attention_mask"])
+            states = self._states(self.student, batch)
+        return self._distance(states, self.states(self.teacher, batch), batch["attention_mask"])
 
     @staticmethod
-    def _distance(found: list[Tensor], goals: list[Tensor], mask: Tensor) -> Tensor:
-        errors = [_error(y, goal, mask) for y, goal in zip(found, goals, strict=True)]
+    def _distance(states: list[Tensor], goals: list[Tensor], mask: Tensor) -> Tensor:
+        errors = [_error(y, goal, mask) for y, goal in zip(states, goals, strict=True)]
         return errors[-1] + sum(errors[:-1], errors[-1] * 0) / max(len(errors) - 1, 1)
 
     def learn(self, batch: dict[str, Tensor], by_layer: bool) -> None:
@@ -274,8 +274,8 @@ class _Run:
         """One run of the student in which every block is given what the teacher's block was given."""
         inputs, goals = self._watch(self.teacher, batch)
         with evaluating(self.student):
-            _, found = self._watch(self.student, batch, inputs)
-        errors = [_error(y, goal, batch["attention_mask"]) for y, goal in zip(found, goals, strict=True)]
+            _, outputs = self._watch(self.student, batch, inputs)
+        errors = [_error(y, goal, batch["attention_mask"]) for y, goal in zip(outputs, goals, strict=True)]
         return sum(errors[1:], errors[0]) / len(errors)
 
     def _watch(
@@ -329,13 +329,13 @@ class _Run:
         }
 
 
-def _error(found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
-    """‖found − goal‖² / ‖goal − mean goal‖² over real tokens, float32."""
+def _error(y: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
+    """‖y − goal‖² / ‖goal − mean goal‖² over real tokens, float32."""
     real = mask[..., None].bool()
-    found, goal = found.float().masked_fill(~real, 0), goal.float().masked_fill(~real, 0)
+    y, goal = y.float().masked_fill(~real, 0), goal.float().masked_fill(~real, 0)
     mean = goal.sum((0, 1)) / mask.sum()
     spread = ((goal - mean) * real).square().sum()
-    return (found - goal).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
+    return (y - goal).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _matching(names: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:

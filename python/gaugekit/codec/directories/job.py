@@ -29,16 +29,16 @@ START_OVER = "delete that folder, or pass resume=False, to start over"
 class Job:
     """What is done to a file, and to each .safetensors file of a directory.
 
-    ``plan(path)`` reads and checks a file's header and says how many bytes may be written; ``one(path, place,
+    ``plan(path)`` reads and checks a file's header and says how many bytes may be written; ``work(path, place,
     advance)`` does the work and returns (bytes before, after, weights); ``same(path, place)`` says whether ``place``
-    holds just what ``one`` would make of ``path`` now, CorruptFile where ``path`` is damaged. ``verify``: nothing is
+    holds just what ``work`` would make of ``path`` now, CorruptFile where ``path`` is damaged. ``verify``: nothing is
     published that was not compared with its source.
     """
 
     verb: str
     options: dict[str, Any]
     plan: Callable[[Path], int]
-    one: Callable[[Path, Path, Callable[[int], None]], tuple[int, int, int]]
+    work: Callable[[Path, Path, Callable[[int], None]], tuple[int, int, int]]
     same: Callable[[Path, Path], bool]
     verify: bool = False
 
@@ -136,7 +136,7 @@ def _fill(job: Job, contents: _Contents, staged: Staging, advance: Callable[[int
         (staged.folder / name).mkdir(parents=True, exist_ok=True)
     for name in contents.weights:
         if name not in done:
-            done[name] = job.one(source / name, staged.folder / name, advance)
+            done[name] = job.work(source / name, staged.folder / name, advance)
             staged.save()
     for name in contents.others:
         place = staged.folder / name

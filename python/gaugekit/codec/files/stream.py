@@ -196,17 +196,17 @@ def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> It
     """The original file's bytes, piece by piece; every checksum of the packed one is verified, or CorruptFile."""
     header = packed.original.raw
     yield np.frombuffer(bytearray(len(header).to_bytes(8, "little") + header), np.uint8)
-    found = {name: 0 for name in packed.tensors}
-    for name, piece, crc, size in crew.run(_restoring(file, packed, crew, found)):
-        found[name] = joined(found[name], crc, size)
+    sums = {name: 0 for name in packed.tensors}
+    for name, piece, crc, size in crew.run(_restoring(file, packed, crew, sums)):
+        sums[name] = joined(sums[name], crc, size)
         advance(size)
         yield piece
     for name, (_, crc) in packed.tensors.items():
-        if found[name] != crc:
+        if sums[name] != crc:
             raise CorruptFile(f"tensor {name!r}: the checksum of its stored bytes is wrong")
 
 
-def _restoring(file: BinaryIO, packed: Packed, crew: Crew, found: dict[str, int]) -> Iterator[Callable]:
+def _restoring(file: BinaryIO, packed: Packed, crew: Crew, sums: dict[str, int]) -> Iterator[Callable]:
     places = {entry.name: entry for entry in packed.stored.entries}
     for entry in packed.original.entries:
         place = places[entry.name]
@@ -218,7 +218,7 @@ def _restoring(file: BinaryIO, packed: Packed, crew: Crew, found: dict[str, int]
             continue
         with naming(f"tensor {entry.name!r}"):
             blob = StoredBlob(file, begin, place.size, DTYPES[entry.dtype], entry.shape)
-        found[entry.name] = blob.head_crc
+        sums[entry.name] = blob.head_crc
         for part in blob.parts(0, blob.count, crew.piece_bytes):
             yield partial(_decoded, blob, entry.name, *part)
 
@@ -240,12 +240,12 @@ def _decoded(blob: StoredBlob, name: str, start: int, stop: int, first: int, unt
 
 def restores(packed: BinaryIO, source: BinaryIO, crew: Crew) -> bool:
     """Whether unpacking ``packed`` gives the bytes of ``source``; CorruptFile where it is damaged."""
-    found = container.read(packed)
+    content = container.read(packed)
     size = os.fstat(source.fileno()).st_size
-    if not isinstance(found, Packed) or found.original.file_bytes != size:
+    if not isinstance(content, Packed) or content.original.file_bytes != size:
         return False
     at = 0
-    for piece in restored(packed, found, crew, lambda size: None):
+    for piece in restored(packed, content, crew, lambda size: None):
         if not torch.equal(torch.from_numpy(piece), torch.from_numpy(read_at(source, at, piece.size))):
             return False
         at += piece.size

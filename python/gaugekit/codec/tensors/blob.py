@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.rans import operator as rans
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | np.ndarray | torch.Tensor
@@ -27,8 +28,7 @@ def encode(tensor: torch.Tensor, *, symbols: str | None = None, chunk_log2: int 
     the symbols a chunk: smaller chunks are read in smaller pieces and cost more bytes.
     ValueError for other dtypes, devices or numbers. Format: docs/format.md.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    check_tensors(tensor=tensor)
     return encode_bytes(tensor, symbols=symbols, chunk_log2=chunk_log2).numpy().tobytes()
 
 

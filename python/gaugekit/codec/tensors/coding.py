@@ -7,6 +7,7 @@ import torch
 from gaugekit.codec.tensors import blob as coded
 from gaugekit.codec.tensors import fixed
 from gaugekit.codec.tensors.blob import Buffer
+from gaugekit.ops.operands import check_tensors
 
 LAYOUTS = ("rans", "fixed")
 
@@ -31,8 +32,7 @@ def encode(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    check_tensors(tensor=tensor)
     tensor = tensor.resolve_neg()  # a view that negates has other bits in memory than it shows
     if layout == "rans":
         return coded.encode(tensor, symbols=symbols, chunk_log2=chunk_log2)
@@ -51,17 +51,17 @@ def decode(blob: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:
     data = _bytes(blob)
     if not fixed.is_fixed(data):
         return coded.decode(data, out)
-    found = fixed.decode(data)
+    tensor = fixed.decode(data)
     if out is None:
-        return found
+        return tensor
     fits = isinstance(out, torch.Tensor) and (out.dtype, out.shape, out.device) == (
-        found.dtype,
-        found.shape,
-        found.device,
+        tensor.dtype,
+        tensor.shape,
+        tensor.device,
     )
     if not fits or not out.is_contiguous() or out.requires_grad:
-        raise ValueError(f"out: expected a contiguous {found.dtype} {list(found.shape)} on {found.device}")
-    return out.copy_(found)
+        raise ValueError(f"out: expected a contiguous {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+    return out.copy_(tensor)
 
 
 def decode_range(blob: Buffer, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,31 +13,29 @@ from gaugekit.models.view import AttentionView, Compact, Projection, Stored
 class Gpt2(Family):
     """Decoders of model_type "gpt2"."""
 
-    name = "gpt2"
+    names = ("gpt2",)
     anchor = "h.0.attn.c_proj.weight"
 
-    def check(self, config: dict) -> None:
-        if config.get("add_cross_attention"):
-            raise ValueError("add_cross_attention: expected false, got true (cross-attention is not covered)")
-        if config.get("pruned_heads"):
-            raise ValueError(f"pruned_heads: expected none, got {config['pruned_heads']}")
-        size, heads = self._sizes(config)
+    def check(self) -> None:
+        self.refuse_odd_heads()
+        size, heads = self._sizes()
         if size % heads:
             raise ValueError(f"n_embd: expected a multiple of n_head={heads}, got {size}")
 
-    def layers(self, config: dict) -> int:
-        return config["n_layer"]
+    @property
+    def layers(self) -> int:
+        return self.config["n_layer"]
 
     def block(self, layer: int) -> str:
         return f"h.{layer}"
 
-    def projections(self, config: dict, layer: int) -> dict[str, str]:
+    def projections(self, layer: int) -> dict[str, str]:
         fused = f"{self.block(layer)}.attn.c_attn"
         return {"q": fused, "k": fused, "v": fused, "o": f"{self.block(layer)}.attn.c_proj"}
 
-    def shapes(self, config: dict, layer: int) -> dict[str, tuple[int, ...]]:
-        size, _ = self._sizes(config)
-        paths = self.projections(config, layer)
+    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        size, _ = self._sizes()
+        paths = self.projections(layer)
         return {
             f"{paths['q']}.weight": (size, 3 * size),
             f"{paths['q']}.bias": (3 * size,),
@@ -45,10 +43,10 @@ class Gpt2(Family):
             f"{paths['o']}.bias": (size,),
         }
 
-    def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
-        size, heads = self._sizes(config)
-        paths = self.projections(config, layer)
-        tensors = self.take(config, layer, read)
+    def attention(self, layer: int, read: Read) -> AttentionView:
+        size, heads = self._sizes()
+        paths = self.projections(layer)
+        tensors = self.take(layer, read)
         weights = tensors[f"{paths['q']}.weight"].chunk(3, dim=1)
         biases = tensors[f"{paths['q']}.bias"].chunk(3)
         q, k, v = (
@@ -58,16 +56,14 @@ class Gpt2(Family):
         o = Projection(
             tensors[f"{paths['o']}.weight"].unflatten(0, (heads, -1)), tensors[f"{paths['o']}.bias"]
         )
-        scale = (size // heads) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
-        if config.get("scale_attn_by_inverse_layer_idx"):
+        scale = (size // heads) ** -0.5 if self.config.get("scale_attn_weights", True) else 1.0
+        if self.config.get("scale_attn_by_inverse_layer_idx"):
             scale /= layer + 1
         return AttentionView(q, k, v, o, scale=scale, causal=True)
 
-    def store(
-        self, config: dict, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None
-    ) -> Stored:
+    def store(self, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None) -> Stored:
         compact = compact or {}
-        paths = self.projections(config, layer)
+        paths = self.projections(layer)
         tensors, modules = {}, {}
         fused = {part: getattr(view, part) for part in "qkv"}
         if any(part in compact for part in fused):
@@ -96,6 +92,5 @@ class Gpt2(Family):
     def recomputed(self, name: str) -> bool:
         return re.search(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$", name) is not None
 
-    @staticmethod
-    def _sizes(config: dict) -> tuple[int, int]:
-        return config["n_embd"], config["n_head"]
+    def _sizes(self) -> tuple[int, int]:
+        return self.config["n_embd"], self.config["n_head"]

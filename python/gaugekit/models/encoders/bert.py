@@ -23,52 +23,37 @@ BARRED = {
 class Bert(Linears):
     """Encoders of the model types in ``NAMES`` (and causal decoders of those types, without cross-attention)."""
 
-    def __init__(self, name: str = "bert"):
-        self.name = name
-        self.anchor = f"encoder.layer.0.attention.{self._parts()['o']}.weight"
+    names = NAMES
 
-    def check(self, config: dict) -> None:
-        position = config.get("position_embedding_type") or "absolute"
+    @property
+    def anchor(self) -> str:
+        return f"encoder.layer.0.attention.{self._parts()['o']}.weight"
+
+    def check(self) -> None:
+        position = self.config.get("position_embedding_type") or "absolute"
         if position != "absolute" and self.name != "deberta-v2":
             raise ValueError(
                 f"position_embedding_type: expected 'absolute', got {position!r} (a relative one adds position to the "
                 "scores, and the key/query symmetry no longer holds)"
             )
-        if config.get("add_cross_attention"):
-            raise ValueError("add_cross_attention: expected false, got true (cross-attention is not covered)")
-        if config.get("pruned_heads"):
-            raise ValueError(f"pruned_heads: expected none, got {config['pruned_heads']}")
-        size, heads = config["hidden_size"], config["num_attention_heads"]
+        self.refuse_odd_heads()
+        size, heads = self.config["hidden_size"], self.config["num_attention_heads"]
         if size % heads:
             raise ValueError(f"hidden_size: expected a multiple of num_attention_heads={heads}, got {size}")
-
-    def layers(self, config: dict) -> int:
-        return config["num_hidden_layers"]
 
     def block(self, layer: int) -> str:
         return f"encoder.layer.{layer}"
 
-    def projections(self, config: dict, layer: int) -> dict[str, str]:
+    def projections(self, layer: int) -> dict[str, str]:
         return {part: f"{self.block(layer)}.attention.{path}" for part, path in self._parts().items()}
 
-    def shapes(self, config: dict, layer: int) -> dict[str, tuple[int, ...]]:
-        size = config["hidden_size"]
-        shapes = {}
-        for path in self.projections(config, layer).values():
-            shapes |= {f"{path}.weight": (size, size), f"{path}.bias": (size,)}
-        return shapes
-
-    def heads(self, config: dict, part: str) -> int:
-        return config["num_attention_heads"]
-
-    def biased(self, config: dict, part: str) -> bool:
+    def biased(self, part: str) -> bool:
         return True
 
-    def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
-        width = config["hidden_size"] // config["num_attention_heads"]
-        parts = self.parts(config, layer, read)
-        causal, barred = bool(config.get("is_decoder")), BARRED.get(self.name, {})
-        return AttentionView(**parts, scale=width**-0.5, causal=causal, barred=barred)
+    def attention(self, layer: int, read: Read) -> AttentionView:
+        parts = self.parts(layer, read)
+        causal, barred = bool(self.config.get("is_decoder")), BARRED.get(self.name, {})
+        return AttentionView(**parts, scale=self.head_width**-0.5, causal=causal, barred=barred)
 
     def _parts(self) -> dict[str, str]:
         return OTHER_PARTS.get(self.name, PARTS)

@@ -25,55 +25,40 @@ class Vit(Linears):
     file is "layers.0.attention.q_proj" of a model. ``live`` adapters go by the second kind of name.
     """
 
-    def __init__(self, name: str = "vit", live: bool = False):
-        self.name, self.live = name, live
-        self.anchor = f"{self.block(0)}.attention.{(LIVE if live else IN_FILES)['o']}.weight"
+    names = NAMES
+
+    def __init__(self, config: dict, live: bool = False):
+        super().__init__(config)
+        self.live = live
+
+    @property
+    def anchor(self) -> str:
+        return f"{self.block(0)}.attention.{(LIVE if self.live else IN_FILES)['o']}.weight"
 
     def named(self, names: Iterable[str]) -> Family:
-        other = Vit(self.name, not self.live)
+        other = Vit(self.config, not self.live)
         return other if any(name.endswith(other.anchor) for name in names) else self
 
-    def check(self, config: dict) -> None:
-        size, heads = config["hidden_size"], config["num_attention_heads"]
-        if not config.get("head_dim") and size % heads:
+    def check(self) -> None:
+        size, heads = self.config["hidden_size"], self.config["num_attention_heads"]
+        if not self.config.get("head_dim") and size % heads:
             raise ValueError(f"hidden_size: expected a multiple of num_attention_heads={heads}, got {size}")
-        if config.get("pruned_heads"):
-            raise ValueError(f"pruned_heads: expected none, got {config['pruned_heads']}")
-
-    def layers(self, config: dict) -> int:
-        return config["num_hidden_layers"]
+        self.refuse_odd_heads()
 
     def block(self, layer: int) -> str:
         return f"layers.{layer}" if self.live else f"encoder.layer.{layer}"
 
-    def projections(self, config: dict, layer: int) -> dict[str, str]:
+    def projections(self, layer: int) -> dict[str, str]:
         return {
             part: f"{self.block(layer)}.attention.{path}"
             for part, path in (LIVE if self.live else IN_FILES).items()
         }
 
-    def modules(self, config: dict, layer: int) -> dict[str, str]:
-        return Vit(self.name, live=True).projections(config, layer)
+    def modules(self, layer: int) -> dict[str, str]:
+        return Vit(self.config, live=True).projections(layer)
 
-    def shapes(self, config: dict, layer: int) -> dict[str, tuple[int, ...]]:
-        size, inner = config["hidden_size"], config["num_attention_heads"] * self._width(config)
-        shapes = {}
-        for part, path in self.projections(config, layer).items():
-            outputs, inputs = (size, inner) if part == "o" else (inner, size)
-            shapes[f"{path}.weight"] = (outputs, inputs)
-            if self.biased(config, part):
-                shapes[f"{path}.bias"] = (outputs,)
-        return shapes
+    def biased(self, part: str) -> bool:
+        return part == "o" or bool(self.config.get("qkv_bias", True))
 
-    def heads(self, config: dict, part: str) -> int:
-        return config["num_attention_heads"]
-
-    def biased(self, config: dict, part: str) -> bool:
-        return part == "o" or bool(config.get("qkv_bias", True))
-
-    def attention(self, config: dict, layer: int, read: Read) -> AttentionView:
-        return AttentionView(**self.parts(config, layer, read), scale=self._width(config) ** -0.5)
-
-    @staticmethod
-    def _width(config: dict) -> int:
-        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    def attention(self, layer: int, read: Read) -> AttentionView:
+        return AttentionView(**self.parts(layer, read), scale=self.head_width**-0.5)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gaugekit import _library
+from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.packed_linear import layout as layout
 from gaugekit.ops.packed_linear.choice import plan
 from gaugekit.ops.packed_linear.weight import WEIGHT, PackedWeight
@@ -23,6 +24,7 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
     inside the product, with the same bits as that product on plain weights; for many, by tiles for torch's matmul
     (``plan`` says which). ValueError for shapes, dtypes or devices that do not fit.
     """
+    check_tensors(x=x, bias=bias)
     if x.dtype not in (packed.dtype, torch.float32, torch.float64):
         raise ValueError(f"x: expected {packed.dtype}, float32 or float64, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != packed.columns:

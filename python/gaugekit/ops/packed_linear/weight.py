@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gaugekit import _library
+from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.packed_linear import layout as layout
 
 WEIGHT = "Tensor raw, Tensor planes, Tensor escapes, Tensor offsets, Tensor window"
@@ -44,6 +45,7 @@ def pack_weight(weight: Tensor, *, code_bits: int | None = None) -> PackedWeight
     ``code_bits`` 3 or 4 sets the width of the exponent's code, None takes the smaller result. ValueError for another
     dtype or rank, or 2³¹ escaped exponents and more.
     """
+    check_tensors(weight=weight)
     if weight.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"weight: expected bfloat16 or float16, got {weight.dtype}")
     if weight.dim() != 2:
