@@ -45,10 +45,11 @@ inline Isa isa() {
   return widest;
 }
 
-// name##_portable, name##_avx2 and name##_avx512: templates over `types` with these `parameters`, of which
-// each consists of the statement that comes last, compiled for its instruction set. BYTES is the width of
-// that set's registers. `types` and `parameters` stand in parentheses. GAUGEKIT_FORM(level, name, <types>) is
-// the one of them for a level.
+// GAUGEKIT_EACH_ISA makes name##_portable, name##_avx2 and name##_avx512: templates over `types` with these
+// `parameters` (both in parentheses), of which each consists of the statement that comes last, compiled for
+// its instruction set. BYTES is the width of that set's registers. GAUGEKIT_FORM(level, name, <types>) is the
+// one of them for a level, GAUGEKIT_RUN(name, <types>(arguments)) returns what the one for this processor
+// returns.
 #define GAUGEKIT_UNWRAPPED(...) __VA_ARGS__
 #define GAUGEKIT_COMPILED(target, bytes, types, name, parameters, ...) \
   template <GAUGEKIT_UNWRAPPED types>                                  \
@@ -65,10 +66,15 @@ inline Isa isa() {
   ((level) >= ::gaugekit::Isa::avx512 ? name##_avx512 __VA_ARGS__ \
    : (level) >= ::gaugekit::Isa::avx2 ? name##_avx2 __VA_ARGS__   \
                                       : name##_portable __VA_ARGS__)
+#define GAUGEKIT_RUN(name, ...)                                                       \
+  if (::gaugekit::isa() >= ::gaugekit::Isa::avx512) return name##_avx512 __VA_ARGS__; \
+  if (::gaugekit::isa() >= ::gaugekit::Isa::avx2) return name##_avx2 __VA_ARGS__;     \
+  return name##_portable __VA_ARGS__
 #else
 #define GAUGEKIT_EACH_ISA(types, name, parameters, ...) \
   GAUGEKIT_COMPILED(, 16, types, name##_portable, parameters, __VA_ARGS__)
 #define GAUGEKIT_FORM(level, name, ...) (name##_portable __VA_ARGS__)
+#define GAUGEKIT_RUN(name, ...) return name##_portable __VA_ARGS__
 #endif
 
 }  // namespace gaugekit

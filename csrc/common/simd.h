@@ -35,7 +35,7 @@ using accumulator = typename Accumulator<S>::type;
   GAUGEKIT_EACH_ISA((class S), name, parameters, body<S, BYTES / sizeof(accumulator<S>)> arguments) \
   template <class S>                                                                                \
   void name parameters {                                                                            \
-    GAUGEKIT_FORM(isa(), name, <S>) arguments;                                                      \
+    GAUGEKIT_RUN(name, <S> arguments);                                                              \
   }
 
 template <class A, int W>

@@ -142,7 +142,7 @@ def test_without_json_there_is_a_text(capsys, model):
 def test_every_text_ends_with_what_was_done_and_what_comes_next(capsys, model, tmp_path):
     """One sentence that names what was written and where, and a command that runs as it stands."""
     fixed, packed, again, text = (tmp_path / name for name in ("a b", "packed", "again", "text.txt"))
-    text.write_text("A sentence that is long enough to be read. Another one follows behind it. " * 4)
+    text.write_text("".join(f"Sentence {n} is long enough to be read and learnt from.\n\n" for n in range(9)))
     healed = tmp_path / "healed"
     heal = ["heal", fixed, model, healed, "--text", text, "--steps", "2"]
     for command, written, following in (

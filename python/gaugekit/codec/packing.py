@@ -63,9 +63,9 @@ def pack(
     report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
     report.fields["verified"] = verify
     report.fields["seconds"] = report.fields.pop("seconds")
-    compared = ", each file decoded again and compared" if verify else ""
+    compared = "; each file was decoded again and compared" if verify else ""
     report.lines.insert(1, ("bits a weight", f"{report['bits_per_weight']:.2f}, headers included"))
-    report.done = f"Packed {source} without loss{compared} and wrote {target}."
+    report.done = f"Packed {source} without loss and wrote {target}{compared}."
     report.next = (
         f"gaugekit unpack {shell(target)} RESTORED brings every byte back; transformers loads it as it is"
     )

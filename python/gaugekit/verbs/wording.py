@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gaugekit.codec.files.container import seems_packed
 from gaugekit.report import Report, change, figure, shell, size, spread
 
 GROUPS = {
@@ -15,6 +16,12 @@ GROUPS = {
     "key_bias": "biases of keys",
     "value_bias": "biases of values",
 }
+
+
+LAYERS = (
+    "layers (heads from least to most; effective rank: how many singular values matter; token cosine of what enters; "
+    "energy: how far the values of a text lie apart, 0 where all agree)"
+)
 
 
 def inspected(report: Report, model: str | Path | torch.nn.Module) -> Report:
@@ -30,7 +37,7 @@ def inspected(report: Report, model: str | Path | torch.nn.Module) -> Report:
     if fields["token_cosine"] is not None:
         cosine = f"{fields['token_cosine']:.2f} between two tokens of a text, in the output; over-smoothed from 0.9"
         report.lines.append(("token cosine", cosine))
-    report.tables = {"layers": [_layer(row) for row in fields["layers"]]}
+    report.tables = {LAYERS: [_layer(row) for row in fields["layers"]]}
     report.done = f"Read {len(fields['layers'])} layers of {_name(model)}; nothing was written."
     if isinstance(model, torch.nn.Module):
         report.next = "gaugekit.fuse(model), which removes what cannot be observed from this instance"
@@ -81,7 +88,9 @@ def _step(step: dict[str, Any]) -> str:
     if removed is not None:
         cells.append(f"{removed:,} numbers removed")
     cells += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in step.items()
-              if name not in ("rewrite", "claim", "removed") and _short(value)]  # fmt: skip
+              if name not in ("rewrite", "claim", "removed", "aware") and _short(value)]  # fmt: skip
+    if "aware" in step:
+        cells.append("channels chosen by calibration text" if step["aware"] else "no calibration text")
     return ", ".join(cells)
 
 
@@ -128,8 +137,12 @@ def verified(report: Report, limit: float | None, a: object, b: object) -> Repor
     ran = f"Ran {_name(a)} and {_name(b)} on the same input"
     report.done = f"{ran}: the error is {verdict} what an exact rewrite may have; nothing was written."
     live = isinstance(a, torch.nn.Module) or isinstance(b, torch.nn.Module)
-    if fields["ok"]:
-        report.next = "model.save_pretrained(folder)" if live else f"gaugekit pack {shell(b)} OUT"
+    if fields["ok"] and live:
+        report.next = "model.save_pretrained(folder)"
+    elif fields["ok"] and _is_packed(b):
+        report.next = f"from_pretrained({str(b)!r}), after import gaugekit.integrations.transformers"
+    elif fields["ok"]:
+        report.next = f"gaugekit pack {shell(b)} OUT"
     elif live:
         report.next = "gaugekit.heal(b, a, text), if b is meant to differ (a lower rank)"
     else:
@@ -137,6 +150,10 @@ def verified(report: Report, limit: float | None, a: object, b: object) -> Repor
             f"gaugekit heal {shell(b)} {shell(a)} OUT --text FILE, if {b} is meant to differ (a lower rank)"
         )
     return report
+
+
+def _is_packed(folder: str | Path) -> bool:
+    return any(seems_packed(path) for path in Path(folder).glob("*.safetensors"))
 
 
 def _error(noise: float | None, error: float | None, limit: float | None, bound: float | None = 1e-12) -> str:
