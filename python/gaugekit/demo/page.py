@@ -39,13 +39,14 @@ GROUPS = {
 
 def page(report: dict) -> Html:
     """The report as HTML; ``report`` is what report.json holds."""
-    sections = (_brings, _proof, _try, _unobservable, _limits, appendix)
+    sections = (_brings, _proof, _unobservable, _try, _limits, appendix)
     header = html(
-        """<h1>The same model in <span class="name">two thirds</span> of its bytes</h1>
+        """<h1>The same model in <span class="name">{share:.0f} %</span> of its bytes</h1>
 <p class="lead">A trained network spends more bits on its weights than they hold. gaugekit stores
 <strong>{name}</strong> in fewer bytes, as a file and in memory, and gives back <strong>every bit</strong>. Everything
 on this page was measured in one run on the machine named at its end.</p>
 {strip}""",
+        share=100 * report["pack"]["bf16"]["ratio"],
         name=report["model"],
         strip=_strip(report),
     )
@@ -165,16 +166,13 @@ def _words(report: dict) -> Html:
         return Html()
     return html(
         '<p class="note">Perplexity: how surprised {model} is by {tokens} tokens of Python’s language reference '
-        "(lower is "
-        "better). Packed weights are the same bits; the sums are taken in another order, so the last digit may move. "
-        "Of {new} tokens written one by one, the first {same} were the same. {model} runs here because it writes "
-        "text; its weights were 4-bit numbers once, so the ratios of file and memory to go by are those of "
-        "{encoder}.</p>",
+        "(lower is better). Packed weights are the same bits; the sums are taken in another order, so the last digit "
+        "may move. Of {new} tokens written one by one, the first {same} were the same. {note}</p>",
         model=speaker["model"],
         tokens=speaker["perplexity_tokens"],
         new=speaker["new_tokens"],
         same=speaker["same_tokens"],
-        encoder=report["model"],
+        note=speaker["note"],
     )
 
 
@@ -198,7 +196,7 @@ def _proof(report: dict) -> Html:
     return section(
         "The proof",
         html(
-            "<p>Packing is proved by comparing bits. Removing what nobody can observe (next but one) is exact in "
+            "<p>Packing is proved by comparing bits. Removing what nobody can observe (the next section) is exact in "
             "real arithmetic, but numbers are rounded again; so {count:,} English sentences went through the "
             "original and through the converted copy, and their sentence embeddings were compared. The yardstick is "
             "the error that the <em>original</em> makes in a format against itself in double precision, its noise. "
