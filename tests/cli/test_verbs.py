@@ -146,9 +146,9 @@ def test_every_text_ends_with_what_was_done_and_what_comes_next(capsys, model, t
     healed = tmp_path / "healed"
     heal = ["heal", fixed, model, healed, "--text", text, "--steps", "2"]
     for command, written, following in (
-        (["inspect", model], None, f"gaugekit convert {model} OUT --gauge"),
+        (["inspect", model, "--text", text], None, f"gaugekit convert {model} OUT --gauge"),
         (["convert", model, fixed, "--gauge"], fixed, f"gaugekit verify {model} '{fixed}'"),
-        (["verify", model, fixed], None, f"gaugekit pack '{fixed}' OUT"),
+        (["verify", model, fixed, "--text", text], None, f"gaugekit pack '{fixed}' OUT"),
         (heal, healed, f"gaugekit verify {model} {healed}"),
         (["pack", fixed, packed], packed, f"gaugekit unpack {packed} RESTORED"),
         (["unpack", packed, again], again, f"use {again}"),
@@ -161,10 +161,12 @@ def test_every_text_ends_with_what_was_done_and_what_comes_next(capsys, model, t
 
 
 def test_verify_shows_limits_beside_figures(capsys, model, tmp_path):
-    assert main(["verify", str(model), str(model)]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"error +1\.00 × noise, limit 1\.5 ", text)
-    assert main(["verify", str(model), str(model), "--dtype", "float64"]) == 0
+    text = tmp_path / "text.txt"
+    text.write_text("A sentence that is long enough to be read.\n")
+    verify = ["verify", str(model), str(model), "--text", str(text)]
+    assert main(verify) == 0
+    assert re.search(r"error +1\.00 × noise, limit 1\.5 ", capsys.readouterr().out)
+    assert main([*verify, "--dtype", "float64"]) == 0
     assert "limit 1e-12 of the output" in capsys.readouterr().out
 
 

@@ -296,7 +296,7 @@ def test_fuse_leaves_float32_and_says_so():
     assert len(report.notes) < len(report["left"]), "one sentence a reason, not one a layer"
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", "llama tied"])
 def test_parameters_are_counted_as_of_the_plain_model(name):
     model = made(name)
     plain = [model.num_parameters(exclude_embeddings=without) for without in (False, True)]
