@@ -4,7 +4,6 @@ Other tests import triton too, so without a GPU ``test_interpreter.py`` runs the
 ``TRITON_INTERPRET=1 python -m pytest tests/triton_kernels`` runs them directly.
 """
 
-import functools
 import os
 from importlib.metadata import version
 
@@ -17,7 +16,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 def _hasten() -> None:
     """Triton's interpreter replaces its language's functions anew at every call of one kernel's function by another.
 
-    Where that was done already it would change nothing and take a third of the time; here it is skipped.
+    Where that was done already it would change nothing and take a quarter of the time; here it is skipped.
     """
     from triton.runtime import interpreter
 
@@ -32,9 +31,6 @@ def _hasten() -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_once
-    interpreter._get_np_dtype = functools.cache(
-        interpreter._get_np_dtype
-    )  # a table made anew at every operation
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and version("triton").startswith(
