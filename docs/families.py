@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from gaugekit.hf.attention import neutreno
-from gaugekit.models import FAMILIES
+from gaugekit.models import FAMILIES, family
 from gaugekit.rank.truncation import check
 from gaugekit.symmetry.gauge import count
 
@@ -35,11 +35,9 @@ GROUPS = {
 
 def row(name: str) -> tuple[str, str, str]:
     """(what gauge fixing removes, whether ranks can be lowered, whether NeuTRENO can be fused) in a family."""
-    config = AutoConfig.for_model(name)
-    adapter = FAMILIES[name]
+    config = AutoConfig.for_model(name).to_dict()
     # A bias that a config can switch on counts: the table says what holds, not what one checkpoint has.
-    sizes = config.to_dict() | ({"attention_bias": True} if "attention_bias" in config.to_dict() else {})
-    view = adapter.outline(sizes, 0)
+    view = family(config | ({"attention_bias": True} if "attention_bias" in config else {})).outline(0)
     fixed = [GROUPS[group] for group, size in count(view).items() if size]
     removes = "everything" if len(fixed) == len(GROUPS) else ", ".join(fixed)
     try:
