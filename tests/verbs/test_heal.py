@@ -62,7 +62,7 @@ def test_a_fused_student_heals(home):
 
 def test_what_is_held_out_is_an_eighth_and_bounded(home, monkeypatch):
     student, teacher = pair(home["bert"])
-    read, module = [], sys.modules["gaugekit.heal"]
+    read, module = [], sys.modules["gaugekit.verbs.heal"]
     real = module.tokens
     monkeypatch.setattr(
         module, "tokens", lambda model, text, size: read.append(len(text)) or real(model, text, size)
