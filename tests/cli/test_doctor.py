@@ -98,4 +98,4 @@ def test_python_m_gaugekit_runs_the_command_line():
     done = subprocess.run(
         [*python(), "-W", "ignore", "-m", "gaugekit", "doctor"], capture_output=True, text=True
     )
-    assert done.returncode == 0 and done.stdout.startswith("gaugekit ")
+    assert done.returncode == 0 and done.stdout.startswith("doctor\n")
