@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 import tiny_directory
-from gaugekit.cli import command, main
+from gaugekit.cli import calls, main
 from warm import python
 
 QUIET = {**os.environ, "PYTHONWARNINGS": "ignore::RuntimeWarning"}
@@ -90,7 +90,7 @@ def test_an_error_that_was_not_foreseen_is_one_line(monkeypatch, capsys, error, 
         raise error
 
     monkeypatch.delenv("GAUGEKIT_TRACEBACK", raising=False)
-    monkeypatch.setattr(command, "doctor", fails)
+    monkeypatch.setattr(calls, "doctor", fails)
     assert main(["doctor"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("gaugekit doctor: ") and err.count("\n") == 1

@@ -12,7 +12,7 @@ import torch
 from damaged_blobs import base, every, put, seal
 from gaugekit import codec
 from gaugekit.codec.tensors.blob import as_byte_tensor
-from gaugekit.ops.rans import composition
+from gaugekit.ops.rans import composition, header
 from gaugekit.ops.rans import operator as rans
 from gaugekit.reference import rans as oracle
 
@@ -29,7 +29,7 @@ def numpy_decode(blob: bytes):
 def test_damage_is_refused(name):
     with pytest.raises(codec.CorruptFile, match="not a sound coded blob: "):
         codec.decode(DAMAGED[name])
-    with pytest.raises(RuntimeError, match=composition.CORRUPT):
+    with pytest.raises(RuntimeError, match=header.CORRUPT):
         numpy_decode(DAMAGED[name])
     for path in (0, 1, 2):
         with pytest.raises(codec.CorruptFile, match="not a sound coded blob: "):
@@ -71,7 +71,7 @@ def test_every_flipped_byte_in_numpy():
         try:
             composition.decode(data, 0, 900, out)
         except RuntimeError as error:
-            assert composition.CORRUPT in str(error)
+            assert header.CORRUPT in str(error)
             continue
         assert (out == tensor.view(torch.uint8).numpy()).all(), f"byte {place}"
 
@@ -90,7 +90,7 @@ def test_a_huge_count_allocates_nothing():
         for name in ("2^59 + 1 elements, shape too", "2^60 elements"):
             with pytest.raises(codec.CorruptFile):
                 codec.decode(DAMAGED[name])
-            with pytest.raises(RuntimeError, match=composition.CORRUPT):
+            with pytest.raises(RuntimeError, match=header.CORRUPT):
                 numpy_decode(DAMAGED[name])
         assert tracemalloc.get_traced_memory()[1] < 1 << 22
     finally:

@@ -128,7 +128,8 @@ def test_each_case_is_a_line_on_disk_and_an_error_stops_none_that_follow(bench, 
 
 
 def test_list_names_cases_and_measures_none(bench):
-    assert run(bench, "--list").stdout.splitlines() == ["probe right float32", "probe wrong float32"]
+    cases = json.loads(run(bench, "--list").stdout)
+    assert cases == [{"op": "probe", "case": f"{name} float32"} for name in ("right", "wrong")]
 
 
 @pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*.json")), ids=lambda p: p.stem)

@@ -1,9 +1,11 @@
 """Law 10: what is installed is pinned, and transformers is admitted by the versions that passed."""
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
+import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -17,9 +19,9 @@ PINS = [
 
 def requirements():
     """Every requirement of pyproject.toml, without those on gaugekit itself."""
-    text = (ROOT / "pyproject.toml").read_text()
-    table = text[text.index("dependencies = [") : text.index("[project.scripts]")]
-    listed = [Requirement(quoted) for quoted in re.findall(r'"([a-zA-Z][^"]*)"', table) if "::" not in quoted]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    listed = [Requirement(text) for text in texts]
     return [requirement for requirement in listed if requirement.name != "gaugekit"]
 
 

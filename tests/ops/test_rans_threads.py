@@ -61,7 +61,7 @@ def in_a_child(task, threads: int | None = None) -> int:
 FORKS = """
 import sys, threading
 import torch
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {tests!r}]
 from test_rans_threads import in_a_child, normal
 import gaugekit as gk
 from gaugekit.codec import decode, encode, load_file, safe_open, save_file
@@ -112,7 +112,8 @@ print(failed)
 @BINARY
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_forked_while_threads_decode_goes_on(tmp_path):
-    script = FORKS.format(here=os.path.dirname(__file__))
+    here = os.path.dirname(__file__)
+    script = FORKS.format(here=here, tests=os.path.dirname(here))
     done = subprocess.run(
         [*python(), "-c", script, str(tmp_path / "file")], capture_output=True, text=True, timeout=600
     )

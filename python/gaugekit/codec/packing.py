@@ -54,9 +54,9 @@ def pack(
     """
     stream.check_symbols(symbols)
     with Crew(memory_bytes) as crew:
-        one = partial(_pack_file, crew=crew, symbols=symbols, verify=verify)
+        pack_file = partial(_pack_file, crew=crew, symbols=symbols, verify=verify)
         same = partial(_is_packed, crew=crew)
-        job = Job("pack", {"symbols": symbols}, _packable, one, same, verify)
+        job = Job("pack", {"symbols": symbols}, _packable, pack_file, same, verify)
         report = _run(job, source, target, resume, progress)
     weights, after = report.fields.pop("weights"), report["bytes_after"]
     report.fields["ratio"] = after / report["bytes_before"]
@@ -87,8 +87,8 @@ def unpack(
     files), seconds.
     """
     with Crew(memory_bytes) as crew:
-        one, same = partial(_unpack_file, crew=crew), partial(_is_unpacked, crew=crew)
-        report = _run(Job("unpack", {}, _unpackable, one, same), source, target, resume, progress)
+        unpack_file, same = partial(_unpack_file, crew=crew), partial(_is_unpacked, crew=crew)
+        report = _run(Job("unpack", {}, _unpackable, unpack_file, same), source, target, resume, progress)
     del report.fields["weights"]
     report.done = f"Restored {target} from {source}, byte for byte."
     report.next = f"use {target} as any .safetensors"
@@ -142,10 +142,10 @@ def _unpackable(path: Path) -> int:
 
 def _packed(path: Path) -> Packed:
     with path.open("rb") as file, naming(path):
-        found = container.read(file)
-    if not isinstance(found, Packed):
+        header = container.read(file)
+    if not isinstance(header, Packed):
         raise ValueError(f"source: expected a packed file, but {path} is an ordinary {SUFFIX} file")
-    return found
+    return header
 
 
 def _pack_file(

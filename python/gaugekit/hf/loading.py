@@ -78,8 +78,8 @@ def architecture(path: Path) -> type:
     from gaugekit.hf import sas
 
     for name in names:
-        if (found := getattr(package, name, None) or getattr(sas, name, None)) is not None:
-            return found
+        if (kind := getattr(package, name, None) or getattr(sas, name, None)) is not None:
+            return kind
     if names:
         raise ValueError(f"{path}: transformers {package.__version__} has no class {' or '.join(names)}")
     return package.AutoModel
@@ -90,10 +90,10 @@ def model(path: Path, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
 
     ValueError where weights are missing, since transformers would fill them with random numbers.
     """
-    found = architecture(path)
+    kind = architecture(path)
     stored_dtype(path)
     with _building, quiet(), reading(path):
-        loaded, info = found.from_pretrained(
+        loaded, info = kind.from_pretrained(
             path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
         )
     # A bare encoder reads its pooler for nothing that is compared here, and published ones often lack it.
@@ -107,9 +107,9 @@ def model(path: Path, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
 
 def skeleton(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model of ``path`` with parameters that have a shape but no memory (meta device); its buffers are real."""
-    found, package = architecture(path), transformers()
+    kind, package = architecture(path), transformers()
     settings = config(path)
-    make = found.from_config if found is package.AutoModel else found._from_config
+    make = kind.from_config if kind is package.AutoModel else kind._from_config
     with _building, reading(path):
         with torch.device("meta"):
             empty = make(settings, dtype=dtype).eval()

@@ -49,9 +49,9 @@ class GaugeProjection(nn.Module):
     @property
     def arguments(self) -> dict:
         """What ``config.json`` keeps of this module."""
-        found = {"inputs": self.inputs, "heads": self.heads, "width": self.width}
-        found["bias"] = self.bias is not None
-        return found if self.padded is None else found | {"padded": self.padded}
+        arguments = {"inputs": self.inputs, "heads": self.heads, "width": self.width}
+        arguments["bias"] = self.bias is not None
+        return arguments if self.padded is None else arguments | {"padded": self.padded}
 
     @property
     def weight(self) -> Tensor:

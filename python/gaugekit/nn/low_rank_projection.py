@@ -36,8 +36,8 @@ class LowRankProjection(nn.Module):
     @property
     def arguments(self) -> dict:
         """What ``config.json`` keeps of this module."""
-        found = {"inputs": self.inputs, "width": self.width, "ranks": self.ranks}
-        return found | {"bias": self.bias is not None, "leading": self.leading}
+        arguments = {"inputs": self.inputs, "width": self.width, "ranks": self.ranks}
+        return arguments | {"bias": self.bias is not None, "leading": self.leading}
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight, self.bias)

@@ -42,7 +42,8 @@ class ReadOnly(torch.Tensor):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 target = args[place] if place < len(args) else kwargs.get(argument.name)
                 if any(
-                    isinstance(one, ReadOnly) for one in (target if isinstance(target, list) else [target])
+                    isinstance(tensor, ReadOnly)
+                    for tensor in (target if isinstance(target, list) else [target])
                 ):
                     raise RuntimeError(
                         f"{func}: expected a plain tensor to write to, got a view of a packed weight; .clone() it"

@@ -228,13 +228,13 @@ def _make(path: str, original: nn.Module, stored: Any) -> nn.Module:
     }
     weight = original.weight
     if path in stored.modules:
-        made = forms.build(stored.modules[path], device=weight.device, dtype=weight.dtype)
-        _fill(made, tensors)
-        made.requires_grad_(weight.requires_grad)
+        replacement = forms.build(stored.modules[path], device=weight.device, dtype=weight.dtype)
+        _fill(replacement, tensors)
+        replacement.requires_grad_(weight.requires_grad)
     else:
-        made = copy.deepcopy(original)
-        _fill(made, tensors)
-    return made.train(original.training)
+        replacement = copy.deepcopy(original)
+        _fill(replacement, tensors)
+    return replacement.train(original.training)
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:

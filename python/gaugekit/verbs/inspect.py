@@ -214,8 +214,8 @@ class _Text:
                     n = mask.sum(1).double()
                     sums[index] += ((unit.sum(1).square().sum(-1) - n) / (n * (n - 1))).sum()
                 if energy is not None:
-                    found = [energy.energies[layer].double().mean(1).sum() for layer in range(states - 1)]
-                    energies += torch.stack(found).cpu()
+                    of_layers = [energy.energies[layer].double().mean(1).sum() for layer in range(states - 1)]
+                    energies += torch.stack(of_layers).cpu()
                 texts += len(ids)
                 advance()
         finally:

@@ -268,14 +268,14 @@ class _Error:
             self.broken["p"] += 0 if math.isfinite(error) else _broken(plain)
 
     def add_result(self, r: torch.Tensor, p: torch.Tensor, y: torch.Tensor) -> None:
-        for reference, plain, found in _blocks(r, p, y):
-            error = (found - reference).square().sum().item()
+        for reference, plain, result in _blocks(r, p, y):
+            error = (result - reference).square().sum().item()
             self.of["y"] += error
-            self.broken["y"] += 0 if math.isfinite(error) else _broken(found)
-            self.max_abs = max(self.max_abs, (found - plain).abs().max().item())
-            norms = found.norm(dim=-1) * plain.norm(dim=-1)
-            same = (found == plain).all(-1).double()
-            cosine = torch.where(norms > 0, (found * plain).sum(-1) / norms, same)
+            self.broken["y"] += 0 if math.isfinite(error) else _broken(result)
+            self.max_abs = max(self.max_abs, (result - plain).abs().max().item())
+            norms = result.norm(dim=-1) * plain.norm(dim=-1)
+            same = (result == plain).all(-1).double()
+            cosine = torch.where(norms > 0, (result * plain).sum(-1) / norms, same)
             self.min_cosine = min(self.min_cosine, cosine.min().item())
 
     def _relative(self, which: str) -> float | None:

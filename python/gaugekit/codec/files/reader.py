@@ -83,14 +83,14 @@ class safe_open:
         self._file = open(path, "rb")  # noqa: SIM115 - open until __exit__
         try:
             with naming(path):
-                found = container.read(self._file)
+                header = container.read(self._file)
         except BaseException:
             self._file.close()
             raise
-        self.packed = isinstance(found, Packed)
-        self._original = found.original if self.packed else found
-        self._stored = found.stored if self.packed else found
-        self._codecs = found.tensors if self.packed else {}
+        self.packed = isinstance(header, Packed)
+        self._original = header.original if self.packed else header
+        self._stored = header.stored if self.packed else header
+        self._codecs = header.tensors if self.packed else {}
         self._entries = {entry.name: entry for entry in self._original.entries}
         self._places = {entry.name: entry for entry in self._stored.entries}
         self._blobs: dict[str, StoredBlob] = {}
@@ -178,11 +178,11 @@ class safe_open:
         """Reads a tensor stored raw once through its checksum: a part of it has none of its own."""
         if name in self._sound:
             return
-        found = 0
+        checksum = 0
         for offset in range(0, size, PIECE_BYTES):
             piece = read_at(self._file, begin + offset, min(PIECE_BYTES, size - offset))
-            found = rans.crc32c(torch.from_numpy(piece), found)
-        if found != crc:
+            checksum = rans.crc32c(torch.from_numpy(piece), checksum)
+        if checksum != crc:
             raise CorruptFile("the checksum of its stored bytes is wrong")
         self._sound.add(name)
 

@@ -179,8 +179,8 @@ def _show(tap: torch.nn.Module, query, key, value, mask: Visible, scaling: float
 
 def add_taps(model: torch.nn.Module) -> list[str]:
     """Gives every attention of a transformers model a ``Tap`` as a child; the paths of those that got one."""
-    found = [name for name, module in model.named_modules() if hasattr(module, "is_causal")]
-    added = [name for name in found if not hasattr(model.get_submodule(name), TAP)]
+    attentions = [name for name, module in model.named_modules() if hasattr(module, "is_causal")]
+    added = [name for name in attentions if not hasattr(model.get_submodule(name), TAP)]
     for name in added:
         model.get_submodule(name).add_module(TAP, Tap())
     return [f"{name}.{TAP}" for name in added]

@@ -79,14 +79,16 @@ def check(config: Any) -> None:
 def numbers(config: Any, lam: float | Sequence[float]) -> float | list[float]:
     """λ as given, checked: a finite number, or as many as there are layers. ValueError otherwise."""
     single = isinstance(lam, (int, float)) and not isinstance(lam, bool)
-    found = [lam] if single or isinstance(lam, (bool, str)) else list(lam)
-    if any(isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) for x in found):
+    numbers_given = [lam] if single or isinstance(lam, (bool, str)) else list(lam)
+    if any(
+        isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) for x in numbers_given
+    ):
         raise ValueError(f"neutreno: expected a finite number or one a layer, got {lam!r}")
-    if not single and len(found) != config.num_hidden_layers:
+    if not single and len(numbers_given) != config.num_hidden_layers:
         raise ValueError(
-            f"neutreno: expected {config.num_hidden_layers} numbers, one a layer, got {len(found)}"
+            f"neutreno: expected {config.num_hidden_layers} numbers, one a layer, got {len(numbers_given)}"
         )
-    return lam if single else found
+    return lam if single else numbers_given
 
 
 def stored(existing: Any, lam: float | Sequence[float]) -> dict:
@@ -94,13 +96,13 @@ def stored(existing: Any, lam: float | Sequence[float]) -> dict:
 
     ValueError where the weights are stored in a way that is not ours.
     """
-    found = {} if existing is None else existing if isinstance(existing, dict) else existing.to_dict()
-    method = found.get("quant_method", NAME)
+    stored_as = {} if existing is None else existing if isinstance(existing, dict) else existing.to_dict()
+    method = stored_as.get("quant_method", NAME)
     if method != NAME:
         raise ValueError(
             f"neutreno: λ will not be saved with the model, whose weights are stored as {method!r}"
         )
-    return {"quant_method": NAME, "version": VERSION, "modules": {}} | found | {"neutreno": lam}
+    return {"quant_method": NAME, "version": VERSION, "modules": {}} | stored_as | {"neutreno": lam}
 
 
 def attach(model: nn.Module, lam: float | Sequence[float]) -> None:

@@ -116,9 +116,9 @@ def _triton(u, q, k, causal, key_lengths, scale, row) -> tuple[Tensor, Tensor, T
         return composition(u, q, k, causal, key_lengths, scale, row)
     from gaugekit.triton_kernels.nonlocal_energy import nonlocal_energy
 
-    made = _fake(u, q, k)
-    nonlocal_energy(u, q, k, u.float().square().sum(-1), causal, key_lengths, scale, *made)
-    return made
+    outputs = _fake(u, q, k)
+    nonlocal_energy(u, q, k, u.float().square().sum(-1), causal, key_lengths, scale, *outputs)
+    return outputs
 
 
 def _triton_backward(grad, grad_log, u, q, k, energies, log, out, causal, key_lengths, scale, row):

@@ -53,15 +53,15 @@ def pack_weight(weight: Tensor, *, code_bits: int | None = None) -> PackedWeight
     if code_bits not in (None, 3, 4):
         raise ValueError(f"code_bits: expected 3, 4 or None, got {code_bits!r}")
     weight = weight.detach().contiguous()
-    found = torch.ops.gaugekit.packed_survey(weight)
-    totals = found[:, :, 1].sum(0).tolist()
+    survey = torch.ops.gaugekit.packed_survey(weight)
+    totals = survey[:, :, 1].sum(0).tolist()
     if code_bits is None:
         planes = weight.shape[0] * layout.blocks_of(weight.shape[1]) * layout.BLOCK
         code_bits = 3 if 3 * planes + 8 * totals[0] <= 4 * planes + 8 * totals[1] else 4
     if totals[code_bits - 3] >= 2**31:
         raise ValueError(f"weight: expected fewer than 2^31 escaped exponents, got {totals[code_bits - 3]}")
-    window = found[:, code_bits - 3, 0].to(torch.uint8)
-    begins = torch.nn.functional.pad(found[:, code_bits - 3, 1].cumsum(0), (1, 0))
+    window = survey[:, code_bits - 3, 0].to(torch.uint8)
+    begins = torch.nn.functional.pad(survey[:, code_bits - 3, 1].cumsum(0), (1, 0))
     parts = torch.ops.gaugekit.packed_encode(weight, window, begins, code_bits, totals[code_bits - 3])
     return PackedWeight(*parts, window, weight.shape[1])
 

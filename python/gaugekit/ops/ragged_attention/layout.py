@@ -10,7 +10,10 @@ from torch.nn.functional import pad
 def buckets(ranks: list[int], width: int) -> list[tuple[int, list[int]]]:
     """(width, key heads) of each call: ``width`` for all that fit the values', else the next multiple of 16."""
     padded = [width if rank <= width else -(-rank // 16) * 16 for rank in ranks]
-    return [(size, [g for g, one in enumerate(padded) if one == size]) for size in sorted(set(padded))]
+    return [
+        (size, [g for g, padded_rank in enumerate(padded) if padded_rank == size])
+        for size in sorted(set(padded))
+    ]
 
 
 def spread(x: Tensor, ranks: list[int], repeats: int, groups: list[int], width: int) -> Tensor:

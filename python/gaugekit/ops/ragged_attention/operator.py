@@ -116,9 +116,9 @@ def _triton(q, k, v, ranks, *rest):
         return composition(q, k, v, ranks, *rest)
     from gaugekit.triton_kernels.ragged_attention import ragged_attention as kernel
 
-    made = _fake(q, k, v, ranks)
-    kernel(q, k, v, ranks, *rest, *made)
-    return made
+    outputs = _fake(q, k, v, ranks)
+    kernel(q, k, v, ranks, *rest, *outputs)
+    return outputs
 
 
 def _triton_backward(grad, q, k, v, a, lse, ranks, *rest):
@@ -126,9 +126,9 @@ def _triton_backward(grad, q, k, v, a, lse, ranks, *rest):
         return composition_backward(grad, q, k, v, a, lse, ranks, *rest)
     from gaugekit.triton_kernels.ragged_attention_backward import ragged_attention_backward
 
-    made = _fake_backward(grad, q, k, v)
-    ragged_attention_backward(grad, q, k, v, a, lse, ranks, *rest, *made)
-    return made
+    gradients = _fake_backward(grad, q, k, v)
+    ragged_attention_backward(grad, q, k, v, a, lse, ranks, *rest, *gradients)
+    return gradients
 
 
 def _save(ctx, inputs, output):

@@ -11,12 +11,12 @@ import numpy as np
 
 @functools.cache
 def _crc_tables() -> tuple[np.ndarray, np.ndarray]:
-    one = np.arange(256, dtype=np.uint32)
+    one_byte = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        one = np.where(one & 1, (one >> 1) ^ np.uint32(0x82F63B78), one >> 1)
+        one_byte = np.where(one_byte & 1, (one_byte >> 1) ^ np.uint32(0x82F63B78), one_byte >> 1)
     both = np.arange(65536, dtype=np.uint32)
-    both = (both >> 8) ^ one[both & 255]
-    return one, (both >> 8) ^ one[both & 255]
+    both = (both >> 8) ^ one_byte[both & 255]
+    return one_byte, (both >> 8) ^ one_byte[both & 255]
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def _crc_apply(columns: np.ndarray, registers: np.ndarray) -> np.ndarray:
 
 def crc32c(data: np.ndarray, crc: int = 0) -> int:
     """CRC-32C of a uint8 vector, ``crc`` being the checksum of what came before it."""
-    one, two = _crc_tables()
+    one_byte, two = _crc_tables()
     register = crc ^ 0xFFFFFFFF
     block_log2 = 8 if data.size < 1 << 20 else 12
     blocks = data.size >> block_log2
@@ -56,7 +56,7 @@ def crc32c(data: np.ndarray, crc: int = 0) -> int:
             log2 += 1
         register, data = int(registers[0]), data[blocks << block_log2 :]
     for byte in data.tolist():
-        register = (register >> 8) ^ int(one[(register ^ byte) & 255])
+        register = (register >> 8) ^ int(one_byte[(register ^ byte) & 255])
     return register ^ 0xFFFFFFFF
 
 

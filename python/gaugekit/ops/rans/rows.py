@@ -57,7 +57,7 @@ def _contradicts(row: np.ndarray, packed_bytes: int, out_bytes: int) -> bool:
     plane = -(-n // 64) * 48 if kind == 2 else n
     constant = [int(row["constant"]) >> i & 1 for i in range(width - 1)]
     sections = 256 + header.padded(4 * symbols) + sum(header.padded(2 * int(words)) for words in row["words"])
-    return symbols == 0 or sections + sum(header.padded(1 if one else plane) for one in constant) != length
+    return symbols == 0 or sections + sum(header.padded(1 if bit else plane) for bit in constant) != length
 
 
 def _decode_row(packed: np.ndarray, row: np.ndarray) -> np.ndarray:

@@ -106,9 +106,9 @@ def _triton(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
         return composition(q, k, v, *rest)
     from gaugekit.triton_kernels.shaped_attention import shaped_attention
 
-    made = _fake(q, k, v)
-    shaped_attention(q, k, v, *rest, *made)
-    return made
+    outputs = _fake(q, k, v)
+    shaped_attention(q, k, v, *rest, *outputs)
+    return outputs
 
 
 def _triton_backward(grad, q, k, v, a, lse, alpha, beta, gamma, v0, lam, *rest) -> tuple[Tensor, ...]:

@@ -140,8 +140,8 @@ class _Terms:
 
 def rows_like(x: Tensor) -> Tensor:
     """A new tensor laid out as x is, or densely where that would leave the last axis with a stride."""
-    made = torch.empty_like(x)
-    return made if made.shape[-1] <= 1 or made.stride(-1) == 1 else x.new_empty(x.shape)
+    like = torch.empty_like(x)
+    return like if like.shape[-1] <= 1 or like.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 def _fake_backward(grad, a, v, alpha, beta, gamma, v0, lam, *mask):
