@@ -23,7 +23,8 @@ TITLES = {
     "bert": "BERT", "roberta": "RoBERTa", "xlm-roberta": "XLM-R", "camembert": "CamemBERT", "mpnet": "MPNet",
     "deberta-v2": "DeBERTa v2, v3", "gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
     "qwen3": "Qwen3", "qwen3_moe": "Qwen3 MoE", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "gemma3_text": "Gemma 3 (text)",
-    "chameleon": "Chameleon", "t5": "T5", "mt5": "mT5", "umt5": "UMT5 (encoders)", "vit": "ViT", "deit": "DeiT",
+    "chameleon": "Chameleon", "stablelm": "StableLM", "t5": "T5", "mt5": "mT5", "umt5": "UMT5 (encoders)", "vit": "ViT",
+    "deit": "DeiT",
 }  # fmt: skip
 GROUPS = {
     "value_output": "values and output",
@@ -42,7 +43,7 @@ def row(name: str) -> tuple[str, str, str]:
     removes = "everything" if len(fixed) == len(GROUPS) else ", ".join(fixed)
     try:
         check(view)
-        ranks = "in whole rotary pairs" if view.rotary else "yes"
+        ranks = "in whole rotary pairs" if view.rotary == view.k.weight.shape[2] else "yes"
     except ValueError:
         ranks = "–"
     return removes, ranks, "yes" if name in neutreno.FAMILIES else "–"

@@ -31,7 +31,8 @@ def test_every_family_has_a_title(families):
 
 
 def test_rows_by_hand(families):
-    """BERT has all four groups; Llama turns queries and keys by position; MPNet adds position to the scores."""
+    """BERT has all four groups; Llama turns queries and keys by position, StableLM some channels; MPNet adds it."""
     assert families.row("bert") == ("everything", "yes", "yes")
     assert families.row("llama") == ("values and output, value bias", "in whole rotary pairs", "yes")
+    assert families.row("stablelm") == ("values and output", "yes", "–")
     assert families.row("mpnet") == ("values and output, key bias, value bias", "–", "–")

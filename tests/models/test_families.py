@@ -76,6 +76,42 @@ def test_rotary_view_computes_what_the_module_computes(name):
             assert torch.equal(value, live.read(tensor)), tensor
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_partial_rotary_view_computes_what_the_module_computes(share):
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": share}
+    config = transformers.StableLmConfig(
+        vocab_size=60, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=32, use_qkv_bias=True, rope_parameters=rope, attn_implementation="eager",
+    )  # fmt: skip
+    model = randomise(transformers.StableLmModel(config))
+    live, x = models.Live(model), torch.randn(2, 7, 32, dtype=torch.float64)
+    positions = model.rotary_emb(x, torch.arange(7)[None])
+    mask = torch.full((7, 7), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    for layer in range(2):
+        view = live.attention(layer)
+        assert view.rotary == 8 * share
+        out = model.layers[layer].self_attn(x, position_embeddings=positions, attention_mask=mask)[0]
+        torch.testing.assert_close(view.attend(x), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("entries", "rotary"),
+    [
+        ({}, 2),
+        ({"partial_rotary_factor": 0.5}, 4),
+        ({"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 9.0}}, 4),
+        ({"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}}, 6),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, 4),
+    ],
+)
+def test_the_rotary_share_stands_where_transformers_finds_it(entries, rotary):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"model_type": "stablelm", "num_hidden_layers": 1, **sizes}
+    assert models.family({**config, **entries}).outline(0).rotary == rotary
+    module = transformers.StableLmModel(transformers.StableLmConfig(vocab_size=8, **sizes, **entries))
+    assert module.layers[0].self_attn.rotary_ndims == rotary
+
+
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_store_inverts_attention(make):
     live = models.Live(make())
@@ -135,6 +171,9 @@ def test_masks_of_old_files_are_no_parameters():
     assert not family.recomputed("h.0.attn.c_attn.bias") and not family.recomputed("h.0.mlp.c_fc.bias")
 
 
+STABLELM = {
+    "model_type": "stablelm", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "rope_theta": 10_000,
+}  # fmt: skip
 BERT = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}
 
 
@@ -153,6 +192,12 @@ BERT = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_
             "add_cross_attention",
         ),
         ({"model_type": "gpt2", "n_embd": 25, "n_head": 3}, "n_embd"),
+        ({**STABLELM, "head_dim": 16}, "hidden_size: expected 4 heads of width 16, got 32"),
+        (
+            {**STABLELM, "partial_rotary_factor": 0.4},
+            "partial_rotary_factor: expected .* even number of 8 .*got 3",
+        ),
+        ({**STABLELM, "partial_rotary_factor": 1.25}, "partial_rotary_factor: .* got 10"),
     ],
 )
 def test_what_is_not_covered_is_refused_with_the_reason(config, message):

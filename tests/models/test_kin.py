@@ -19,6 +19,7 @@ DECODER = dict(
     intermediate_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 OLMO = {name: value for name, value in DECODER.items() if name != "head_dim"}
+STABLE = {**OLMO, "hidden_size": 32, "use_qkv_bias": True}
 T5 = dict(vocab_size=60, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
 
 # name: (class, config class, sizes, the groups that are fixed and what each key/value head of width 8 has of them)
@@ -38,6 +39,10 @@ KIN = {
     ),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {**OLMO, "hidden_size": 32}, {"value_output": 64}),
     "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", {**OLMO, "hidden_size": 32}, {"value_output": 64}),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", STABLE, {"value_output": 64}),
+    "stablelm with norms": (
+        "StableLmForCausalLM", "StableLmConfig", {**STABLE, "qk_layernorm": True}, {"value_output": 64}
+    ),
     "gemma3": (
         "Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, "query_pre_attn_scalar": 8}, {"value_output": 64}
     ),
@@ -109,7 +114,7 @@ def test_an_adapter_names_the_tensors_there_are_and_stores_what_it_read(name):
             assert getattr(outline, part).weight.shape == getattr(view, part).weight.shape
 
 
-@pytest.mark.parametrize("name", ["qwen3", "deberta-v2"])
+@pytest.mark.parametrize("name", ["qwen3", "deberta-v2", "stablelm with norms"])
 def test_what_is_left_alone_would_be_seen(name):
     """The key bias there is no symmetry: moving it changes the output."""
     model, inputs = made(name)
@@ -122,7 +127,7 @@ def test_what_is_left_alone_would_be_seen(name):
         assert (model(**inputs)[0] - before).norm() > 1e-4 * before.norm()
 
 
-@pytest.mark.parametrize("name", ["roberta", "vit", "deit", "qwen3"])
+@pytest.mark.parametrize("name", ["roberta", "vit", "deit", "qwen3", "stablelm"])
 def test_through_every_verb(name, tmp_path):
     model, inputs = made(name, torch.float32)
     source = tmp_path / "model"
@@ -145,8 +150,9 @@ def test_through_every_verb(name, tmp_path):
     again = type(model).from_pretrained(tmp_path / "again").eval()
     assert torch.equal(again(**inputs)[0], loaded.eval()(**inputs)[0])
     truncate = gk.rank.Truncate(6)
-    if name == "qwen3":
-        with pytest.raises(ValueError, match="got a model in which it normalises queries and keys"):
+    barred = Live(model).attention(0).barred
+    if "query_key" in barred:
+        with pytest.raises(ValueError, match=f"got a model in which {barred['query_key']}"):
             gk.convert(source, tmp_path / "rank", [truncate])
     else:
         gk.convert(source, tmp_path / "rank", [truncate])

@@ -102,7 +102,14 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), (f"a whole number from 1 to {DEEPEST}", _is_depth)),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), ("null or an object", _a(dict))),
     **dict.fromkeys(
-        ("rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "initializer_range"),
+        (
+            "rope_theta",
+            "partial_rotary_factor",
+            "layer_norm_eps",
+            "layer_norm_epsilon",
+            "rms_norm_eps",
+            "initializer_range",
+        ),
         ("a finite number", _is_number),
     ),
     **dict.fromkeys(
@@ -110,6 +117,8 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "is_decoder",
             "add_cross_attention",
             "attention_bias",
+            "use_qkv_bias",
+            "qk_layernorm",
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",
             "tie_word_embeddings",
