@@ -95,8 +95,8 @@ def tile(batch: int, wide: bool) -> dict:
     if batch <= 16 or wide:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64 if wide else 128, "num_warps": 4, "num_stages": 3}
     # every row of x in one tile: each weight is decoded once
-    rows = 64 if batch <= 64 else 128 if batch <= 128 else 256
-    return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    rows, columns = (64, 64) if batch <= 64 else (128, 32) if batch <= 128 else (256, 32)
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
 @interpretable("out")
