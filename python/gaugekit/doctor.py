@@ -10,7 +10,7 @@ import platform
 
 import torch
 
-from gaugekit import _library, ops
+from gaugekit import __version__, _library, ops
 from gaugekit.report import Report, table
 
 EXTRAS = {
@@ -42,7 +42,7 @@ def report() -> Report:
     report = Report(
         "doctor",
         {
-            "gaugekit": importlib.metadata.version("gaugekit"),
+            "gaugekit": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cpu": machine(),

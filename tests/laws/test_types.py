@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import gaugekit as gk
+from warm import python
 
 ROOMS = [
     "calibration",
@@ -136,6 +137,20 @@ def test_dir_shows_the_public_names_and_nothing_else():
     for name in ("inspect", "convert", "verify", "heal", "fuse", "unfuse"):
         assert inspect.isfunction(inspect.unwrap(getattr(gk, name))), name
     assert list(inspect.signature(gk.verify).parameters)[:3] == ["a", "b", "text"]
+
+
+@pytest.mark.parametrize(
+    "first", ["import gaugekit", "import gaugekit.verbs.inspect", "from gaugekit.verbs.verify import verify"]
+)
+def test_a_verb_is_a_function_whatever_is_imported_first(first):
+    """And Python's own ``inspect`` stays what it is."""
+    names = ("convert", "fuse", "heal", "inspect", "unfuse", "verify")
+    code = (
+        f"{first}\nimport gaugekit as gk, inspect\n"
+        f"print([name for name in {names} if not inspect.isfunction(inspect.unwrap(getattr(gk, name)))])"
+    )
+    done = subprocess.run([*python(), "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_the_package_says_that_it_has_types():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gaugekit as gk
 from gaugekit import _library
-from gaugekit.ops.packed_linear import layout as layout
+from gaugekit.ops.packed_linear import layout
 from gaugekit.ops.packed_linear.weight import check, pack_weight, packed_rows
 from gaugekit.reference import packed_linear as reference
 from warm import python

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import gaugekit as gk
-from gaugekit.ops.shaped_attention import core as core
+from gaugekit.ops.shaped_attention import core
 from gaugekit.reference.shaped_attention import shaped_attention as reference
 from helpers import assert_accurate
 from masks import draw_mask

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gaugekit as gk
-from gaugekit.ops.shaped_attention import fused as fused
+from gaugekit.ops.shaped_attention import fused
 from gaugekit.ops.shaped_attention.choice import gpu_core
 from gaugekit.reference.shaped_attention import shaped_attention as reference
 from helpers import assert_accurate

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gaugekit as gk
-from gaugekit.ops.nonlocal_energy import rows as rows
+from gaugekit.ops.nonlocal_energy import rows
 from gaugekit.ops.nonlocal_energy.operator import centred
 from gaugekit.reference.nonlocal_energy import nonlocal_energy as reference
 from helpers import assert_accurate

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gaugekit as gk
-from gaugekit.ops.shaped_attention import fused as fused
+from gaugekit.ops.shaped_attention import fused
 from gaugekit.ops.shaped_combine import cuda as sweeps
 from gaugekit.ops.shaped_combine import operator as combine
 from helpers import assert_accurate

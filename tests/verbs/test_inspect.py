@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from gaugekit.reference.nonlocal_energy import nonlocal_energy
 from gaugekit.verbs.inspect import SMOOTH, _smoothing
 from helpers import minilm
 from tiny import add_tokenizer, bert, gpt2
-from warm import python
 
 TEXT = ["a cab", "beside the seaside", "quick brown foxes jump"]
 
@@ -184,16 +182,6 @@ def test_what_cannot_be_inspected_is_refused(tmp_path):
     bloom = BloomModel(BloomConfig(vocab_size=90, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="model_type: 'bloom' is not covered: its fused projection"):
         gaugekit.inspect(bloom)
-
-
-@pytest.mark.parametrize(
-    "first", ["import gaugekit", "import gaugekit.verbs.inspect", "import gaugekit.verbs.verify, inspect"]
-)
-def test_the_verb_is_callable_and_hides_nothing(first):
-    use = "print(inspect.getsource(gk.inspect)[:11], callable(gk.inspect))"
-    code = f"{first}\nimport gaugekit as gk, inspect\n{use}"
-    done = subprocess.run([*python(), "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "def inspect True", done.stderr
 
 
 @minilm

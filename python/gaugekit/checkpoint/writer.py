@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaugekit import __version__
 from gaugekit.checkpoint.config import CONFIG
 from gaugekit.checkpoint.reader import INDEX, WEIGHTS
 from gaugekit.files.durable import copy, dump, replacement, sha256, write
@@ -168,5 +169,5 @@ def _final_names(shards: list[dict]) -> list[str]:
 
 def versions(*packages: str) -> dict[str, str]:
     """What computes a result: the versions of gaugekit, torch and the ``packages`` named."""
-    ours = {"gaugekit": importlib.metadata.version("gaugekit"), "torch": torch.__version__}
+    ours = {"gaugekit": __version__, "torch": torch.__version__}
     return ours | {name: importlib.metadata.version(name) for name in packages}

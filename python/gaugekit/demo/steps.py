@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gaugekit import _library, doctor
+from gaugekit import __version__, _library, doctor
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec import pack, unpack
 from gaugekit.demo import page, running, speed
@@ -377,7 +377,7 @@ def _machine() -> dict:
     return {
         **doctor.machine(),
         "binary": _library.backends()["cpu"].loaded,
-        "gaugekit": importlib.metadata.version("gaugekit"),
+        "gaugekit": __version__,
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),

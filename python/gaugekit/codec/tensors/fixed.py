@@ -13,7 +13,7 @@ import struct
 import torch
 
 from gaugekit.codec.tensors.blob import fresh
-from gaugekit.ops.packed_linear import layout as layout
+from gaugekit.ops.packed_linear import layout
 from gaugekit.ops.packed_linear.weight import PackedWeight, pack_weight
 from gaugekit.ops.rans import operator as rans
 from gaugekit.ops.rans.header import padded, sealed, unsealed

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gaugekit.ops.mask import Mask
-from gaugekit.ops.nonlocal_energy import rows as rows
+from gaugekit.ops.nonlocal_energy import rows
 from gaugekit.ops.operands import Gain, Integers, check_tensors, gains, integers
 from gaugekit.ops.shaped_attention.core import softmax_core
 

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from gaugekit import _library
 from gaugekit.ops.operands import check_tensors
-from gaugekit.ops.packed_linear import layout as layout
+from gaugekit.ops.packed_linear import layout
 from gaugekit.ops.packed_linear.choice import plan
 from gaugekit.ops.packed_linear.weight import WEIGHT, PackedWeight
 

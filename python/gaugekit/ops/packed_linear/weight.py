@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gaugekit import _library
 from gaugekit.ops.operands import check_tensors
-from gaugekit.ops.packed_linear import layout as layout
+from gaugekit.ops.packed_linear import layout
 
 WEIGHT = "Tensor raw, Tensor planes, Tensor escapes, Tensor offsets, Tensor window"
 

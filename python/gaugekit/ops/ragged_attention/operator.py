@@ -17,7 +17,7 @@ from gaugekit import _library
 from gaugekit.ops.mask import Mask, check
 from gaugekit.ops.operands import Gain, Integers, check_tensors, gain
 from gaugekit.ops.ragged_attention.layout import buckets, dense, gather, spread
-from gaugekit.ops.shaped_attention import fused as fused
+from gaugekit.ops.shaped_attention import fused
 from gaugekit.ops.shaped_attention.choice import RAGGED, asked_core, cpu_core
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 from gaugekit.ops.shaped_combine import cuda as sweeps
