@@ -12,6 +12,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+import gaugekit as gk  # noqa: E402
+import tiny  # noqa: E402
 from gaugekit.checkpoint.reader import Checkpoint  # noqa: E402
 from gaugekit.checkpoint.writer import CERTIFICATE, Writer  # noqa: E402
 from gaugekit.files.durable import sha256  # noqa: E402
@@ -87,6 +89,20 @@ def test_compact(tmp_path, shards):
     assert certificate["source_sha256"] == old.sha256()
     assert certificate["output_sha256"] == {file: sha256(tmp_path / "out" / file) for file in out.files}
     assert [entry["layer"] for entry in certificate["layers"]] == [0, 1, 2]
+
+
+def test_what_an_earlier_truncation_left_at_zero_is_counted_too(tmp_path):
+    """It stands in no config, so no plan sees it; the steps add up to what went all the same."""
+    model = tiny.bert()
+    gk.rank.truncate(model, rank=4)
+    model.save_pretrained(tmp_path / "m")
+    report = convert(tmp_path / "m", tmp_path / "out", [GaugeFix()])
+    removed = [step["removed"]["total"] for step in report["steps"]]
+    assert sum(removed) == report["parameters_before"] - report["parameters_after"] > removed[0]
+    assert report["steps"][-1]["removed"]["idle_channels"] > 0
+    assert gk.verify(tmp_path / "m", tmp_path / "out")["ok"]
+    dense = convert(tmp_path / "m", tmp_path / "dense", [GaugeFix()], dense=True)
+    assert len(dense["steps"]) == 1
 
 
 def test_dense_is_the_plain_layout(tmp_path):

@@ -166,6 +166,7 @@ class _Conversion:
             "invariance_error": max((r["invariance_error"] for r in records if "layer" in r), default=0.0),
             "seconds": 0.0,
         }
+        fields["steps"] = [*self.steps, *_beyond_the_plan(fields, job.dense)]
 
         def certificate(output: dict[str, str]) -> dict:
             return {
@@ -184,6 +185,18 @@ class _Conversion:
 
         writer.finish(job.config(records), certificate, self.copies, pages)
         return fields
+
+
+def _beyond_the_plan(fields: dict[str, Any], dense: bool) -> list[dict[str, Any]]:
+    """A step for the numbers that went although no plan could see them in the config: query and key channels that an
+    earlier truncation had left at zero.
+    """
+    planned = sum(step["removed"]["total"] for step in fields["steps"])
+    more = fields["parameters_before"] - fields["parameters_after"] - planned
+    if dense or not fields["steps"] or more <= 0:
+        return []
+    removed = {"idle_channels": more, "total": more}
+    return [{"rewrite": "idle channels", "claim": "exact", "removed": removed}]
 
 
 def _unpacked(folder: Path) -> Path:
