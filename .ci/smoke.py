@@ -32,7 +32,7 @@ def main() -> None:
     q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
     ours = gk.shaped_attention(q, k, v, causal=True)
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert torch.allclose(ours, theirs, atol=1e-6)
+    torch.testing.assert_close(ours, theirs)
 
     weight = torch.randn(256, 256).mul(0.02).bfloat16()
     packed = gk.pack_weight(weight)

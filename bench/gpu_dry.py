@@ -27,7 +27,7 @@ from gpu_rehearsal import faults  # noqa: E402
 
 FOLDER = ROOT / "build" / "gpu"
 RECORDER = ROOT / "tests" / "laws" / "launches.py"
-ARCHITECTURE = "90"
+ARCHITECTURE, OTHER_ARCHITECTURES = "90", ("80", "89", "100")
 PROCESSES = str(min(16, os.cpu_count() or 1))
 WITHOUT_GPU = ("ops", "codec", "nn", "laws")  # folders of tests that this software can run without a GPU
 
@@ -165,16 +165,26 @@ def cuda_sources() -> str:
 
 def launches() -> str:
     """Every launch of those tests and of the benches is recorded and compiled; spills have their reason in a table."""
+    return compiled_for(ARCHITECTURE)
+
+
+def other_architectures() -> str:
+    """What is shipped compiles for the other cards, too, and fits their shared memory."""
+    return "\n".join(compiled_for(card, "--of", "shipped") for card in OTHER_ARCHITECTURES)
+
+
+def compiled_for(architecture: str, *kinds: str) -> str:
+    """Launches recorded on a card of that kind and compiled for it; ``Wrong`` where one of them does not fit."""
     if not RECORDER.exists():
         raise Wrong(f"{RECORDER.relative_to(ROOT)} is missing")
-    record, report = FOLDER / "launches.jsonl", FOLDER / "compiled.jsonl"
+    record, report = (FOLDER / f"{name}-{architecture}.jsonl" for name in ("launches", "compiled"))
     report.unlink(missing_ok=True)
-    program, card = [sys.executable, str(RECORDER)], ["--arch", ARCHITECTURE]
-    recorded = asked([*program, "record", str(record), *card], ("cpu", "triton"))
+    program, card = [sys.executable, str(RECORDER)], ["--arch", architecture]
+    recorded = asked([*program, "record", str(record), *card, *kinds], ("cpu", "triton"))
     options = [*card, "--jobs", PROCESSES, "--report", str(report)]
     compiled = asked([*program, "compile", str(record), *options], ("cpu", "triton"))
     summary = [(done.stdout.strip().splitlines() or ["no output"])[-1] for done in (recorded, compiled)]
-    if report.exists():
+    if report.exists() and architecture == ARCHITECTURE:
         summary += spills([json.loads(line) for line in report.read_text().splitlines()])
     if recorded.returncode or compiled.returncode:
         said = [recorded.stderr, compiled.stdout, compiled.stderr]
@@ -211,6 +221,7 @@ STEPS: dict[str, Callable[[], str]] = {
     "other tests": other_tests,
     "CUDA sources": cuda_sources,
     "launches": launches,
+    "other architectures": other_architectures,
     "schedule": schedule,
 }
 

@@ -111,7 +111,7 @@ def inspect(
         "token_cosine": cosines[-1],
         "layers": rows,
     }
-    return wording.inspected(Report("inspect", fields, notes), model)
+    return wording.inspected(Report("inspect", fields, notes), model, SMOOTH)
 
 
 def _spectra(view: AttentionView) -> dict[str, list]:

@@ -24,8 +24,8 @@ LAYERS = (
 )
 
 
-def inspected(report: Report, model: str | Path | torch.nn.Module) -> Report:
-    """``report`` of ``inspect``, told."""
+def inspected(report: Report, model: str | Path | torch.nn.Module, smooth: float) -> Report:
+    """``report`` of ``inspect``, told; ``smooth`` is the token cosine from which on a model over-smooths."""
     fields, hidden = report.fields, report["unobservable"]
     share = 100 * hidden["total"] / max(fields["parameters"], 1)
     report.lines = [
@@ -35,8 +35,8 @@ def inspected(report: Report, model: str | Path | torch.nn.Module) -> Report:
         ("exponent entropy", f"{fields['exponent_entropy_bits']:.2f} bits of the 8 that bfloat16 stores"),
     ]
     if fields["token_cosine"] is not None:
-        cosine = f"{fields['token_cosine']:.2f} between two tokens of a text, in the output; over-smoothed from 0.9"
-        report.lines.append(("token cosine", cosine))
+        cosine = f"{fields['token_cosine']:.2f} between two tokens of a text, in the output"
+        report.lines.append(("token cosine", f"{cosine}; over-smoothed from {smooth}"))
     report.tables = {LAYERS: [_layer(row) for row in fields["layers"]]}
     report.done = f"Read {len(fields['layers'])} layers of {_name(model)}; nothing was written."
     if isinstance(model, torch.nn.Module):
