@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gaugekit.files.places import listing
 from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
 from gaugekit.rewrite.job import Job
-from gaugekit.rewrite.rewrite import Calibration, Later, Rewrite
+from gaugekit.rewrite.rewrite import Calibration, Later, Step
 
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
 Pages = Callable[[dict], dict[str, str]]
@@ -32,7 +32,7 @@ Pages = Callable[[dict], dict[str, str]]
 def run(
     checkpoint: Checkpoint,
     target: Path,
-    rewrites: Sequence[Rewrite] | Later,
+    rewrites: Sequence[Step] | Later,
     *,
     dense: bool,
     dtype: torch.dtype | None,
@@ -41,10 +41,14 @@ def run(
     resume: bool,
     progress: Callable[[int, int], None] | None,
     pages: Pages,
+    kind: type[Job] = Job,
 ) -> Report:
-    """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``."""
+    """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``.
+
+    ``kind`` makes the job: what the units of the work are, and what is done to each.
+    """
     start = time.perf_counter()
-    work = _Conversion(checkpoint, target, dense, dtype, calibration, pack, progress)
+    work = _Conversion(checkpoint, target, kind(checkpoint, dense, dtype), calibration, pack, progress)
     check_target(checkpoint.path, target)
     if not isinstance(rewrites, Later):
         work.take(rewrites)
@@ -70,15 +74,14 @@ def run(
 class _Conversion:
     """One call of ``convert``: what it reads, what is asked of it, how far it is."""
 
-    def __init__(self, checkpoint, target, dense, dtype, calibration, pack, progress):
-        self.checkpoint, self.target = checkpoint, target
-        self.job = Job(checkpoint, dense, dtype)
+    def __init__(self, checkpoint, target, job: Job, calibration, pack, progress):
+        self.checkpoint, self.target, self.job = checkpoint, target, job
         self.calibration, self.pack, self.progress = calibration, pack, progress
         self.copies, self.notes = _copies(checkpoint)
         self.total_bytes, self.done_bytes = 2 * checkpoint.size_bytes(), 0
         self.steps: list[dict[str, Any]] = []
 
-    def take(self, rewrites: Sequence[Rewrite]) -> None:
+    def take(self, rewrites: Sequence[Step]) -> None:
         """Makes these the job's rewrites; ValueError where they do not fit the model or lack a text."""
         self.job.rewrites = list(rewrites)
         self.steps = self.job.steps()
@@ -97,7 +100,7 @@ class _Conversion:
             return None
         return f"target: expected {needed:,} bytes free in {str(self.target.parent)!r}, got {free:,}"
 
-    def identity(self, rewrites: Sequence[Rewrite] | Later) -> dict:
+    def identity(self, rewrites: Sequence[Step] | Later) -> dict:
         weights: dict[str, Any] = {"source": self.checkpoint.sha256(self.advance)}
         text = {} if self.calibration is None else {"calibration": self.calibration.digest}
         if isinstance(rewrites, Later):
@@ -127,7 +130,7 @@ class _Conversion:
         if self.progress:
             self.progress(min(self.done_bytes, self.total_bytes), self.total_bytes)
 
-    def run(self, staged: Staging, rewrites: Sequence[Rewrite] | Later, pages: Pages) -> None:
+    def run(self, staged: Staging, rewrites: Sequence[Step] | Later, pages: Pages) -> None:
         """Everything up to a folder that is whole, and what there is to report of it."""
         if not staged.resumed:
             staged.clean(set())
@@ -163,7 +166,7 @@ class _Conversion:
             "parameters_after": sum(record["after"] for record in records),
             "bytes_before": checkpoint.size_bytes(),
             "steps": self.steps,
-            "invariance_error": max((r["invariance_error"] for r in records if "layer" in r), default=0.0),
+            "invariance_error": _largest(record.get("invariance_error", 0.0) for record in records),
             "seconds": 0.0,
         }
         fields["steps"] = [*self.steps, *_beyond_the_plan(fields, job.dense)]
@@ -197,6 +200,12 @@ def _beyond_the_plan(fields: dict[str, Any], dense: bool) -> list[dict[str, Any]
         return []
     removed = {"idle_channels": more, "total": more}
     return [{"rewrite": "idle channels", "claim": "exact", "removed": removed}]
+
+
+def _largest(errors: Iterable[float | None]) -> float | None:
+    """The largest error of any layer; None where a job computes none."""
+    errors = list(errors)
+    return None if None in errors else max(errors, default=0.0)
 
 
 def _unpacked(folder: Path) -> Path:
