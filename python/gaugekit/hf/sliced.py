@@ -1,7 +1,8 @@
-"""Puts the parts of a sliced model in place, before its weights are read: what ``config.json`` says under ``sliced``."""
+"""Puts the parts of a sliced model in place before its weights are read, as ``config.json`` says under ``sliced``."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,8 @@ FORMS = ("dense", "triangular", "polar")
 class Sliced:
     """How a model is sliced: {"width": D′, "form": "dense", "triangular" or "polar", "ranks": [...], "head": bool}.
 
-    ``ranks``: of a polar form, the columns of Y for each shortcut from one sliced basis to the next, in the order of the
-    model; empty for another form. ``head``: whether the last basis, which the head reads, is sliced too.
+    ``ranks``: of a polar form, the columns of Y for each shortcut from one sliced basis to the next, in the order of
+    the model; empty for another form. ``head``: whether the last basis, which the head reads, is sliced too.
     """
 
     width: int
@@ -40,7 +41,7 @@ class Sliced:
             sound = False
         if not sound:
             raise ValueError(
-                f"quantization_config: sliced: expected a width, a form ({', '.join(FORMS)}), ranks and head, got {spec!r}"
+                f"quantization_config: sliced: expected width, form ({', '.join(FORMS)}), ranks and head, got {spec!r}"
             )
         return sliced
 
@@ -92,25 +93,20 @@ class _Parts:
             _narrow_table(tokens, width)
         if stream.positions is not None:
             _narrow_table(self._module(stream.positions), width)
-        last = len(stream.junctions) - 1
-        for layer, junctions in enumerate(stream.junctions):
-            for number, junction in enumerate(junctions):
-                final = layer == last and number == len(junctions) - 1
-                self._junction(
-                    junction, padded=self._padded(layer == last), ends=final and not self.sliced.head
-                )
+        last = [junction for junctions in stream.junctions for junction in junctions][-1:]
+        for junction in itertools.chain.from_iterable(stream.junctions):
+            self._junction(junction, ends=[junction] == last and not self.sliced.head)
         if self.sliced.head:
             self._head()
-        elif last >= 0 and width < stream.size:
-            block = self.model.get_submodule(self._block(stream.junctions[last][0].norm))
-            block.register_forward_pre_hook(Widen(stream.size), with_kwargs=True)
+        else:
+            # The last junction leads into the unsliced stream that the head reads, and a block adds only what is as
+            # wide as its input: so the stream has D columns all the way, zeros after the first D′.
+            for path in filter(None, (stream.tokens, stream.positions)):
+                self._module(path).register_forward_hook(Pad(stream.size))
 
-    def _padded(self, last: bool) -> int:
-        """The width of the stream in a block: the last one's is the head's."""
-        return self.stream.size if last and not self.sliced.head else self.sliced.width
-
-    def _junction(self, junction: Junction, *, padded: int, ends: bool) -> None:
+    def _junction(self, junction: Junction, *, ends: bool) -> None:
         width, carry = self.sliced.width, Carry()
+        padded = width if self.sliced.head else self.stream.size
         self._put(junction.norm, SlicedNorm(self.stream.size, width, self.stream.eps, carry))
         for reader in junction.readers:
             _narrow(self._module(reader), width, self.stream.transposed)
@@ -152,29 +148,18 @@ class _Parts:
     def _module(self, path: str) -> nn.Module:
         return self.model.get_submodule(self.prefix + path)
 
-    def _block(self, path: str) -> str:
-        """The path of the block that the module at ``path`` stands in: up to its number."""
-        parts = (self.prefix + path).split(".")
-        at = max(index for index, part in enumerate(parts) if part.isdigit())
-        return ".".join(parts[: at + 1])
-
     def _put(self, path: str, module: nn.Module) -> None:
         self.model.set_submodule(self.prefix + path, module)
 
 
-class Widen:
-    """A hook before the last block: pads the stream with zeros to the width that an unsliced head reads."""
+class Pad:
+    """A hook after an embedding: pads what it answers with zeros to ``size`` columns."""
 
     def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, module: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
-        if arguments:
-            return (self._pad(arguments[0]), *arguments[1:]), named
-        return arguments, {**named, "hidden_states": self._pad(named["hidden_states"])}
-
-    def _pad(self, x: Tensor) -> Tensor:
-        return functional.pad(x, (0, self.size - x.shape[-1]))
+    def __call__(self, module: nn.Module, arguments: tuple, y: Tensor) -> Tensor:
+        return functional.pad(y, (0, self.size - y.shape[-1]))
 
 
 def _narrow(module: nn.Module, width: int, transposed: bool) -> None:

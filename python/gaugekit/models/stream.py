@@ -1,4 +1,4 @@
-"""The residual stream of a model: who reads it, through which norm, and who adds to it, whatever family it comes from."""
+"""The residual stream of a model: who reads it, through which norm, and who adds to it, in whatever family."""
 
 from __future__ import annotations
 

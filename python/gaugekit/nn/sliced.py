@@ -41,10 +41,11 @@ def _thread() -> int:
 
 
 class SlicedNorm(nn.Module):
-    """``y = x · rsqrt(Σᵢ xᵢ² / size + eps)`` over the first ``width`` entries of x [..., ≥ width].
+    """``y = x · rsqrt(Σᵢ xᵢ² / size + eps)`` over the first ``width`` entries of x; any others are zeros.
 
     The entries cut away counted in the mean of the unsliced norm, so the divisor stays ``size``, D. Gains stand in the
-    layers that read y. x is handed to ``carry`` (None for the last norm). Computed in float32 at least, returned in x's dtype.
+    layers that read y. x is handed to ``carry`` (None for the last norm). Computed in float32 at least, returned in
+    x's dtype.
     """
 
     def __init__(self, size: int, width: int, eps: float, carry: Carry | None = None):
@@ -99,7 +100,7 @@ class SlicedWriter(nn.Module):
 
 
 class RotatedEmbedding(nn.Module):
-    """``y = E[ids] R``: a table E [N, D] that stays as it was, so that a head may share it, in a sliced basis R [D, D′]."""
+    """``y = E[ids] R``: a table E [N, D] as it was, for a head to share, led into a sliced basis by R [D, D′]."""
 
     def __init__(
         self,

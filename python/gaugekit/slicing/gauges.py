@@ -1,4 +1,4 @@
-"""The forms of a sliced model's rotations: which basis to take within each junction's subspace, so that least is stored.
+"""The forms of a sliced model's rotations: which basis to take within each junction's subspace, to store least.
 
 A basis Q_j [D, D′] of the subspace that junction j keeps may be turned by any orthogonal G_j without a change of the
 model: T_j = Q_j G_j. What leads from one junction to the next is S_j = T_{j−1}ᵀ T_j. He et al., Getting Free Bits Back
@@ -40,10 +40,7 @@ def frames(bases: Iterable[Tensor], form: str, *, drop: float = 0.0) -> Iterator
     """
     before: Tensor | None = None
     for basis in bases:
-        if before is None:
-            frame = Frame(basis, {})
-        else:
-            frame = MAKERS[form](before, basis, drop)
+        frame = Frame(basis, {}) if before is None else MAKERS[form](before, basis, drop)
         before = frame.basis
         yield frame
 

@@ -22,9 +22,9 @@ from gaugekit.slicing.gauges import Frame
 
 @dataclass
 class Slices(Step):
-    """A slicing that was details: ``frames`` are files, one a junction and one for the end of the stream, ``removed`` the
-    stored numbers that go by group, ``details`` what a report says of it beside, ``kept`` the share of the stream's energy
-    that each sliced basis holds.
+    """A slicing, its bases known: ``frames`` are files, one a junction and one for the end of the stream; ``removed``
+    the stored numbers that go by group; ``kept`` the share of the stream's energy that each sliced basis holds;
+    ``details`` what a report says of it beside.
     """
 
     sliced: Sliced
@@ -56,7 +56,7 @@ class SlicedJob(Job):
         self.stream: Stream = self.layers.family.stream()
         if self.stream.tied and self._own_head():
             raise ValueError(
-                f"checkpoint: expected a head that shares the embedding's matrix, by the config, got {self.stream.head}.weight"
+                f"checkpoint: expected no {self.stream.head}.weight of its own beside tie_word_embeddings, got one"
             )
 
     def _units(self) -> list[Unit]:

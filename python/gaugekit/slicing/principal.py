@@ -9,6 +9,7 @@ the stream itself, not of the normalised signal).
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class _Bases:
             with contextlib.ExitStack() as hooks:
                 entering = torch.load(self._paths(layer - 1)[-1], weights_only=True)["basis"]
                 hooks.enter_context(_cutting_inputs(block, entering.to(self.run.dtype)))
-                for junction, following in zip(junctions, junctions[1:], strict=False):
+                for junction, following in itertools.pairwise(junctions):
                     sums = _Sums(self.stream)
                     with self._reading(inside[following.norm], sums):
                         self.run.through(layer, self.batches, self.work, self._advance, keep=False)

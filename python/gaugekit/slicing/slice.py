@@ -244,7 +244,7 @@ def _told(report: Report, source: str | Path, target: str | Path) -> Report:
     ]
     report.tables = {
         "forms of the shortcuts, each the same function": [
-            f"{name}: {words.size(form['bytes'])} in all, {form['multiply_adds']:,} multiply-adds a token past the layers"
+            f"{name}: {words.size(form['bytes'])} in all, {form['multiply_adds']:,} multiply-adds a token"
             for name, form in step["forms"].items()
         ]
     }

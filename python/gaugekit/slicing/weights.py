@@ -1,8 +1,8 @@
 """The weights of a sliced model: a layer's matrices read, freed of their norms' gains, turned into their bases.
 
 Row vectors: x is the stream in the original basis, x T_j in that of junction j. Gains and biases of a norm go into what
-reads it; where norms subtract the mean first, M = I − 11ᵀ/D goes into what writes to the stream, which keeps the mean at
-zero, so that the norm without it is the same function. Then a reader's W becomes W·diag(g)·T_j and a writer's Tᵀ M W.
+reads it; where norms subtract the mean first, M = I − 11ᵀ/D goes into what writes to the stream, which keeps the mean
+at zero, so that the norm without it is the same function. A reader's W becomes W·diag(g)·T_j, a writer's Tᵀ M W.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def junction(
     tensors: dict[str, Tensor] = {}
     for reader in parts.readers:
         weight, bias = _linear(read, reader, stream)
-        if shift is not None and bool(shift.any()):
+        if shift is not None and (bias is not None or shift.is_meta or bool(shift.any())):
             if bias is None:
                 raise ValueError(f"{reader}: expected a bias, which takes up that of {parts.norm}; got none")
             bias = bias + weight @ shift

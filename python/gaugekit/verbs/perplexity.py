@@ -120,7 +120,7 @@ def _told(report: Report, a: object, b: object) -> Report:
         ("agreement", f"{100 * fields['agreement']:.1f} % of tokens: both hold the same one most likely"),
         (
             "read",
-            f"{fields['tokens']:,} tokens in {fields['windows']} windows of {fields['window']}, {fields['dtype']}",
+            f"{fields['tokens']:,} tokens in windows of {fields['window']}, in {fields['dtype']}",
         ),
     ]
     report.done = f"Read a text with {names[0]} and {names[1]}; nothing was written."
