@@ -20,7 +20,8 @@ OPT = dict(
     SHARED, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32,
     max_position_embeddings=64,
 )  # fmt: skip
-GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=64, bos_token_id=0, eos_token_id=1)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=64, bos_token_id=0, eos_token_id=1,
+            attn_pdrop=0.0, embd_pdrop=0.0)  # fmt: skip
 ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
 FAMILIES = {
     "llama": ("Llama", {**LLAMA, "rope_parameters": ROPE}),
