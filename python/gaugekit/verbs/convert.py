@@ -48,8 +48,9 @@ def convert(
     claim, removed {group: count, total}, ...arguments}], invariance_error (float64, the largest of any layer), seconds.
 
     Raises ValueError for a source that is missing, damaged, of an unknown family or already converted, an unknown dtype
-    name, a target that is not empty or lies inside the source (or holds it), a missing ``calibration``, or numbers that
-    do not fit ``dtype``; OSError where the disk is too small or does not take what is written.
+    name, a target that is not empty or lies inside the source (or holds it), a ``calibration`` that is missing or that
+    no rewrite asks for, or numbers that do not fit ``dtype``; OSError where the disk is too small or does not take what
+    is written.
     """
     checkpoint, stored = Checkpoint(source), None if dtype is None else floating(dtype)
     if calibration is not None and not Path(calibration).is_file():
