@@ -15,6 +15,15 @@ GAINS = ("alpha", "beta", "gamma", "lam")
 OPEN = {"causal": False, "window": None, "query_start": None, "key_lengths": None, "cu_seqlens": None}
 
 
+def in_dtypes(cases: dict, narrow: set[str]) -> list[tuple[str, torch.dtype]]:
+    """(case, dtype): every pair on a GPU. The interpreter is slow, and a kernel asks for a dtype where it loads, stores
+    and multiplies, whatever the mask is: there float32 shows every case and ``narrow`` the other dtypes.
+    """
+    assert narrow <= cases.keys()
+    wide = (torch.float32,)
+    return [(name, x) for name in cases for x in DTYPES if DEVICE == "cuda" or name in narrow or x in wide]
+
+
 @dataclass
 class Case:
     """One call: shapes, the gains that are given ("abgl": all), the mask. ``key_width`` 0 leaves the softmax out."""
