@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from hypothesis import strategies as st
 
 from gaugekit.reference.shaped_attention import shaped_attention
 from gaugekit.reference.shaped_combine import shaped_combine
@@ -22,6 +23,20 @@ def in_dtypes(cases: dict, narrow: set[str]) -> list[tuple[str, torch.dtype]]:
     assert narrow <= cases.keys()
     wide = (torch.float32,)
     return [(name, x) for name in cases for x in DTYPES if DEVICE == "cuda" or name in narrow or x in wide]
+
+
+@st.composite
+def masks(draw, longest: int) -> dict:
+    """Batch, queries, keys and mask of a small case: any combination of the mask's arguments but packed sequences."""
+    window = draw(st.one_of(st.none(), st.integers(1, longest + 10)))
+    mask = {"causal": draw(st.booleans()), "window": window}
+    queries, keys, batch = (draw(st.integers(1, most)) for most in (longest, longest, 2))
+    if draw(st.booleans()):
+        starts = [draw(st.integers(-longest - 5, longest + 5)) for _ in range(batch)]
+        mask["query_start"] = torch.tensor(starts)
+    if draw(st.booleans()):
+        mask["key_lengths"] = torch.tensor([draw(st.integers(0, keys)) for _ in range(batch)])
+    return {"batch": batch, "queries": queries, "keys": keys, "mask": mask}
 
 
 @dataclass
