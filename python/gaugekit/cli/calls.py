@@ -34,12 +34,13 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
 
 def convert(arguments: argparse.Namespace) -> Outcome:
     from gaugekit.rank import Goal, page
-    from gaugekit.rewrite.rewrite import NOBODY_ASKS
 
     goal = Goal.asked(rank=arguments.rank, energy=arguments.energy, min_cosine=arguments.min_cosine)
     if goal is None and not arguments.gauge:
         raise UsageError("expected a rewrite (--gauge, --rank, --energy, --min-cosine), got none")
     if goal is None and arguments.calibration:
+        from gaugekit.verbs.convert import NOBODY_ASKS
+
         raise UsageError(f"--{NOBODY_ASKS}")
     if arguments.rows and not arguments.gauge:
         raise UsageError("--rows: expected beside --gauge, got it without")

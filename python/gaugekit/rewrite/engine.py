@@ -23,7 +23,7 @@ from gaugekit.files.places import listing
 from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
 from gaugekit.rewrite.job import Job
-from gaugekit.rewrite.rewrite import NOBODY_ASKS, Calibration, Later, Rewrite
+from gaugekit.rewrite.rewrite import Calibration, Later, Rewrite
 
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
 Pages = Callable[[dict], dict[str, str]]
@@ -48,8 +48,6 @@ def run(
     check_target(checkpoint.path, target)
     if not isinstance(rewrites, Later):
         work.take(rewrites)
-        if calibration is not None and not any(rewrite.needs_statistics for rewrite in rewrites):
-            raise ValueError(NOBODY_ASKS)
         if shortage := work.shortage():
             raise ValueError(shortage)
     staged = Staging(

@@ -12,10 +12,6 @@ import torch
 
 from gaugekit.models import AttentionView
 
-NOBODY_ASKS = (
-    "calibration: expected beside a rewrite that asks for statistics (a rank or its goal), got it alone"
-)
-
 
 class Rewrite(ABC):
     """One change of a checkpoint, layer by layer; reading, writing, resuming and certifying are the engine's.
