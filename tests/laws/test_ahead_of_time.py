@@ -52,6 +52,13 @@ def triton_is_3_6() -> bool:
     return version("triton").startswith("3.6.")
 
 
+def test_products_are_seen_through_what_a_kernel_calls():
+    """_shaped_attention_fwd comes to its tl.dot by two calls; a sum of parts multiplies nothing."""
+    assert "_attend" in triton_sources.functions() and "_attend" not in triton_sources.launched()
+    assert triton_sources.multiplies("_shaped_attention_fwd")
+    assert not triton_sources.multiplies("_packed_linear_total")
+
+
 def test_every_kernel_compiles_and_fits(rows):
     rows, run, _ = rows
     compiled = {row["kernel"] for row in rows}
