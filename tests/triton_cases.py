@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from hypothesis import strategies as st
 
 from gaugekit.reference.shaped_attention import shaped_attention
 from gaugekit.reference.shaped_combine import shaped_combine
@@ -13,6 +14,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU the kernel
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 GAINS = ("alpha", "beta", "gamma", "lam")
 OPEN = {"causal": False, "window": None, "query_start": None, "key_lengths": None, "cu_seqlens": None}
+
+
+def in_dtypes(cases: dict, narrow: set[str]) -> list[tuple[str, torch.dtype]]:
+    """(case, dtype): every pair on a GPU. The interpreter is slow, and a kernel asks for a dtype where it loads, stores
+    and multiplies, whatever the mask is: there float32 shows every case and ``narrow`` the other dtypes.
+    """
+    assert narrow <= cases.keys()
+    wide = (torch.float32,)
+    return [(name, x) for name in cases for x in DTYPES if DEVICE == "cuda" or name in narrow or x in wide]
+
+
+@st.composite
+def masks(draw, longest: int) -> dict:
+    """Batch, queries, keys and mask of a small case: any combination of the mask's arguments but packed sequences."""
+    window = draw(st.one_of(st.none(), st.integers(1, longest + 10)))
+    mask = {"causal": draw(st.booleans()), "window": window}
+    queries, keys, batch = (draw(st.integers(1, most)) for most in (longest, longest, 2))
+    if draw(st.booleans()):
+        starts = [draw(st.integers(-longest - 5, longest + 5)) for _ in range(batch)]
+        mask["query_start"] = torch.tensor(starts)
+    if draw(st.booleans()):
+        mask["key_lengths"] = torch.tensor([draw(st.integers(0, keys)) for _ in range(batch)])
+    return {"batch": batch, "queries": queries, "keys": keys, "mask": mask}
 
 
 @dataclass

@@ -32,6 +32,19 @@ def _numbers(pointer, batch, heads, head, T):
 
 
 @triton.jit
+def _rows(block, real, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """The first query of a block, the queries, where the keys that each sees end (0: it sees none), where the blocks of
+    keys that all of them see end, and where the last block does.
+    """
+    t = block * BLOCK_M
+    i = t + tl.arange(0, BLOCK_M)
+    lo, hi = _seen(i, real, 0, CAUSAL, False)
+    hi = tl.where(i < real, hi, lo)
+    _, _, n_edge, n1 = _reach(lo, hi, BLOCK_N, False)
+    return t, i, hi, n_edge, n1
+
+
+@triton.jit
 def _walk(
     acc, spread, total, top, q, k, u, square, n0, n1, keys, hi, scale, MASKED: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -72,11 +85,7 @@ def _nonlocal_energy_fwd(
     k = _head(K, batch, h // K_GROUP, zero, k_b, k_h, k_t, k_d)
     u = _head(U, batch, h // U_GROUP, zero, u_b, u_h, u_t, u_d)
     square = _numbers(SQUARE, batch, heads // U_GROUP, h // U_GROUP, T)
-    t = block * BLOCK_M
-    i = t + tl.arange(0, BLOCK_M)
-    lo, hi = _seen(i, real, 0, CAUSAL, False)
-    hi = tl.where(i < real, hi, lo)
-    _, _, n_edge, n1 = _reach(lo, hi, BLOCK_N, False)
+    t, i, hi, n_edge, n1 = _rows(block, real, BLOCK_M, BLOCK_N, CAUSAL)
     x = _tile(q, t, real, KEY_WIDTH, BLOCK_M, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     spread = tl.zeros([BLOCK_M], tl.float32)
@@ -87,7 +96,7 @@ def _nonlocal_energy_fwd(
                                     KEY_WIDTH, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
     acc, spread, total, top = _walk(acc, spread, total, top, x, k, u, square, n_edge, n1, real, hi, step, True,
                                     KEY_WIDTH, WIDTH, BLOCK_N, BLOCK_K, BLOCK_V)  # fmt: skip
-    some = hi > lo
+    some = hi > 0
     total = tl.where(some, total, 1.0)
     acc *= tl.where(some, 1.0 / total, 0.0)[:, None]
     _put(_head(OUT, batch, h, zero, o_b, o_h, o_t, o_d), acc, t, T, WIDTH, BLOCK_M, BLOCK_V)
@@ -197,12 +206,8 @@ def _nonlocal_energy_bwd_q(
     k = _head(K, batch, h // K_GROUP, zero, k_b, k_h, k_t, k_d)
     u = _head(U, batch, h // U_GROUP, zero, u_b, u_h, u_t, u_d)
     square = _numbers(SQUARE, batch, heads // U_GROUP, h // U_GROUP, T)
-    t = block * BLOCK_M
-    i = t + tl.arange(0, BLOCK_M)
-    lo, hi = _seen(i, real, 0, CAUSAL, False)
-    hi = tl.where(i < real, hi, lo)
-    some = hi > lo
-    _, _, n_edge, n1 = _reach(lo, hi, BLOCK_N, False)
+    t, i, hi, n_edge, n1 = _rows(block, real, BLOCK_M, BLOCK_N, CAUSAL)
+    some = hi > 0
     x = _tile(q, t, real, KEY_WIDTH, BLOCK_M, BLOCK_K)
     own = _tile(u, t, real, WIDTH, BLOCK_M, BLOCK_V)
     base = tl.load(_numbers(LOG, batch, heads, h, T) + i, some, other=0.0) * LOG2E

@@ -1,6 +1,6 @@
 """The one torch Library of gaugekit, and the loader of its binaries.
 
-An operator's schema is written once, in ``ops/<stem>.py``, by ``define``; the composition of torch operators
+An operator's schema is written once, in ``ops/<stem>/operator.py``, by ``define``; the composition of torch operators
 given there answers on every device. A binary (``_cpu.abi3.so``, ``_cuda.abi3.so``) registers faster
 implementations under the same names; each may be missing without anything breaking.
 ``GAUGEKIT_REQUIRE=cpu,cuda,triton`` turns a missing one into an error.

@@ -40,6 +40,14 @@ def test_limits_add_up_to_the_time_of_a_run(tmp_path):
     assert sum(map(max, stages.values())) <= gpu_pieces.SECONDS == 480
 
 
+def test_every_operator_is_timed_and_every_piece_described(tmp_path):
+    pieces = gpu_pieces.pieces(tmp_path)
+    timed = {piece.command[piece.command.index("--op") + 1] for piece in pieces if "--op" in piece.command}
+    assert timed == {path.stem.removeprefix("gpu_") for path in (BENCH / "ops").glob("gpu_*.py")}
+    table = (BENCH.parent / "docs" / "gpu.md").read_text()
+    assert not [piece.name for piece in pieces if f"`{piece.name}`" not in table]
+
+
 def test_a_piece_that_hangs_costs_its_limit_and_no_more(tmp_path):
     machine, end = rehearse({"smoke": Fate(HANGS)}, tmp_path)
     others = len(gpu_pieces.pieces(tmp_path)) - 2  # `once` runs beside the tests

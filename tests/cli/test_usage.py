@@ -46,7 +46,7 @@ def refused(capsys, *arguments):
         (["convert", "a", "b", "--rank", "x"], "int, got 'x'"),
         (["convert", "a", "b", "--rank", "3", "--energy", "0.5"], "got both"),
         (["convert", "a", "b", "--rank", "3", "--rows", "max_volume"], "beside --gauge"),
-        (["convert", "a", "b", "--gauge", "--calibration", "c"], "beside --rank"),
+        (["convert", "a", "b", "--gauge", "--calibration", "c"], "--calibration: expected beside a rewrite"),
         (["verify", "a", "b", "--pool", "max"], "mean"),
         (["pack", "a"], "OUT, got none"),
         (["pack", "a", "b", "--symbols", "2"], "exponent-and-mantissa"),

@@ -325,7 +325,7 @@ def test_memory_stays_within_the_cap(tmp_path):
 
 def test_kills_at_random_points(tmp_path):
     """SIGKILL at seeded moments; tests/codec/kills.py does the same to a directory of any size."""
-    sharded(tmp_path / "big", shards=6, rows=3000)
+    sharded(tmp_path / "big", shards=6, rows=800)
     script = Path(__file__).with_name("kills.py")
     command = [*python(), "-W", "ignore", script, tmp_path / "big", tmp_path / "out", "8", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -8,13 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny_directory
 from gaugekit import codec
 from gaugekit.cli import main
 from gaugekit.demo import page, running, speed, steps
-from tiny import add_tokenizer
 from tiny_directory import BIAS, LAYERS, SQUARE
 
 
@@ -25,16 +23,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory):
-    """A small Llama with random weights and a tokenizer of letters."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=192, max_position_embeddings=96,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    add_tokenizer(folder)
-    return folder
+    return tiny_directory.write_speaker(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="module")

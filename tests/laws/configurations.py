@@ -15,15 +15,14 @@ def representatives():
 
     Every type and mask, one and many chunks, one group and several, widths that fill a tile and that do not.
     """
-    yield "attention bfloat16 64, one chunk", {
-        "dtype": BF16, "key_width": 64, "width": 64, "terms": True, "rows": 100}  # fmt: skip
-    yield "attention float32 64", {"dtype": FP32, "key_width": 64, "width": 64}
+    yield "attention float32 32", {"dtype": FP32, "key_width": 32, "width": 32}
     yield "attention bfloat16 128, window", {"dtype": BF16, "key_width": 128, "width": 128, "window": 100}
-    yield "attention float16 32 64, every key", {"dtype": FP16, "key_width": 32, "width": 64, "causal": False}
+    yield "attention float16 32 64, every key, one chunk", {
+        "dtype": FP16, "key_width": 32, "width": 64, "causal": False, "terms": True, "rows": 100}  # fmt: skip
     yield "attention bfloat16 64 128, all terms, GQA, packed", {
         "dtype": BF16, "key_width": 64, "width": 128, "groups": 1, "packed": True, "terms": True}  # fmt: skip
     yield "energy bfloat16 64", {"dtype": BF16, "key_width": 64, "width": 64, "energy": True}
-    yield "energy float32 64", {"dtype": FP32, "key_width": 64, "width": 64, "energy": True, "causal": False}
+    yield "energy float32 32", {"dtype": FP32, "key_width": 32, "width": 32, "energy": True, "causal": False}
     yield "ragged bfloat16 64", {"dtype": BF16, "width": 64, "ranks": [13, 16]}
     yield "combine float32 64", {"dtype": FP32, "width": 64}
     yield "combine bfloat16 128, one chunk", {"dtype": BF16, "width": 128, "rows": 100}

@@ -19,17 +19,12 @@ import argparse
 import ast
 import contextlib
 import functools
-import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
 import json
 import multiprocessing
-import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -44,6 +39,8 @@ import configurations as configuration  # noqa: E402
 import spills  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
+
+import machine_code  # noqa: E402
 
 # Bytes of shared memory a program can have; from NVIDIA's tuning guides.
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -287,38 +284,7 @@ def compile_launch(line: str, arch: int) -> dict:
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
     row |= {"shared": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
-    return row | machine_code(compiled.asm["cubin"])
-
-
-def machine_code(cubin: bytes) -> dict:
-    """Registers, bytes of stack, spilling instructions and tensor-core products; the tools come with Triton.
-
-    What was read off a program once stands beside Triton's cache: its disassembly takes longer than all the rest.
-    """
-    import triton
-
-    known = Path(triton.knobs.cache.dir) / "machine_code" / f"{hashlib.sha256(cubin).hexdigest()}.json"
-    if known.is_file():
-        return json.loads(known.read_text())
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def ask(tool, option):
-            command = [tools / tool, option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        code, usage = ask("nvdisasm", "-c"), ask("cuobjdump", "-res-usage")
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    tensor_cores = len(re.findall(r"\bHGMMA\b", code))
-    row = {"registers": registers, "stack": stack, "spills": spills, "hgmma": tensor_cores}
-    known.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as file:
-        file.write(json.dumps(row))
-    os.replace(file.name, known)
-    return row
+    return row | machine_code.describe(compiled.asm["cubin"])
 
 
 def compile_all(lines: list[str], arch: int, jobs: int) -> Iterator[dict]:

@@ -186,8 +186,7 @@ def test_every_operator_has_gpu_cases_that_are_named_before_they_are_built(bench
 
 
 @pytest.mark.parametrize(
-    "op",
-    ["packed_linear", "rans", "shaped_combine", "ragged_attention", "nonlocal_energy", "shaped_attention"],
+    "op", sorted(path.stem.removeprefix("gpu_") for path in (BENCH / "ops").glob("gpu_*.py"))
 )
 def test_checks_of_gpu_cases_hold_for_the_compositions(bench, op):
     """The same checks on the CPU, where the operators' compositions answer; a wrong result does not pass them."""

@@ -1,6 +1,7 @@
 """Law 2: imports go down only, and ``import gaugekit`` stays light."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,12 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imports(path: Path):
+@functools.cache
+def imports(path: Path) -> list[tuple[int, str]]:
+    return list(_imports(path))
+
+
+def _imports(path: Path):
     """(line, module) of every import, relative ones made absolute; of names taken from a module, each that is one."""
     package = ("gaugekit", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):

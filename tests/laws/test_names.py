@@ -57,6 +57,26 @@ def test_no_folder_without_a_stem():
     assert folders == {*OPERATORS, *CODES}
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "python/gaugekit/ops").glob("*/cuda.py")), ids=lambda p: p.parent.name
+)
+def test_what_is_registered_for_cuda_is_imported(path):
+    """Nothing calls it but torch: unless the folder imports it, the composition answers on a GPU and nobody notices."""
+    imports = [
+        (node.module, alias.name)
+        for node in ast.parse((path.parent / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert (f"gaugekit.ops.{path.parent.name}", "cuda") in imports
+
+
+def test_every_operator_is_registered_by_an_import_of_ops():
+    tree = ast.parse((ROOT / "python" / "gaugekit" / "ops" / "__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.name for node in imports for alias in node.names} == {*OPERATORS, *CODES}
+
+
 @pytest.mark.parametrize("folder", ["reference", "cpu", "cuda", "triton"])
 def test_no_file_without_a_stem(folder):
     pattern = FOLDERS[folder]

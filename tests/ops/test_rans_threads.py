@@ -68,11 +68,11 @@ from gaugekit.codec import decode, encode, load_file, safe_open, save_file
 
 torch.set_num_threads(2)
 torch.mm(torch.ones(1024, 1024), torch.ones(1024, 1024))  # torch's own threads are there, too
-tensor, path = normal(1 << 21), sys.argv[1]
+tensor, path = normal(1 << 20), sys.argv[1]
 blob, fixed = encode(tensor), encode(tensor, layout="fixed")
-turned = tensor.view(64, 32, 1024).transpose(0, 1)
-save_file({{"w": tensor.view(2048, 1024)}}, path)
-file, weight = safe_open(path), gk.pack_weight(tensor.view(2048, 1024))
+turned = tensor.view(32, 32, 1024).transpose(0, 1)
+save_file({{"w": tensor.view(1024, 1024)}}, path)
+file, weight = safe_open(path), gk.pack_weight(tensor.view(1024, 1024))
 stop = threading.Event()
 
 
@@ -91,7 +91,7 @@ tasks = {{
     "strided": lambda: same(decode(encode(turned)), turned.clone()),
     "fixed": lambda: same(decode(encode(tensor, layout="fixed")), tensor) and same(decode(fixed), tensor),
     "open file": lambda: same(file.get_tensor("w"), tensor),
-    "slice": lambda: same(file.get_slice("w")[3:1000], tensor.view(2048, 1024)[3:1000]),
+    "slice": lambda: same(file.get_slice("w")[3:1000], tensor.view(1024, 1024)[3:1000]),
     "load": lambda: same(load_file(path)["w"], tensor),
     "packed": lambda: same(gk.unpack_weight(weight), tensor),
 }}

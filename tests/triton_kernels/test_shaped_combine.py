@@ -11,7 +11,7 @@ from gaugekit.triton_kernels import shaped_combine as kernels
 from gaugekit.triton_kernels import shaped_combine_launch as launch
 from gaugekit.triton_kernels.shaped_combine_backward import shaped_combine_backward
 from helpers import assert_accurate
-from triton_cases import DEVICE, DTYPES, GAINS, Case, per_group
+from triton_cases import DEVICE, GAINS, Case, in_dtypes, masks, per_group
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -93,34 +93,37 @@ def check(case: Case) -> None:
             assert_accurate(found.cpu(), exact[name], naive[name].to(found.dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+NARROW = {
+    "causal, two levels",
+    "every key",
+    "query_start, ragged, window",
+    "packed, window, GQA",
+    "width 256",
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(CASES, NARROW), ids=str)
 def test_output_and_gradients_match_float64(name, dtype):
     check(Case(dtype, **CASES[name]))
 
 
 @st.composite
-def masks(draw):
-    """Small shapes under any combination of the mask's arguments."""
-    causal, window = draw(st.booleans()), draw(st.one_of(st.none(), st.integers(1, 40)))
-    queries, keys = draw(st.integers(1, 24)), draw(st.integers(1, 24))
-    mask, batch = {"causal": causal, "window": window}, draw(st.integers(1, 2))
-    if draw(st.booleans()):
-        mask["query_start"] = lengths(*(draw(st.integers(-30, 30)) for _ in range(batch)))
-    if draw(st.booleans()):
-        mask["key_lengths"] = lengths(*(draw(st.integers(0, keys)) for _ in range(batch)))
+def cases(draw):
+    """Small shapes under any combination of the mask's arguments, or packed; several heads are in the cases above."""
+    sizes = draw(masks(24))
     if draw(st.integers(0, 3)) == 0:
-        cuts = sorted(draw(st.lists(st.integers(0, keys), max_size=3)))
-        mask = {"causal": causal, "window": window, "cu_seqlens": bounds(0, *cuts, keys)}
-        batch, queries = 1, keys
+        cuts = sorted(draw(st.lists(st.integers(0, sizes["keys"]), max_size=3)))
+        mask = {name: sizes["mask"][name] for name in ("causal", "window")}
+        mask["cu_seqlens"] = bounds(0, *cuts, sizes["keys"])
+        sizes |= {"mask": mask, "batch": 1, "queries": sizes["keys"]}
     gains = draw(st.sampled_from(["abgl", "bg", "g", "ag"]))
-    if not causal and queries != keys:
+    if not sizes["mask"]["causal"] and sizes["queries"] != sizes["keys"]:
         gains = "bg"
-    return Case(batch=batch, queries=queries, keys=keys, width=8, gains=gains, mask=mask)
+    return Case(heads=1, groups=1, width=8, gains=gains, **sizes)
 
 
 @settings(max_examples=16, deadline=None, derandomize=True, database=None)
-@given(masks())
+@given(cases())
 def test_any_mask(case):
     check(case)
 

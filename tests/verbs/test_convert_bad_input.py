@@ -103,6 +103,16 @@ def test_calibration(source, tmp_path):
         rewrites=[Asks()],
         calibration=tmp_path / "none.txt",
     )
+    (tmp_path / "text.txt").write_text("One sentence.")
+    for rewrites in ([], [GaugeFix()]):
+        text = tmp_path / "text.txt"
+        refused(
+            source,
+            tmp_path / "out",
+            "asks for statistics .*got it alone",
+            rewrites=rewrites,
+            calibration=text,
+        )
 
 
 def test_a_damaged_packed_file_is_named(source, tmp_path):

@@ -44,7 +44,9 @@ def convert(arguments: argparse.Namespace) -> Outcome:
     if goal is None and not arguments.gauge:
         raise UsageError("expected a rewrite (--gauge, --rank, --energy, --min-cosine, --slice), got none")
     if goal is None and arguments.calibration:
-        raise UsageError("--calibration: expected beside --rank, --energy or --min-cosine, got it alone")
+        from gaugekit.verbs.convert import NOBODY_ASKS
+
+        raise UsageError(f"--{NOBODY_ASKS}")
     if arguments.rows and not arguments.gauge:
         raise UsageError("--rows: expected beside --gauge, got it without")
     rows = arguments.rows or "max_volume"

@@ -111,6 +111,8 @@ def skeleton(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     settings = config(path)
     make = kind.from_config if kind is package.AutoModel else kind._from_config
     with _building, reading(path):
+        # accelerate.init_empty_weights would keep the buffers, but it exchanges torch.nn.Module.register_parameter for
+        # the whole process while it builds: a model that another thread makes meanwhile would come out empty, too.
         with torch.device("meta"):
             empty = make(settings, dtype=dtype).eval()
         # Buffers that no file holds (position ids, rotary frequencies) are made anew as from_pretrained makes them:

@@ -139,8 +139,10 @@ class GaugekitQuantizer(HfQuantizer):
             if not self.quantization_config.modules and self.packing is None:
                 del model.config.quantization_config
             step = AttentionStep(lam)
-            if reasons := step.apply(model):
-                raise ValueError(f"quantization_config: neutreno does not fit this model: {reasons[0]}")
+            if left := step.apply(model)["left"]:
+                raise ValueError(
+                    f"quantization_config: neutreno does not fit this model: {left[0]['reason']}"
+                )
             remember(model, [step])
         return model
 

@@ -15,6 +15,10 @@ from gaugekit.report import Report
 from gaugekit.rewrite import Calibration, Later, Rewrite, engine
 from gaugekit.verbs import wording
 
+NOBODY_ASKS = (
+    "calibration: expected beside a rewrite that asks for statistics (a rank or its goal), got it alone"
+)
+
 
 def convert(
     source: str | Path,
@@ -48,12 +52,17 @@ def convert(
     claim, removed {group: count, total}, ...arguments}], invariance_error (float64, the largest of any layer), seconds.
 
     Raises ValueError for a source that is missing, damaged, of an unknown family or already converted, an unknown dtype
-    name, a target that is not empty or lies inside the source (or holds it), a missing ``calibration``, or numbers that
-    do not fit ``dtype``; OSError where the disk is too small or does not take what is written.
+    name, a target that is not empty or lies inside the source (or holds it), a ``calibration`` that is missing or that
+    no rewrite asks for, or numbers that do not fit ``dtype``; OSError where the disk is too small or does not take what
+    is written.
     """
     checkpoint, stored = Checkpoint(source), None if dtype is None else floating(dtype)
     if calibration is not None and not Path(calibration).is_file():
         raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
+    if calibration is not None and not (
+        isinstance(rewrites, Later) or any(x.needs_statistics for x in rewrites)
+    ):
+        raise ValueError(NOBODY_ASKS)
 
     def statistics(modules: list[str], folder: Path) -> list[dict]:
         return collect(checkpoint, calibration, modules=modules, work_directory=folder)

@@ -78,7 +78,7 @@ def fuse(
     else:
         steps: list[Any] = [GaugeStep()] if gauge else []
         for step in steps:
-            step.apply(model, fields)
+            _apply(step, model, fields)
         if packed:
             _pack(model, fields)
         if attention:
@@ -116,17 +116,16 @@ class GaugeStep:
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
 
-    def apply(self, model: nn.Module, fields: dict) -> None:
-        """Replaces what can be replaced and says in ``fields`` what was, and what was left."""
+    def apply(self, model: nn.Module) -> dict[str, list]:
+        """Replaces what can be replaced, and returns what the report says: ``replaced``, ``rewritten``, ``left``."""
+        fields: dict[str, list] = {"replaced": [], "rewritten": [], "left": []}
         try:
             live = Live(model)
         except ValueError as reason:
-            fields["left"].append({"module": "", "reason": str(reason)})
-            return
+            return {"left": [{"module": "", "reason": str(reason)}]}
         if live.config.get("quantization_config"):
             method = live.config["quantization_config"].get("quant_method")
-            fields["left"].append({"module": "", "reason": f"its weights are stored as {method!r} already"})
-            return
+            return {"left": [{"module": "", "reason": f"its weights are stored as {method!r} already"}]}
         specs: dict[str, dict] = {}
         for layer in range(len(live)):
             try:
@@ -150,6 +149,7 @@ class GaugeStep:
                 "version": VERSION,
                 "modules": specs,
             }
+        return fields
 
     def changed(self, model: nn.Module) -> bool:
         """Whether there is anything to undo."""
@@ -179,6 +179,11 @@ def _replacements(live: Live, layer: int) -> tuple[dict[str, nn.Module], dict[st
     return originals, {path: _make(path, original, stored) for path, original in originals.items()}, stored
 
 
+def _apply(step: Any, model: nn.Module, fields: dict) -> None:
+    for name, entries in step.apply(model).items():
+        fields[name] += entries
+
+
 def _pack(model: nn.Module, fields: dict) -> None:
     done = resident.pack(model)
     fields["replaced"] += [{"module": path, "form": form} for path, form in done.packed.items()]
@@ -198,7 +203,7 @@ def _attend(model: nn.Module, lam, fields: dict) -> list[Any]:
     from gaugekit.hf.attention.step import AttentionStep
 
     step = AttentionStep(lam)
-    fields["left"] += [{"module": "", "reason": reason} for reason in step.apply(model)]
+    _apply(step, model, fields)
     return [step]
 
 

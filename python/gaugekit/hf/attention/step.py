@@ -24,8 +24,13 @@ class AttentionStep:
     shares: bool = False
     quantization_config: Any = None
 
-    def apply(self, model: nn.Module) -> list[str]:
-        """What stayed as it was, in words; ValueError where λ is not finite or not one a layer."""
+    def apply(self, model: nn.Module) -> dict[str, list]:
+        """Returns what the report says: ``left`` [{module, reason}], what stayed as it was. ValueError where λ is not
+        finite or not one a layer.
+        """
+        return {"left": [{"module": "", "reason": reason} for reason in self._apply(model)]}
+
+    def _apply(self, model: nn.Module) -> list[str]:
         if self.lam is not None:
             try:
                 neutreno.check(model.config)
