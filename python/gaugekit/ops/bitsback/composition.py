@@ -1,0 +1,78 @@
+"""What answers where there is no binary: the stack of tensors handed to reference/bitsback.py, one symbol at a time."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from gaugekit.reference import bitsback as reference
+
+
+def seed_words(count: int) -> np.ndarray:
+    """int16 [count]: the words of the seed as they lie on a stack, the first one on top."""
+    i = np.arange(count, dtype=np.uint64)[::-1] + np.uint64(1)
+    x = i * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ x >> np.uint64(31)) >> np.uint64(48)).astype(np.uint16).view(np.int16)
+
+
+@contextmanager
+def _opened(words: torch.Tensor, counters: torch.Tensor):
+    size, seeds, seeded, *states = counters.tolist()
+    pile = words[:size].numpy().view(np.uint16).tolist()
+    stack = reference.Stack(pile, states, seeds, bool(seeded))
+    yield stack
+    words[: len(stack.words)] = torch.from_numpy(np.array(stack.words, np.uint16).view(np.int16))
+    counters[:2] = torch.tensor([len(stack.words), stack.seeds])
+    counters[3:] = torch.tensor(stack.states)
+
+
+def push_uniform(words, counters, values, bits):
+    with _opened(words, counters) as stack:
+        stack.push_uniform(values.tolist(), [bits] * values.numel())
+
+
+def pop_uniform(words, counters, out, bits):
+    with _opened(words, counters) as stack:
+        out.copy_(torch.tensor(stack.pop_uniform([bits] * out.numel()), dtype=torch.int32))
+
+
+def push_symbols(words, counters, symbols, frequencies):
+    with _opened(words, counters) as stack:
+        stack.push_table(symbols.tolist(), frequencies.tolist())
+
+
+def pop_symbols(words, counters, out, frequencies):
+    table = frequencies.tolist()
+    if min(table) < 0 or sum(table) != reference.SLOTS:
+        raise RuntimeError("corrupt stack: frequencies do not sum to 4096")
+    with _opened(words, counters) as stack:
+        out.copy_(torch.tensor(stack.pop_table(out.numel(), table), dtype=torch.uint8))
+
+
+def _by_columns(integers: torch.Tensor, p: int, m: int) -> list[np.ndarray]:
+    lengths = [m - 1 - j for j in range(p)]
+    return np.split(integers.numpy().astype(np.int64), np.cumsum(lengths)[:-1]) if p else []
+
+
+def rotate(rows, integers, signs, bits, path=-1):
+    columns = _by_columns(integers, signs.numel(), rows.shape[1])
+    return torch.from_numpy(np.ascontiguousarray(reference.rotate(rows.numpy(), columns, signs.tolist(), bits)))
+
+
+def push_rotation(words, counters, rows, variance, integers, signs, bits, path=-1):
+    with _opened(words, counters) as stack:
+        columns = _by_columns(integers, *rows.shape)
+        matrix = np.ascontiguousarray(rows.numpy())
+        reference.correct(stack, matrix, variance.tolist(), columns, signs.tolist(), bits)
+
+
+def pop_rotation(words, counters, rows, variance, bits, path=-1):
+    with _opened(words, counters) as stack:
+        matrix = np.ascontiguousarray(rows.numpy())
+        columns, signs = reference.recover(stack, matrix, variance.tolist(), bits)
+    integers = np.concatenate([np.zeros(0, np.int64), *columns]).astype(np.int32)
+    return torch.from_numpy(integers), torch.tensor(signs, dtype=torch.int32)
