@@ -102,37 +102,108 @@ struct Table {
   }
 };
 
-void push_symbols(Tensor words, Tensor counters, const Tensor& symbols, const Tensor& frequencies) {
-  check_vector("symbols", symbols, ScalarType::Byte, -1);
-  const Table table(frequencies);
-  const uint8_t* from = data_of<uint8_t>(symbols);
-  for (int64_t i = 0; i < symbols.numel(); ++i)
-    STD_TORCH_CHECK(from[i] < table.frequency.size() && table.frequency[from[i]] > 0,
-                    "symbols: expected symbols whose frequency is not zero");
-  Open open(words, counters, symbols.numel());
-  Stack stack = open.stack;
-  stack.push(symbols.numel(), [&](int64_t i, uint32_t& x) {
-    stack.push_slots(x, table.start[from[i]], table.frequency[from[i]]);
-  });
-  open.stack = stack;
-  open.close();
+// How an element is coded: which bits are its symbol, the others being stored as they are.
+struct Kind {
+  int width, shift;  // bytes; bits below the symbol, the sign apart
+
+  explicit Kind(int64_t kind) : width(kind == 0 ? 1 : 2), shift(kind == 0 ? 0 : kind == 1 ? 10 : 7) {
+    STD_TORCH_CHECK(0 <= kind && kind <= 2, "kind: expected 0 (bytes), 1 (float16) or 2 (bfloat16)");
+  }
+  int plain() const { return width == 1 ? 0 : shift + 1; }
+  int64_t alphabet() const { return width == 1 ? 256 : int64_t(1) << (15 - shift); }
+};
+
+template <int shift>
+struct Halves {
+  uint16_t* data;
+  uint32_t symbol(int64_t i) const { return data[i] >> shift & ((1u << (15 - shift)) - 1); }
+  uint32_t plain(int64_t i) const { return (data[i] & ((1u << shift) - 1)) | uint32_t(data[i] >> 15) << shift; }
+  void set_symbol(int64_t i, uint32_t s) const { data[i] = uint16_t(s << shift); }
+  void set_plain(int64_t i, uint32_t v) const {
+    data[i] = uint16_t(data[i] | (v & ((1u << shift) - 1)) | (v >> shift) << 15);
+  }
+};
+
+struct Bytes {
+  uint8_t* data;
+  uint32_t symbol(int64_t i) const { return data[i]; }
+  uint32_t plain(int64_t) const { return 0; }
+  void set_symbol(int64_t i, uint32_t s) const { data[i] = uint8_t(s); }
+  void set_plain(int64_t, uint32_t) const {}
+};
+
+// body(elements, count) for the kind of the bytes in `data`.
+template <class Body>
+void with_elements(const Kind& kind, const Tensor& data, const Body& body) {
+  check_vector("data", data, ScalarType::Byte, -1);
+  STD_TORCH_CHECK(data.numel() % kind.width == 0, "data: expected whole elements");
+  const int64_t count = data.numel() / kind.width;
+  uint8_t* bytes = data_of<uint8_t>(data);
+  STD_TORCH_CHECK(kind.width == 1 || reinterpret_cast<uintptr_t>(bytes) % 2 == 0, "data: expected whole words");
+  uint16_t* halves = reinterpret_cast<uint16_t*>(bytes);
+  if (kind.width == 1) body(Bytes{bytes}, count);
+  else if (kind.shift == 10) body(Halves<10>{halves}, count);
+  else body(Halves<7>{halves}, count);
 }
 
-void pop_symbols(Tensor words, Tensor counters, Tensor out, const Tensor& frequencies) {
-  check_vector("out", out, ScalarType::Byte, -1);
-  const Table table(frequencies);
-  Open open(words, counters, 0);
-  Stack stack = open.stack;
-  uint8_t* to = data_of<uint8_t>(out);
-  const uint32_t *start = table.start.data(), *frequency = table.frequency.data();
-  const uint16_t* symbol = table.symbol.data();
-  stack.pop(out.numel(), [&](int64_t i, uint32_t& x) {
-    const uint32_t slot = x & (kSlots - 1), s = symbol[slot];
-    x = frequency[s] * (x >> kTableBits) + slot - start[s];
-    to[i] = uint8_t(s);
+Tensor histogram(const Tensor& data, int64_t kind_id) {
+  const Kind kind(kind_id);
+  const Tensor out = torch::stable::empty({kind.alphabet()}, ScalarType::Long);
+  int64_t* counts = data_of<int64_t>(out);
+  std::fill(counts, counts + kind.alphabet(), 0);
+  with_elements(kind, data, [&](const auto& elements, int64_t count) {
+    std::vector<int64_t> four(4 * kind.alphabet());  // neighbours are often alike: not one counter after itself
+    for (int64_t i = 0; i < count; ++i) ++four[(i & 3) * kind.alphabet() + elements.symbol(i)];
+    for (int64_t i = 0; i < int64_t(four.size()); ++i) counts[i % kind.alphabet()] += four[i];
   });
-  open.stack = stack;
-  open.close();
+  return out;
+}
+
+void push_weights(Tensor words, Tensor counters, const Tensor& data, const Tensor& frequencies,
+                  int64_t kind_id) {
+  const Kind kind(kind_id);
+  const Table table(frequencies);
+  with_elements(kind, data, [&](const auto& elements, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t s = elements.symbol(i);
+      STD_TORCH_CHECK(s < table.frequency.size() && table.frequency[s] > 0,
+                      "data: expected symbols whose frequency is not zero");
+    }
+    Open open(words, counters, 2 * count);
+    Stack stack = open.stack;
+    const int plain = kind.plain();
+    if (plain)
+      stack.push(count, [&](int64_t i, uint32_t& x) { stack.push_uniform(x, elements.plain(i), plain); });
+    const uint32_t *start = table.start.data(), *frequency = table.frequency.data();
+    stack.push(count, [&](int64_t i, uint32_t& x) {
+      const uint32_t s = elements.symbol(i);
+      stack.push_slots(x, start[s], frequency[s]);
+    });
+    open.stack = stack;
+    open.close();
+  });
+}
+
+void pop_weights(Tensor words, Tensor counters, Tensor out, const Tensor& frequencies, int64_t kind_id) {
+  const Kind kind(kind_id);
+  const Table table(frequencies);
+  STD_TORCH_CHECK(int64_t(table.frequency.size()) <= kind.alphabet(), "frequencies: expected fewer symbols");
+  with_elements(kind, out, [&](const auto& elements, int64_t count) {
+    Open open(words, counters, 0);
+    Stack stack = open.stack;
+    const uint32_t *start = table.start.data(), *frequency = table.frequency.data();
+    const uint16_t* symbol = table.symbol.data();
+    stack.pop(count, [&](int64_t i, uint32_t& x) {
+      const uint32_t slot = x & (kSlots - 1), s = symbol[slot];
+      x = frequency[s] * (x >> kTableBits) + slot - start[s];
+      elements.set_symbol(i, s);
+    });
+    const int plain = kind.plain();
+    if (plain)
+      stack.pop(count, [&](int64_t i, uint32_t& x) { elements.set_plain(i, Stack::pop_uniform(x, plain)); });
+    open.stack = stack;
+    open.close();
+  });
 }
 
 qr::Machine machine_of(int64_t path) {
@@ -208,8 +279,9 @@ std::tuple<Tensor, Tensor> pop_rotation(Tensor words, Tensor counters, const Ten
 STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) {
   m.impl("bitsback_push_uniform", TORCH_BOX(&gaugekit::bitsback::push_uniform));
   m.impl("bitsback_pop_uniform", TORCH_BOX(&gaugekit::bitsback::pop_uniform));
-  m.impl("bitsback_push_symbols", TORCH_BOX(&gaugekit::bitsback::push_symbols));
-  m.impl("bitsback_pop_symbols", TORCH_BOX(&gaugekit::bitsback::pop_symbols));
+  m.impl("bitsback_histogram", TORCH_BOX(&gaugekit::bitsback::histogram));
+  m.impl("bitsback_push_weights", TORCH_BOX(&gaugekit::bitsback::push_weights));
+  m.impl("bitsback_pop_weights", TORCH_BOX(&gaugekit::bitsback::pop_weights));
   m.impl("bitsback_rotate", TORCH_BOX(&gaugekit::bitsback::rotate));
   m.impl("bitsback_push_rotation", TORCH_BOX(&gaugekit::bitsback::push_rotation));
   m.impl("bitsback_pop_rotation", TORCH_BOX(&gaugekit::bitsback::pop_rotation));

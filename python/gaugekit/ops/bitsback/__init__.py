@@ -1,5 +1,5 @@
 """Rotations popped from and pushed to a coder's stack."""
 
-from gaugekit.ops.bitsback.operator import CorruptStack, Stack, rotate
+from gaugekit.ops.bitsback.operator import Stack, rotate
 
-__all__ = ["CorruptStack", "Stack", "rotate"]
+__all__ = ["Stack", "rotate"]

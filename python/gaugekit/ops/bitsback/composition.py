@@ -40,17 +40,40 @@ def pop_uniform(words, counters, out, bits):
         out.copy_(torch.tensor(stack.pop_uniform([bits] * out.numel()), dtype=torch.int32))
 
 
-def push_symbols(words, counters, symbols, frequencies):
+def _symbols(data: torch.Tensor, kind: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(symbols, other bits, how many) of elements as bytes."""
+    if kind == 0:
+        return data.numpy(), np.zeros(data.numel(), np.int64), 0
+    shift = {1: 10, 2: 7}[kind]
+    bits = data.numpy().view(np.uint16).astype(np.int64)
+    below = (1 << shift) - 1
+    return bits >> shift & ((1 << (15 - shift)) - 1), bits & below | bits >> 15 << shift, shift + 1
+
+
+def histogram(data, kind):
+    alphabet = 32 if kind == 1 else 256
+    return torch.from_numpy(np.bincount(_symbols(data, kind)[0], minlength=alphabet).astype(np.int64))
+
+
+def push_weights(words, counters, data, frequencies, kind):
+    symbols, others, bits = _symbols(data, kind)
     with _opened(words, counters) as stack:
+        stack.push_uniform(others.tolist(), [bits] * len(symbols))
         stack.push_table(symbols.tolist(), frequencies.tolist())
 
 
-def pop_symbols(words, counters, out, frequencies):
+def pop_weights(words, counters, out, frequencies, kind):
     table = frequencies.tolist()
     if min(table) < 0 or sum(table) != reference.SLOTS:
         raise RuntimeError("corrupt stack: frequencies do not sum to 4096")
+    shift = {0: 0, 1: 10, 2: 7}[kind]
     with _opened(words, counters) as stack:
-        out.copy_(torch.tensor(stack.pop_table(out.numel(), table), dtype=torch.uint8))
+        count = out.numel() // (2 if kind else 1)
+        symbols = np.array(stack.pop_table(count, table), np.int64)
+        others = np.array(stack.pop_uniform([shift + 1 if kind else 0] * count), np.int64)
+    bits = symbols << shift | others & ((1 << shift) - 1) | others >> shift << 15
+    values = bits.astype(np.uint16 if kind else np.uint8).view(np.uint8)
+    out.copy_(torch.from_numpy(values))
 
 
 def _by_columns(integers: torch.Tensor, p: int, m: int) -> list[np.ndarray]:

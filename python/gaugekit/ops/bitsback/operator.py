@@ -13,15 +13,15 @@ import torch
 
 from gaugekit import _library
 from gaugekit.ops.bitsback import composition
-from gaugekit.reference.bitsback import CODERS, SLOTS, TABLE_BITS, first_state
+from gaugekit.ops.rans.operator import CorruptFile
+from gaugekit.reference.bitsback import CODERS, SLOTS, first_state
 
 STACK = "Tensor(a!) words, Tensor(b!) counters"
 CORRUPT = "corrupt stack: "
 HEAD = 3
-
-
-class CorruptStack(ValueError):
-    """A stack that does not hold what is asked of it: damage."""
+# how a dtype is coded -> the number of that; the symbols it then has
+KINDS = {torch.uint8: 0, torch.int8: 0, torch.float16: 1, torch.bfloat16: 2}
+ALPHABETS = {0: 256, 1: 32, 2: 256}
 
 
 def _nothing(*arguments):
@@ -37,8 +37,13 @@ def _fake_pop_rotation(words, counters, rows, variance, bits, path=-1):
 for _name, _schema, _fake in (
     ("push_uniform", f"{STACK}, Tensor values, int bits) -> ()", _nothing),
     ("pop_uniform", f"{STACK}, Tensor(c!) out, int bits) -> ()", _nothing),
-    ("push_symbols", f"{STACK}, Tensor symbols, Tensor frequencies) -> ()", _nothing),
-    ("pop_symbols", f"{STACK}, Tensor(c!) out, Tensor frequencies) -> ()", _nothing),
+    (
+        "histogram",
+        "Tensor data, int kind) -> Tensor",
+        lambda data, kind: data.new_empty((ALPHABETS[kind],), dtype=torch.int64),
+    ),
+    ("push_weights", f"{STACK}, Tensor data, Tensor frequencies, int kind) -> ()", _nothing),
+    ("pop_weights", f"{STACK}, Tensor(c!) out, Tensor frequencies, int kind) -> ()", _nothing),
     (
         "rotate",
         "Tensor rows, Tensor integers, Tensor signs, int bits, int path=-1) -> Tensor",
@@ -58,6 +63,10 @@ for _name, _schema, _fake in (
     _library.define(f"bitsback_{_name}({_schema}", getattr(composition, _name), _fake)
 
 
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
 def _checked(operator, *arguments):
     try:
         return operator(*arguments)
@@ -65,7 +74,7 @@ def _checked(operator, *arguments):
         _, prefix, sentence = str(error).partition(CORRUPT)
         if not prefix:
             raise
-        raise CorruptStack(sentence.splitlines()[0]) from None
+        raise CorruptFile("not a sound stack: " + sentence.splitlines()[0]) from None
 
 
 def integers_of(rows: int, dimension: int) -> int:
@@ -130,19 +139,23 @@ class Stack:
         torch.ops.gaugekit.bitsback_push_uniform(self.words, self.counters, values.contiguous().view(-1), bits)
 
     def pop_uniform(self, count: int, bits: int) -> torch.Tensor:
-        """int32 [count] below 2^bits; CorruptStack."""
+        """int32 [count] below 2^bits; CorruptFile."""
         out = torch.empty(count, dtype=torch.int32)
         _checked(torch.ops.gaugekit.bitsback_pop_uniform, self.words, self.counters, out, bits)
         return out
 
-    def push_symbols(self, symbols: torch.Tensor, frequencies: torch.Tensor) -> None:
-        """uint8 ``symbols`` by a table: int32 ``frequencies``, which sum to 4096."""
-        self._room(symbols.numel())
-        torch.ops.gaugekit.bitsback_push_symbols(self.words, self.counters, symbols.view(-1), frequencies)
+    def push_weights(self, weights: torch.Tensor, frequencies: torch.Tensor) -> None:
+        """A tensor of one of ``KINDS``' dtypes: exponents (of one byte each, all of it) by a table of int32
+        ``frequencies`` that sum to 4096, the other bits as they are.
+        """
+        self._room(2 * weights.numel())
+        data, kind = _as_bytes(weights), KINDS[weights.dtype]
+        torch.ops.gaugekit.bitsback_push_weights(self.words, self.counters, data, frequencies, kind)
 
-    def pop_symbols(self, out: torch.Tensor, frequencies: torch.Tensor) -> None:
-        """Into uint8 ``out``; CorruptStack."""
-        _checked(torch.ops.gaugekit.bitsback_pop_symbols, self.words, self.counters, out.view(-1), frequencies)
+    def pop_weights(self, out: torch.Tensor, frequencies: torch.Tensor) -> None:
+        """Into contiguous ``out`` of one of ``KINDS``' dtypes; CorruptFile."""
+        data, kind = _as_bytes(out), KINDS[out.dtype]
+        _checked(torch.ops.gaugekit.bitsback_pop_weights, self.words, self.counters, data, frequencies, kind)
 
     def pop_random_rotation(self, rows: int, dimension: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(integers, signs) of a rotation drawn from what the stack holds: uniform if that is."""
@@ -164,7 +177,7 @@ class Stack:
         )
 
     def recover_rotation(self, rows, variance, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(integers, signs) of the rotation in the stored ``rows``; pops its corrections; CorruptStack."""
+        """(integers, signs) of the rotation in the stored ``rows``; pops its corrections; CorruptFile."""
         return _checked(
             torch.ops.gaugekit.bitsback_pop_rotation, self.words, self.counters, rows, variance, bits, self.path
         )
@@ -175,18 +188,19 @@ def rotate(rows: torch.Tensor, integers: torch.Tensor, signs: torch.Tensor, bits
     return torch.ops.gaugekit.bitsback_rotate(rows, integers, signs, bits, path)
 
 
-def frequencies_of(symbols: torch.Tensor, alphabet: int, most: int) -> torch.Tensor:
-    """int32 [alphabet] that sum to 4096: as the ``symbols`` uint8 have it, none above ``most``, each one used ≥ 1."""
-    counts = np.bincount(symbols.view(-1).numpy(), minlength=alphabet)[:alphabet]
+def frequencies_of(weights: torch.Tensor, most: int = SLOTS - 256) -> torch.Tensor:
+    """int32 frequencies that sum to 4096, as ``weights`` has its symbols; none is above ``most``, so that a number of
+    weights is never coded in next to no bits.
+    """
+    counts = torch.ops.gaugekit.bitsback_histogram(_as_bytes(weights), KINDS[weights.dtype]).numpy()
     if (counts > 0).sum() < 2:  # a second symbol takes what the first may not have
         counts[int(counts[0] > 0)] += 1
-    scaled = counts * (SLOTS / counts.sum())
-    frequencies = np.where(counts > 0, np.clip(np.floor(scaled), 1, most), 0).astype(np.int64)
-    while (rest := SLOTS - int(frequencies.sum())) != 0:
+    used = counts > 0
+    frequencies = np.where(used, np.clip(counts * (SLOTS / max(1, counts.sum())), 1, most), 0).astype(np.int64)
+    while rest := SLOTS - int(frequencies.sum()):
         if rest > 0:  # to where one more gains most
-            best = np.where((counts > 0) & (frequencies < most), counts / (frequencies + 0.5), -1.0)
+            gain = np.where(used & (frequencies < most), counts / (frequencies + 0.5), -1.0)
         else:
-            best = np.where(frequencies > 1, -counts / np.maximum(frequencies - 0.5, 0.5), -np.inf)
-        frequencies[int(best.argmax())] += 1 if rest > 0 else -1
-    assert frequencies.sum() == 1 << TABLE_BITS
+            gain = np.where(frequencies > 1, -counts / (frequencies - 0.5), -np.inf)
+        frequencies[int(gain.argmax())] += 1 if rest > 0 else -1
     return torch.from_numpy(frequencies.astype(np.int32))
