@@ -237,7 +237,7 @@ Tensor rotate(const Tensor& rows, const Tensor& values, const Tensor& signs, int
   std::vector<double> matrix(p * m);
   qr::Reflectors reflectors(matrix.data(), p, m);
   make_reflectors(reflectors, integers, machine.isa);
-  qr::apply(reflectors, true, data_of<double>(out), out.size(0), machine);
+  apply_transposed(reflectors, false, data_of<double>(out), out.size(0), machine);
   return out;
 }
 

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> canonical_qr(const Tensor& matrix, int64_t path) {
   double* columns = static_cast<double*>(q.mutable_data_ptr());
   std::fill(columns, columns + n * m, 0.0);
   for (int64_t i = 0; i < n; ++i) columns[i * m + i] = 1.0;
-  qr::apply(reflectors, true, columns, n, machine);
+  apply_transposed(reflectors, true, columns, n, machine);
   return {torch::stable::transpose(q, 0, 1), r};
 }
 

@@ -26,6 +26,12 @@ GAUGEKIT_INLINE Doubles<W> fma(Doubles<W> a, Doubles<W> b, Doubles<W> c) {
   return r;
 }
 
+// Less zero, which changes no bit: plus zero would be an addition.
+template <int W>
+GAUGEKIT_INLINE Doubles<W> all(double value) {
+  return value - Doubles<W>{};
+}
+
 template <int W>
 GAUGEKIT_INLINE Doubles<W> load(const double* from) {
   Doubles<W> r;
@@ -72,7 +78,7 @@ GAUGEKIT_INLINE void reflect(const double* u, double tau, double* rows, int64_t 
     const Doubles<W> part = load<W>(u + k);
     for (int r = 0; r < R; ++r) {
       double* row = rows + r * stride + k;
-      store<W>(row, fma<W>(splat<double, W>(sums[r]), part, load<W>(row)));
+      store<W>(row, fma<W>(all<W>(sums[r]), part, load<W>(row)));
     }
   }
   for (; k < n; ++k)
@@ -101,7 +107,7 @@ GAUGEKIT_INLINE void tile(const double* a, int64_t a_stride, const double* b, do
     for (int p = 0; p < parts; ++p) column[p] = load<W>(b + kLanes * k + p * W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Doubles<W> factor = splat<double, W>(a[r * a_stride + k]);
+      const Doubles<W> factor = all<W>(a[r * a_stride + k]);
 #pragma GCC unroll 16
       for (int p = 0; p < parts; ++p) sums[r][p] = fma<W>(factor, column[p], sums[r][p]);
     }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "common/turns.h"
@@ -31,11 +32,28 @@ struct Reflectors {
   double* row(int64_t j) const { return matrix + j * m; }
 };
 
+// Doubles that begin with a line of the cache, zero at first.
+class Lines {
+ public:
+  void assign(int64_t count) {
+    storage_.assign(count + 8, 0.0);
+    void* place = storage_.data();
+    size_t space = storage_.size() * sizeof(double);
+    data_ = static_cast<double*>(std::align(64, count * sizeof(double), place, space));
+  }
+  double* data() { return data_; }
+  const double* data() const { return data_; }
+
+ private:
+  std::vector<double> storage_;
+  double* data_ = nullptr;
+};
+
 // The reflectors j0 to j0 + b - 1 as I − V T Vᵀ, of the columns from j0 on, in the layouts that tiles take.
 struct Panel {
   int64_t first, b, width;            // width of V: m − first
-  int64_t padded;                     // to whole tiles
-  std::vector<double> down, across, t;  // V as [b/8][width][8]; Vᵀ as [width/8][b][8]; T or Tᵀ as [b/8][64][8]
+  int64_t padded;          // to whole tiles
+  Lines down, across, t;   // V as [b/8][width][8]; Vᵀ as [width/8][b][8]; T or Tᵀ as [b/8][64][8]
 };
 
 // --- what is compiled for each instruction set ---
@@ -116,7 +134,7 @@ inline void fill_panel(Panel& panel, const Reflectors& of, int64_t first, bool b
   std::vector<double> v(b * panel.padded, 0.0);  // the u's, zero before their own column
   for (int64_t i = 0; i < b; ++i)
     std::copy(of.row(first + i) + first + i, of.row(first + i) + of.m, v.begin() + i * panel.padded + i);
-  panel.down.assign(b8 * width, 0.0), panel.across.assign(panel.padded * b8, 0.0);
+  panel.down.assign(b8 * width), panel.across.assign(panel.padded * b8);
   for (int64_t i = 0; i < b; ++i) {
     const double* u = v.data() + i * panel.padded;
     double* down = panel.down.data() + i / 8 * 8 * width + i % 8;
@@ -124,7 +142,7 @@ inline void fill_panel(Panel& panel, const Reflectors& of, int64_t first, bool b
   }
   for (int64_t k = 0; k < panel.padded; k += 8)
     for (int64_t i = 0; i < b; ++i)
-      std::memcpy(&panel.across[k * b8 + i * 8], &v[i * panel.padded + k], 8 * sizeof(double));
+      std::memcpy(panel.across.data() + k * b8 + i * 8, &v[i * panel.padded + k], 8 * sizeof(double));
   double t[kPanel][kPanel] = {}, dot[kPanel];
   for (int64_t i = 0; i < b; ++i) {
     const double tau = of.tau[first + i];
@@ -137,10 +155,10 @@ inline void fill_panel(Panel& panel, const Reflectors& of, int64_t first, bool b
     }
     t[i][i] = tau;
   }
-  panel.t.assign(b8 * kPanel, 0.0);
+  panel.t.assign(b8 * kPanel);
   for (int64_t r = 0; r < b; ++r)
     for (int64_t i = 0; i < b; ++i)
-      panel.t[i / 8 * 8 * kPanel + r * 8 + i % 8] = backwards ? t[i][r] : t[r][i];
+      panel.t.data()[i / 8 * 8 * kPanel + r * 8 + i % 8] = backwards ? t[i][r] : t[r][i];
 }
 
 // Turns the unit vector v in row[0, len) into the u of its reflector; returns s, sets tau.
@@ -173,22 +191,19 @@ void factor(Reflectors& of, const Machine& machine, Direction&& direction) {
   }
 }
 
-// rows ← rows Q, or with `transposed` rows Qᵀ, of `count` rows with of.m columns each.
-inline void apply(const Reflectors& of, bool transposed, double* rows, int64_t count, const Machine& machine) {
-  const auto scale = [&] {
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t i = 0; i < of.m; ++i) rows[r * of.m + i] *= of.sign[std::min(i, of.n - 1)];
-  };
+// rows ← rows Qᵀ, of `count` rows with of.m columns each; `identity` says that they are the first rows of I:
+// until a panel comes to a row, it has nothing from that panel's first column on.
+inline void apply_transposed(const Reflectors& of, bool identity, double* rows, int64_t count,
+                             const Machine& machine) {
   if (of.n == 0) return;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < of.m; ++i) rows[r * of.m + i] *= of.sign[std::min(i, of.n - 1)];
   Panel panel;
-  if (transposed) scale();
-  const int64_t panels = (of.n + kPanel - 1) / kPanel;
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t first = (transposed ? panels - 1 - i : i) * kPanel;
-    fill_panel(panel, of, first, transposed, machine.isa);
-    machine.update(panel, rows + first, of.m, count);
+  for (int64_t first = (of.n - 1) / kPanel * kPanel; first >= 0; first -= kPanel) {
+    fill_panel(panel, of, first, true, machine.isa);
+    const int64_t skipped = identity ? std::min(first, count) : 0;
+    machine.update(panel, rows + skipped * of.m + first, of.m, count - skipped);
   }
-  if (!transposed) scale();
 }
 
 }  // namespace gaugekit::qr

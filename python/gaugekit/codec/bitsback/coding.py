@@ -84,7 +84,8 @@ def _encode_group(
     stack: Stack, group: Group, couplings: list[Coupling], gauges: dict[int, torch.Tensor], path: int
 ) -> tuple[dict, torch.Tensor, GroupReport]:
     rows, q = _reference_gauge(group, path)
-    count, bits = rows.numel(), max(BITS[part.dtype] for part in group.parts)
+    largest = max(group.parts, key=lambda part: part.weight.numel()).dtype
+    count, bits = rows.numel(), BITS[largest]
     marks, seeds = [stack.bits], stack.seeds
     integers, signs = stack.pop_random_rotation(count, group.dimension, bits)
     marks.append(stack.bits)
@@ -109,7 +110,7 @@ def _encode_group(
     marks.append(stack.bits)
     sizes = [b - a for a, b in zip(marks[:-1], marks[1:], strict=True)]
     free = integers_of(count, group.dimension)
-    nominal = free * max(part.dtype.itemsize for part in group.parts) * 8
+    nominal = free * largest.itemsize * 8
     report = GroupReport(group.dimension, free, nominal, -sizes[0], *sizes[1:3], 16 * (stack.seeds - seeds), sizes[3])
     entry = {"dimension": group.dimension, "bits": bits, "pivots": count, "choice": choice}
     return entry | {"parts": parts, "couplings": between}, gauge, report
