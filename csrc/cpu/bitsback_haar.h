@@ -72,10 +72,12 @@ GAUGEKIT_INLINE double log_one_plus(double w) {
 inline const std::array<double, kCells + 2>& normal_grid() {
   static const std::array<double, kCells + 2> grid = [] {
     std::array<double, kCells + 2> sums{};
-    const auto density = [](double z) { return 0.3989422804014327 * exp_minus(z * z * 0.5); };
+    constexpr double peak = 0.3989422804014327;
+    const auto shape = [](double z) { return exp_minus(z * z * 0.5); };
     for (int i = 0; i <= kCells; ++i) {
       const double a = double(i) / kGrid, middle = (i + 0.5) / kGrid, b = double(i + 1) / kGrid;
-      const double simpson = __builtin_fma(4.0, density(middle), density(a) + density(b));
+      const double ends = __builtin_fma(peak, shape(a), peak * shape(b));
+      const double simpson = __builtin_fma(4.0 * peak, shape(middle), ends);
       sums[i + 1] = __builtin_fma(simpson, 1.0 / (6 * kGrid), sums[i]);
     }
     return sums;
@@ -190,7 +192,7 @@ inline void square_suffixes(const double* x, int64_t n, double* left) {
 inline double level_of(double variance, double square, int64_t n, int bits) {
   const double relative = variance * double(n) / (square > 1e-290 ? square : 1e-290);
   const double bounded = relative > 0x1p-60 ? (relative < 0x1p20 ? relative : 0x1p20) : 0x1p-60;
-  const double log = log_one_plus(bounded * 0x1p60 - 1.0) * 1.4426950408889634 - 60;
+  const double log = __builtin_fma(log_one_plus(bounded * 0x1p60 - 1.0), 1.4426950408889634, -60.0);
   return 2 * log + 4 * (bits - 1.3257480647361593 + kClassOffset) + 0.5;
 }
 

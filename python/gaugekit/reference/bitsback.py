@@ -137,12 +137,12 @@ def log_one_plus(w: np.ndarray) -> np.ndarray:
 def normal_grid() -> np.ndarray:
     """The normal distribution function less 1/2 at z = i / GRID, by Simpson's rule."""
 
-    def density(z):
-        return 0.3989422804014327 * exp_minus(z * z * 0.5)
+    def shape(z):
+        return exp_minus(z * z * 0.5)
 
-    i = np.arange(CELLS + 1)
-    ends = density(i / GRID) + density((i + 1) / GRID)
-    cells = fma(4.0, density((i + 0.5) / GRID), ends)
+    i, peak = np.arange(CELLS + 1), 0.3989422804014327
+    ends = fma(peak, shape(i / GRID), peak * shape((i + 1) / GRID))
+    cells = fma(4.0 * peak, shape((i + 0.5) / GRID), ends)
     grid = [0.0]
     for cell in cells.tolist():
         grid.append(fma_of(cell, 1.0 / (6 * GRID), grid[-1]))
@@ -195,7 +195,7 @@ def to_integers(x: np.ndarray, sign: float, bits: int, variance: float) -> tuple
     h = np.minimum(u, half - 1).astype(np.int64)
     integers = np.where(sign * x[:-1] > 0, half + h, half - 1 - h)
     relative = min(max(variance * n / max(left[0], 1e-290), 2.0**-60), 2.0**20)
-    log = log_one_plus(np.array([relative * 2.0**60 - 1.0]))[0] * 1.4426950408889634 - 60
+    log = fma_of(float(log_one_plus(np.array([relative * 2.0**60 - 1.0]))[0]), 1.4426950408889634, -60.0)
     level = 2 * log + 4 * (bits - 1.3257480647361593 + CLASS_OFFSET) + 0.5
     classes = np.clip(fma(-2.8853900817779268, square, level), 0, CLASSES - 1).astype(np.int64)
     return integers, classes, int(sign * x[-1] > 0)
