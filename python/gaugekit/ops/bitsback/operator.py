@@ -121,11 +121,9 @@ class Stack:
 
     def holds_the_seed(self, seeds: int) -> bool:
         """Whether nothing lies here but the ``seeds`` words taken of the seed, as they were."""
-        other = Stack()
-        other._room(seeds)
-        expected = composition.seed_words(seeds)
-        same = torch.equal(self.words[: self.size], torch.from_numpy(expected.copy()))
-        return self.size == seeds and same and torch.equal(self.states, other.states)
+        if self.size != seeds or not torch.equal(self.states, Stack().states):
+            return False
+        return torch.equal(self.words[:seeds], torch.from_numpy(composition.seed_words(seeds)))
 
     def _room(self, words: int) -> None:
         if self.size + words > self.words.numel():
