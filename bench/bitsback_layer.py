@@ -1,4 +1,4 @@
-"""Bits-back at the shapes of a sliced OPT-6.7B: one layer's two groups, coded and decoded once, and what 32 layers take.
+"""Bits-back at the shapes of a sliced OPT-6.7B: a layer's two groups, coded and decoded once, and what 32 take.
 
     python bench/bitsback_layer.py                  # D = 3,272 of 4,096 (20 % sliced): some five minutes on two cores
     python bench/bitsback_layer.py --divide 8       # every shape an eighth
@@ -24,7 +24,10 @@ from gaugekit.codec.bitsback import Coupling, Group, Part, decode, encode
 from run import commit, machine
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "bits_back_eigen.py"
-MODELS = {"opt-6.7b": (4096, 16384, 1, 32), "llama-2-7b": (4096, 11008, 2, 32)}  # width, MLP, matrices in, layers
+MODELS = {
+    "opt-6.7b": (4096, 16384, 1, 32),
+    "llama-2-7b": (4096, 11008, 2, 32),
+}  # width, MLP, matrices in, layers
 
 
 def clocked(call):
@@ -42,8 +45,14 @@ def groups_of(width: int, hidden: int, matrices_in: int, dimension: int, dtype: 
         lengths = 0.02 * torch.exp(0.3 * torch.randn(rows, 1, generator=generator))
         return torch.randn(rows, dimension, generator=generator).mul_(lengths)
 
-    attention = [Part("down", weight(hidden), dtype, 0), *(Part(name, weight(width), dtype) for name in "qkv")]
-    mlp = [Part("o", weight(width), dtype, 0), *(Part(f"in{i}", weight(hidden), dtype) for i in range(matrices_in))]
+    attention = [
+        Part("down", weight(hidden), dtype, 0),
+        *(Part(name, weight(width), dtype) for name in "qkv"),
+    ]
+    mlp = [
+        Part("o", weight(width), dtype, 0),
+        *(Part(f"in{i}", weight(hidden), dtype) for i in range(matrices_in)),
+    ]
     shortcut = torch.randn(dimension, dimension, generator=generator) / dimension**0.5
     return [Group(dimension, attention), Group(dimension, mlp)], [Coupling("shortcut", 0, 1, shortcut, dtype)]
 
@@ -69,10 +78,14 @@ def published(weight: torch.Tensor) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="opt-6.7b")
-    parser.add_argument("--slice", type=float, default=0.2, help="fraction of the width that is sliced away (0.2)")
+    parser.add_argument(
+        "--slice", type=float, default=0.2, help="fraction of the width that is sliced away (0.2)"
+    )
     parser.add_argument("--divide", type=int, default=1, help="divide every shape by this")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "int8"), default="float16")
-    parser.add_argument("--published", action="store_true", help="time the published scheme on the second group too")
+    parser.add_argument(
+        "--published", action="store_true", help="time the published scheme on the second group too"
+    )
     arguments = parser.parse_args()
     width, hidden, matrices_in, layers = MODELS[arguments.model]
     width, hidden = width // arguments.divide, hidden // arguments.divide
@@ -83,7 +96,6 @@ def main():
 
     (payload, report), encoding, encoding_own = clocked(lambda: encode(groups, others, couplings))
     rival = published(groups[1].parts[-1].weight) if arguments.published else None
-    del groups, couplings
     tensors, decoding, decoding_own = clocked(lambda: decode(payload))
     assert torch.equal(tensors["before"], others["before"]), "the message is not what it was"
     # of a layer, which has a shortcut into its other group too
@@ -105,7 +117,10 @@ def main():
             "decode_processor_s": decoding_own,
         },
         "model_minutes": {"encode": layers * encoding / 60, "decode": layers * decoding / 60},
-        "model_processor_minutes": {"encode": layers * encoding_own / 60, "decode": layers * decoding_own / 60},
+        "model_processor_minutes": {
+            "encode": layers * encoding_own / 60,
+            "decode": layers * decoding_own / 60,
+        },
         "saved_of_sliced": sum(g.realised_bits for g in report.groups) / (8 * weights),
         "published_on_the_last_matrix": rival,
     }

@@ -89,8 +89,8 @@ def main():
     intact = torch.equal(tensors["message"].view(torch.int16), message.repeat(2).view(torch.int16))
     (result,) = report.groups
     print(
-        f"by integers: takes {result.popped_bits / dof:.1f} bits an angle, gives back {result.corrections_bits / dof:.1f} "
-        f"as corrections, nets {result.realised_bits / dof:.2f}; the message is "
+        f"by integers: takes {result.popped_bits / dof:.1f} bits an angle, gives back "
+        f"{result.corrections_bits / dof:.1f} as corrections, nets {result.realised_bits / dof:.2f}; the message is "
         f"{'identical' if intact else 'damaged'}; encoding {encoding:.2f} s, decoding {decoding:.2f} s"
     )
 

@@ -47,5 +47,6 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(bits_of(a[n]), bits_of(b[n])) for n in a
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(bits_of(a[n]), bits_of(b[n]))
+        for n in a
     )

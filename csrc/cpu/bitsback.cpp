@@ -54,9 +54,7 @@ class Open {
   const Tensor& counters_;
 };
 
-void check_bits(int64_t bits) {
-  STD_TORCH_CHECK(1 <= bits && bits <= kMaxBits, "bits: expected 1 to 16");
-}
+void check_bits(int64_t bits) { STD_TORCH_CHECK(1 <= bits && bits <= kMaxBits, "bits: expected 1 to 16"); }
 
 void push_uniform(Tensor words, Tensor counters, const Tensor& values, int64_t bits) {
   check_bits(bits);
@@ -77,8 +75,7 @@ void pop_uniform(Tensor words, Tensor counters, Tensor out, int64_t bits) {
   Open open(words, counters, 0);
   Stack stack = open.stack;
   int32_t* to = data_of<int32_t>(out);
-  stack.pop(out.numel(),
-            [&](int64_t i, uint32_t& x) { to[i] = int32_t(Stack::pop_uniform(x, int(bits))); });
+  stack.pop(out.numel(), [&](int64_t i, uint32_t& x) { to[i] = int32_t(Stack::pop_uniform(x, int(bits))); });
   open.stack = stack;
   open.close();
 }
@@ -117,7 +114,9 @@ template <int shift>
 struct Halves {
   uint16_t* data;
   uint32_t symbol(int64_t i) const { return data[i] >> shift & ((1u << (15 - shift)) - 1); }
-  uint32_t plain(int64_t i) const { return (data[i] & ((1u << shift) - 1)) | uint32_t(data[i] >> 15) << shift; }
+  uint32_t plain(int64_t i) const {
+    return (data[i] & ((1u << shift) - 1)) | uint32_t(data[i] >> 15) << shift;
+  }
   void set_symbol(int64_t i, uint32_t s) const { data[i] = uint16_t(s << shift); }
   void set_plain(int64_t i, uint32_t v) const {
     data[i] = uint16_t(data[i] | (v & ((1u << shift) - 1)) | (v >> shift) << 15);
@@ -139,11 +138,15 @@ void with_elements(const Kind& kind, const Tensor& data, const Body& body) {
   STD_TORCH_CHECK(data.numel() % kind.width == 0, "data: expected whole elements");
   const int64_t count = data.numel() / kind.width;
   uint8_t* bytes = data_of<uint8_t>(data);
-  STD_TORCH_CHECK(kind.width == 1 || reinterpret_cast<uintptr_t>(bytes) % 2 == 0, "data: expected whole words");
+  STD_TORCH_CHECK(kind.width == 1 || reinterpret_cast<uintptr_t>(bytes) % 2 == 0,
+                  "data: expected whole words");
   uint16_t* halves = reinterpret_cast<uint16_t*>(bytes);
-  if (kind.width == 1) body(Bytes{bytes}, count);
-  else if (kind.shift == 10) body(Halves<10>{halves}, count);
-  else body(Halves<7>{halves}, count);
+  if (kind.width == 1)
+    body(Bytes{bytes}, count);
+  else if (kind.shift == 10)
+    body(Halves<10>{halves}, count);
+  else
+    body(Halves<7>{halves}, count);
 }
 
 Tensor histogram(const Tensor& data, int64_t kind_id) {
@@ -152,7 +155,8 @@ Tensor histogram(const Tensor& data, int64_t kind_id) {
   int64_t* counts = data_of<int64_t>(out);
   std::fill(counts, counts + kind.alphabet(), 0);
   with_elements(kind, data, [&](const auto& elements, int64_t count) {
-    std::vector<int64_t> four(4 * kind.alphabet());  // neighbours are often alike: not one counter after itself
+    std::vector<int64_t> four(4 *
+                              kind.alphabet());  // neighbours are often alike: not one counter after itself
     for (int64_t i = 0; i < count; ++i) ++four[(i & 3) * kind.alphabet() + elements.symbol(i)];
     for (int64_t i = 0; i < int64_t(four.size()); ++i) counts[i % kind.alphabet()] += four[i];
   });
@@ -213,13 +217,15 @@ qr::Machine machine_of(int64_t path) {
 
 Integers integers_of(int64_t p, int64_t m, int64_t bits, const Tensor& values, const Tensor& signs) {
   check_bits(bits);
-  STD_TORCH_CHECK(bits >= 2 && 0 <= p && p <= m, "bits, rows: expected 2 to 16 bits, no more rows than columns");
+  STD_TORCH_CHECK(bits >= 2 && 0 <= p && p <= m,
+                  "bits, rows: expected 2 to 16 bits, no more rows than columns");
   const Integers integers{p, m, int(bits), data_of<int32_t>(values), data_of<int32_t>(signs)};
   check_vector("integers", values, ScalarType::Int, integers.count());
   check_vector("signs", signs, ScalarType::Int, p);
   const int64_t end = int64_t(1) << bits;
   for (int64_t i = 0; i < integers.count(); ++i)
-    STD_TORCH_CHECK(0 <= integers.values[i] && integers.values[i] < end, "integers: expected 0 to 2^bits - 1");
+    STD_TORCH_CHECK(0 <= integers.values[i] && integers.values[i] < end,
+                    "integers: expected 0 to 2^bits - 1");
   return integers;
 }
 

@@ -18,8 +18,8 @@
 namespace gaugekit::bitsback {
 
 constexpr int kTables = 25, kSlots = 1 << kTableBits, kMostSymbols = 48;
-constexpr int kPlain = -1;                  // no table: all bits as they are
-constexpr uint32_t kTurned = 64;            // of 4096: the estimate of the last sign is wrong
+constexpr int kPlain = -1;        // no table: all bits as they are
+constexpr uint32_t kTurned = 64;  // of 4096: the estimate of the last sign is wrong
 
 struct CorrectionTable {
   int reach;  // symbols are −reach ... reach, then the escape

@@ -121,8 +121,8 @@ struct Scales {
 struct Column {
   int64_t n;
   int bits;
-  double sign;              // by which x differs from the true column
-  double level;             // 4 (log2 of the standard error of z + kClassOffset)
+  double sign;   // by which x differs from the true column
+  double level;  // 4 (log2 of the standard error of z + kClassOffset)
   double* vector;
   int32_t* integers;
   int32_t* classes;

@@ -1,9 +1,9 @@
 // Rotations as integers: made, coded and recovered. Free of torch.
 //
 // A rotation of O(m) by p reflectors has, column by column, m − 1 − j integers and a sign. Its estimate comes
-// from stored rows M ≈ R Qᵀ, R lower triangular with a positive diagonal: the QR factorisation of Mᵀ, in which
-// every column is put right before the next one is looked at, so that errors do not build up. Coding runs the
-// same factorisation with the true integers, and so sees what the decoder will see.
+// from stored rows M ≈ R Qᵀ, R lower triangular with a positive diagonal: the QR factorisation of Mᵀ, in
+// which every column is put right before the next one is looked at, so that errors do not build up. Coding
+// runs the same factorisation with the true integers, and so sees what the decoder will see.
 #pragma once
 
 #include <vector>
@@ -32,8 +32,18 @@ class Columns {
   }
 
   Column column(int64_t j, int64_t n, double* vector, int32_t* integers) {
-    return {n, bits_, 1.0, 0.0, vector, integers, classes.data(), left_.data(), scratch_.data(),
-            scales_.s.data() + j, squared_quantiles(bits_).data(), normal_grid().data()};
+    return {n,
+            bits_,
+            1.0,
+            0.0,
+            vector,
+            integers,
+            classes.data(),
+            left_.data(),
+            scratch_.data(),
+            scales_.s.data() + j,
+            squared_quantiles(bits_).data(),
+            normal_grid().data()};
   }
 
   void to_vector(const Column& column, int32_t sign) const {
@@ -74,7 +84,7 @@ inline void make_reflectors(qr::Reflectors& of, const Integers& integers, Isa is
 
 // Recovers the rotation of `of`.matrix, whose rows have these variances of rounding, with corrections popped.
 inline void recover_rotation(Stack& stack, qr::Reflectors& of, const double* variance, const Integers& out,
-                         const qr::Machine& machine) {
+                             const qr::Machine& machine) {
   Columns columns(of.m, out.bits, machine.isa);
   Corrections corrections(of.m, out.bits);
   qr::factor(of, machine, [&](int64_t j, double* row, int64_t n, double sign) {
@@ -89,7 +99,7 @@ inline void recover_rotation(Stack& stack, qr::Reflectors& of, const double* var
 
 // Pushes the corrections that recover_rotation will need.
 inline void correct_rotation(Stack& stack, qr::Reflectors& of, const double* variance, const Integers& in,
-                          const qr::Machine& machine) {
+                             const qr::Machine& machine) {
   Columns columns(of.m, in.bits, machine.isa);
   std::vector<int32_t> errors(in.count());
   std::vector<uint8_t> classes(in.count()), turned(of.n);

@@ -50,4 +50,6 @@ std::tuple<Tensor, Tensor> canonical_qr(const Tensor& matrix, int64_t path) {
 }  // namespace
 }  // namespace gaugekit::qr
 
-STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) { m.impl("canonical_qr", TORCH_BOX(&gaugekit::qr::canonical_qr)); }
+STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) {
+  m.impl("canonical_qr", TORCH_BOX(&gaugekit::qr::canonical_qr));
+}

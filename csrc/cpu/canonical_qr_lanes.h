@@ -82,8 +82,7 @@ GAUGEKIT_INLINE void reflect(const double* u, double tau, double* rows, int64_t 
     }
   }
   for (; k < n; ++k)
-    for (int r = 0; r < R; ++r)
-      rows[r * stride + k] = __builtin_fma(sums[r], u[k], rows[r * stride + k]);
+    for (int r = 0; r < R; ++r) rows[r * stride + k] = __builtin_fma(sums[r], u[k], rows[r * stride + k]);
 }
 
 template <int W>
@@ -118,7 +117,9 @@ GAUGEKIT_INLINE void tile(const double* a, int64_t a_stride, const double* b, do
 
 // Rows of a tile, for as many registers as the instruction set has.
 template <int W>
-constexpr int kTileRows = W == 8 ? 12 : W == 4 ? 6 : 2;
+constexpr int kTileRows = W == 8   ? 12
+                          : W == 4 ? 6
+                                   : 2;
 
 template <int W>
 GAUGEKIT_INLINE void tiles(const double* a, int64_t a_stride, const double* b, double* c, int64_t c_stride,

@@ -51,9 +51,9 @@ class Lines {
 
 // The reflectors j0 to j0 + b - 1 as I − V T Vᵀ, of the columns from j0 on, in the layouts that tiles take.
 struct Panel {
-  int64_t first, b, width;            // width of V: m − first
-  int64_t padded;          // to whole tiles
-  Lines down, across, t;   // V as [b/8][width][8]; Vᵀ as [width/8][b][8]; T or Tᵀ as [b/8][64][8]
+  int64_t first, b, width;  // width of V: m − first
+  int64_t padded;           // to whole tiles
+  Lines down, across, t;    // V as [b/8][width][8]; Vᵀ as [width/8][b][8]; T or Tᵀ as [b/8][64][8]
 };
 
 // --- what is compiled for each instruction set ---

@@ -18,9 +18,12 @@ from warm import python
 ROOMS = [
     "calibration",
     "codec",
+    "codec.bitsback",
     "models",
     "nn",
     "ops",
+    "ops.bitsback",
+    "ops.canonical_qr",
     "ops.nonlocal_energy",
     "ops.packed_linear",
     "ops.ragged_attention",

@@ -37,7 +37,8 @@ uint64_t coded(int64_t p, int64_t m, int bits, const qr::Machine& machine) {
   Integers in{p, m, bits, nullptr, nullptr};
   std::vector<int32_t> values(in.count()), signs(p), again(in.count()), signs_again(p);
   in.values = values.data(), in.signs = signs.data();
-  for (int64_t i = 0; i < in.count(); ++i) values[i] = int32_t(uint64_t(i * 2654435761) >> 7) & ((1 << bits) - 1);
+  for (int64_t i = 0; i < in.count(); ++i)
+    values[i] = int32_t(uint64_t(i * 2654435761) >> 7) & ((1 << bits) - 1);
   for (int64_t j = 0; j < p; ++j) signs[j] = int32_t(j * j % 3 == 0);
   std::vector<double> matrix(p * m), rows(p * m, 0.0), variance(p, 0x1p-24 / 3);
   qr::Reflectors reflectors(matrix.data(), p, m);
@@ -66,8 +67,8 @@ int main() {
     if (Isa(level) > isa()) break;
     for (int64_t threads : {1, 2}) {
       const qr::Machine machine{Isa(level), threads};
-      std::printf("%" PRIx64 " %" PRIx64 " %" PRIx64 "\n", factored(150, 161, machine), coded(150, 161, 16, machine),
-                  coded(70, 70, 10, machine));
+      std::printf("%" PRIx64 " %" PRIx64 " %" PRIx64 "\n", factored(150, 161, machine),
+                  coded(150, 161, 16, machine), coded(70, 70, 10, machine));
     }
   }
 }

@@ -154,7 +154,9 @@ def test_bits_are_counted():
 # --- rotations ---
 
 
-@pytest.mark.parametrize(("p", "dimension", "bits"), [(1, 1, 16), (2, 2, 16), (3, 3, 10), (5, 9, 13), (9, 9, 2), (66, 66, 16)])
+@pytest.mark.parametrize(
+    ("p", "dimension", "bits"), [(1, 1, 16), (2, 2, 16), (3, 3, 10), (5, 9, 13), (9, 9, 2), (66, 66, 16)]
+)
 def test_rotations_are_the_oracles(p, dimension, bits):
     c, signs = integers(operator.integers_of(p, dimension), bits), integers(p, 1, 1)
     rows = torch.eye(dimension, dtype=torch.float64)[:5].contiguous()
@@ -190,7 +192,9 @@ def test_corrections_are_the_oracles_and_bring_the_rotation_back(p, dimension, d
 
 
 @BINARY
-@pytest.mark.parametrize("kind", ["zero", "repeated", "nearly repeated", "falling", "not a number", "wrong variance"])
+@pytest.mark.parametrize(
+    "kind", ["zero", "repeated", "nearly repeated", "falling", "not a number", "wrong variance"]
+)
 @pytest.mark.parametrize("dimension", [2, 3, 33, 130])
 def test_whatever_the_rows_are_the_integers_come_back(kind, dimension):
     rows, variance, c, signs = triangular(dimension, dimension)
@@ -205,7 +209,10 @@ def test_whatever_the_rows_are_the_integers_come_back(kind, dimension):
     elif kind == "not a number":
         rows[1, 0], rows[0, 1] = torch.nan, torch.inf
     else:
-        variance = variance * torch.tensor([0.0, 1e30, torch.inf, torch.nan, -1.0]).double().repeat(dimension)[:dimension]
+        variance = (
+            variance
+            * torch.tensor([0.0, 1e30, torch.inf, torch.nan, -1.0]).double().repeat(dimension)[:dimension]
+        )
     stack = filled()
     stack.push_corrections(rows, variance, c, signs, 16)
     for path in PATHS:
@@ -294,7 +301,9 @@ def test_the_compiler_changes_no_bit(tmp_path):
         runs.append(subprocess.Popen([*command, "-o", str(tmp_path / str(i))]))
     for i, run in enumerate(runs):
         assert run.wait(timeout=300) == 0
-        done = subprocess.run([str(tmp_path / str(i))], capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(
+            [str(tmp_path / str(i))], capture_output=True, text=True, check=True, timeout=120
+        )
         lines = done.stdout.splitlines()
         assert len(lines) >= 2  # an instruction set, on one thread and on two
         digests |= set(lines)
@@ -306,7 +315,10 @@ def test_contract():
     rows, variance, c, signs = triangular(3, 4)
     ops, stack = torch.ops.gaugekit, filled(words=50)
     stack._room(200)
-    data, table = torch.tensor([1, 2, 3], dtype=torch.uint8), torch.tensor([0, 1024, 1024, 2048], dtype=torch.int32)
+    data, table = (
+        torch.tensor([1, 2, 3], dtype=torch.uint8),
+        torch.tensor([0, 1024, 1024, 2048], dtype=torch.int32),
+    )
     for operator_, arguments in (
         (ops.bitsback_rotate, (rows, c, signs, 16)),
         (ops.bitsback_push_rotation, (stack.words, stack.counters, rows, variance, c, signs, 16)),
@@ -317,22 +329,39 @@ def test_contract():
         (ops.bitsback_histogram, (data, 0)),
     ):
         torch.library.opcheck(operator_.default, arguments)
-    words, counters = copied(stack)
     stack.push_corrections(rows, variance, c, signs, 16)
-    torch.library.opcheck(ops.bitsback_pop_rotation.default, (stack.words, stack.counters, rows, variance, 16))
+    torch.library.opcheck(
+        ops.bitsback_pop_rotation.default, (stack.words, stack.counters, rows, variance, 16)
+    )
 
 
 @BINARY
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda s: torch.ops.gaugekit.bitsback_push_uniform(s.words[:2], s.counters, integers(9, 4), 4), "room"),
-        (lambda s: torch.ops.gaugekit.bitsback_pop_uniform(s.words, s.counters[:9], integers(9, 4), 4), "counters"),
+        (
+            lambda s: torch.ops.gaugekit.bitsback_push_uniform(s.words[:2], s.counters, integers(9, 4), 4),
+            "room",
+        ),
+        (
+            lambda s: torch.ops.gaugekit.bitsback_pop_uniform(s.words, s.counters[:9], integers(9, 4), 4),
+            "counters",
+        ),
         (lambda s: torch.ops.gaugekit.bitsback_pop_uniform(s.words, s.counters, integers(9, 4), 17), "bits"),
         (lambda s: rotate(torch.eye(3).double(), integers(2, 4), integers(3, 1), 16), "integers"),
-        (lambda s: rotate(torch.eye(2).double(), torch.tensor([-1], dtype=torch.int32), integers(2, 1), 16), "integers"),
+        (
+            lambda s: rotate(
+                torch.eye(2).double(), torch.tensor([-1], dtype=torch.int32), integers(2, 1), 16
+            ),
+            "integers",
+        ),
         (lambda s: rotate(torch.eye(3), integers(3, 4), integers(3, 1), 16), "rows"),
-        (lambda s: s.push_weights(torch.tensor([7], dtype=torch.uint8), torch.tensor([4096], dtype=torch.int32)), "data"),
+        (
+            lambda s: s.push_weights(
+                torch.tensor([7], dtype=torch.uint8), torch.tensor([4096], dtype=torch.int32)
+            ),
+            "data",
+        ),
     ],
 )
 def test_direct_calls_with_wrong_tensors_raise(call, sentence):

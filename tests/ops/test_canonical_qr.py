@@ -1,4 +1,4 @@
-"""One QR factorisation with a positive diagonal, the same bits from every path, any number of threads, and the oracle."""
+"""One QR factorisation with a positive diagonal: the same bits from every path, any number of threads, the oracle."""
 
 import numpy as np
 import pytest

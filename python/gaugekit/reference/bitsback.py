@@ -255,7 +255,9 @@ def split_of(index: int, bits: int) -> tuple[int | None, int]:
 def push_corrections(stack: Stack, errors: np.ndarray, classes: np.ndarray, bits: int) -> None:
     half, mask = 1 << (bits - 1), (1 << bits) - 1
     low, values, symbols = [], [], []
-    for error, (table, count) in zip(errors.tolist(), (split_of(c, bits) for c in classes.tolist()), strict=True):
+    for error, (table, count) in zip(
+        errors.tolist(), (split_of(c, bits) for c in classes.tolist()), strict=True
+    ):
         rounded = ((error + half) & mask) - half + ((1 << count) >> 1)
         symbols.append((0, 1, 0))
         if table is None:

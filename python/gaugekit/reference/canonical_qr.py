@@ -151,6 +151,8 @@ def canonical_qr(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return sign * x / norms[-1] if norms[-1] > 0 else np.eye(1, x.size)[0]
 
     of = factor(np.ascontiguousarray(matrix.T), own)
-    r = np.array([[of.signs[i] * of.matrix[j, i] + 0.0 if j > i else 0.0 for j in range(n)] for i in range(n)])
+    r = np.array(
+        [[of.signs[i] * of.matrix[j, i] + 0.0 if j > i else 0.0 for j in range(n)] for i in range(n)]
+    )
     r = r.reshape(n, n) + np.diag(np.array(norms))
     return apply_transposed(of, np.eye(n, m)).T, r

@@ -53,7 +53,7 @@ def test_one_flipped_bit_anywhere(sound):
 
 def test_one_flipped_bit_that_the_checksum_of_all_does_not_see(sound):
     """In words all over the stack and in every state: the tensors' own checksums and the seed still tell."""
-    payload, tensors = sound
+    payload, _ = sound
     data = payload.numpy()
     length = form.HEAD.unpack(data[: form.HEAD.size].tobytes())[2]
     words = form.HEAD.size + form.STATES + length
@@ -66,7 +66,7 @@ def test_one_flipped_bit_that_the_checksum_of_all_does_not_see(sound):
 
 def test_every_length(sound):
     payload, _ = sound
-    for size in [*range(0, 400), *range(400, payload.numel(), 97)]:
+    for size in [*range(400), *range(400, payload.numel(), 97)]:
         with pytest.raises(CorruptFile):
             decode(payload[:size].clone())
     for more in (1, 2, 4):
@@ -140,7 +140,9 @@ TENSOR = ("groups", 0, "parts", 0, "tensors", 0)
 )
 def test_headers_that_lie(sound, change):
     payload, tensors = sound
-    assert identical(decode(rewritten(payload, lambda header: header)), tensors)  # the rewriting itself does no harm
+    assert identical(
+        decode(rewritten(payload, lambda header: header)), tensors
+    )  # the rewriting itself does no harm
     with pytest.raises(CorruptFile):
         decode(rewritten(payload, change))
 

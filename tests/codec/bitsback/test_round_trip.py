@@ -43,7 +43,11 @@ def test_the_message_comes_back(monkeypatch, seed):
 
 def shaped(draw, rows: int, dimension: int, generator) -> torch.Tensor:
     """A weight that may be short of anything: rank, distinct rows, anything but zero, range."""
-    kind = draw(st.sampled_from(["plain", "zero", "repeated", "low rank", "near degenerate", "falling", "zero columns"]))
+    kind = draw(
+        st.sampled_from(
+            ["plain", "zero", "repeated", "low rank", "near degenerate", "falling", "zero columns"]
+        )
+    )
     x = weight(rows, dimension, generator)
     if kind == "zero":
         x[:: draw(st.integers(1, 3))] = 0
@@ -107,17 +111,25 @@ def test_the_gauge_is_a_rotation(dtype):
         plain = [t[0].double() * (t[1].double()[:, None] if len(t) > 1 else 1) for t in plain]
         noise = (plain[0] @ plain[1].T - first @ second.T).norm()
         assert (rotated - first @ second.T).norm() < 1.5 * noise
-    exact = groups[0].parts[0].weight.double() @ couplings[0].weight.double() @ groups[1].parts[0].weight.double().T
+    exact = (
+        groups[0].parts[0].weight.double()
+        @ couplings[0].weight.double()
+        @ groups[1].parts[0].weight.double().T
+    )
     through = value("0.in") @ value("1.shortcut") @ value("1.in").T
-    assert (through - exact).norm() < {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.int8: 3e-2}[dtype] * exact.norm()
+    assert (through - exact).norm() < {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.int8: 3e-2}[
+        dtype
+    ] * exact.norm()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "net"), [(torch.float16, 11.3), (torch.bfloat16, 8.4), (torch.int8, 5.5)], ids=["fp16", "bf16", "int8"]
+    ("dtype", "net"),
+    [(torch.float16, 11.3), (torch.bfloat16, 8.4), (torch.int8, 5.5)],
+    ids=["fp16", "bf16", "int8"],
 )
 def test_net_bits_a_degree_of_freedom(dtype, net):
     groups, others, couplings = model([128, 192], dtype)
-    payload, report = encode(groups, others, couplings)
+    _, report = encode(groups, others, couplings)
     for group, dimension in zip(report.groups, (128, 192), strict=True):
         assert group.degrees_of_freedom == dimension * (dimension - 1) // 2
         assert group.realised_bits >= net * group.degrees_of_freedom
@@ -220,7 +232,12 @@ def bad(**changes):
         ([Group(4, [])], {}, [], "expected at least one part"),
         (bad(), {"w": torch.zeros(1)}, [], "got more than one 'w'"),
         (bad(dtype=torch.int8), {"w.scale": torch.zeros(1)}, [], "got more than one 'w.scale'"),
-        (bad(), {}, [Coupling("s", 0, 0, torch.randn(4, 4), torch.float16)], "expected 0 <= left < right < 1"),
+        (
+            bad(),
+            {},
+            [Coupling("s", 0, 0, torch.randn(4, 4), torch.float16)],
+            "expected 0 <= left < right < 1",
+        ),
         (bad(), {"c": torch.zeros(1, dtype=torch.complex64)}, [], "expected a dtype among"),
     ],
 )

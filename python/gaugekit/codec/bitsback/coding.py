@@ -7,12 +7,22 @@ code for the rotations that loses nothing: the message comes back to the last bi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 
 from gaugekit.codec.bitsback import payload as form
 from gaugekit.codec.bitsback import pivots, weights
-from gaugekit.codec.bitsback.model import BITS, Coupling, Group, GroupReport, Progress, Report, check, scale_name
+from gaugekit.codec.bitsback.model import (
+    BITS,
+    Coupling,
+    Group,
+    GroupReport,
+    Progress,
+    Report,
+    check,
+    scale_name,
+)
 from gaugekit.ops.bitsback.operator import Stack, integers_of, rotate
 from gaugekit.ops.canonical_qr import canonical_qr
 
@@ -93,7 +103,11 @@ def _encode_group(
     stored = []
     for part in group.parts:
         rotated = part.weight.float() @ gauge
-        stored.append(weights.store(part.name, rotated.T if part.axis == 0 and rotated.dim() == 2 else rotated, part.dtype))
+        stored.append(
+            weights.store(
+                part.name, rotated.T if part.axis == 0 and rotated.dim() == 2 else rotated, part.dtype
+            )
+        )
     matrix, variance = pivot_rows(stored, [part.axis for part in group.parts], rows)
     stack.push_corrections(matrix, variance, integers, signs, bits)
     marks.append(stack.bits)
@@ -108,10 +122,12 @@ def _encode_group(
         rotated = gauges[c.left].T @ c.weight.float() @ gauge
         between.append(_push_stored(stack, c.name, weights.store(c.name, rotated, c.dtype)))
     marks.append(stack.bits)
-    sizes = [b - a for a, b in zip(marks[:-1], marks[1:], strict=True)]
+    sizes = [after - before for before, after in pairwise(marks)]
     free = integers_of(count, group.dimension)
     nominal = free * largest.itemsize * 8
-    report = GroupReport(group.dimension, free, nominal, -sizes[0], *sizes[1:3], 16 * (stack.seeds - seeds), sizes[3])
+    report = GroupReport(
+        group.dimension, free, nominal, -sizes[0], *sizes[1:3], 16 * (stack.seeds - seeds), sizes[3]
+    )
     entry = {"dimension": group.dimension, "bits": bits, "pivots": count, "choice": choice}
     return entry | {"parts": parts, "couplings": between}, gauge, report
 
@@ -138,7 +154,9 @@ def pivot_rows(stored: list[list[torch.Tensor]], axes: list[int], rows: torch.Te
     return torch.cat(matrices)[order].contiguous(), torch.cat(variances)[order].contiguous()
 
 
-def decode(payload: torch.Tensor, progress: Progress | None = None, path: int = -1) -> dict[str, torch.Tensor]:
+def decode(
+    payload: torch.Tensor, progress: Progress | None = None, path: int = -1
+) -> dict[str, torch.Tensor]:
     """{name: tensor}: every tensor of ``encode``'s groups, couplings and others, as it was stored.
 
     payload: uint8 [bytes]. CorruptFile where a bit of it is not as it was: nothing is then returned.

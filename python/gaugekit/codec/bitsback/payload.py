@@ -68,7 +68,15 @@ def parse(payload: torch.Tensor, path: int = -1) -> tuple[dict, Stack]:
     try:
         header = json.loads(data[front : front + length].tobytes().decode())
         _check_header(header, size)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         if isinstance(error, CorruptFile):
             raise
         raise damaged("its header is not in order") from None

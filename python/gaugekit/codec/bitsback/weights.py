@@ -16,7 +16,14 @@ MANTISSA = {torch.float16: (10, 15), torch.bfloat16: (7, 127)}  # its bits, and 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(
+            torch.float16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float64,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+        ),
         *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool),
     )
 }
@@ -74,7 +81,13 @@ def push(stack: Stack, name: str, tensor: torch.Tensor) -> dict:
     frequencies = frequencies_of(weights)
     stack.push_weights(weights, frequencies)
     table = [[s, f] for s, f in enumerate(frequencies.tolist()) if f]
-    return {"name": name, "dtype": dtype, "shape": list(tensor.shape), "table": table, "crc": checksum(tensor)}
+    return {
+        "name": name,
+        "dtype": dtype,
+        "shape": list(tensor.shape),
+        "table": table,
+        "crc": checksum(tensor),
+    }
 
 
 def pop(stack: Stack, entry: dict) -> torch.Tensor:

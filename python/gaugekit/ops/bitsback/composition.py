@@ -83,7 +83,9 @@ def _by_columns(integers: torch.Tensor, p: int, m: int) -> list[np.ndarray]:
 
 def rotate(rows, integers, signs, bits, path=-1):
     columns = _by_columns(integers, signs.numel(), rows.shape[1])
-    return torch.from_numpy(np.ascontiguousarray(reference.rotate(rows.numpy(), columns, signs.tolist(), bits)))
+    return torch.from_numpy(
+        np.ascontiguousarray(reference.rotate(rows.numpy(), columns, signs.tolist(), bits))
+    )
 
 
 def push_rotation(words, counters, rows, variance, integers, signs, bits, path=-1):

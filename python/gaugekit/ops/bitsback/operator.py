@@ -47,7 +47,9 @@ for _name, _schema, _fake in (
     (
         "rotate",
         "Tensor rows, Tensor integers, Tensor signs, int bits, int path=-1) -> Tensor",
-        lambda rows, integers, signs, bits, path=-1: torch.empty_like(rows, memory_format=torch.contiguous_format),
+        lambda rows, integers, signs, bits, path=-1: torch.empty_like(
+            rows, memory_format=torch.contiguous_format
+        ),
     ),
     (
         "push_rotation",
@@ -134,7 +136,9 @@ class Stack:
     def push_uniform(self, values: torch.Tensor, bits: int) -> None:
         """int32 ``values`` below 2^bits; 1 to 16 bits each."""
         self._room(values.numel())
-        torch.ops.gaugekit.bitsback_push_uniform(self.words, self.counters, values.contiguous().view(-1), bits)
+        torch.ops.gaugekit.bitsback_push_uniform(
+            self.words, self.counters, values.contiguous().view(-1), bits
+        )
 
     def pop_uniform(self, count: int, bits: int) -> torch.Tensor:
         """int32 [count] below 2^bits; CorruptFile."""
@@ -177,7 +181,13 @@ class Stack:
     def recover_rotation(self, rows, variance, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(integers, signs) of the rotation in the stored ``rows``; pops its corrections; CorruptFile."""
         return _checked(
-            torch.ops.gaugekit.bitsback_pop_rotation, self.words, self.counters, rows, variance, bits, self.path
+            torch.ops.gaugekit.bitsback_pop_rotation,
+            self.words,
+            self.counters,
+            rows,
+            variance,
+            bits,
+            self.path,
         )
 
 
@@ -194,7 +204,9 @@ def frequencies_of(weights: torch.Tensor, most: int = SLOTS - 256) -> torch.Tens
     if (counts > 0).sum() < 2:  # a second symbol takes what the first may not have
         counts[int(counts[0] > 0)] += 1
     used = counts > 0
-    frequencies = np.where(used, np.clip(counts * (SLOTS / max(1, counts.sum())), 1, most), 0).astype(np.int64)
+    frequencies = np.where(used, np.clip(counts * (SLOTS / max(1, counts.sum())), 1, most), 0).astype(
+        np.int64
+    )
     while rest := SLOTS - int(frequencies.sum()):
         if rest > 0:  # to where one more gains most
             gain = np.where(used & (frequencies < most), counts / (frequencies + 0.5), -1.0)
