@@ -18,7 +18,7 @@
 
 namespace gaugekit::qr {
 
-constexpr int64_t kPanel = 64, kRowBlock = 24, kDepth = 512;
+constexpr int64_t kPanel = 64, kRowBlock = 24, kDepth = 256;
 
 // n reflectors of a space of m dimensions: u_j is row j from column j on, before it stands what elimination
 // leaves.

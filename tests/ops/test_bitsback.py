@@ -124,7 +124,7 @@ def test_the_seed_is_found_again_or_is_not():
 
 def test_a_read_stack_does_not_invent_words():
     stack = filled()
-    reader = Stack(stack.words[: stack.size], stack.states)
+    reader = Stack(stack.words[: stack.size].clone(), stack.states)
     with pytest.raises(CorruptFile, match="ends too early"):
         reader.pop_uniform(1000, 16)
     words, counters = copied(reader)
@@ -216,7 +216,7 @@ def test_whatever_the_rows_are_the_integers_come_back(kind, dimension):
     stack = filled()
     stack.push_corrections(rows, variance, c, signs, 16)
     for path in PATHS:
-        reader = Stack(stack.words[: stack.size], stack.states, path)
+        reader = Stack(stack.words[: stack.size].clone(), stack.states, path)
         assert all(map(torch.equal, reader.recover_rotation(rows, variance, 16), (c, signs)))
         assert held(reader.words, reader.counters)[0] == held(*copied(filled()))[0]
 
@@ -307,8 +307,8 @@ def test_the_compiler_changes_no_bit(tmp_path):
         lines = done.stdout.splitlines()
         assert len(lines) >= 2  # an instruction set, on one thread and on two
         digests |= set(lines)
-    (digest,) = digests
-    assert "0" not in digest.split(), "a rotation did not come back"
+    # what version 1 of the payload means: QR of 150 by 161; a rotation of 16 bits and one of 10, coded and recovered
+    assert digests == {"6a9dbdda98a48150 ffe24531c571f628 87dab73c15151c"}
 
 
 def test_contract():

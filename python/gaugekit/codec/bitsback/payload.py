@@ -80,8 +80,9 @@ def parse(payload: torch.Tensor, path: int = -1) -> tuple[dict, Stack]:
         if isinstance(error, CorruptFile):
             raise
         raise damaged("its header is not in order") from None
-    pile = np.frombuffer(data[front + length : -4].tobytes(), "<i2").astype(np.int16)
-    return header, Stack(torch.from_numpy(pile), torch.from_numpy(states), path)
+    pile = np.empty(words, "<i2")
+    pile.view(np.uint8)[:] = data[front + length : -4]
+    return header, Stack(torch.from_numpy(pile.astype(np.int16, copy=False)), torch.from_numpy(states), path)
 
 
 def _check_header(header: Any, size: int) -> None:

@@ -33,7 +33,7 @@ def store(name: str, weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Ten
     """[the stored tensor], of int8 [integers, scales float32 [rows]]: each row's largest magnitude becomes 127."""
     if dtype != torch.int8:
         stored = weight.to(dtype).contiguous()
-        if not torch.isfinite(stored).all():
+        if stored.numel() and not torch.isfinite(torch.stack(weight.aminmax()).to(dtype)).all():
             raise ValueError(f"{name}: a weight of {weight.abs().max():.3g} is beyond {dtype}")
         return [stored]
     scale = weight.abs().amax(1).float() / 127

@@ -87,8 +87,8 @@ def integers_of(rows: int, dimension: int) -> int:
 class Stack:
     """The coder's stack: what is pushed last is popped first.
 
-    words: int16 [N] of a stack that is to be read, with its ``states`` [32]; None for an empty one to write, below
-        which lies the seed, a fixed pseudo-random sequence that pops may take from.
+    words: int16 [N] of a stack that is to be read, with its ``states`` int64 [32]; both become the stack's own. None
+        for an empty one to write, below which lies the seed, a fixed pseudo-random sequence that pops may take from.
     """
 
     def __init__(self, words: torch.Tensor | None = None, states: torch.Tensor | None = None, path: int = -1):
@@ -98,7 +98,7 @@ class Stack:
             states = torch.tensor([first_state(i) for i in range(CODERS)], dtype=torch.int64)
             head = [0, 0, 1]
         else:
-            self.words = words.clone()
+            self.words = words
             head = [words.numel(), 0, 0]
         self.counters = torch.cat([torch.tensor(head, dtype=torch.int64), states])
 
