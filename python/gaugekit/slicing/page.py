@@ -23,9 +23,9 @@ def pages(certificate: dict) -> dict[str, str]:
     before, after = (certificate[f"parameters_{when}"] for when in ("before", "after"))
     header = html(
         """<h1>A narrower residual stream</h1>
-<p class="lead">Every block now reads and writes <strong>{width:,} directions</strong>, {fraction:.0%} fewer or nearly so,
-which hold {kept:.2%} of the stream’s energy on the calibration text, in the mean. {before:,} parameters became {after:,}.
-This is <strong>approximate</strong>: <code>gaugekit verify --perplexity</code> says what it cost,
+<p class="lead">Every block now reads and writes <strong>{width:,} directions</strong>, about {fraction:.0%} fewer,
+which hold {kept:.2%} of the stream’s energy on the calibration text, in the mean. {before:,} parameters became
+{after:,}. This is <strong>approximate</strong>: <code>gaugekit verify --perplexity</code> says what it cost,
 <code>gaugekit heal</code> wins some of it back.</p>""",
         width=step["width"],
         fraction=step["fraction"],
@@ -73,7 +73,7 @@ def _forms(step: dict, coded: dict | None) -> Html:
     head = ["Form", "How shortcuts are stored", "Weights", "Multiply-adds a token past the layers"]
     count = f"{step['permutation_bits']:,.0f} bits"
     note = html(
-        "<p>Not used: the order of neurons and heads, which nobody sees either, is worth {count}.</p>",
+        "<p>Not used: the order of neurons and heads, unseen as well, is worth {count}.</p>",
         count=count,
     )
     return section("The forms of the rotations", figure("Weights in each form", drawing, f"Written here: {chosen}."),

@@ -258,11 +258,15 @@ def _save(path: Path, frame: gauges.Frame) -> None:
 
 def _told(report: Report, source: str | Path, target: str | Path) -> Report:
     fields = report.fields
-    step = next(step for step in fields["steps"] if step["rewrite"] == "slice")
+    steps = {step["rewrite"]: step for step in fields["steps"]}
+    step, coded = steps["slice"], steps.get("bits-back")
     report.lines = [
         ("width of the stream", f"{step['width']:,}, cut by {100 * step['fraction']:.3g} % and rounded"),
         ("energy kept", f"{100 * step['kept']:.2f} % of the stream's, in the mean over junctions"),
-        ("form", f"{step['form']}, of the forms below"),
+        (
+            "form",
+            f"{step['form']}, of the forms below" if coded is None else "bits-back, of the dense form below",
+        ),
         ("parameters", f"{fields['parameters_before']:,} before, {fields['parameters_after']:,} after"),
         (
             "weight files",
@@ -271,6 +275,10 @@ def _told(report: Report, source: str | Path, target: str | Path) -> Report:
         ),
         ("time", f"{fields['seconds']:.1f} s"),
     ]
+    if coded is not None:
+        each = coded["realised_bits"] / max(1, coded["degrees_of_freedom"])
+        hidden = f"{words.size(coded['realised_bits'] / 8)} hidden in {len(coded['groups'])} rotations"
+        report.lines.insert(3, ("given back", f"{hidden}: {each:.2f} bits a degree of freedom"))
     report.tables = {
         "forms of the shortcuts, each the same function": [
             f"{name}: {words.size(form['bytes'])} in all, {form['multiply_adds']:,} multiply-adds a token"
