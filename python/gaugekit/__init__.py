@@ -9,11 +9,12 @@ from gaugekit.ops.shaped_attention.operator import shaped_attention
 
 if TYPE_CHECKING:
     from gaugekit import calibration as statistics
-    from gaugekit import codec, models, nn, rank, rewrite, symmetry
+    from gaugekit import codec, models, nn, rank, rewrite, slicing, symmetry
     from gaugekit import text as samples
     from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
     from gaugekit.ops.ragged_attention import ragged_attention
     from gaugekit.report import Report
+    from gaugekit.text.perplexity import perplexity
     from gaugekit.verbs.convert import convert
     from gaugekit.verbs.fuse import fuse, unfuse
     from gaugekit.verbs.heal import heal
@@ -35,11 +36,13 @@ __all__ = [
     "ops",
     "pack_weight",
     "packed_linear",
+    "perplexity",
     "ragged_attention",
     "rank",
     "rewrite",
     "samples",
     "shaped_attention",
+    "slicing",
     "statistics",
     "symmetry",
     "unfuse",
@@ -62,10 +65,12 @@ _LAZY = {
     "nn": "gaugekit.nn",
     "pack_weight": "gaugekit.ops.packed_linear:pack_weight",
     "packed_linear": "gaugekit.ops.packed_linear:packed_linear",
+    "perplexity": "gaugekit.text.perplexity:perplexity",
     "ragged_attention": "gaugekit.ops.ragged_attention:ragged_attention",
     "rank": "gaugekit.rank",
     "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.text",
+    "slicing": "gaugekit.slicing",
     "statistics": "gaugekit.calibration",
     "symmetry": "gaugekit.symmetry",
     "unfuse": "gaugekit.verbs.fuse:unfuse",

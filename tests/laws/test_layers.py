@@ -20,7 +20,7 @@ FLOORS = [
     {"hf"},
     {"rewrite", "text"},
     {"calibration"},
-    {"symmetry", "rank"},
+    {"symmetry", "rank", "slicing"},
     {"verbs"},
     {"demo", "integrations"},
     {"cli"},

@@ -133,7 +133,7 @@ def test_what_was_found_is_not_sought_again(source, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
         patch.setattr("gaugekit.rank.preparation.needed", None)
-        patch.setattr("gaugekit.calibration.streaming._Pass.layer", None)
+        patch.setattr("gaugekit.calibration.streaming.Pass.layer", None)
         convert(source, tmp_path / "out", later, calibration=tmp_path / "text.txt")
     assert found[0].ranks == found[1].ranks and not (tmp_path / "out" / SCRATCH).exists()
     with pytest.raises(ValueError, match="new or empty"):

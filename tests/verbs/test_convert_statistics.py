@@ -63,7 +63,7 @@ def test_statistics_reach_their_layer(source, tmp_path):
 def test_the_pass_is_not_made_again_after_a_kill(source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", [CentreKeys(stop=1)], calibration=tmp_path / "text.txt")
-    monkeypatch.setattr(streaming._Pass, "layer", None)  # a pass would call it
+    monkeypatch.setattr(streaming.Pass, "layer", None)  # a pass would call it
     rewrite = CentreKeys()
     convert(source, tmp_path / "out", [rewrite], calibration=tmp_path / "text.txt")
     assert len(rewrite.means) == 2

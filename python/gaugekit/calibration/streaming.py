@@ -69,8 +69,8 @@ def collect(
             work_directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gaugekit-statistics-"))
         batches = list(batches_of(sequences, batch_size, pad))
         which = _identity(checkpoint, sequences, list(modules), batch_size, dtype)
-        state = stack.enter_context(contextlib.closing(_State(work_directory, which)))
-        run = _Pass(checkpoint, dtype, list(modules))
+        state = stack.enter_context(contextlib.closing(Work(work_directory, which)))
+        run = Pass(checkpoint, dtype, list(modules))
         total = (len(run.blocks) + 1) * len(batches)
         done = (state.layer + 1) * len(batches) if state.embedded else 0
 
@@ -85,16 +85,16 @@ def collect(
             state.record(layer=0)
         for layer in range(state.layer, len(run.blocks)):
             moments = run.layer(layer, batches, state, advance)
-            with replacing(state.moments_path(layer)) as file:
+            with replacing(state.results_path(layer)) as file:
                 torch.save({name: vars(sums) for name, sums in moments.items()}, file)
             state.record(layer=layer + 1)
         state.hidden_path(len(run.blocks)).unlink(missing_ok=True)
-        files = [state.moments_path(layer) for layer in range(len(run.blocks))]
+        files = [state.results_path(layer) for layer in range(len(run.blocks))]
         read = [torch.load(file, weights_only=True) for file in files]
     return [{name: Moments(**values) for name, values in layer.items()} for layer in read]
 
 
-class _State:
+class Work:
     """The work folder: how far the pass is, the hidden states before layer ``layer``, the arguments of each batch."""
 
     def __init__(self, folder: str | Path, identity: dict):
@@ -121,7 +121,7 @@ class _State:
         """Lets another process at the folder."""
         self._staged.close()
 
-    def moments_path(self, layer: int) -> Path:
+    def results_path(self, layer: int) -> Path:
         return self.work / f"layer_{layer}.pt"
 
     def hidden_path(self, layer: int) -> Path:
@@ -151,11 +151,11 @@ class _State:
         return self.work / "arguments" / f"{index}.pt"
 
 
-class _Caught(Exception):
-    """Carries what the first block was about to be called with out of the model's forward."""
+class Caught(Exception):
+    """Ends a run early: raised by a hook, with what it caught."""
 
 
-class _Pass:
+class Pass:
     """A model whose parameters have no memory, except those of the module at work."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, modules: list[str]):
@@ -169,7 +169,9 @@ class _Pass:
         self.path = {module: f"{name}." if name else "" for module, name in names.items()}
         # The file may name the base model's tensors with or without the prefix the live model has.
         self.prefix = (layers.family.prefix(name for name, _ in self.model.named_parameters()), layers.prefix)
+        self.family = layers.family
         self.watched = watched(self.model, self.blocks, layers.family, modules)
+        self.real = torch.empty(0, dtype=torch.bool)
 
     def load(self, module: torch.nn.Module, recurse: bool = True) -> None:
         """Gives the parameters of ``module`` their stored numbers, in the pass's dtype."""
@@ -191,11 +193,11 @@ class _Pass:
                 if parameter is not None:
                     owner._parameters[leaf] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def embed(self, batches: list, state: _State, advance: Callable[[], None]) -> None:
+    def embed(self, batches: list, state: Work, advance: Callable[[], None]) -> None:
         """Runs the model up to its first block; what that block is given goes to the work folder."""
 
         def catch(module, arguments, named):
-            raise _Caught(arguments, named)
+            raise Caught(arguments, named)
 
         def just_in_time(module, arguments):
             self.load(module, recurse=False)
@@ -213,7 +215,7 @@ class _Pass:
                 try:
                     with torch.no_grad():
                         self.model(input_ids=ids, attention_mask=mask, use_cache=False)
-                except _Caught as caught:
+                except Caught as caught:
                     arguments, named = caught.args
                 first, *rest = arguments if arguments else (named.pop("hidden_states"),)
                 if not hidden:
@@ -230,21 +232,20 @@ class _Pass:
         state.sync(0)
 
     def layer(
-        self, layer: int, batches: list, state: _State, advance: Callable[[], None]
+        self, layer: int, batches: list, state: Work, advance: Callable[[], None]
     ) -> dict[str, Moments]:
         """Runs one block over all batches, summing the moments of the modules watched in it."""
         moments: dict[str, Moments] = {}
-        real: list[torch.Tensor] = []  # the mask of the batch at work, for the hooks
 
         def watch(name: str):
             def hook(module, arguments):
                 x = arguments[0]
-                if x.shape[:2] != real[-1].shape:
+                if x.shape[:2] != self.real.shape:
                     raise ValueError(
-                        f"modules: expected {name!r} to take [B, T, D] = {list(real[-1].shape)} tokens, "
+                        f"modules: expected {name!r} to take [B, T, D] = {list(self.real.shape)} tokens, "
                         f"got {list(x.shape)}"
                     )
-                add(moments, name, x[real[-1]])
+                add(moments, name, x[self.real])
 
             return hook
 
@@ -254,20 +255,33 @@ class _Pass:
             module.register_forward_pre_hook(watch(name)) for name, module in self.watched[layer].items()
         ]
         try:
-            before, after = (state.hidden(at, batches, self.dtype) for at in (layer, layer + 1))
-            for index, (_, mask) in enumerate(batches):
-                rest, named = torch.load(state.arguments(index), weights_only=True)
-                real[:] = [mask.bool()]
-                with torch.no_grad():
-                    out = block(before[index].clone(), *rest, **named)
-                after[index].copy_(out[0] if isinstance(out, tuple) else out)
-                advance()
+            self.through(layer, batches, state, advance)
         finally:
             for hook in hooks:
                 hook.remove()
             self.drop(block)
-        state.sync(layer + 1)
         return moments
+
+    @torch.no_grad()
+    def through(
+        self, layer: int, batches: list, state: Work, advance: Callable[[], None], keep: bool = True
+    ) -> None:
+        """Runs one block, whose weights are loaded, over all batches; ``keep`` writes what it answers for the next one.
+
+        Hooks find the real tokens of the batch at work in ``real`` [B, T]; one that raises ``Caught`` ends the batch.
+        """
+        before = state.hidden(layer, batches, self.dtype)
+        after = state.hidden(layer + 1, batches, self.dtype) if keep else None
+        for index, (_, mask) in enumerate(batches):
+            rest, named = torch.load(state.arguments(index), weights_only=True)
+            self.real = mask.bool()
+            with contextlib.suppress(Caught):
+                out = self.blocks[layer](before[index].clone(), *rest, **named)
+                if after is not None:
+                    after[index].copy_(out[0] if isinstance(out, tuple) else out)
+            advance()
+        if keep:
+            state.sync(layer + 1)
 
 
 def _sequences(checkpoint: Checkpoint, text, max_tokens: int | None) -> tuple[list[list[int]], int]:

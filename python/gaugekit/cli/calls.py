@@ -33,11 +33,16 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
 
 
 def convert(arguments: argparse.Namespace) -> Outcome:
+    if arguments.slice is not None:
+        return _slice(arguments)
+    for name in ("rotation", "drop", "slice_head"):
+        if getattr(arguments, name):
+            raise UsageError(f"--{name.replace('_', '-')}: expected beside --slice, got it without")
     from gaugekit.rank import Goal, page
 
     goal = Goal.asked(rank=arguments.rank, energy=arguments.energy, min_cosine=arguments.min_cosine)
     if goal is None and not arguments.gauge:
-        raise UsageError("expected a rewrite (--gauge, --rank, --energy, --min-cosine), got none")
+        raise UsageError("expected a rewrite (--gauge, --rank, --energy, --min-cosine, --slice), got none")
     if goal is None and arguments.calibration:
         from gaugekit.verbs.convert import NOBODY_ASKS
 
@@ -61,6 +66,35 @@ def convert(arguments: argparse.Namespace) -> Outcome:
                 pack=arguments.pack,
                 progress=progress,
                 pages=page.pages,
+            )
+        )
+
+
+def _slice(arguments: argparse.Namespace) -> Outcome:
+    others = ("gauge", "rows", "rank", "energy", "min_cosine", "dense")
+    if beside := [name for name in others if getattr(arguments, name) not in (None, False)]:
+        names = ", ".join("--" + name.replace("_", "-") for name in beside)
+        raise UsageError(f"--slice: expected without {names}: a sliced model has no plain layout to rewrite")
+    if arguments.calibration is None:
+        raise UsageError(
+            "--slice: expected --calibration FILE, a text that says which directions matter; got none"
+        )
+    from gaugekit.slicing import slice as run
+
+    with bar("calibrate") as calibrating, bar("convert") as progress:
+        return _shown(
+            run(
+                arguments.model,
+                arguments.out,
+                arguments.slice,
+                calibration=arguments.calibration,
+                rotation=arguments.rotation or "auto",
+                drop=arguments.drop or 0.0,
+                head=arguments.slice_head,
+                dtype=arguments.dtype,
+                pack=arguments.pack,
+                progress=progress,
+                calibrating=calibrating,
             )
         )
 
@@ -103,6 +137,8 @@ def heal(arguments: argparse.Namespace) -> Outcome:
 
 
 def verify(arguments: argparse.Namespace) -> Outcome:
+    if arguments.perplexity is not None:
+        return _perplexity(arguments)
     from gaugekit.verbs.verify import verify as run
 
     with bar("verify") as progress:
@@ -115,6 +151,18 @@ def verify(arguments: argparse.Namespace) -> Outcome:
             progress=progress,
         )
     return _shown(report, 0 if report["ok"] else 1)
+
+
+def _perplexity(arguments: argparse.Namespace) -> Outcome:
+    for name in ("text", "pool"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--perplexity: expected without --{name}")
+    from gaugekit.verbs.perplexity import compare_perplexity as run
+
+    with bar("perplexity") as progress:
+        return _shown(
+            run(arguments.a, arguments.b, arguments.perplexity, dtype=arguments.dtype, progress=progress)
+        )
 
 
 def pack(arguments: argparse.Namespace) -> Outcome:

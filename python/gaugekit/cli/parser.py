@@ -16,6 +16,13 @@ SYMBOLS = (
     "high-byte",
     "exponent-and-mantissa",
 )  # those of codec.encode, which brings torch with it
+ROTATIONS = (
+    "auto",
+    "dense",
+    "triangular",
+    "polar",
+    "bits-back",
+)  # those of slicing.slice, which brings torch with it
 MODEL = "a Hugging Face directory: config.json and safetensors"
 # verbs whose work stands, in files or in the exit status, also where nothing can be printed
 LASTING = {"convert", "heal", "verify", "pack", "unpack", "demo"}
@@ -85,7 +92,20 @@ def _convert(verb: Adder) -> None:
         metavar="C",
         help="the smallest ranks that keep the mean cosine C of embeddings on every second sentence of --calibration",
     )
-    added.add_argument("--calibration", metavar="FILE", help="UTF-8 text that says which channels matter")
+    added.add_argument("--calibration", metavar="FILE", help="UTF-8 text that says what matters")
+    added.add_argument(
+        "--slice", type=float, metavar="F", help="cut the share F of the residual stream (docs/slicing.md)"
+    )
+    added.add_argument(
+        "--rotation", choices=ROTATIONS, help="how a sliced model's rotations are stored (auto: the smallest)"
+    )
+    added.add_argument(
+        "--drop",
+        type=float,
+        metavar="T",
+        help="with --rotation polar: drop what turns the stream by less than T",
+    )
+    added.add_argument("--slice-head", action="store_true", help="slice what the head reads too")
     added.add_argument(
         "--dense", action="store_true", help="keep the plain layout, which loads without gaugekit"
     )
@@ -124,6 +144,11 @@ def _verify(verb: Adder) -> None:
         "--text", metavar="FILE", help="UTF-8 text to read (default: 500 sentences of Python's documentation)"
     )
     added.add_argument("--dtype", choices=DTYPES, help="run both so (default: as A is stored)")
+    added.add_argument(
+        "--perplexity",
+        metavar="FILE",
+        help="for a result that is meant to differ: how well both foretell this UTF-8 text, and no verdict",
+    )
     added.add_argument(
         "--pool", choices=("mean",), help="compare mean-pooled, normalised sentence embeddings"
     )

@@ -25,7 +25,7 @@ except ImportError as error:
 
 from gaugekit.checkpoint.install import install, remember
 from gaugekit.checkpoint.version import VERSION
-from gaugekit.hf import packed_files, sas
+from gaugekit.hf import packed_files, sas, sliced
 from gaugekit.hf.attention import interface, probe
 from gaugekit.hf.attention.step import AttentionStep
 from gaugekit.hf.resident import Packing
@@ -39,7 +39,8 @@ class GaugekitConfig(QuantizationConfigMixin):
 
     ``modules`` maps the name of a module of the base model (no "bert." or "transformer." before it) to its spec,
     {"form": name, "arguments": {...}}. ``neutreno``, where it stands, is the λ of a model that was saved after
-    ``gaugekit.fuse(model, neutreno=λ)``; it is fused so again. ``GaugekitConfig(packed=True)``, given to
+    ``gaugekit.fuse(model, neutreno=λ)``; it is fused so again. ``sliced`` is that of a model whose stream was sliced
+    (``gaugekit.hf.sliced.Sliced``). ``GaugekitConfig(packed=True)``, given to
     ``from_pretrained`` of a plain directory, keeps its matrices packed in memory instead (docs/resident.md). Raises
     ValueError for a version that is not 1, modules of another shape, or an entry that is not known.
     """
@@ -51,6 +52,7 @@ class GaugekitConfig(QuantizationConfigMixin):
         quant_method: str = NAME,
         packed: bool = False,
         neutreno: float | list[float] | None = None,
+        sliced: dict | None = None,
         **unknown: Any,
     ):
         if version != VERSION:
@@ -60,8 +62,8 @@ class GaugekitConfig(QuantizationConfigMixin):
             )
         if not isinstance(modules, dict) and not (packed and modules is None):
             raise ValueError(f"quantization_config: expected modules by name, got {modules!r}")
-        if packed and modules:
-            raise ValueError("quantization_config: expected either modules or packed=True, got both")
+        if packed and (modules or sliced):
+            raise ValueError("quantization_config: expected packed=True alone, got modules or sliced too")
         if unknown:
             raise ValueError(
                 f"quantization_config: expected version and modules, got {', '.join(sorted(unknown))} too"
@@ -71,11 +73,12 @@ class GaugekitConfig(QuantizationConfigMixin):
         self.modules = modules or {}
         self.packed = packed
         self.neutreno = neutreno
+        self.sliced = sliced
 
     def to_dict(self) -> dict:
         """What ``config.json`` keeps; packed weights are not written there, so neither is a word about them."""
-        kept = {name: value for name, value in super().to_dict().items() if name != "packed"}
-        return kept if self.neutreno is not None else {k: v for k, v in kept.items() if k != "neutreno"}
+        absent = {name for name in ("neutreno", "sliced") if getattr(self, name) is None}
+        return {name: value for name, value in super().to_dict().items() if name not in {"packed", *absent}}
 
 
 # calls instead of decorators: a type checker takes what those return for the class
@@ -114,6 +117,8 @@ class GaugekitQuantizer(HfQuantizer):
         if self.packing is not None:
             self.packing.check(model.dtype, self.pre_quantized)
         install(model, self.quantization_config.modules, dtype)
+        if self.quantization_config.sliced is not None:
+            sliced.install(model, sliced.Sliced.read(self.quantization_config.sliced), dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_):

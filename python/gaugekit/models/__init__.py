@@ -8,14 +8,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gaugekit.models.decoders import llama, stablelm
+from gaugekit.models.decoders import llama, opt, phi, stablelm
 from gaugekit.models.decoders.gpt2 import Gpt2
 from gaugekit.models.encoder_decoders import t5
 from gaugekit.models.encoders import bert, vit
 from gaugekit.models.family import Family, Read
+from gaugekit.models.stream import Junction, Stream
 from gaugekit.models.view import AttentionView, Compact, Projection, Stored, parameters, used_channels
 
-ADAPTERS: tuple[type[Family], ...] = (bert.Bert, Gpt2, llama.Llama, stablelm.StableLm, t5.T5, vit.Vit)
+ADAPTERS: tuple[type[Family], ...] = (
+    bert.Bert,
+    Gpt2,
+    llama.Llama,
+    opt.Opt,
+    phi.Phi,
+    stablelm.StableLm,
+    t5.T5,
+    vit.Vit,
+)
 FAMILIES: dict[str, type[Family]] = {name: adapter for adapter in ADAPTERS for name in adapter.names}
 FUSED = "its fused projection of queries, keys and values has no adapter yet"
 REFUSED = {
@@ -58,11 +68,15 @@ class Layers:
     ``config`` is the content of ``config.json``, ``names`` the names of all tensors, ``read(name)`` gives one. For a
     checkpoint: ``Layers(checkpoint.config, checkpoint.names(), checkpoint.read)``. Attributes: ``config``, ``family``,
     ``prefix`` (what stands before the base model's names: "", "bert.", ...). Raises ValueError for a family that is not
-    known or a model that is not found among the names.
+    known, a model that is not found among the names, or one that was sliced.
     """
 
     def __init__(self, config: dict, names: Iterable[str], read: Read):
         self.config = config
+        if (config.get("quantization_config") or {}).get("sliced"):
+            raise ValueError(
+                "model: expected a plain one, got one whose residual stream was sliced; use the original"
+            )
         names = list(names)
         self.family = family(config).named(names)
         self.prefix = self.family.prefix(names)
@@ -129,10 +143,12 @@ __all__ = [
     "AttentionView",
     "Compact",
     "Family",
+    "Junction",
     "Layers",
     "Live",
     "Projection",
     "Stored",
+    "Stream",
     "family",
     "parameters",
     "unused_positions",

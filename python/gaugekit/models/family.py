@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from gaugekit.models.stream import Stream
 from gaugekit.models.view import AttentionView, Compact, Projection, Stored
 
 Read = Callable[[str], Tensor]
@@ -64,6 +65,10 @@ class Family(ABC):
     @abstractmethod
     def block(self, layer: int) -> str:
         """The path of the module of layer ``layer``."""
+
+    def stream(self) -> Stream:
+        """The residual stream of the model; ValueError, with the reason, where this house cannot turn it."""
+        raise ValueError(f"model_type: the residual stream of {self.name!r} models has no view yet")
 
     def refuse_odd_heads(self) -> None:
         """ValueError for cross-attention beside the self-attention, and for heads that were cut out of some layers."""

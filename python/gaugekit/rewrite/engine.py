@@ -6,7 +6,8 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,41 @@ from gaugekit.files.places import listing
 from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
 from gaugekit.rewrite.job import Job
-from gaugekit.rewrite.rewrite import Calibration, Later, Rewrite
+from gaugekit.rewrite.rewrite import Calibration, Later, Step
 
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
 Pages = Callable[[dict], dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """``pack(source, target)`` makes a packed directory of a plain one; ``name`` is what a report calls it."""
+
+    name: str = "pack"
+    pack: Callable[[Path, Path], Report] = codec.pack
+
+
 def run(
     checkpoint: Checkpoint,
     target: Path,
-    rewrites: Sequence[Rewrite] | Later,
+    rewrites: Sequence[Step] | Later,
     *,
     dense: bool,
     dtype: torch.dtype | None,
     calibration: Calibration | None,
-    pack: bool,
+    packing: Packing | None,
     resume: bool,
     progress: Callable[[int, int], None] | None,
     pages: Pages,
+    kind: type[Job] = Job,
 ) -> Report:
-    """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``."""
+    """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``.
+
+    ``kind`` makes the job: what the units of the work are, and what is done to each. ``packing`` packs the result, if
+    it is to be packed.
+    """
     start = time.perf_counter()
-    work = _Conversion(checkpoint, target, dense, dtype, calibration, pack, progress)
+    work = _Conversion(checkpoint, target, kind(checkpoint, dense, dtype), calibration, packing, progress)
     check_target(checkpoint.path, target)
     if not isinstance(rewrites, Later):
         work.take(rewrites)
@@ -55,7 +69,7 @@ def run(
         work.identity(rewrites),
         work.start(),
         resume=resume,
-        sound=work.sound if pack else Writer.sound,
+        sound=work.sound if packing else Writer.sound,
     )
     with staged.until_closed(ValueError):
         if not staged.published:
@@ -70,15 +84,14 @@ def run(
 class _Conversion:
     """One call of ``convert``: what it reads, what is asked of it, how far it is."""
 
-    def __init__(self, checkpoint, target, dense, dtype, calibration, pack, progress):
-        self.checkpoint, self.target = checkpoint, target
-        self.job = Job(checkpoint, dense, dtype)
-        self.calibration, self.pack, self.progress = calibration, pack, progress
+    def __init__(self, checkpoint, target, job: Job, calibration, packing: Packing | None, progress):
+        self.checkpoint, self.target, self.job = checkpoint, target, job
+        self.calibration, self.packing, self.progress = calibration, packing, progress
         self.copies, self.notes = _copies(checkpoint)
         self.total_bytes, self.done_bytes = 2 * checkpoint.size_bytes(), 0
         self.steps: list[dict[str, Any]] = []
 
-    def take(self, rewrites: Sequence[Rewrite]) -> None:
+    def take(self, rewrites: Sequence[Step]) -> None:
         """Makes these the job's rewrites; ValueError where they do not fit the model or lack a text."""
         self.job.rewrites = list(rewrites)
         self.steps = self.job.steps()
@@ -91,13 +104,13 @@ class _Conversion:
         removed = sum(step["removed"]["total"] for step in self.steps)
         weights = self.job.result_bytes(removed) + (1 << 20)
         others = sum(path.stat().st_size for path in self.copies.values())
-        needed = (2 if self.pack else 1) * (weights + others)
+        needed = (2 if self.packing else 1) * (weights + others)
         free = free_bytes(self.target)
         if free >= needed:
             return None
         return f"target: expected {needed:,} bytes free in {str(self.target.parent)!r}, got {free:,}"
 
-    def identity(self, rewrites: Sequence[Rewrite] | Later) -> dict:
+    def identity(self, rewrites: Sequence[Step] | Later) -> dict:
         weights: dict[str, Any] = {"source": self.checkpoint.sha256(self.advance)}
         text = {} if self.calibration is None else {"calibration": self.calibration.digest}
         if isinstance(rewrites, Later):
@@ -109,7 +122,7 @@ class _Conversion:
             "rewrites": asked,
             "dense": self.job.dense,
             "dtype": str(self.job.dtype),
-            "pack": self.pack,
+            "pack": self.packing and self.packing.name,
         }
         version = {"format": VERSION, **versions()}
         return identity("convert", version, weights=weights, text=text, options=options)
@@ -127,7 +140,7 @@ class _Conversion:
         if self.progress:
             self.progress(min(self.done_bytes, self.total_bytes), self.total_bytes)
 
-    def run(self, staged: Staging, rewrites: Sequence[Rewrite] | Later, pages: Pages) -> None:
+    def run(self, staged: Staging, rewrites: Sequence[Step] | Later, pages: Pages) -> None:
         """Everything up to a folder that is whole, and what there is to report of it."""
         if not staged.resumed:
             staged.clean(set())
@@ -139,13 +152,13 @@ class _Conversion:
                 self.take(rewrites.find(scratch / "rewrites"))
                 if shortage := self.shortage():
                     raise OSError(errno.ENOSPC, shortage)  # what was found is kept for when there is room
-            folder = _unpacked(staged.folder) if self.pack else staged.folder
+            folder = _unpacked(staged.folder) if self.packing else staged.folder
             fields = self._write(Writer(staged, folder), scratch / "statistics", pages)
             fields["bytes_after"] = Checkpoint(folder).size_bytes()
             staged.state["report"] = fields
             staged.save()
-        if self.pack:
-            _pack(staged)
+        if self.packing:
+            _pack(staged, self.packing)
         shutil.rmtree(scratch, ignore_errors=True)
 
     def _write(self, writer: Writer, folder: Path, pages: Pages) -> dict[str, Any]:
@@ -163,7 +176,7 @@ class _Conversion:
             "parameters_after": sum(record["after"] for record in records),
             "bytes_before": checkpoint.size_bytes(),
             "steps": self.steps,
-            "invariance_error": max((r["invariance_error"] for r in records if "layer" in r), default=0.0),
+            "invariance_error": _largest(record.get("invariance_error", 0.0) for record in records),
             "seconds": 0.0,
         }
         fields["steps"] = [*self.steps, *_beyond_the_plan(fields, job.dense)]
@@ -199,22 +212,33 @@ def _beyond_the_plan(fields: dict[str, Any], dense: bool) -> list[dict[str, Any]
     return [{"rewrite": "idle channels", "claim": "exact", "removed": removed}]
 
 
+def _largest(errors: Iterable[float | None]) -> float | None:
+    """The largest error of any layer; None where a job computes none."""
+    errors = list(errors)
+    return None if None in errors else max(errors, default=0.0)
+
+
 def _unpacked(folder: Path) -> Path:
     """Where the result of a conversion stands until it is packed."""
     return folder / SCRATCH / "unpacked"
 
 
-def _pack(staged: Staging) -> None:
+def _pack(staged: Staging, packing: Packing) -> None:
     """Packs the result, and moves what that gives into its place; each step can be gone on from."""
     packed = staged.folder / SCRATCH / "packed"
     fields = staged.state["report"]
     if staged.state["packed"] is None:
         if packed.is_dir() and not (packed / MANIFEST).is_file():
             shutil.rmtree(packed)  # whole, but a kill lost its report
-        report = codec.pack(_unpacked(staged.folder), packed)
+        report = packing.pack(_unpacked(staged.folder), packed)
         staged.state["packed"] = report.fields
         fields["bytes_after"] = report["bytes_after"]
-        step = {"rewrite": "pack", "claim": "exact", "bits_per_weight": report["bits_per_weight"]}
+        told = ("bytes_before", "bytes_after", "ratio", "verified", "seconds")
+        step = {
+            "rewrite": packing.name,
+            "claim": "exact",
+            **{k: v for k, v in report.fields.items() if k not in told},
+        }
         fields["steps"] = [*fields["steps"], step]
         staged.save()
     if packed.is_dir():

@@ -16,7 +16,7 @@ from gaugekit.checkpoint.dtypes import name_of
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.checkpoint.version import VERSION
 from gaugekit.models import Layers, Stored
-from gaugekit.rewrite.rewrite import Calibration, Rewrite, invariance_error
+from gaugekit.rewrite.rewrite import Calibration, Step, invariance_error
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,13 @@ class Job:
                 f"source: expected plain weights, got a checkpoint stored as {method!r}; use the original"
             )
         self.checkpoint, self.dense, self.dtype = checkpoint, dense, dtype
-        self.rewrites: list[Rewrite] = []
+        self.rewrites: list[Step] = []
         self.layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
-        self.units = []
-        taken = set()
+        self.units = self._units()
+
+    def _units(self) -> list[Unit]:
+        """What is read and written at a time: what stands alone first, then the layers."""
+        checkpoint, units, taken = self.checkpoint, [], set()
         for layer in range(len(self.layers)):
             shapes = self.layers.family.shapes(layer)
             unit = Unit([self.layers.prefix + name for name in shapes], layer)
@@ -48,12 +51,12 @@ class Job:
                     raise ValueError(
                         f"{name}: expected shape {shape} by the config, got {checkpoint.shape(name)}"
                     )
-            self.units.append(unit)
+            units.append(unit)
             taken.update(unit.names)
         rest = sorted(
             (name for name in checkpoint.names() if name not in taken), key=lambda n: (checkpoint.file(n), n)
         )
-        self.units[:0] = [Unit([name]) for name in rest]
+        return [*(Unit([name]) for name in rest), *units]
 
     def steps(self) -> list[dict[str, Any]]:
         """What the report says of each rewrite, from the config alone."""
@@ -74,27 +77,30 @@ class Job:
 
     def run(self, unit: Unit, statistics: Sequence[dict] | None) -> tuple[dict[str, Tensor], dict]:
         """The tensors to write for a unit, and its record: numbers stored before and after, the error of a layer."""
-        source = {name: self.checkpoint.dtype(name) for name in unit.names}
-        before = self._parameters(
-            {name: (self.checkpoint.shape(name), dtype) for name, dtype in source.items()}
-        )
-        record: dict[str, Any] = {"before": before}
+        record: dict[str, Any] = {}
         if unit.layer is None:
             tensors = {name: self.checkpoint.read(name) for name in unit.names}
         else:
             stored, record["invariance_error"], record["notes"] = self._attention(unit.layer, statistics)
             tensors = {self.layers.prefix + name: tensor for name, tensor in stored.tensors.items()}
             record |= {"layer": unit.layer, "modules": stored.modules}
+        return self._rounded(unit, tensors, record)
+
+    def _rounded(
+        self, unit: Unit, tensors: dict[str, Tensor], record: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict]:
+        """The tensors in the dtypes they are stored in, and the record with the numbers before and after."""
+        source = {name: self.checkpoint.dtype(name) for name in unit.names}
+        before = {name: (self.checkpoint.shape(name), dtype) for name, dtype in source.items()}
         written = {}
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 dtype = self.dtype or source.get(name) or next(iter(source.values()))
                 tensor = _cast(name, tensor, dtype)
             written[name] = tensor.contiguous()
-        record["after"] = self._parameters(
-            {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()}
-        )
-        return written, record
+        after = {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()}
+        counts = {"before": self._parameters(before), "after": self._parameters(after)}
+        return written, {**record, **counts}
 
     def _attention(
         self, layer: int, statistics: Sequence[dict] | None
@@ -118,10 +124,7 @@ class Job:
 
     def config(self, records: list[dict]) -> dict:
         """config.json of the result."""
-        config = dict(self.checkpoint.config)
-        if self.dtype is not None:
-            config.pop("torch_dtype", None)
-            config["dtype"] = name_of(self.dtype)
+        config = self._plain_config()
         modules = {name: spec for record in records for name, spec in record.get("modules", {}).items()}
         if modules:
             config["quantization_config"] = {
@@ -129,6 +132,14 @@ class Job:
                 "version": VERSION,
                 "modules": modules,
             }
+        return config
+
+    def _plain_config(self) -> dict:
+        """The source's, with the dtype of the result."""
+        config = dict(self.checkpoint.config)
+        if self.dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = name_of(self.dtype)
         return config
 
     def result_bytes(self, removed: int) -> int:

@@ -13,12 +13,11 @@ import torch
 from gaugekit.models import AttentionView
 
 
-class Rewrite(ABC):
-    """One change of a checkpoint, layer by layer; reading, writing, resuming and certifying are the engine's.
+class Step(ABC):
+    """One change of a checkpoint, as reports and certificates tell of it.
 
     ``name`` stands in reports. ``claim`` is what verify may expect: "exact" (the same function up to rounding) or
-    "approximate". ``needs_statistics`` names the modules whose input moments ``layer`` is to be given ("q", "k", "v",
-    "o", or a path inside a block): the engine then makes a calibration pass first (``gaugekit.statistics``).
+    "approximate". ``needs_statistics`` names the modules whose input moments the change asks for.
     """
 
     name: str
@@ -41,6 +40,14 @@ class Rewrite(ABC):
     def plan(self, config: dict) -> dict[str, int]:
         """Stored numbers that will go, by group, with their "total", from ``config.json`` alone."""
 
+
+class Rewrite(Step):
+    """A change of each layer's attention; reading, writing, resuming and certifying are the engine's.
+
+    Where ``needs_statistics`` names modules ("q", "k", "v", "o", or a path inside a block), the engine makes a
+    calibration pass first (``gaugekit.calibration.collect``) and gives ``layer`` the moments of what enters them.
+    """
+
     @abstractmethod
     def layer(self, view: AttentionView, statistics: Any = None) -> AttentionView:
         """The mathematics: one layer's attention in float64, rewritten.
@@ -55,14 +62,14 @@ class Rewrite(ABC):
 
 @dataclass(frozen=True)
 class Later:
-    """Rewrites that take work to find: ``find(folder)`` returns them, once the engine has the target to itself.
+    """Steps that take work to find: ``find(folder)`` returns them, once the engine has the target to itself.
 
     ``folder`` is the conversion's own: what ``find`` leaves there is there again after a kill, and gone from the
     result. ``arguments`` (JSON values) says what the rewrites depend on beside source and calibration text.
     """
 
     arguments: dict[str, Any]
-    find: Callable[[Path], Sequence[Rewrite]]
+    find: Callable[[Path], Sequence[Step]]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gaugekit.text.sentences import read
+from gaugekit.text.sentences import content, read
 
 
 def tokenize(tokenizer: Callable, text: list[str], longest: int) -> list[list[int]]:
@@ -40,6 +40,21 @@ def token_ids(
     if not sequences:
         raise ValueError(f"{argument}: expected text that gives tokens, got none")
     return sequences
+
+
+def windows(
+    tokenizer: Callable, text: str | Path, length: int, most: int | None = None, *, argument: str = "text"
+) -> list[list[int]]:
+    """The ids of a UTF-8 file in consecutive windows of ``length`` tokens, at most ``most`` of them.
+
+    What is left at the end, shorter than a window, is left out, unless there is nothing else. Raises ValueError, naming
+    the caller's ``argument``, for a file that is missing or not UTF-8, and where there are no two tokens.
+    """
+    ids = tokenizer(content(text, argument))["input_ids"]
+    whole = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:most]
+    if len(ids) < 2:
+        raise ValueError(f"{argument}: expected text that gives tokens, got {len(ids)}")
+    return whole or [ids]
 
 
 def padding(config: Any) -> int:

@@ -45,6 +45,14 @@ def sentences(count: int = 500) -> list[str]:
     return every[:count]
 
 
+def content(text: str | Path, argument: str = "text") -> str:
+    """A UTF-8 file as it stands; ValueError, naming the caller's ``argument``, where there is none."""
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{argument}: expected a UTF-8 text file, got {str(text)!r}: {error}") from error
+
+
 def read(text: str | Path | list[str]) -> list[str]:
     """The sentences of a UTF-8 file, cut by ``split``; a list of strings is taken as it is.
 
@@ -54,11 +62,7 @@ def read(text: str | Path | list[str]) -> list[str]:
         strings = [str(piece) for piece in text]
         source = "a list"
     else:
-        source = repr(str(text))
-        try:
-            strings = split(Path(text).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"text: expected a UTF-8 text file, got {source}: {error}") from error
+        source, strings = repr(str(text)), split(content(text))
     if not strings:
         raise ValueError(
             f"text: expected sentences of {SHORTEST} to {LONGEST} characters, from a capital letter to a full stop; "

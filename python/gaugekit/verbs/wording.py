@@ -69,12 +69,11 @@ def converted(report: Report, source: str | Path, target: str | Path) -> Report:
     report.lines = [
         ("parameters", f"{counts[0]:,} before, {counts[1]:,} after: {counts[0] - counts[1]:,} fewer"),
         ("weight files", f"{size(sizes[0])} before, {size(sizes[1])} after: {change(*sizes)}"),
-        (
-            "error of a layer",
-            f"{fields['invariance_error']:.1e} of its output at most, in float64 and before rounding",
-        ),
         ("time", f"{fields['seconds']:.1f} s"),
     ]
+    if fields["invariance_error"] is not None:
+        error = f"{fields['invariance_error']:.1e} of its output at most, in float64 and before rounding"
+        report.lines.insert(2, ("error of a layer", error))
     report.tables = {"steps": [_step(step) for step in fields["steps"]]}
     names = ", ".join(step["rewrite"] for step in fields["steps"])
     report.done = f"Rewrote {source} ({names}) and wrote the result, with its certificate, to {target}."

@@ -7,6 +7,7 @@ import re
 import torch
 
 from gaugekit.models.family import Family, Read, bias_or_zeros, join, linear, split
+from gaugekit.models.stream import Junction, Stream
 from gaugekit.models.view import AttentionView, Compact, Projection, Stored
 
 
@@ -88,6 +89,28 @@ class Gpt2(Family):
             tensors[f"{paths['o']}.weight"] = weight.contiguous()
             tensors[f"{paths['o']}.bias"] = bias_or_zeros(view.o.bias, weight.shape[1])
         return Stored(tensors, modules)
+
+    def stream(self) -> Stream:
+        blocks = [self.block(layer) for layer in range(self.layers)]
+        return Stream(
+            size=self._sizes()[0],
+            junctions=tuple(
+                (
+                    Junction(f"{block}.ln_1", (f"{block}.attn.c_attn",), (f"{block}.attn.c_proj",)),
+                    Junction(f"{block}.ln_2", (f"{block}.mlp.c_fc",), (f"{block}.mlp.c_proj",)),
+                )
+                for block in blocks
+            ),
+            tokens="wte",
+            positions="wpe",
+            norm="ln_f",
+            head="lm_head",
+            tied=bool(self.config.get("tie_word_embeddings", True)),
+            eps=self.config.get("layer_norm_epsilon", 1e-5),
+            centred=True,
+            transposed=True,
+            dropouts=("resid_pdrop",),
+        )
 
     def recomputed(self, name: str) -> bool:
         return re.search(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$", name) is not None

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from gaugekit.models.family import Read
 from gaugekit.models.linears import Linears
+from gaugekit.models.stream import Junction, Stream
 from gaugekit.models.view import NORMS, AttentionView
 
 NORMED = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text", "chameleon")  # queries and keys have norms
 NAMES = ("llama", "mistral", "qwen2", *NORMED)
+STREAMS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # one norm before attention, one before a plain gated MLP, no more
 BIASED = {"qwen2": "qkv"}  # the parts with biases where no config entry says so
 
 
@@ -46,4 +53,28 @@ class Llama(Linears):
         parts = self.parts(layer, read)
         return AttentionView(
             **parts, scale=scale, rotary=width, causal=True, rotary_base=float(base), barred=barred
+        )
+
+    def stream(self) -> Stream:
+        if self.name not in STREAMS:
+            return super().stream()
+        return Stream(
+            size=self.size,
+            junctions=tuple(self._junctions(self.block(layer)) for layer in range(self.layers)),
+            tokens="embed_tokens",
+            positions=None,
+            norm="norm",
+            head="lm_head",
+            tied=bool(self.config.get("tie_word_embeddings", False)),
+            eps=self.config.get("rms_norm_eps", 1e-6),
+            centred=False,
+        )
+
+    @staticmethod
+    def _junctions(block: str) -> tuple[Junction, Junction]:
+        attention = tuple(f"{block}.self_attn.{part}_proj" for part in "qkvo")
+        gate, up, down = (f"{block}.mlp.{part}_proj" for part in ("gate", "up", "down"))
+        return (
+            Junction(f"{block}.input_layernorm", attention[:3], attention[3:]),
+            Junction(f"{block}.post_attention_layernorm", (gate, up), (down,)),
         )

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gaugekit.models.decoders.llama import Llama
-from gaugekit.models.family import Read
+from gaugekit.models.family import Family, Read
+from gaugekit.models.stream import Stream
 from gaugekit.models.view import NORMS, AttentionView
-
-PARTIAL = 0.25  # the share of a head's channels that turns where the config does not say
 
 
 class StableLm(Llama):
     """Decoders of model_type "stablelm"."""
 
     names = ("stablelm",)
+    partial = 0.25  # the share of a head's channels that turns where the config does not say
 
     @property
     def rotary(self) -> int:
         """How many channels of a head turn; older configs give the share of them outside ``rope_parameters``."""
         rope = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
-        share = rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor", PARTIAL))
+        share = rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor", self.partial))
         return int(self.head_width * share)
 
     def check(self) -> None:
@@ -40,3 +40,6 @@ class StableLm(Llama):
         normed = self.config.get("qk_layernorm")
         barred = dict.fromkeys(("query_key", "key_bias"), NORMS) if normed else {}
         return replace(super().attention(layer, read), rotary=self.rotary, barred=barred)
+
+    def stream(self) -> Stream:
+        return Family.stream(self)  # LayerNorms, and blocks that may be parallel: not Llama's

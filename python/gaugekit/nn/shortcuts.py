@@ -1,0 +1,120 @@
+"""What leads the residual stream from one sliced basis into the next, ``x ← x S``, in the forms S can be stored in.
+
+Each adds ``x S − x`` to what its junction's writer answers, since the block itself adds x. Where S is wider than x (the
+last junction of a model whose head is not sliced), the block adds x padded with zeros, and so it is here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Shortcut(nn.Module):
+    """``shortcut(y, x)`` [..., outputs] is ``y + x S − x``: y [..., outputs], x [..., inputs]."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class DenseShortcut(Shortcut):
+    """S [inputs, outputs] as it is."""
+
+    def __init__(self, inputs: int, outputs: int, device=None, dtype=None):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.empty(inputs, outputs, device=device, dtype=dtype))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return _add(y, x, self.matrix)
+
+
+class Unpacked(Shortcut):
+    """A shortcut whose parameters are stored without their zeros; ``matrix()`` is made of them once, then kept.
+
+    It is made anew after its parameters change, and in every call that trains them. It is no part of a state_dict.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._kept: tuple[tuple, Tensor] | None = None
+
+    def unpack(self) -> Tensor:
+        """The matrix of the parameters as they are now."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """``unpack()``, or what it gave last time."""
+        parameters = list(self.parameters(recurse=False))
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        if trained or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+            return self.unpack()
+        key = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept = (key, self.unpack())
+        return kept[1]
+
+
+class TriangularShortcut(Unpacked):
+    """S [width, width] lower triangular; ``packed`` [width (width + 1) / 2] holds its rows without their zeros."""
+
+    def __init__(self, width: int, device=None, dtype=None):
+        super().__init__()
+        self.width = width
+        self.packed = nn.Parameter(torch.empty(triangle_size(width), device=device, dtype=dtype))
+
+    def unpack(self) -> Tensor:
+        return unpack_triangle(self.packed, self.width)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return _add(y, x, self.matrix())
+
+
+class PolarShortcut(Unpacked):
+    """S = I − Y Yᵀ, Y [width, rank]; its first ``rank`` rows are lower triangular: ``packed`` [rank (rank + 1) / 2]
+    holds them without their zeros, ``rest`` [width − rank, rank] the others.
+
+    ``rank`` 0 leaves the stream as it is. Multiply-adds a token: 2·width·rank instead of width².
+    """
+
+    def __init__(self, width: int, rank: int, device=None, dtype=None):
+        super().__init__()
+        self.rank = rank
+        if rank:
+            self.packed = nn.Parameter(torch.empty(triangle_size(rank), device=device, dtype=dtype))
+            self.rest = nn.Parameter(torch.empty(width - rank, rank, device=device, dtype=dtype))
+
+    def unpack(self) -> Tensor:
+        return torch.cat([unpack_triangle(self.packed, self.rank), self.rest])
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        if not self.rank:
+            return y
+        factor = self.matrix()
+        inner = x.flatten(0, -2) @ factor
+        return torch.addmm(y.flatten(0, -2), inner, factor.mT, alpha=-1).view(y.shape)
+
+
+def triangle_size(size: int) -> int:
+    """How many numbers a triangle of ``size`` rows has, its diagonal included."""
+    return size * (size + 1) // 2
+
+
+def pack_triangle(matrix: Tensor) -> Tensor:
+    """The rows of a lower triangular matrix [size, size], one after the other, without their zeros."""
+    rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
+    return matrix[rows, columns]
+
+
+def unpack_triangle(packed: Tensor, size: int) -> Tensor:
+    """The inverse of ``pack_triangle``: [size, size]."""
+    rows, columns = torch.tril_indices(size, size, device=packed.device)
+    return packed.new_zeros(size, size).index_put((rows, columns), packed)
+
+
+def _add(y: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    """y + x S − x, x padded to the width of y."""
+    rest = y - functional.pad(x, (0, y.shape[-1] - x.shape[-1]))
+    return torch.addmm(rest.flatten(0, -2), x.flatten(0, -2), matrix).view(y.shape)

@@ -1,0 +1,290 @@
+"""SliceGPT for a checkpoint on disk, its rotations in the cheapest of their exact forms."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaugekit import report as words
+from gaugekit.checkpoint.dtypes import floating
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.files.durable import replacing, sha256
+from gaugekit.files.staging import free_bytes
+from gaugekit.hf.sliced import FORMS, Sliced
+from gaugekit.report import Report
+from gaugekit.rewrite import Calibration, Later, engine
+from gaugekit.slicing import chain, gauges, page, principal
+from gaugekit.slicing.job import SlicedJob, Slices
+from gaugekit.text.batches import windows
+
+ROTATIONS = (*FORMS, "bits-back", "auto")
+
+
+def slice(
+    source: str | Path,
+    target: str | Path,
+    fraction: float = 0.25,
+    *,
+    calibration: str | Path,
+    rotation: str = "auto",
+    drop: float = 0.0,
+    head: bool = False,
+    multiple: int = 8,
+    windows: int = 64,
+    window: int = 256,
+    dtype: str | torch.dtype | None = None,
+    pack: bool = False,
+    resume: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    calibrating: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Writes ``source`` with its residual stream cut to D′ ≈ (1 − fraction)·D into a new directory ``target``.
+
+    At each junction (where a block reads the stream) the leading D′ principal directions of a text become the basis,
+    the matrices around it are multiplied into it once, and a small shortcut matrix leads the stream from one basis to
+    the next (Ashkboos et al., SliceGPT, ICLR 2024). The function changes: run ``gaugekit.heal`` afterwards, and measure
+    what it cost (``gaugekit.perplexity``). LayerNorms become RMSNorms, exactly. Tied embeddings stay one matrix.
+
+    Returns a Report as ``gaugekit.convert`` does; its step "slice" has width, form, forms {form: {numbers, bytes,
+    multiply_adds}} of every exact form, and kept, the mean share of the stream's energy.
+
+    source: a Hugging Face directory of a family with a stream view (docs/families.md)
+    target: a new or empty directory, which loads after ``import gaugekit.integrations.transformers``
+    fraction: the share of D to cut, 0 to less than 1
+    calibration: a UTF-8 text file; its first ``windows`` windows of ``window`` tokens are read
+    rotation: how shortcuts are stored, each exactly: "dense" as published, "triangular", "polar" (I − Y Yᵀ),
+        "bits-back" (dense, in a packed file that hides bits of the model in its rotations; float16 or bfloat16), or
+        "auto", the one of fewest bytes. That is never "bits-back", which gives back at most what "triangular" leaves
+        out
+    drop: of "polar" only, and approximate: columns of Y go whose 1 − σ is below it
+    head: whether the stream before the head is sliced too
+    multiple: D′ is rounded to the nearest multiple of it
+    dtype, pack, resume: as ``gaugekit.convert`` has them
+    progress: told (bytes done, bytes in all) of the rewriting; ``calibrating`` (batches done, in all) of the text
+
+    Raises ValueError for a source of another family, a fraction, rotation or text that does not fit, and as
+    ``gaugekit.convert``; OSError where the disk is too small.
+    """
+    checkpoint = Checkpoint(source)
+    _check(fraction, rotation, drop, multiple)
+    for name, count in (("windows", windows), ("window", window)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {count!r}")
+    if not Path(calibration).is_file():
+        raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
+    options = {"fraction": fraction, "rotation": rotation, "drop": drop, "head": head, "multiple": multiple,
+               "windows": windows, "window": window}  # fmt: skip
+    stored = None if dtype is None else floating(dtype)
+    work = _Slicing(checkpoint, Path(target), Path(calibration), options, stored)
+    packing = engine.Packing() if pack else None
+    if rotation == "bits-back":
+        if pack:
+            raise ValueError(
+                "pack: expected False beside rotation='bits-back', whose file is packed; got True"
+            )
+        packing = engine.Packing("bits-back", work.chain)
+    report = engine.run(
+        checkpoint,
+        Path(target),
+        Later(options, functools.partial(work.find, progress=calibrating)),
+        dense=False,
+        dtype=torch.float32 if rotation == "bits-back" else work.dtype,
+        calibration=Calibration(sha256(Path(calibration)), lambda modules, folder: []),
+        packing=packing,
+        resume=resume,
+        progress=progress,
+        pages=page.pages,
+        kind=SlicedJob,
+    )
+    return _told(report, source, target)
+
+
+def sliced_width(size: int, fraction: float, multiple: int = 8) -> int:
+    """D′: (1 − fraction)·D rounded to the nearest multiple, at least one and at most D."""
+    nearest = round((1 - fraction) * size / multiple) * multiple
+    return min(max(nearest, min(multiple, size)), size)
+
+
+def _check(fraction: float, rotation: str, drop: float, multiple: int) -> None:
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
+        raise ValueError(f"fraction: expected a share from 0 to less than 1, got {fraction!r}")
+    if rotation not in ROTATIONS:
+        raise ValueError(f"rotation: expected one of {', '.join(ROTATIONS)}; got {rotation!r}")
+    if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 <= drop <= 1:
+        raise ValueError(f"drop: expected a number from 0 to 1, got {drop!r}")
+    if drop and rotation != "polar":
+        raise ValueError(f"drop: expected beside rotation='polar', got it beside {rotation!r}")
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        raise ValueError(f"multiple: expected a positive integer, got {multiple!r}")
+
+
+class _Slicing:
+    """One call of ``slice``: from a text to frames."""
+
+    def __init__(
+        self, checkpoint, target: Path, text: Path, options: dict[str, Any], dtype: torch.dtype | None
+    ):
+        self.checkpoint, self.target, self.text = checkpoint, target, text
+        self.options, self.dtype = options, dtype
+        self.job = SlicedJob(checkpoint, False, dtype)
+        self.stream = self.job.stream
+        self.width = sliced_width(self.stream.size, options["fraction"], options["multiple"])
+        stored = dtype or self._stored_dtype()
+        if options["rotation"] == "bits-back" and stored not in chain.DTYPES:
+            raise ValueError(f"dtype: expected bfloat16 or float16 beside rotation='bits-back', got {stored}")
+
+    def find(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> list[Slices]:
+        """The slicing, its frames kept in ``folder``."""
+        sequences = self._sequences()
+        self._check_room(sum(map(len, sequences)))
+        head = self.options["head"]
+        bases = principal.find(
+            self.checkpoint,
+            sequences,
+            self.width,
+            head=head,
+            work_directory=folder / "bases",
+            progress=progress,
+        )
+        entries = [torch.load(path, weights_only=True, mmap=True) for path in bases]
+        forms = self._forms()
+        form = {"bits-back": "dense"}.get(self.options["rotation"], self.options["rotation"])
+        if form == "auto":
+            form = min(forms, key=lambda name: forms[name]["numbers"])
+        ranks, frames = self._frames(folder / "frames", [entry["basis"] for entry in entries], form)
+        sliced = Sliced(self.width, form, tuple(ranks), head)
+        numbers = self._numbers(form, ranks)
+        kept = [entry["kept"] for entry in entries]
+        details = {
+            "fraction": self.options["fraction"],
+            "width": self.width,
+            "form": form,
+            "drop": self.options["drop"],
+            "kept": sum(kept) / len(kept),
+            "forms": forms,
+            "permutation_bits": self._permutation_bits(),
+        }
+        removed = {"total": self.job.stored_numbers() - numbers}
+        return [Slices(sliced, frames, removed, kept, details)]
+
+    def chain(self, source: Path, target: Path) -> Report:
+        """Codes the float32 result ``source`` with bits-back, in the dtype that was asked for."""
+        layers, head = self.job.layers, self.options["head"]
+        return chain.pack(
+            source, target, self.stream, layers.prefix, head, self.dtype or self._stored_dtype()
+        )
+
+    def _sequences(self) -> list[list[int]]:
+        from gaugekit.hf import loading
+
+        tokenizer = loading.tokenizer(self.checkpoint.path)
+        if tokenizer is None:
+            raise ValueError(f"source: expected a tokenizer in {str(self.checkpoint.path)!r}, found none")
+        longest = loading.positions(loading.config(self.checkpoint.path))
+        length = min(self.options["window"], longest)
+        return windows(tokenizer, self.text, length, self.options["windows"], argument="calibration")
+
+    def _check_room(self, tokens: int) -> None:
+        """OSError where the bases, the frames and two copies of the stream have no room on the disk."""
+        size, places = self.stream.size, self.stream.places
+        needed = 2 * (places + 1) * size * self.width * 8 + 2 * tokens * size * 4
+        if (free := free_bytes(self.target)) < needed:
+            message = f"{needed:,} bytes are needed for the bases of {places} junctions, {free:,} are free"
+            raise OSError(errno.ENOSPC, message, str(self.target.parent))
+
+    def _frames(self, folder: Path, bases: list[torch.Tensor], form: str) -> tuple[list[int], list[Path]]:
+        """The ranks of a polar form, and the files of all frames; what is in ``folder`` was made by the same call."""
+        folder.mkdir(exist_ok=True)
+        whole = folder / "ranks.pt"
+        paths = [folder / f"{place}.pt" for place in range(self.stream.places + 1)]
+        if not whole.is_file():
+            ranks, frame = [], None
+            for path, frame in zip(
+                paths, gauges.frames(bases, form, drop=self.options["drop"]), strict=False
+            ):
+                _save(path, frame)
+                ranks += [] if frame.rank is None else [frame.rank]
+            if not self.options["head"]:
+                _save(paths[-1], gauges.last(frame.basis))
+            with replacing(whole) as file:
+                torch.save(ranks, file)
+        return torch.load(whole, weights_only=True), paths
+
+    def _inner(self) -> int:
+        """How many shortcuts lead from one sliced basis to another."""
+        return self.stream.places - (0 if self.options["head"] else 1)
+
+    def _numbers(self, form: str, ranks: list[int] | None = None) -> int:
+        """The numbers of the sliced model, its shortcuts stored in a form."""
+        size, inner = self.stream.size, self._inner()
+        each = ranks if ranks else [None] * inner
+        shortcuts = sum(gauges.shortcut_numbers(size, self.width, form, rank) for rank in each)
+        return self.job.numbers(Sliced(self.width, "dense", (), self.options["head"])) + shortcuts
+
+    def _forms(self) -> dict[str, dict[str, int]]:
+        """What the model would store, and its shortcuts compute for a token, in each exact form."""
+        size, forms = self.stream.size, {}
+        last = 0 if self.options["head"] else self.width * size
+        for form in FORMS:
+            numbers = self._numbers(form)
+            products = self._inner() * gauges.shortcut_products(size, self.width, form) + last
+            width = (self.dtype or self._stored_dtype()).itemsize
+            forms[form] = {"numbers": numbers, "bytes": numbers * width, "multiply_adds": products}
+        return forms
+
+    def _permutation_bits(self) -> float:
+        """log₂ of how many orders the neurons of every MLP, and the heads of every attention, could stand in."""
+        family, bits = self.job.layers.family, 0.0
+        for layer in range(len(self.job.layers)):
+            view = family.outline(layer)
+            orders = [view.groups, *([view.repeats] * view.groups), self.job.neurons(layer)]
+            bits += sum(math.lgamma(count + 1) for count in orders) / math.log(2)
+        return bits
+
+    def _stored_dtype(self) -> torch.dtype:
+        return self.checkpoint.dtype(f"{self.job.layers.prefix}{self.stream.tokens}.weight")
+
+
+def _save(path: Path, frame: gauges.Frame) -> None:
+    with replacing(path) as file:
+        torch.save(vars(frame), file)
+
+
+def _told(report: Report, source: str | Path, target: str | Path) -> Report:
+    fields = report.fields
+    steps = {step["rewrite"]: step for step in fields["steps"]}
+    step, coded = steps["slice"], steps.get("bits-back")
+    report.lines = [
+        ("width of the stream", f"{step['width']:,}, cut by {100 * step['fraction']:.3g} % and rounded"),
+        ("energy kept", f"{100 * step['kept']:.2f} % of the stream's, in the mean over junctions"),
+        (
+            "form",
+            f"{step['form']}, of the forms below" if coded is None else "bits-back, of the dense form below",
+        ),
+        ("parameters", f"{fields['parameters_before']:,} before, {fields['parameters_after']:,} after"),
+        (
+            "weight files",
+            f"{words.size(fields['bytes_before'])} before, {words.size(fields['bytes_after'])} after: "
+            f"{words.change(fields['bytes_before'], fields['bytes_after'])}",
+        ),
+        ("time", f"{fields['seconds']:.1f} s"),
+    ]
+    if coded is not None:
+        each = coded["realised_bits"] / max(1, coded["degrees_of_freedom"])
+        hidden = f"{words.size(coded['realised_bits'] / 8)} hidden in {len(coded['groups'])} rotations"
+        report.lines.insert(3, ("given back", f"{hidden}: {each:.2f} bits a degree of freedom"))
+    report.tables = {
+        "forms of the shortcuts, each the same function": [
+            f"{name}: {words.size(form['bytes'])} in all, {form['multiply_adds']:,} multiply-adds a token"
+            for name, form in step["forms"].items()
+        ]
+    }
+    report.done = f"Sliced {source} and wrote the result, with its certificate, to {target}."
+    report.next = f"gaugekit verify {words.shell(str(source))} {words.shell(str(target))} --perplexity FILE"
+    return report
