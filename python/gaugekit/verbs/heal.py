@@ -77,11 +77,7 @@ def heal(
     kind = Forecasts if is_sliced(student) else HiddenStates
     layer_steps = kind.layer_steps(steps) if layer_steps is None else layer_steps
     learning_rate = kind.learning_rate if learning_rate is None else learning_rate
-    _check_counts(steps, layer_steps, batch_size)
-    if layer_steps and kind is Forecasts:
-        raise ValueError(
-            f"layer_steps: expected 0, as a sliced student has bases of its own, got {layer_steps}"
-        )
+    _check_counts(steps, layer_steps, batch_size, kind)
     held_out, strings = _parted(read(text))
     run = kind(student, teacher, parameters)
     held = [(batch, run.goals(batch)) for batch in tokens(teacher, held_out, run.together)]
@@ -138,7 +134,7 @@ def heal(
     return wording.healed(Report("heal", fields), student, teacher)
 
 
-def _check_counts(steps: int, layer_steps: int, batch_size: int) -> None:
+def _check_counts(steps: int, layer_steps: int, batch_size: int, kind: type) -> None:
     for name, value, least in (
         ("steps", steps, 0),
         ("layer_steps", layer_steps, 0),
@@ -146,6 +142,10 @@ def _check_counts(steps: int, layer_steps: int, batch_size: int) -> None:
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+    if layer_steps and kind is Forecasts:
+        raise ValueError(
+            f"layer_steps: expected 0, as a sliced student has bases of its own, got {layer_steps}"
+        )
 
 
 def _parted(strings: list[str]) -> tuple[list[str], list[str]]:
