@@ -7,7 +7,7 @@ import pytest
 from setuptools import find_packages
 
 OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear", "nonlocal_energy", "ragged_attention"]
-CODES = ["rans"]
+CODES = ["rans", "canonical_qr", "bitsback"]
 
 FOLDERS = {
     "reference": "python/gaugekit/reference/{stem}.py",
@@ -33,6 +33,17 @@ ABSENT = {
     ): "its softmax core is torch's SDPA, with one more column; the rest is one product",
     ("nonlocal_energy", "cuda"): "planned in Triton only",
     ("rans", "triton"): "a state machine on integers, planned in CUDA only",
+    (
+        "canonical_qr",
+        "cuda",
+    ): "float64 in one order of roundings: part of the recovery of bitsback, which stays on the CPU",
+    ("canonical_qr", "triton"): "one chain of fused multiply-adds an element: Triton does not fix its order",
+    (
+        "bitsback",
+        "cuda",
+    ): "a chain of D columns, each waiting for corrections from one stack: a model's rotations take two CPU cores"
+    " minutes, once, and a second code with the same bits would have to be proved on every GPU",
+    ("bitsback", "triton"): "a state machine on integers, and the reason of canonical_qr",
 }
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import gaugekit  # noqa: F401
 
 TESTS = Path(__file__).resolve().parents[1]
 REFERENCE = TESTS.parent / "python" / "gaugekit" / "reference"
-CODES = {"rans"}  # exact integers: no gradients, no tolerance
+CODES = {"rans", "canonical_qr", "bitsback"}  # exact bits: no gradients, no tolerance
 CHOOSERS = {"packed_linear_planned": "packed_linear"}  # how the operator runs is decided inside a graph
 OPERATORS = sorted({path.stem for path in REFERENCE.glob("*.py")} - {"__init__"} - CODES)
 MEANS = {

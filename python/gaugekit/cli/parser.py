@@ -16,7 +16,13 @@ SYMBOLS = (
     "high-byte",
     "exponent-and-mantissa",
 )  # those of codec.encode, which brings torch with it
-ROTATIONS = ("auto", "dense", "triangular", "polar")  # those of slicing.slice, which brings torch with it
+ROTATIONS = (
+    "auto",
+    "dense",
+    "triangular",
+    "polar",
+    "bits-back",
+)  # those of slicing.slice, which brings torch with it
 MODEL = "a Hugging Face directory: config.json and safetensors"
 # verbs whose work stands, in files or in the exit status, also where nothing can be printed
 LASTING = {"convert", "heal", "verify", "pack", "unpack", "demo"}

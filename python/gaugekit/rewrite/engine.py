@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpac
 Pages = Callable[[dict], dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """``pack(source, target)`` makes a packed directory of a plain one; ``name`` is what a report calls it."""
+
+    name: str = "pack"
+    pack: Callable[[Path, Path], Report] = codec.pack
+
+
 def run(
     checkpoint: Checkpoint,
     target: Path,
@@ -37,7 +46,7 @@ def run(
     dense: bool,
     dtype: torch.dtype | None,
     calibration: Calibration | None,
-    pack: bool,
+    packing: Packing | None,
     resume: bool,
     progress: Callable[[int, int], None] | None,
     pages: Pages,
@@ -45,10 +54,11 @@ def run(
 ) -> Report:
     """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``.
 
-    ``kind`` makes the job: what the units of the work are, and what is done to each.
+    ``kind`` makes the job: what the units of the work are, and what is done to each. ``packing`` packs the result, where it
+    is to be.
     """
     start = time.perf_counter()
-    work = _Conversion(checkpoint, target, kind(checkpoint, dense, dtype), calibration, pack, progress)
+    work = _Conversion(checkpoint, target, kind(checkpoint, dense, dtype), calibration, packing, progress)
     check_target(checkpoint.path, target)
     if not isinstance(rewrites, Later):
         work.take(rewrites)
@@ -59,7 +69,7 @@ def run(
         work.identity(rewrites),
         work.start(),
         resume=resume,
-        sound=work.sound if pack else Writer.sound,
+        sound=work.sound if packing else Writer.sound,
     )
     with staged.until_closed(ValueError):
         if not staged.published:
@@ -74,9 +84,9 @@ def run(
 class _Conversion:
     """One call of ``convert``: what it reads, what is asked of it, how far it is."""
 
-    def __init__(self, checkpoint, target, job: Job, calibration, pack, progress):
+    def __init__(self, checkpoint, target, job: Job, calibration, packing: Packing | None, progress):
         self.checkpoint, self.target, self.job = checkpoint, target, job
-        self.calibration, self.pack, self.progress = calibration, pack, progress
+        self.calibration, self.packing, self.progress = calibration, packing, progress
         self.copies, self.notes = _copies(checkpoint)
         self.total_bytes, self.done_bytes = 2 * checkpoint.size_bytes(), 0
         self.steps: list[dict[str, Any]] = []
@@ -94,7 +104,7 @@ class _Conversion:
         removed = sum(step["removed"]["total"] for step in self.steps)
         weights = self.job.result_bytes(removed) + (1 << 20)
         others = sum(path.stat().st_size for path in self.copies.values())
-        needed = (2 if self.pack else 1) * (weights + others)
+        needed = (2 if self.packing else 1) * (weights + others)
         free = free_bytes(self.target)
         if free >= needed:
             return None
@@ -112,7 +122,7 @@ class _Conversion:
             "rewrites": asked,
             "dense": self.job.dense,
             "dtype": str(self.job.dtype),
-            "pack": self.pack,
+            "pack": self.packing and self.packing.name,
         }
         version = {"format": VERSION, **versions()}
         return identity("convert", version, weights=weights, text=text, options=options)
@@ -142,13 +152,13 @@ class _Conversion:
                 self.take(rewrites.find(scratch / "rewrites"))
                 if shortage := self.shortage():
                     raise OSError(errno.ENOSPC, shortage)  # what was found is kept for when there is room
-            folder = _unpacked(staged.folder) if self.pack else staged.folder
+            folder = _unpacked(staged.folder) if self.packing else staged.folder
             fields = self._write(Writer(staged, folder), scratch / "statistics", pages)
             fields["bytes_after"] = Checkpoint(folder).size_bytes()
             staged.state["report"] = fields
             staged.save()
-        if self.pack:
-            _pack(staged)
+        if self.packing:
+            _pack(staged, self.packing)
         shutil.rmtree(scratch, ignore_errors=True)
 
     def _write(self, writer: Writer, folder: Path, pages: Pages) -> dict[str, Any]:
@@ -213,17 +223,22 @@ def _unpacked(folder: Path) -> Path:
     return folder / SCRATCH / "unpacked"
 
 
-def _pack(staged: Staging) -> None:
+def _pack(staged: Staging, packing: Packing) -> None:
     """Packs the result, and moves what that gives into its place; each step can be gone on from."""
     packed = staged.folder / SCRATCH / "packed"
     fields = staged.state["report"]
     if staged.state["packed"] is None:
         if packed.is_dir() and not (packed / MANIFEST).is_file():
             shutil.rmtree(packed)  # whole, but a kill lost its report
-        report = codec.pack(_unpacked(staged.folder), packed)
+        report = packing.pack(_unpacked(staged.folder), packed)
         staged.state["packed"] = report.fields
         fields["bytes_after"] = report["bytes_after"]
-        step = {"rewrite": "pack", "claim": "exact", "bits_per_weight": report["bits_per_weight"]}
+        told = ("bytes_before", "bytes_after", "ratio", "verified", "seconds")
+        step = {
+            "rewrite": packing.name,
+            "claim": "exact",
+            **{k: v for k, v in report.fields.items() if k not in told},
+        }
         fields["steps"] = [*fields["steps"], step]
         staged.save()
     if packed.is_dir():

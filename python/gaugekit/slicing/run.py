@@ -18,11 +18,11 @@ from gaugekit.files.staging import free_bytes
 from gaugekit.hf.sliced import FORMS, Sliced
 from gaugekit.report import Report
 from gaugekit.rewrite import Calibration, Later, engine
-from gaugekit.slicing import gauges, principal
+from gaugekit.slicing import chain, gauges, principal
 from gaugekit.slicing.job import SlicedJob, Slices
 from gaugekit.text.batches import windows
 
-ROTATIONS = (*FORMS, "auto")
+ROTATIONS = (*FORMS, "bits-back", "auto")
 
 
 def slice(
@@ -58,8 +58,9 @@ def slice(
     target: a new or empty directory, which loads after ``import gaugekit.integrations.transformers``
     fraction: the share of D to cut, 0 to less than 1
     calibration: a UTF-8 text file; its first ``windows`` windows of ``window`` tokens are read
-    rotation: how shortcuts are stored, exactly all three: "dense" as published, "triangular", "polar" (I − Y Yᵀ), or
-        "auto", the one of fewest numbers
+    rotation: how shortcuts are stored, exactly each: "dense" as published, "triangular", "polar" (I − Y Yᵀ), "bits-back"
+        (dense, in a packed file that hides bits of the model in its rotations; float16 or bfloat16), or "auto", the
+        one of fewest bytes. "bits-back" is never that: what it can give back is at most what "triangular" leaves out
     drop: of "polar" only, and approximate: columns of Y go whose 1 − σ is below it
     head: whether the stream before the head is sliced too
     multiple: D′ is rounded to the nearest multiple of it
@@ -80,17 +81,23 @@ def slice(
         raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
     options = {"fraction": fraction, "rotation": rotation, "drop": drop, "head": head, "multiple": multiple,
                "windows": windows, "window": window}  # fmt: skip
-    work = _Slicing(
-        checkpoint, Path(target), Path(calibration), options, None if dtype is None else floating(dtype)
-    )
+    stored = None if dtype is None else floating(dtype)
+    work = _Slicing(checkpoint, Path(target), Path(calibration), options, stored)
+    packing = engine.Packing() if pack else None
+    if rotation == "bits-back":
+        if pack:
+            raise ValueError(
+                "pack: expected False beside rotation='bits-back', whose file is packed; got True"
+            )
+        packing = engine.Packing("bits-back", work.chain)
     report = engine.run(
         checkpoint,
         Path(target),
         Later(options, functools.partial(work.find, work_directory=work_directory, progress=calibrating)),
         dense=False,
-        dtype=work.dtype,
+        dtype=torch.float32 if rotation == "bits-back" else work.dtype,
         calibration=Calibration(sha256(Path(calibration)), lambda modules, folder: []),
-        pack=pack,
+        packing=packing,
         resume=resume,
         progress=progress,
         pages=lambda certificate: {},
@@ -129,6 +136,9 @@ class _Slicing:
         self.job = SlicedJob(checkpoint, False, dtype)
         self.stream = self.job.stream
         self.width = sliced_width(self.stream.size, options["fraction"], options["multiple"])
+        stored = dtype or self._stored_dtype()
+        if options["rotation"] == "bits-back" and stored not in chain.DTYPES:
+            raise ValueError(f"dtype: expected bfloat16 or float16 beside rotation='bits-back', got {stored}")
 
     def find(
         self,
@@ -150,7 +160,7 @@ class _Slicing:
         )
         entries = [torch.load(path, weights_only=True, mmap=True) for path in paths]
         forms = self._forms()
-        form = self.options["rotation"]
+        form = {"bits-back": "dense"}.get(self.options["rotation"], self.options["rotation"])
         if form == "auto":
             form = min(forms, key=lambda name: forms[name]["numbers"])
         ranks, frames = self._frames(folder / "frames", [entry["basis"] for entry in entries], form)
@@ -167,6 +177,13 @@ class _Slicing:
         }
         removed = {"total": self.job.stored_numbers() - numbers}
         return [Slices(sliced, frames, removed, kept, details)]
+
+    def chain(self, source: Path, target: Path) -> Report:
+        """Codes the float32 result ``source`` with bits-back, in the dtype that was asked for."""
+        layers, head = self.job.layers, self.options["head"]
+        return chain.pack(
+            source, target, self.stream, layers.prefix, head, self.dtype or self._stored_dtype()
+        )
 
     def _sequences(self) -> list[list[int]]:
         from gaugekit.hf import loading

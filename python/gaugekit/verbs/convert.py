@@ -74,7 +74,7 @@ def convert(
         dense=dense,
         dtype=stored,
         calibration=None if calibration is None else Calibration(sha256(Path(calibration)), statistics),
-        pack=pack,
+        packing=engine.Packing() if pack else None,
         resume=resume,
         progress=progress,
         pages=pages,

@@ -27,10 +27,10 @@ from gaugekit.files.places import naming_file
 from gaugekit.ops.rans import operator as rans
 from gaugekit.ops.rans.operator import CorruptFile, crc32c
 
-VERSION, BUNDLED = (
-    1,
-    2,
-)  # of a packed file whose header lists the tensors, and of one that holds the list compressed
+# Of a packed file whose header lists the tensors, of one that holds the list compressed, and of one whose tensors were
+# coded together: each hides bits of those before it, so none can be read alone.
+VERSION, BUNDLED, CHAINED = 1, 2, 3
+CHAIN = "gaugekit.bitsback"  # the one tensor that a chained file's own header lists, and the codec of all it stands for
 # A packed file's header begins with exactly these bytes, so the checksum's eight digits stand at a known
 # place.
 PREFIX = b'{"__metadata__":{"gaugekit":"{\\"header_crc32c\\":\\"'
@@ -53,6 +53,11 @@ class Packed:
     @property
     def file_bytes(self) -> int:
         return self.stored.file_bytes + self.section_bytes
+
+    @property
+    def chained(self) -> bool:
+        """Whether the tensors were coded together (``codec.bitsback``)."""
+        return [entry.name for entry in self.stored.entries] == [CHAIN]
 
 
 @contextmanager
@@ -142,6 +147,13 @@ def packed_header_bytes(original: Header) -> int | None:
     return needed if needed <= MAX_HEADER_BYTES else None
 
 
+def render_chained(original: Header, payload_bytes: int) -> bytes:
+    """The header of a packed file of version 3, whose one tensor is the payload of all."""
+    inner = {"version": CHAINED, "header": original.raw.decode(), "tensors": len(original.entries)}
+    entry = Entry(CHAIN, "U8", (payload_bytes,), 0, payload_bytes)
+    return _render(inner, original.metadata or {}, [entry], 0)
+
+
 def render_bundled(original: Header, stored: list[tuple[Entry, str, int]]) -> tuple[bytes, bytes]:
     """(header, section behind the tensors) of a packed file of version 2; the tensors begin at ``bundle.START``."""
     numbers = {entry.name: number for number, entry in enumerate(original.entries)}
@@ -173,13 +185,15 @@ def _parse_packed(file: BinaryIO, raw: bytes, data_bytes: int) -> Packed:
         raise CorruptFile("the header's checksum is wrong")
     listed = parse_header(raw, data_bytes)
     inner = parse_object(listed.metadata["gaugekit"], "the gaugekit entry")
+    if inner.get("version") == CHAINED:
+        return _parse_chained(listed, inner)
     if inner.get("version") == BUNDLED:
         packed = _parse_bundled(file, listed, inner)
     elif inner.get("version") == VERSION:
         packed = _parse_listed(listed, inner)
     else:
         raise CorruptFile(
-            f"its version is {inner.get('version')!r}, this gaugekit reads {VERSION} and {BUNDLED}"
+            f"its version is {inner.get('version')!r}, this gaugekit reads {VERSION} to {CHAINED}"
         )
     by_name = {entry.name: entry for entry in packed.original.entries}
     if not set(packed.tensors) == set(by_name) == {entry.name for entry in packed.stored.entries}:
@@ -209,6 +223,17 @@ def _parse_listed(stored: Header, inner: dict) -> Packed:
             raise CorruptFile(f"tensor {name!r}: its codec is not one this version reads")
         tensors[name] = tuple(value)
     return Packed(stored, original, tensors)
+
+
+def _parse_chained(stored: Header, inner: dict) -> Packed:
+    """Version 3: one payload holds all tensors; it has checksums of its own."""
+    if not isinstance(inner.get("header"), str):
+        raise CorruptFile("the gaugekit entry lacks the original header")
+    payload = [(entry.name, entry.dtype, entry.shape) for entry in stored.entries]
+    if payload != [(CHAIN, "U8", (entry.size,)) for entry in stored.entries] or not payload:
+        raise CorruptFile("what is stored is not one payload")
+    original = parse_header(inner["header"].encode(errors="surrogatepass"))
+    return Packed(stored, original, {entry.name: (CHAIN, 0) for entry in original.entries})
 
 
 def _parse_bundled(file: BinaryIO, listed: Header, inner: dict) -> Packed:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gaugekit.codec.files import container
+from gaugekit.codec.files.chain import Chain
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import DTYPES, Entry
 from gaugekit.codec.tensors.blob import fresh
@@ -95,6 +96,7 @@ class safe_open:
         self._places = {entry.name: entry for entry in self._stored.entries}
         self._blobs: dict[str, StoredBlob] = {}
         self._rooms = _shared.setdefault("rooms", _Rooms())
+        self._chain = Chain(self._file, header) if self.packed and header.chained else None
         self._sound: set[str] = set()  # tensors stored raw whose checksum was seen to be right
 
     def __enter__(self) -> safe_open:
@@ -126,8 +128,10 @@ class safe_open:
         return Slice(self, self._entry(name))
 
     def stored_bytes(self, name: str) -> int:
-        """The bytes the tensor takes in this file."""
-        self._entry(name)
+        """The bytes the tensor takes in this file; of a chained one, its share of them all."""
+        entry = self._entry(name)
+        if self._chain is not None:
+            return self._stored.data_bytes * entry.size // max(self._original.data_bytes, 1)
         return self._places[name].size
 
     def _entry(self, name: str) -> Entry:
@@ -145,6 +149,9 @@ class safe_open:
 
     def _elements(self, entry: Entry, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, torch's elements."""
+        if self._chain is not None:
+            with naming(self.path):
+                return self._chain.tensor(entry).reshape(-1)[start:stop].clone()
         dtype, place = DTYPES[entry.dtype], self._places[entry.name]
         begin = self._stored.data_start + place.begin
         codec, crc = self._codecs.get(entry.name, ("raw", None))

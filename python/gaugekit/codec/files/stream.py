@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gaugekit.codec.files import bundle, container
+from gaugekit.codec.files.chain import Chain
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import BITS, DTYPES, Entry, Header
 from gaugekit.codec.tensors.blob import encode_bytes
@@ -196,6 +197,12 @@ def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> It
     """The original file's bytes, piece by piece; every checksum of the packed one is verified, or CorruptFile."""
     header = packed.original.raw
     yield np.frombuffer(bytearray(len(header).to_bytes(8, "little") + header), np.uint8)
+    if packed.chained:
+        chain = Chain(file, packed)
+        for entry in packed.original.entries:
+            yield chain.tensor(entry).contiguous().reshape(-1).view(torch.uint8).numpy()
+        advance(packed.stored.data_bytes)
+        return
     sums = {name: 0 for name in packed.tensors}
     for name, piece, crc, size in crew.run(_restoring(file, packed, crew, sums)):
         sums[name] = joined(sums[name], crc, size)

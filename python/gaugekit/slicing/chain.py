@@ -1,0 +1,143 @@
+"""A sliced model coded with bits-back: the rotations that no output depends on give back the bits that chose them.
+
+He, Flamich, Hernández-Lobato, Getting Free Bits Back from Rotational Symmetries in LLMs (2024). The float32 weights of a
+dense sliced model are turned at each junction by a rotation that is read from the bits coded so far, rounded once, and
+coded; what the decoder recovers of the rotations are those bits again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaugekit.checkpoint.config import CONFIG
+from gaugekit.checkpoint.dtypes import name_of
+from gaugekit.checkpoint.reader import INDEX, WEIGHTS, Checkpoint
+from gaugekit.codec.bitsback import Coupling, Group, Part
+from gaugekit.codec.files.chain import save_chain
+from gaugekit.files.durable import copy, dump, write
+from gaugekit.files.places import listing
+from gaugekit.models import Stream
+from gaugekit.report import Report
+
+DTYPES = (torch.bfloat16, torch.float16)  # those that transformers has modules for
+
+
+class Chained:
+    """The tensors of a dense sliced checkpoint, sorted by the rotation they share.
+
+    ``sizes``: D′ of each junction and, where the head is sliced, of the end of the stream. All weights are rounded to
+    ``dtype`` once, after their rotation.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, stream: Stream, prefix: str, head: bool, dtype: torch.dtype):
+        self.checkpoint, self.stream, self.prefix, self.head, self.dtype = (
+            checkpoint,
+            stream,
+            prefix,
+            head,
+            dtype,
+        )
+        self.names = set(checkpoint.names())
+        count = stream.places + (1 if head else 0)
+        self.parts: list[list[Part]] = [[] for _ in range(count)]
+        self.couplings: list[Coupling] = []
+        self.taken: set[str] = set()
+        self._ends()
+        places = [junction for junctions in stream.junctions for junction in junctions]
+        for place, junction in enumerate(places):
+            for reader in junction.readers:
+                self._add(place, f"{reader}.weight", axis=0 if stream.transposed else 1)
+            if place + 1 < count:
+                for writer in junction.writers:
+                    self._add(place + 1, f"{writer}.weight", axis=0)
+                    self._add(place + 1, f"{writer}.bias", axis=1)
+            shortcut = f"{junction.writers[-1]}.shortcut.matrix"
+            if place + 1 < count:
+                name, weight = self._take(shortcut)
+                self.couplings.append(Coupling(name, place, place + 1, weight, dtype))
+            else:
+                self._add(place, shortcut, axis=0)
+
+    def groups(self) -> list[Group]:
+        """Those of ``codec.bitsback``, in the order of the model."""
+        return [Group(parts[0].weight.shape[-1], parts) for parts in self.parts]
+
+    def others(self) -> dict[str, Tensor]:
+        """What no rotation touches, in the dtype of the result."""
+        tensors = {}
+        for name in self.checkpoint.names():
+            if name not in self.taken:
+                tensor = self.checkpoint.read(name)
+                tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensors
+
+    def _ends(self) -> None:
+        stream = self.stream
+        tokens = f"{stream.tokens}.rotation" if stream.tied else f"{stream.tokens}.weight"
+        self._add(0, tokens, axis=1)
+        if stream.positions is not None:
+            self._add(0, f"{stream.positions}.weight", axis=1)
+        if self.head:
+            self._add(-1, f"{stream.head}.rotation", axis=0, prefix="")
+            if not stream.tied:
+                self._add(-1, f"{stream.head}.weight", axis=1, prefix="")
+
+    def _take(self, name: str, prefix: str | None = None) -> tuple[str, Tensor]:
+        name = (self.prefix if prefix is None else prefix) + name
+        self.taken.add(name)
+        return name, self.checkpoint.read(name)
+
+    def _add(self, group: int, name: str, axis: int, prefix: str | None = None) -> None:
+        """Puts a tensor into a group: ``axis`` is the one that is rotated. Nothing where there is none of that name."""
+        if (self.prefix if prefix is None else prefix) + name not in self.names:
+            return
+        name, tensor = self._take(name, prefix)
+        weight = tensor.mT if axis == 0 and tensor.dim() == 2 else tensor
+        self.parts[group].append(Part(name, weight.contiguous(), self.dtype, axis))
+
+
+def pack(
+    source: Path,
+    target: Path,
+    stream: Stream,
+    prefix: str,
+    head: bool,
+    dtype: torch.dtype,
+    progress: Any = None,
+) -> Report:
+    """Codes the float32 directory ``source`` (``dense``, as ``slice`` writes it) into a new packed one, ``target``.
+
+    Report: bytes_after, bits_per_weight, and what the rotations came to, in bits: degrees_of_freedom, nominal_bits,
+    realised_bits, corrections_bits, seed_bits, groups. Memory: the model in float32.
+    """
+    checkpoint = Checkpoint(source)
+    chained = Chained(checkpoint, stream, prefix, head, dtype)
+    target.mkdir()
+    report, size = save_chain(
+        target / WEIGHTS, chained.groups(), chained.others(), chained.couplings, {"format": "pt"}, progress
+    )
+    for name in listing(source)[0]:
+        if name not in {CONFIG, INDEX, *checkpoint.files}:
+            copy(source / name, target / name)
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    write(target / CONFIG, dump({**config, "dtype": name_of(dtype)}))
+    shutil.copymode(source / CONFIG, target / CONFIG)
+    numbers = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
+    fields = {
+        "bytes_after": size,
+        "bits_per_weight": 8 * size / numbers,
+        "degrees_of_freedom": report.degrees_of_freedom,
+        "nominal_bits": report.nominal_bits,
+        "realised_bits": report.realised_bits,
+        "corrections_bits": report.corrections_bits,
+        "seed_bits": report.seed_bits,
+        "groups": [vars(group) for group in report.groups],
+    }
+    return Report("bits-back", fields)
