@@ -4,7 +4,7 @@
     python bench/shortcuts.py --quick         # D 576 alone, short runs
     python bench/shortcuts.py --save
 
-Ours is what a sliced block runs: a PolarShortcut, then the block's own sum. ``without_us`` is the faster of the two ways
+Ours is what a sliced block runs: a PolarShortcut, then the block's own sum. ``without_us`` is the faster of two ways
 to write the dense product. The triangular form computes the dense product, from a matrix unpacked once. Calls go
 through as many junctions in turn as a model has, or as exceed a processor's caches: in a model no junction follows
 itself. ``ratio`` is the rival's time over ours.
