@@ -79,8 +79,6 @@ def group(eigen, dimension: int, dtype: torch.dtype, device: str):
             rivals={name: rival},
             without_us=name,
             check=check,
-            bytes_moved=weight.numel() * dtype.itemsize,
-            flops=4 * dimension**3 // 3,
             rounds=7,
             seconds=1.0,
             label="weights coded too; the published scheme's are not",

@@ -80,9 +80,9 @@ GAUGEKIT_INLINE void products_body(const Eliminated& e, double* sums) {
     for (int i = 0; i < 4; ++i) sums[r + i] = four[i];
   }
   for (; r < e.count; ++r) {
-    double one[1];
-    dots<1, W>(e.u, e.rows + r * e.stride, e.stride, e.n, one);
-    sums[r] = one[0];
+    double single[1];
+    dots<1, W>(e.u, e.rows + r * e.stride, e.stride, e.n, single);
+    sums[r] = single[0];
   }
 }
 GAUGEKIT_EACH_ISA((class Real), products, (const Eliminated& e, double* sums),

@@ -143,6 +143,14 @@ def test_the_bare_model_answers_the_stream_the_head_would_read(sliced):
         )
 
 
+def test_verbs_that_need_a_plain_model_say_so(sliced):
+    for subject in (sliced / "polar", load(sliced / "polar")):
+        with pytest.raises(ValueError, match="whose residual stream was sliced; use the original"):
+            gk.inspect(subject)
+    with pytest.raises(ValueError, match="expected plain weights, got a checkpoint stored as 'gaugekit'"):
+        gk.slicing.slice(sliced / "polar", sliced / "twice", 0.5, calibration=sliced / "text.txt")
+
+
 def test_a_norm_divides_by_the_unsliced_width():
     x = torch.tensor([[3.0, 4.0, 0.0]])
     carry = Carry()

@@ -50,13 +50,14 @@ uint64_t coded(int64_t p, int64_t m, int bits, const qr::Machine& machine) {
   std::vector<uint16_t> words(3 * in.count() + 64);
   Stack stack{words.data(), 0, int64_t(words.size()), 0, true, false, {}};
   for (int i = 0; i < kCoders; ++i) stack.states[i] = first_state(i);
-  std::vector<double> first = rows;
-  qr::Reflectors one(first.data(), p, m), other(rows.data(), p, m);
-  correct_rotation(stack, one, variance.data(), in, machine);
+  std::vector<double> copy = rows;
+  qr::Reflectors coding(copy.data(), p, m), recovering(rows.data(), p, m);
+  correct_rotation(stack, coding, variance.data(), in, machine);
   uint64_t hash = hashed(0xcbf29ce484222325, words.data(), stack.size * 2);
   hash = hashed(hash, stack.states, sizeof(stack.states));
   stack.seeded = false;
-  recover_rotation(stack, other, variance.data(), {p, m, bits, again.data(), signs_again.data()}, machine);
+  recover_rotation(stack, recovering, variance.data(), {p, m, bits, again.data(), signs_again.data()},
+                   machine);
   return !stack.failed && again == values && signs_again == signs ? hash : 0;
 }
 

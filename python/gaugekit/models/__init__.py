@@ -68,11 +68,15 @@ class Layers:
     ``config`` is the content of ``config.json``, ``names`` the names of all tensors, ``read(name)`` gives one. For a
     checkpoint: ``Layers(checkpoint.config, checkpoint.names(), checkpoint.read)``. Attributes: ``config``, ``family``,
     ``prefix`` (what stands before the base model's names: "", "bert.", ...). Raises ValueError for a family that is not
-    known or a model that is not found among the names.
+    known, a model that is not found among the names, or one that was sliced.
     """
 
     def __init__(self, config: dict, names: Iterable[str], read: Read):
         self.config = config
+        if (config.get("quantization_config") or {}).get("sliced"):
+            raise ValueError(
+                "model: expected a plain one, got one whose residual stream was sliced; use the original"
+            )
         names = list(names)
         self.family = family(config).named(names)
         self.prefix = self.family.prefix(names)

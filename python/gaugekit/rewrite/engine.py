@@ -54,8 +54,8 @@ def run(
 ) -> Report:
     """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``.
 
-    ``kind`` makes the job: what the units of the work are, and what is done to each. ``packing`` packs the result, where it
-    is to be.
+    ``kind`` makes the job: what the units of the work are, and what is done to each. ``packing`` packs the result, if
+    it is to be packed.
     """
     start = time.perf_counter()
     work = _Conversion(checkpoint, target, kind(checkpoint, dense, dtype), calibration, packing, progress)

@@ -1,8 +1,8 @@
 """A sliced model coded with bits-back: the rotations that no output depends on give back the bits that chose them.
 
-He, Flamich, Hernández-Lobato, Getting Free Bits Back from Rotational Symmetries in LLMs (2024). The float32 weights of a
-dense sliced model are turned at each junction by a rotation that is read from the bits coded so far, rounded once, and
-coded; what the decoder recovers of the rotations are those bits again.
+He, Flamich, Hernández-Lobato, Getting Free Bits Back from Rotational Symmetries in LLMs (2024). The float32 weights of
+a dense sliced model are turned at each junction by a rotation that is read from the bits coded so far, rounded once,
+and coded; what the decoder recovers of the rotations are those bits again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch import Tensor
 from gaugekit.checkpoint.config import CONFIG
 from gaugekit.checkpoint.dtypes import name_of
 from gaugekit.checkpoint.reader import INDEX, WEIGHTS, Checkpoint
+from gaugekit.checkpoint.writer import CERTIFICATE
 from gaugekit.codec.bitsback import Coupling, Group, Part
 from gaugekit.codec.files.chain import save_chain
-from gaugekit.files.durable import copy, dump, write
+from gaugekit.files.durable import copy, dump, sha256, write
 from gaugekit.files.places import listing
 from gaugekit.models import Stream
 from gaugekit.report import Report
+from gaugekit.slicing import page
 
 DTYPES = (torch.bfloat16, torch.float16)  # those that transformers has modules for
 
@@ -122,8 +124,9 @@ def pack(
     report, size = save_chain(
         target / WEIGHTS, chained.groups(), chained.others(), chained.couplings, {"format": "pt"}, progress
     )
+    proof = json.loads((source / CERTIFICATE).read_text(encoding="utf-8"))
     for name in listing(source)[0]:
-        if name not in {CONFIG, INDEX, *checkpoint.files}:
+        if name not in {CONFIG, INDEX, CERTIFICATE, *page.pages(proof), *checkpoint.files}:
             copy(source / name, target / name)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
@@ -140,4 +143,9 @@ def pack(
         "seed_bits": report.seed_bits,
         "groups": [vars(group) for group in report.groups],
     }
+    proof["steps"].append({"rewrite": "bits-back", "claim": "exact", "bytes": size, **fields})
+    proof |= {"dtype": name_of(dtype), "output_sha256": {WEIGHTS: sha256(target / WEIGHTS)}}
+    write(target / CERTIFICATE, dump(proof))
+    for name, text in page.pages(proof).items():
+        write(target / name, text.encode())
     return Report("bits-back", fields)

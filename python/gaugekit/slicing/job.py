@@ -180,6 +180,12 @@ class SlicedJob(Job):
     def _outline(self, name: str) -> Tensor:
         return torch.empty(self.checkpoint.shape(name), dtype=self.checkpoint.dtype(name), device="meta")
 
+    def neurons(self, layer: int) -> int:
+        """The hidden units of a layer's MLP: the inputs of the last module that writes to the stream."""
+        writer = self.stream.junctions[layer][-1].writers[-1]
+        shape = self.checkpoint.shape(f"{self.layers.prefix}{writer}.weight")
+        return shape[0 if self.stream.transposed else 1]
+
     def stored_numbers(self) -> int:
         """The floating-point numbers of the source."""
         shapes = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from gaugekit.files.staging import free_bytes
 from gaugekit.hf.sliced import FORMS, Sliced
 from gaugekit.report import Report
 from gaugekit.rewrite import Calibration, Later, engine
-from gaugekit.slicing import chain, gauges, principal
+from gaugekit.slicing import chain, gauges, page, principal
 from gaugekit.slicing.job import SlicedJob, Slices
 from gaugekit.text.batches import windows
 
@@ -58,9 +59,10 @@ def slice(
     target: a new or empty directory, which loads after ``import gaugekit.integrations.transformers``
     fraction: the share of D to cut, 0 to less than 1
     calibration: a UTF-8 text file; its first ``windows`` windows of ``window`` tokens are read
-    rotation: how shortcuts are stored, exactly each: "dense" as published, "triangular", "polar" (I − Y Yᵀ), "bits-back"
-        (dense, in a packed file that hides bits of the model in its rotations; float16 or bfloat16), or "auto", the
-        one of fewest bytes. "bits-back" is never that: what it can give back is at most what "triangular" leaves out
+    rotation: how shortcuts are stored, each exactly: "dense" as published, "triangular", "polar" (I − Y Yᵀ),
+        "bits-back" (dense, in a packed file that hides bits of the model in its rotations; float16 or bfloat16), or
+        "auto", the one of fewest bytes. That is never "bits-back", which gives back at most what "triangular" leaves
+        out
     drop: of "polar" only, and approximate: columns of Y go whose 1 − σ is below it
     head: whether the stream before the head is sliced too
     multiple: D′ is rounded to the nearest multiple of it
@@ -100,7 +102,7 @@ def slice(
         packing=packing,
         resume=resume,
         progress=progress,
-        pages=lambda certificate: {},
+        pages=page.pages,
         kind=SlicedJob,
     )
     return _told(report, source, target)
@@ -174,6 +176,7 @@ class _Slicing:
             "drop": self.options["drop"],
             "kept": sum(kept) / len(kept),
             "forms": forms,
+            "permutation_bits": self._permutation_bits(),
         }
         removed = {"total": self.job.stored_numbers() - numbers}
         return [Slices(sliced, frames, removed, kept, details)]
@@ -243,6 +246,15 @@ class _Slicing:
             forms[form] = {"numbers": numbers, "bytes": numbers * width, "multiply_adds": products}
         return forms
 
+    def _permutation_bits(self) -> float:
+        """log₂ of how many orders the neurons of every MLP, and the heads of every attention, could stand in."""
+        family, bits = self.job.layers.family, 0.0
+        for layer in range(len(self.job.layers)):
+            view = family.outline(layer)
+            orders = [view.groups, *([view.repeats] * view.groups), self.job.neurons(layer)]
+            bits += sum(math.lgamma(count + 1) for count in orders) / math.log(2)
+        return bits
+
     def _stored_dtype(self) -> torch.dtype:
         return self.checkpoint.dtype(f"{self.job.layers.prefix}{self.stream.tokens}.weight")
 
@@ -254,11 +266,15 @@ def _save(path: Path, frame: gauges.Frame) -> None:
 
 def _told(report: Report, source: str | Path, target: str | Path) -> Report:
     fields = report.fields
-    step = next(step for step in fields["steps"] if step["rewrite"] == "slice")
+    steps = {step["rewrite"]: step for step in fields["steps"]}
+    step, coded = steps["slice"], steps.get("bits-back")
     report.lines = [
         ("width of the stream", f"{step['width']:,}, cut by {100 * step['fraction']:.3g} % and rounded"),
         ("energy kept", f"{100 * step['kept']:.2f} % of the stream's, in the mean over junctions"),
-        ("form", f"{step['form']}, of the forms below"),
+        (
+            "form",
+            f"{step['form']}, of the forms below" if coded is None else "bits-back, of the dense form below",
+        ),
         ("parameters", f"{fields['parameters_before']:,} before, {fields['parameters_after']:,} after"),
         (
             "weight files",
@@ -267,6 +283,10 @@ def _told(report: Report, source: str | Path, target: str | Path) -> Report:
         ),
         ("time", f"{fields['seconds']:.1f} s"),
     ]
+    if coded is not None:
+        each = coded["realised_bits"] / max(1, coded["degrees_of_freedom"])
+        hidden = f"{words.size(coded['realised_bits'] / 8)} hidden in {len(coded['groups'])} rotations"
+        report.lines.insert(3, ("given back", f"{hidden}: {each:.2f} bits a degree of freedom"))
     report.tables = {
         "forms of the shortcuts, each the same function": [
             f"{name}: {words.size(form['bytes'])} in all, {form['multiply_adds']:,} multiply-adds a token"

@@ -45,7 +45,9 @@ def encode(
     progress: called with (groups done, groups in all).
     path: of the C++ code, 0 portable, 1 AVX2, 2 AVX-512, −1 the widest there is; changes the speed, never a byte.
 
-    Returns uint8 [bytes] and what every group came to. ValueError for what does not fit.
+    Returns uint8 [bytes] and what every group came to. ValueError for what does not fit. All is held in memory. The
+    tensors, and with them the bytes, follow from torch's float32 product on this machine; a payload is decoded to the
+    same bits on every other.
     """
     others, couplings = dict(others or {}), list(couplings)
     check(groups, others, couplings)

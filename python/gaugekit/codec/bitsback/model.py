@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -108,8 +109,11 @@ def check(groups: list[Group], others: dict[str, torch.Tensor], couplings: list[
     """ValueError where something does not fit."""
     names = list(others)
     for index, group in enumerate(groups):
-        if not group.parts:
-            raise ValueError(f"groups[{index}]: expected at least one part")
+        if not group.parts or not 1 <= group.dimension < 1 << 16:
+            expected = "at least one part and a dimension of 1 to 65,535"
+            raise ValueError(
+                f"groups[{index}]: expected {expected}, got {len(group.parts)}, {group.dimension}"
+            )
         for part in group.parts:
             where = f"groups[{index}], part {part.name!r}"
             _check_weight(where, part.weight, part.dtype)
@@ -148,6 +152,14 @@ def _check_weight(where: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
 def finite(weight: torch.Tensor) -> bool:
     """Whether all numbers are: the least and the largest tell, in one pass and without a mask."""
     return not weight.numel() or bool(torch.isfinite(torch.stack(weight.aminmax())).all())
+
+
+def permutation_bits(count: int) -> float:
+    """log2(count!): what the order of ``count`` neurons or heads could hide, beside the rotations' bits.
+
+    It is not taken. Of a sliced OPT-6.7B, 16,384 neurons and 32 heads a layer, it would be 0.007 % of the weights.
+    """
+    return math.lgamma(count + 1) / math.log(2)
 
 
 def scale_name(name: str) -> str:

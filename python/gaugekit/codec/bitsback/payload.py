@@ -119,7 +119,11 @@ def _check_header(header: Any, size: int) -> None:
         dimension, count, bits = group["dimension"], group["pivots"], group["bits"]
         if not all(type(x) is int for x in (dimension, count, bits)) or not 2 <= bits <= 16:
             raise ValueError
-        if not 0 <= count <= dimension < MOST_DIMENSION or group["choice"] not in ("even", "listed"):
+        if (
+            not 0 <= count <= dimension < MOST_DIMENSION
+            or dimension < 1
+            or group["choice"] not in ("even", "listed")
+        ):
             raise ValueError
         rows = 0
         for part in group["parts"]:

@@ -169,17 +169,30 @@ class Stack:
         self.push_uniform(signs, 1)
         self.push_uniform(integers, bits)
 
-    def push_corrections(self, rows, variance, integers, signs, bits: int) -> None:
-        """What it takes to recover a rotation's integers from the stored ``rows`` (float64 [p, D], those of the
-        triangular matrix times Qᵀ), whose elements were rounded with ``variance`` (float64 [p]).
+    def push_corrections(
+        self,
+        rows: torch.Tensor,
+        variance: torch.Tensor,
+        integers: torch.Tensor,
+        signs: torch.Tensor,
+        bits: int,
+    ) -> None:
+        """Pushes what it takes to recover a rotation from stored rows.
+
+        rows: float64 [p, D], R Qᵀ as it was stored, R lower triangular with a positive diagonal.
+        variance: float64 [p], of the rounding of each row's elements; a wrong one costs bits, nothing else.
+        integers, signs: int32, the rotation Q as ``pop_random_rotation`` gave it.
+        bits: of an integer.
         """
         self._room(2 * integers.numel() + signs.numel())
         torch.ops.gaugekit.bitsback_push_rotation(
             self.words, self.counters, rows, variance, integers, signs, bits, self.path
         )
 
-    def recover_rotation(self, rows, variance, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(integers, signs) of the rotation in the stored ``rows``; pops its corrections; CorruptFile."""
+    def recover_rotation(
+        self, rows: torch.Tensor, variance: torch.Tensor, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(integers, signs) of the rotation in the stored rows; pops what ``push_corrections`` pushed. CorruptFile."""
         return _checked(
             torch.ops.gaugekit.bitsback_pop_rotation,
             self.words,
@@ -191,8 +204,16 @@ class Stack:
         )
 
 
-def rotate(rows: torch.Tensor, integers: torch.Tensor, signs: torch.Tensor, bits: int, path: int = -1):
-    """rows Qᵀ, float64 [n, D], Q the rotation of these integers."""
+def rotate(
+    rows: torch.Tensor, integers: torch.Tensor, signs: torch.Tensor, bits: int, path: int = -1
+) -> torch.Tensor:
+    """rows Qᵀ, float64 [n, D].
+
+    rows: float64 [n, D].
+    integers, signs: int32, the rotation Q as ``Stack.pop_random_rotation`` gives it.
+    bits: of an integer.
+    path: of the C++ code, 0 portable, 1 AVX2, 2 AVX-512, −1 the widest there is; changes the speed, never a bit.
+    """
     return torch.ops.gaugekit.bitsback_rotate(rows, integers, signs, bits, path)
 
 
