@@ -23,7 +23,7 @@ import torch
 import host_rows
 from gaugekit.nn.shortcuts import PolarShortcut, TriangularShortcut, pack_triangle
 from gaugekit.slicing import sliced_width
-from registry import Case
+from registry import Case, name_of
 from run import commit, machine, save, table
 
 CACHES = 128 << 20  # bytes: more than the last cache of the processors this runs on
@@ -128,11 +128,12 @@ def main() -> None:
     where, rows, known = {"machine": machine("cpu"), "commit": commit()}, [], {}
     with torch.no_grad():
         for case in cases(options.quick):
-            rows += [
-                row | where for row in host_rows.measure(case, 0.1 if options.quick else case.seconds, known)
-            ]
-    if options.save:
-        print(f"kept {save(rows, 'shortcut', 'cpu')}", file=sys.stderr)
+            print(name_of(case), file=sys.stderr, flush=True)
+            seconds = 0.1 if options.quick else case.seconds
+            measured = [row | where for row in host_rows.measure(case, seconds, known)]
+            rows += measured
+            if options.save:  # at once: the next case may take long
+                save(measured, "shortcut", "cpu")
     print(table(rows))
 
 

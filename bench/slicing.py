@@ -239,13 +239,11 @@ def main() -> None:
             bench = Bench(
                 source, folder, **files, elsewhere=options.out_of_domain, drop=options.drop, forms=forms
             )
-            of_model = []
             for row in rows_of(bench, options.fractions, options.heal):
-                of_model.append(row | where | {"threads": torch.get_num_threads()})
-                print(json.dumps(of_model[-1]), file=sys.stderr, flush=True)
-            rows += of_model
-            if options.save:
-                print(f"kept {save(of_model, f'slicing-{bench.name}', 'cpu')}", file=sys.stderr)
+                rows.append(row | where | {"threads": torch.get_num_threads()})
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                if options.save:  # at once: the next row may take long
+                    save(rows[-1:], f"slicing-{bench.name}", "cpu")
     print(table(rows))
 
 
