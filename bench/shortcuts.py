@@ -93,8 +93,8 @@ class Junctions:
 
 def cases(quick: bool) -> Iterator[Case]:
     for size in (576,) if quick else (576, 4096):
-        for fraction, tokens, dtype in itertools.product(
-            (0.2, 0.25, 0.3), (1, 256), (torch.float32, torch.bfloat16)
+        for tokens, dtype, fraction in itertools.product(
+            (1, 256), (torch.float32, torch.bfloat16), (0.2, 0.25, 0.3)
         ):
             width = sliced_width(size, fraction)
             torch.manual_seed(0)
