@@ -2,8 +2,9 @@
 
     python docs/families.py
 
-Which groups gauge fixing removes, and whether ranks can be lowered, is asked of each adapter for a small config of the
-family; nothing of it stands here. tests/test_families_table.py fails where the README is not what this writes.
+Which groups gauge fixing removes, whether ranks can be lowered and whether the stream can be sliced, is asked of each
+adapter for a small config of the family; nothing of it stands here. tests/test_families_table.py fails where the README
+is not what this writes.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ TITLES = {
     "bert": "BERT", "roberta": "RoBERTa", "xlm-roberta": "XLM-R", "camembert": "CamemBERT", "mpnet": "MPNet",
     "deberta-v2": "DeBERTa v2, v3", "gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
     "qwen3": "Qwen3", "qwen3_moe": "Qwen3 MoE", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "gemma3_text": "Gemma 3 (text)",
-    "chameleon": "Chameleon", "stablelm": "StableLM", "t5": "T5", "mt5": "mT5", "umt5": "UMT5 (encoders)", "vit": "ViT",
-    "deit": "DeiT",
+    "chameleon": "Chameleon", "stablelm": "StableLM", "opt": "OPT", "phi": "Phi-1, 1.5, 2", "t5": "T5", "mt5": "mT5",
+    "umt5": "UMT5 (encoders)", "vit": "ViT", "deit": "DeiT",
 }  # fmt: skip
 GROUPS = {
     "value_output": "values and output",
@@ -34,11 +35,13 @@ GROUPS = {
 }
 
 
-def row(name: str) -> tuple[str, str, str]:
-    """(what gauge fixing removes, whether ranks can be lowered, whether NeuTRENO can be fused) in a family."""
+def row(name: str) -> tuple[str, str, str, str]:
+    """(what gauge fixing removes, whether ranks can be lowered, whether the stream can be sliced, whether NeuTRENO can
+    be fused) in a family."""
     config = AutoConfig.for_model(name).to_dict()
     # A bias that a config can switch on counts: the table says what holds, not what one checkpoint has.
-    view = family(config | ({"attention_bias": True} if "attention_bias" in config else {})).outline(0)
+    adapter = family(config | ({"attention_bias": True} if "attention_bias" in config else {}))
+    view = adapter.outline(0)
     fixed = [GROUPS[group] for group, size in count(view).items() if size]
     removes = "everything" if len(fixed) == len(GROUPS) else ", ".join(fixed)
     try:
@@ -46,17 +49,25 @@ def row(name: str) -> tuple[str, str, str]:
         ranks = "in whole rotary pairs" if view.rotary == view.k.weight.shape[2] else "yes"
     except ValueError:
         ranks = "–"
-    return removes, ranks, "yes" if name in neutreno.FAMILIES else "–"
+    try:
+        adapter.stream()
+        slices = "yes"
+    except ValueError:
+        slices = "–"
+    return removes, ranks, slices, "yes" if name in neutreno.FAMILIES else "–"
 
 
 def table() -> str:
     """The table as Markdown: families of which the same holds share a row."""
-    rows: dict[tuple[str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
     for name in FAMILIES:
         rows.setdefault(row(name), []).append(TITLES[name])
-    lines = ["| family | `--gauge` removes | `--rank` | NeuTRENO |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| family | `--gauge` removes | `--rank` | `--slice` | NeuTRENO |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in rows.items()]
-    lines.append("| every other | – | – | – |")
+    lines.append("| every other | – | – | – | – |")
     return "\n".join(lines) + "\n"
 
 

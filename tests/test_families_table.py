@@ -31,8 +31,11 @@ def test_every_family_has_a_title(families):
 
 
 def test_rows_by_hand(families):
-    """BERT has all four groups; Llama turns queries and keys by position, StableLM some channels; MPNet adds it."""
-    assert families.row("bert") == ("everything", "yes", "yes")
-    assert families.row("llama") == ("values and output, value bias", "in whole rotary pairs", "yes")
-    assert families.row("stablelm") == ("values and output", "yes", "–")
-    assert families.row("mpnet") == ("values and output, key bias, value bias", "–", "–")
+    """BERT has all four groups; Llama turns queries and keys by position, StableLM some channels; MPNet adds it. Whose
+    stream can be sliced is a decoder with a norm before each part, and one part after the other but in Phi."""
+    assert families.row("bert") == ("everything", "yes", "–", "yes")
+    assert families.row("llama") == ("values and output, value bias", "in whole rotary pairs", "yes", "yes")
+    assert families.row("stablelm") == ("values and output", "yes", "–", "–")
+    assert families.row("mpnet") == ("values and output, key bias, value bias", "–", "–", "–")
+    assert families.row("opt") == ("everything", "yes", "yes", "–")
+    assert families.row("phi") == ("values and output, value bias", "yes", "yes", "–")

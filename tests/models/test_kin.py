@@ -20,6 +20,14 @@ DECODER = dict(
 )  # fmt: skip
 OLMO = {name: value for name, value in DECODER.items() if name != "head_dim"}
 STABLE = {**OLMO, "hidden_size": 32, "use_qkv_bias": True}
+OPT = dict(
+    vocab_size=60, hidden_size=24, word_embed_proj_dim=24, num_attention_heads=3, num_hidden_layers=2, ffn_dim=32,
+    max_position_embeddings=20, dropout=0.0,
+)  # fmt: skip
+PHI = {
+    **{name: value for name, value in STABLE.items() if name not in ("num_key_value_heads", "use_qkv_bias")},
+    "max_position_embeddings": 20,
+}
 T5 = dict(vocab_size=60, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
 
 # name: (class, config class, sizes, the groups that are fixed and what each key/value head of width 8 has of them)
@@ -43,6 +51,8 @@ KIN = {
     "stablelm with norms": (
         "StableLmForCausalLM", "StableLmConfig", {**STABLE, "qk_layernorm": True}, {"value_output": 64}
     ),
+    "opt": ("OPTForCausalLM", "OPTConfig", OPT, ALL),
+    "phi": ("PhiForCausalLM", "PhiConfig", PHI, BIASES),
     "gemma3": (
         "Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, "query_pre_attn_scalar": 8}, {"value_output": 64}
     ),
@@ -127,7 +137,7 @@ def test_what_is_left_alone_would_be_seen(name):
         assert (model(**inputs)[0] - before).norm() > 1e-4 * before.norm()
 
 
-@pytest.mark.parametrize("name", ["roberta", "vit", "deit", "qwen3", "stablelm"])
+@pytest.mark.parametrize("name", ["roberta", "vit", "deit", "qwen3", "stablelm", "opt", "phi"])
 def test_through_every_verb(name, tmp_path):
     model, inputs = made(name, torch.float32)
     source = tmp_path / "model"

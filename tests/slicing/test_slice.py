@@ -175,6 +175,23 @@ def test_unfinished_work_of_another_call_is_not_taken_up(tmp_path, monkeypatch):
     assert report["steps"][0]["width"] == 16
 
 
+def test_forms_share_the_bases_in_a_work_directory(tmp_path, monkeypatch):
+    """The text is read once for all forms, each the same as without the folder, and no other call takes the bases."""
+    source, text = save("gpt2", tmp_path)
+    shared = dict(calibration=text, work_directory=tmp_path / "work", **SIZES)
+    gk.slicing.slice(source, tmp_path / "dense", 0.25, rotation="dense", **shared)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.Pass, "through", _stopping_at(1, None))
+        patch.setattr(streaming.Pass, "embed", _stopping_at(1, None))
+        gk.slicing.slice(source, tmp_path / "polar", 0.25, rotation="polar", **shared)
+        with pytest.raises(ValueError, match="work_directory: .* another call .*width differs"):
+            gk.slicing.slice(source, tmp_path / "half", 0.5, **shared)
+    gk.slicing.slice(source, tmp_path / "alone", 0.25, rotation="polar", calibration=text, **SIZES)
+    polar, alone = (Checkpoint(tmp_path / name) for name in ("polar", "alone"))
+    assert all(torch.equal(polar.read(name), alone.read(name)) for name in alone.names())
+    assert not list((tmp_path / "work").glob("hidden_*"))  # the stream itself does not stay
+
+
 def _stopping_at(call, function):
     """``function``, killed at its ``call``-th call."""
     count = iter(range(1, 1000))

@@ -16,12 +16,16 @@ RECORD = "_gaugekit_fused"
 def install(model: nn.Module, modules: dict[str, dict], dtype: torch.dtype | None = None) -> None:
     """Replaces the modules named in ``modules`` by their forms, on the device torch is set to (meta, while loading).
 
-    Raises ValueError where the model has no module of that name, bare or behind its base model's prefix.
+    Raises ValueError where the model has no module of that name, bare or behind its base model's prefix. Where that is
+    not all that stands before it (OPT's blocks are in a decoder of the base model), the one module counts that ends so.
     """
     prefixes = ("", f"{model.base_model_prefix}.")
     present = {name for name, _ in model.named_modules()}
     for name, spec in modules.items():
         path = next((prefix + name for prefix in prefixes if prefix + name in present), None)
+        if path is None:
+            ends = [known for known in present if known.endswith(f".{name}")]
+            path = ends[0] if len(ends) == 1 else None
         if path is None:
             raise ValueError(
                 f"quantization_config: expected a module {name!r} in {type(model).__name__}, got none; "

@@ -122,15 +122,18 @@ def _heal(verb: Adder) -> None:
     added.add_argument("out", metavar="OUT", help="the directory to write")
     added.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text to learn from, no labels")
     added.add_argument(
-        "--steps", type=int, default=400, help="end to end, after a quarter as many by layer (400)"
+        "--steps",
+        type=int,
+        default=400,
+        help="end to end (400); but in a sliced model after a quarter as many by layer",
     )
     added.add_argument("--batch-size", type=int, default=16, help="sentences a step (16)")
-    added.add_argument("--learning-rate", type=float, default=1e-3, help="at its highest (1e-3)")
+    added.add_argument("--learning-rate", type=float, help="at its highest (1e-3; of a sliced model 1e-4)")
     added.add_argument(
         "--parameters",
         metavar="PATTERN",
         action="append",
-        help="what to train, repeatable (queries and keys)",
+        help="what to train, repeatable (queries and keys; of a sliced model all but embeddings)",
     )
 
 

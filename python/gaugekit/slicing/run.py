@@ -38,6 +38,7 @@ def slice(
     multiple: int = 8,
     windows: int = 64,
     window: int = 256,
+    work_directory: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     pack: bool = False,
     resume: bool = True,
@@ -65,6 +66,8 @@ def slice(
     drop: of "polar" only, and approximate: columns of Y go whose 1 − σ is below it
     head: whether the stream before the head is sliced too
     multiple: D′ is rounded to the nearest multiple of it
+    work_directory: a new or empty folder for the bases, which take nearly all of the time: they stay there, and another
+        call with the same source, text, width and head, in whatever form, reads them
     dtype, pack, resume: as ``gaugekit.convert`` has them
     progress: told (bytes done, bytes in all) of the rewriting; ``calibrating`` (batches done, in all) of the text
 
@@ -92,7 +95,7 @@ def slice(
     report = engine.run(
         checkpoint,
         Path(target),
-        Later(options, functools.partial(work.find, progress=calibrating)),
+        Later(options, functools.partial(work.find, work_directory=work_directory, progress=calibrating)),
         dense=False,
         dtype=torch.float32 if rotation == "bits-back" else work.dtype,
         calibration=Calibration(sha256(Path(calibration)), lambda modules, folder: []),
@@ -139,20 +142,25 @@ class _Slicing:
         if options["rotation"] == "bits-back" and stored not in chain.DTYPES:
             raise ValueError(f"dtype: expected bfloat16 or float16 beside rotation='bits-back', got {stored}")
 
-    def find(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> list[Slices]:
-        """The slicing, its frames kept in ``folder``."""
+    def find(
+        self,
+        folder: Path,
+        work_directory: str | Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Slices]:
+        """The slicing, its frames kept in ``folder``, as its bases are where they have no folder of their own."""
         sequences = self._sequences()
         self._check_room(sum(map(len, sequences)))
         head = self.options["head"]
-        bases = principal.find(
+        paths = principal.find(
             self.checkpoint,
             sequences,
             self.width,
             head=head,
-            work_directory=folder / "bases",
+            work_directory=folder / "bases" if work_directory is None else Path(work_directory),
             progress=progress,
         )
-        entries = [torch.load(path, weights_only=True, mmap=True) for path in bases]
+        entries = [torch.load(path, weights_only=True, mmap=True) for path in paths]
         forms = self._forms()
         form = {"bits-back": "dense"}.get(self.options["rotation"], self.options["rotation"])
         if form == "auto":
@@ -200,7 +208,7 @@ class _Slicing:
 
     def _frames(self, folder: Path, bases: list[torch.Tensor], form: str) -> tuple[list[int], list[Path]]:
         """The ranks of a polar form, and the files of all frames; what is in ``folder`` was made by the same call."""
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         whole = folder / "ranks.pt"
         paths = [folder / f"{place}.pt" for place in range(self.stream.places + 1)]
         if not whole.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gaugekit import models
-from gaugekit.calibration.moments import evaluating
 from gaugekit.checkpoint.reader import INDEX, Checkpoint
 from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, safetensors_package, versions
 from gaugekit.files.durable import copy, identity, sync_files
@@ -21,18 +18,11 @@ from gaugekit.files.places import check_space, listing
 from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
 from gaugekit.text.batches import tokens
-from gaugekit.text.pooling import embeddings
 from gaugekit.text.sentences import read
 from gaugekit.verbs import wording
+from gaugekit.verbs.heal_runs import Forecasts, HiddenStates, is_sliced
 from gaugekit.verbs.heal_state import State, digest
 
-QUERY_KEY = (
-    "*query*",
-    "*key*",
-    "*c_attn*",
-    "*q_proj*",
-    "*k_proj*",
-)  # what a truncation of the scores rewrote
 KEPT = {".json", ".txt", ".model", ".md"}  # what stands beside weights: tokenizer, pooling, card
 HELD_OUT = 256  # sentences at most: enough for the fourth digit of a mean cosine
 WARM_UP = 0.1  # of all steps; afterwards the rate falls to zero along a cosine
@@ -47,7 +37,7 @@ def heal(
     steps: int = 400,
     layer_steps: int | None = None,
     batch_size: int = 16,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     seed: int = 0,
     work_directory: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -62,27 +52,35 @@ def heal(
     2. ``steps`` end to end: the same sum over the hidden states of the student's own run, the last counted as much as
        all others together.
 
+    A sliced student (``gaugekit.slicing``) holds its hidden states in bases of its own. It has stage 2 alone, towards
+    what the teacher foretells: min KL(p_teacher ‖ p_student), nats a token, both causal language models.
+
     Tokens that pad count for nothing. A truncation by calibration text is already the closed form of the scores' own
     matching (``rank.spectra``), so nothing is left for it to do here; plain truncation is made up for by stage 1.
 
     ``parameters`` are patterns of parameter names ("*query*", "encoder.layer.0.*"); by default the weights and biases
-    of queries and keys, or all where none is found. A pair of channels that is zero in queries and keys alike stays
-    zero: neither gets a gradient. ``text`` is a UTF-8 file or a list of strings; every eighth sentence, at most 256 in
-    all, is held out to draw the curve. ``work_directory`` is a new or empty folder, which is locked and marked as this
-    job's: the state goes there eight times a stage, and a second call goes on from it, given the same weights of
-    student (as it was before the first step) and teacher, text, arguments and versions. Deterministic for a seed,
+    of queries and keys, or all where none is found; of a sliced student all but its embeddings. ``learning_rate`` is
+    the highest, by default 1e-3, of a sliced student 1e-4. A pair of channels that is zero in queries and keys alike
+    stays zero: neither gets a gradient. ``text`` is a UTF-8 file or a list of strings; every eighth sentence, at most
+    256 in all, is held out to draw the curve. ``work_directory`` is a new or empty folder, which is locked and marked
+    as this job's: the state goes there eight times a stage, and a second call goes on from it, given the same weights
+    of student (as it was before the first step) and teacher, text, arguments and versions. Deterministic for a seed,
     resumed or not.
 
     Returns a Report: ``parameters`` trained, ``steps``, ``curve`` [{stage, step, loss (held-out), mean_cosine,
-    min_cosine (of mean-pooled embeddings, held-out)}], ``mean_cosine_before``, ``mean_cosine_after``. Raises
-    ValueError for models of different blocks, patterns that match nothing, text that cannot be read, and arguments
-    that do not fit, and for a ``work_directory`` of another job, or that holds files which are not ours.
+    min_cosine (of mean-pooled embeddings, held-out)}], ``mean_cosine_before``, ``mean_cosine_after``; of a sliced
+    student ``curve`` [{stage, step, loss, agreement (share of tokens of which both hold the same most likely)}],
+    ``divergence_before``, ``divergence_after``. Raises ValueError for models of different blocks, patterns that match
+    nothing, text that cannot be read, and arguments that do not fit, and for a ``work_directory`` of another job, or
+    that holds files which are not ours.
     """
-    layer_steps = steps // 4 if layer_steps is None else layer_steps
-    _check_counts(steps, layer_steps, batch_size)
+    kind = Forecasts if is_sliced(student) else HiddenStates
+    layer_steps = kind.layer_steps(steps) if layer_steps is None else layer_steps
+    learning_rate = kind.learning_rate if learning_rate is None else learning_rate
+    _check_counts(steps, layer_steps, batch_size, kind)
     held_out, strings = _parted(read(text))
-    run = _Run(student, teacher, parameters)
-    held = [(batch, run.states(teacher, batch)) for batch in tokens(teacher, held_out, 32)]
+    run = kind(student, teacher, parameters)
+    held = [(batch, run.goals(batch)) for batch in tokens(teacher, held_out, run.together)]
     batches = tokens(teacher, strings, batch_size)
     options = {
         "parameters": sorted(run.trained),
@@ -130,14 +128,13 @@ def heal(
     fields: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in run.trained.values()),
         "steps": total,
-        "mean_cosine_before": state.curve[0]["mean_cosine"],
-        "mean_cosine_after": state.curve[-1]["mean_cosine"],
+        **run.told(state.curve[0], state.curve[-1]),
         "curve": state.curve,
     }
     return wording.healed(Report("heal", fields), student, teacher)
 
 
-def _check_counts(steps: int, layer_steps: int, batch_size: int) -> None:
+def _check_counts(steps: int, layer_steps: int, batch_size: int, kind: type) -> None:
     for name, value, least in (
         ("steps", steps, 0),
         ("layer_steps", layer_steps, 0),
@@ -145,6 +142,10 @@ def _check_counts(steps: int, layer_steps: int, batch_size: int) -> None:
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+    if layer_steps and kind is Forecasts:
+        raise ValueError(
+            f"layer_steps: expected 0, as a sliced student has bases of its own, got {layer_steps}"
+        )
 
 
 def _parted(strings: list[str]) -> tuple[list[str], list[str]]:
@@ -222,124 +223,6 @@ def _save(model: nn.Module, source: Path, folder: Path) -> None:
         if kept and not (folder / name).exists():
             copy(source / name, folder / name)
     sync_files(folder)
-
-
-class _Run:
-    """The two models, what is trained, and the losses."""
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, patterns: Sequence[str] | None):
-        self.student, self.teacher = student, teacher
-        original = models.Live(teacher)
-        self.blocks = {model: models.Live(model).family.blocks(model) for model in (student, teacher)}
-        if len(self.blocks[student]) != len(original):
-            raise ValueError(
-                f"student: expected {len(original)} blocks as in the teacher, got {len(self.blocks[student])}"
-            )
-        names = {name: p for name, p in student.named_parameters() if p.is_floating_point()}
-        self.trained = _matching(names, QUERY_KEY if patterns is None else patterns)
-        if patterns is None and not self.trained:
-            self.trained = names
-        if not self.trained:
-            raise ValueError(
-                f"parameters: expected patterns of parameter names, none matches: {list(patterns)}"
-            )
-
-    @torch.no_grad()
-    def states(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
-        """The hidden states after every block, [B, T, D] each."""
-        with evaluating(model):
-            return self._states(model, batch)
-
-    @staticmethod
-    def _states(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
-        return list(model.base_model(**batch, output_hidden_states=True).hidden_states[1:])
-
-    def end_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        with evaluating(self.student):
-            states = self._states(self.student, batch)
-        return self._distance(states, self.states(self.teacher, batch), batch["attention_mask"])
-
-    @staticmethod
-    def _distance(states: list[Tensor], goals: list[Tensor], mask: Tensor) -> Tensor:
-        errors = [_error(y, goal, mask) for y, goal in zip(states, goals, strict=True)]
-        return errors[-1] + sum(errors[:-1], errors[-1] * 0) / max(len(errors) - 1, 1)
-
-    def learn(self, batch: dict[str, Tensor], by_layer: bool) -> None:
-        """The gradients of one batch, clipped to a norm of 1, in the parameters that are trained."""
-        loss = self.layers_loss(batch) if by_layer else self.end_loss(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
-
-    def layers_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """One run of the student in which every block is given what the teacher's block was given."""
-        inputs, goals = self._watch(self.teacher, batch)
-        with evaluating(self.student):
-            _, outputs = self._watch(self.student, batch, inputs)
-        errors = [_error(y, goal, batch["attention_mask"]) for y, goal in zip(outputs, goals, strict=True)]
-        return sum(errors[1:], errors[0]) / len(errors)
-
-    def _watch(
-        self, model: nn.Module, batch: dict[str, Tensor], instead: list[Tensor] | None = None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What enters and what leaves each block; ``instead`` replaces what enters (a block's mask stays its own)."""
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
-
-        def before(module, arguments, named):
-            given = arguments[0] if arguments else named["hidden_states"]
-            inputs.append(given if instead is None else instead[len(inputs)])
-            if instead is None:
-                return None
-            if arguments:
-                return (inputs[-1], *arguments[1:]), named
-            return arguments, {**named, "hidden_states": inputs[-1]}
-
-        def after(module, arguments, out):
-            outputs.append(out[0] if isinstance(out, tuple) else out)
-
-        hooks = []
-        for block in self.blocks[model]:
-            hooks += [
-                block.register_forward_pre_hook(before, with_kwargs=True),
-                block.register_forward_hook(after),
-            ]
-        try:
-            if instead is None:
-                self.states(model, batch)
-            else:
-                self._states(model, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return inputs, outputs
-
-    @torch.no_grad()
-    def measure(self, held: list[tuple[dict[str, Tensor], list[Tensor]]]) -> dict[str, float]:
-        loss, cosines = 0.0, []
-        for batch, goals in held:
-            states, mask = self.states(self.student, batch), batch["attention_mask"]
-            loss += float(self._distance(states, goals, mask)) / len(held)
-            pooled = (embeddings(last, mask) for last in (goals[-1], states[-1]))
-            cosines.append(nn.functional.cosine_similarity(*pooled, dim=-1))
-        all_cosines = torch.cat(cosines)
-        return {
-            "loss": loss,
-            "mean_cosine": float(all_cosines.mean()),
-            "min_cosine": float(all_cosines.min()),
-        }
-
-
-def _error(y: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
-    """‖y − goal‖² / ‖goal − mean goal‖² over real tokens, float32."""
-    real = mask[..., None].bool()
-    y, goal = y.float().masked_fill(~real, 0), goal.float().masked_fill(~real, 0)
-    mean = goal.sum((0, 1)) / mask.sum()
-    spread = ((goal - mean) * real).square().sum()
-    return (y - goal).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _matching(names: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
-    return {n: p for n, p in names.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
 
 
 def _rate(step: int, steps: int) -> float:

@@ -170,30 +170,49 @@ def healed(report: Report, student: object, teacher: object, target: str | Path 
     """``report`` of ``heal``, told."""
     fields, before = report.fields, report["curve"][0]
     after = fields["curve"][-1]
-    report.lines = [
-        ("trained", f"{fields['parameters']:,} parameters, {fields['steps']:,} steps"),
-        (
-            "mean cosine",
-            f"{fields['mean_cosine_before']:.5f} before, {fields['mean_cosine_after']:.5f} after: of student and "
-            "teacher, embeddings of sentences held out; 1 where they agree",
-        ),
-        (
-            "least cosine",
-            f"{before['min_cosine']:.5f} before, {after['min_cosine']:.5f} after: the worst sentence",
-        ),
-    ]
+    report.lines = [("trained", f"{fields['parameters']:,} parameters, {fields['steps']:,} steps")]
+    of_states = "mean_cosine" in before
+    if of_states:
+        report.lines += [
+            (
+                "mean cosine",
+                f"{fields['mean_cosine_before']:.5f} before, {fields['mean_cosine_after']:.5f} after: of student and "
+                "teacher, embeddings of sentences held out; 1 where they agree",
+            ),
+            (
+                "least cosine",
+                f"{before['min_cosine']:.5f} before, {after['min_cosine']:.5f} after: the worst sentence",
+            ),
+        ]
+    else:
+        report.lines += [
+            (
+                "divergence",
+                f"{fields['divergence_before']:.4f} before, {fields['divergence_after']:.4f} after: nats a token "
+                "between what student and teacher foretell of sentences held out; 0 where they agree",
+            ),
+            (
+                "agreement",
+                f"{100 * before['agreement']:.1f} % before, {100 * after['agreement']:.1f} % after: tokens after which "
+                "both hold the same one most likely",
+            ),
+        ]
+    measure, told = ("mean_cosine", "mean cosine") if of_states else ("agreement", "agreement")
     report.tables = {
         "curve": [
-            f"{row['stage']}, step {row['step']}: loss {row['loss']:.4g}, mean cosine {row['mean_cosine']:.5f}"
+            f"{row['stage']}, step {row['step']}: loss {row['loss']:.4g}, {told} {row[measure]:.5f}"
             for row in fields["curve"]
         ]
     }
+    compare = "" if of_states else " --perplexity FILE"
     if target is None:
         report.done = f"Trained {_name(student)} in place towards {_name(teacher)}; nothing was written."
-        report.next = "gaugekit.verify(teacher, student)"
+        report.next = (
+            "gaugekit.verify(teacher, student)" if of_states else "gaugekit.perplexity(student, text)"
+        )
     else:
         report.done = f"Trained {student} towards {teacher} and wrote the result to {target}."
-        report.next = f"gaugekit verify {shell(str(teacher))} {shell(target)}"
+        report.next = f"gaugekit verify {shell(str(teacher))} {shell(target)}{compare}"
     return report
 
 
