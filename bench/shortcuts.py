@@ -23,7 +23,7 @@ import torch
 import host_rows
 from gaugekit.nn.shortcuts import PolarShortcut, TriangularShortcut, pack_triangle
 from gaugekit.slicing import sliced_width
-from registry import Case, name_of
+from registry import ONLY, Case, name_of, wanted
 from run import commit, machine, save, table
 
 CACHES = 128 << 20  # bytes: more than the last cache of the processors this runs on
@@ -96,7 +96,9 @@ def cases(quick: bool) -> Iterator[Case]:
         for tokens, dtype, fraction in itertools.product(
             (1, 256), (torch.float32, torch.bfloat16), (0.2, 0.25, 0.3)
         ):
-            width = sliced_width(size, fraction)
+            width, kind = sliced_width(size, fraction), str(dtype).removeprefix("torch.")
+            if not wanted(f"D{size} D'{width} T{tokens} {kind} {fraction:.0%}"):
+                continue
             torch.manual_seed(0)
             junctions = Junctions(size, width, tokens, dtype)
             calls = junctions.calls()
@@ -104,7 +106,7 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(
                 op="shortcut",
                 shape=f"D{size} D'{width} T{tokens}",
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=kind,
                 device="cpu",
                 ours=calls.pop("polar"),
                 rivals=calls,
@@ -123,8 +125,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="D 576 alone, short runs")
+    parser.add_argument(
+        "--only", action="append", default=[], help="only cases with this in shape, dtype or label"
+    )
     parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
     options = parser.parse_args()
+    ONLY[:] = options.only
     where, rows, known = {"machine": machine("cpu"), "commit": commit()}, [], {}
     with torch.no_grad():
         for case in cases(options.quick):
