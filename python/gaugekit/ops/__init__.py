@@ -1,6 +1,8 @@
 """Operators: schema, composition of torch operators, fake, autograd and public function, one folder a stem."""
 
 from gaugekit.ops import (
+    bitsback,
+    canonical_qr,
     nonlocal_energy,
     packed_linear,
     ragged_attention,
@@ -10,6 +12,8 @@ from gaugekit.ops import (
 )
 
 __all__ = [
+    "bitsback",
+    "canonical_qr",
     "nonlocal_energy",
     "packed_linear",
     "ragged_attention",
