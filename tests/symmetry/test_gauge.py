@@ -84,16 +84,9 @@ def test_bad_input():
         symmetry.fix(bert(), rows="first")
     with pytest.raises(ValueError, match="transformers model"):
         symmetry.fix(torch.nn.Linear(2, 2))
-    opt = transformers.OPTConfig(
-        vocab_size=8,
-        hidden_size=8,
-        ffn_dim=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        word_embed_proj_dim=8,
-    )
-    with pytest.raises(ValueError, match="expected one of bert, .*; got 'opt'"):
-        symmetry.fix(transformers.OPTModel(opt))
+    codegen = transformers.CodeGenConfig(vocab_size=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
+    with pytest.raises(ValueError, match="expected one of bert, .*; got 'codegen'"):
+        symmetry.fix(transformers.CodeGenModel(codegen))
 
 
 @minilm

@@ -144,17 +144,10 @@ def test_what_cannot_be_replaced_is_left_with_the_reason():
 
 
 def test_an_unknown_family_is_left_alone():
-    config = transformers.OPTConfig(
-        vocab_size=8,
-        hidden_size=8,
-        ffn_dim=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        word_embed_proj_dim=8,
-    )
-    model = transformers.OPTModel(config)
+    config = transformers.CodeGenConfig(vocab_size=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
+    model = transformers.CodeGenModel(config)
     report = fuse(model, attention=False)
-    assert report["replaced"] == [] and report["left"][0]["reason"].endswith("; got 'opt'")
+    assert report["replaced"] == [] and report["left"][0]["reason"].endswith("; got 'codegen'")
     assert RECORD not in model.__dict__
     plain = fuse(torch.nn.Linear(2, 2))
     assert len(plain["left"]) == 2 and plain["parameters_after"] == 6
