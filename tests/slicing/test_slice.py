@@ -233,7 +233,10 @@ def test_the_width_is_rounded_to_the_nearest_multiple(size, fraction, width):
     [
         ({"fraction": 1.0}, "fraction: expected a share from 0 to less than 1, got 1.0"),
         ({"fraction": True}, "fraction: expected a share"),
-        ({"rotation": "random"}, "rotation: expected one of dense, triangular, polar, auto; got 'random'"),
+        (
+            {"rotation": "random"},
+            "rotation: expected one of dense, triangular, polar, bits-back, auto; got 'random'",
+        ),
         ({"drop": 0.1}, "drop: expected beside rotation='polar', got it beside 'auto'"),
         ({"drop": -1, "rotation": "polar"}, "drop: expected a number from 0 to 1, got -1"),
         ({"multiple": 0}, "multiple: expected a positive integer, got 0"),
