@@ -1,6 +1,7 @@
 """A sliced directory is a model like any other: it loads, generates, compiles, trains, saves and packs."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -130,6 +131,55 @@ def test_a_matrix_is_made_anew_after_a_step(directory):
             module._kept = None
     with torch.no_grad():
         assert torch.equal(fresh(ids()).logits, after) and not torch.equal(before, after)
+
+
+def test_a_matrix_is_made_anew_for_an_evaluation_of_moving_averages(directory):
+    model = load(directory)
+    with torch.no_grad():
+        before = model(ids()).logits
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)  # bumps no version
+        after = model.eval()(ids()).logits
+        assert torch.equal(copy.deepcopy(model)(ids()).logits, after) and not torch.equal(before, after)
+
+
+def test_kept_matrices_are_in_no_pickle_and_go_with_a_change_of_dtype(sliced):
+    model = load(sliced / "triangular")
+    with torch.no_grad():
+        expected = model(ids()).logits
+    kept = [module for module in model.modules() if isinstance(module, TriangularShortcut)]
+    assert kept and all(module._kept is not None for module in kept)
+    copied = pickle.loads(pickle.dumps(model))
+    assert all(module._kept is None for module in copied.modules() if isinstance(module, TriangularShortcut))
+    with torch.no_grad():
+        assert torch.equal(copied(ids()).logits, expected)
+    model.double()
+    assert all(module._kept is None for module in kept)
+
+
+def test_a_head_of_another_kind_reads_a_whole_stream_alone(sliced):
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(sliced / "polar", num_labels=3, pad_token_id=0).eval()
+    with torch.no_grad():
+        assert model(ids()).logits.shape == (2, 3)
+    with pytest.raises(ValueError, match="whose own head reads 32 entries, not 24; slice without head=True"):
+        kind.from_pretrained(sliced / "head", num_labels=3, pad_token_id=0)
+
+
+def test_an_error_in_a_block_leaves_nothing_for_the_next_call(directory):
+    model = load(directory)
+
+    def failing(module, arguments, y):
+        raise ArithmeticError("in the middle of a block")
+
+    with torch.no_grad():
+        expected = model(ids()).logits
+        norm = next(module for module in model.modules() if isinstance(module, SlicedNorm))
+        handle = norm.register_forward_hook(failing)
+        with pytest.raises(ArithmeticError):
+            model(ids(rows=1))
+        handle.remove()
+        assert torch.equal(model(ids()).logits, expected)
 
 
 def test_the_bare_model_answers_the_stream_the_head_would_read(sliced):

@@ -33,6 +33,15 @@ def test_the_page_and_the_certificate_of_a_coded_slicing(tmp_path):
     assert report["steps"][0]["permutation_bits"] == pytest.approx(orders)
 
 
+def test_the_page_of_a_coded_slicing_spares_a_page_of_the_source(tmp_path):
+    source, text = save("llama", tmp_path)
+    (source / "report.html").write_text("the model's own")
+    options = dict(calibration=text, rotation="bits-back", dtype="float16", **SIZES)
+    gk.slicing.slice(source, tmp_path / "out", 0.25, **options)
+    assert (tmp_path / "out" / "report.html").read_text() == "the model's own"
+    assert "What the rotations gave back" in (tmp_path / "out" / "gaugekit_report.html").read_text()
+
+
 def test_the_page_of_a_plain_slicing_has_no_such_table(tmp_path):
     source, text = save("gpt2", tmp_path)
     report = gk.slicing.slice(source, tmp_path / "out", 0.25, calibration=text, **SIZES)

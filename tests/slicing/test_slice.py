@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from safetensors.torch import load_file, save_file
+
 import gaugekit as gk
 from gaugekit.calibration import streaming
 from gaugekit.checkpoint.reader import Checkpoint
@@ -248,7 +250,10 @@ def test_the_width_is_rounded_to_the_nearest_multiple(size, fraction, width):
     [
         ({"fraction": 1.0}, "fraction: expected a share from 0 to less than 1, got 1.0"),
         ({"fraction": True}, "fraction: expected a share"),
-        ({"rotation": "random"}, "rotation: expected one of dense, triangular, polar, auto; got 'random'"),
+        (
+            {"rotation": "random"},
+            "rotation: expected one of dense, triangular, polar, bits-back, auto; got 'random'",
+        ),
         ({"drop": 0.1}, "drop: expected beside rotation='polar', got it beside 'auto'"),
         ({"drop": -1, "rotation": "polar"}, "drop: expected a number from 0 to 1, got -1"),
         ({"multiple": 0}, "multiple: expected a positive integer, got 0"),
@@ -274,6 +279,45 @@ def test_families_without_a_view_of_their_stream_are_refused(tmp_path):
     source, text = save("opt", tmp_path / "opt", do_layer_norm_before=False)
     with pytest.raises(ValueError, match="do_layer_norm_before: expected True, got False"):
         gk.slicing.slice(source, tmp_path / "out", calibration=text)
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "mlp.up_proj", "post_attention_layernorm"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, part):
+    source, text = save("llama", tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if part in name)
+    tensors[name].view(-1)[::7] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="expected a model whose residual stream is finite"):
+        gk.slicing.slice(source, tmp_path / "out", calibration=text, **SIZES)
+
+
+def test_layers_without_biases_are_sliced_where_their_norms_have_none(tmp_path):
+    source, text = save("opt", tmp_path, enable_bias=False)
+    with pytest.raises(ValueError, match=r"q_proj: expected a bias, which takes up that of .*layer_norm"):
+        gk.slicing.slice(source, tmp_path / "out", calibration=text, **SIZES)
+    assert not (tmp_path / "out.partial").exists()  # refused before the text was read
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith("layer_norm.bias"):
+            tensors[name].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    gk.slicing.slice(source, tmp_path / "out", 0.0, calibration=text, **SIZES)
+    assert relative(logits(tmp_path / "out"), logits(source)) < 1e-12
+
+
+def test_a_checkpoint_without_a_head_keeps_its_last_norm(tmp_path):
+    source, text = save("llama", tmp_path)
+    bare = exact(build("llama").model)
+    build("llama").model.save_pretrained(source)
+    with pytest.raises(ValueError, match=r"head: expected False for a checkpoint without lm_head.weight"):
+        gk.slicing.slice(source, tmp_path / "out", calibration=text, head=True, **SIZES)
+    gk.slicing.slice(source, tmp_path / "out", 0.0, calibration=text, **SIZES)
+    with torch.no_grad():
+        got, expected = (
+            model(ids())[0] for model in (exact(loading.model(tmp_path / "out", torch.float64)), bare)
+        )
+    assert relative(got, expected) < 1e-12
 
 
 SOUND = {"width": 8, "form": "polar", "ranks": [2], "head": False}

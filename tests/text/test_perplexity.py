@@ -14,7 +14,7 @@ import gaugekit as gk  # noqa: E402
 from gaugekit.hf import loading  # noqa: E402
 from gaugekit.text.batches import windows  # noqa: E402
 from gaugekit.text.perplexity import log_probabilities  # noqa: E402
-from gaugekit.verbs.perplexity import compare_perplexity  # noqa: E402
+from gaugekit.verbs.perplexity import _Sums, compare_perplexity  # noqa: E402
 from sliceable import WORDS, build, save  # noqa: E402
 from tiny import copy_of  # noqa: E402
 
@@ -56,7 +56,7 @@ def test_windows_of_a_text(tmp_path):
     assert windows(digits, tmp_path / "text.txt", 3, 1) == [[0, 1, 2]]
     assert windows(digits, tmp_path / "text.txt", 20) == [[0, 1, 2, 3, 4, 5, 6, 7]]
     (tmp_path / "text.txt").write_text("0")
-    with pytest.raises(ValueError, match="text: expected text that gives tokens, got 1"):
+    with pytest.raises(ValueError, match="text: expected text of two tokens at least, got 1"):
         windows(digits, tmp_path / "text.txt", 3)
     with pytest.raises(ValueError, match="text: expected a UTF-8 text file"):
         windows(digits, tmp_path / "none.txt", 3)
@@ -95,8 +95,62 @@ def test_two_models_are_held_side_by_side(tmp_path):
     assert gk.perplexity(model, text, window=32, most=2) == pytest.approx(report["perplexity_a"])
 
 
+def test_what_is_not_finite_is_said_to_be(tmp_path):
+    source, text = save("llama", tmp_path)
+    options = dict(window=8, most=2)
+    broken = loading.model(source, torch.float64)
+    with torch.no_grad():
+        broken.lm_head.weight[3, 3] = torch.nan
+    report = compare_perplexity(source, broken, text, **options)
+    assert report["perplexity_b"] is report["divergence"] is report["agreement"] is None
+    assert report["perplexity_a"] > 1 and str(report).count("not finite") == 3
+    tokenizer = loading.tokenizer(source)
+    assert math.isnan(gk.perplexity(broken, text, tokenizer=tokenizer, **options))
+    with torch.no_grad():
+        broken.lm_head.weight.nan_to_num_().mul_(1e5)
+    assert gk.perplexity(broken, text, tokenizer=tokenizer, **options) == math.inf
+    assert compare_perplexity(source, broken, text, **options)["perplexity_b"] is None
+
+
+def test_tokens_that_both_models_rule_out_do_not_count():
+    sums = _Sums()
+    p = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64)
+    sums.add([0, 0], p, p)
+    assert sums.fields()["divergence"] == 0.0 and sums.fields()["agreement"] == 1.0
+    sums.add([0, 0], torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(), p)
+    assert sums.fields()["divergence"] is None  # infinite: the second rules out what the first does not
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 1}, "window: expected a whole number of at least 2, got 1"),
+        ({"window": -3}, "window: expected a whole number of at least 2, got -3"),
+        ({"window": "8"}, "window: expected a whole number of at least 2, got '8'"),
+        ({"most": 0}, "most: expected a whole number of at least 1, got 0"),
+    ],
+)
+def test_windows_that_are_none_are_named(tmp_path, options, message):
+    source, text = save("llama", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        compare_perplexity(source, source, text, **options)
+    with pytest.raises(ValueError, match=message):
+        gk.perplexity(loading.model(source, torch.float32), text, **options)
+
+
+def test_the_model_of_fewer_positions_sets_the_window(tmp_path):
+    source, text = save("gpt2", tmp_path)
+    assert compare_perplexity(source, build("gpt2", n_positions=4), text, most=2)["window"] == 4
+    source, text = save("gpt2", tmp_path, n_positions=1)
+    with pytest.raises(ValueError, match="model: expected two positions at least, got 1"):
+        compare_perplexity(source, source, text)
+
+
 def test_models_of_other_vocabularies_are_refused(tmp_path):
     source, text = save("llama", tmp_path)
+    tokenizer = loading.tokenizer(source)
+    with pytest.raises(ValueError, match="text: expected tokens of the model's vocabulary of 10, got token"):
+        gk.perplexity(build("llama", vocab_size=10), text, tokenizer=tokenizer, window=8, most=1)
     with pytest.raises(ValueError, match="b: expected logits"):
         compare_perplexity(source, build("llama", vocab_size=50), text, window=8, most=1)
     assert len(WORDS) > 60

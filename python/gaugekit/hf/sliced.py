@@ -137,6 +137,12 @@ class _Parts:
             self.model.get_submodule(stream.head) if self.model.get_output_embeddings() is not None else None
         )
         if head is None:
+            if self.model.base_model is not self.model:
+                raise ValueError(
+                    f"sliced: head: expected a causal language model or its bare model, got "
+                    f"{type(self.model).__name__}, whose own head reads {stream.size} entries, not {width}; "
+                    "slice without head=True (--slice-head) for it"
+                )
             return
         if stream.tied:
             self.model.set_submodule(stream.head, RotatedHead(head, width, stream.centred, **self.make))

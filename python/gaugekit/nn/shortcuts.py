@@ -32,12 +32,25 @@ class DenseShortcut(Shortcut):
 class Unpacked(Shortcut):
     """A shortcut whose parameters are stored without their zeros; ``matrix()`` is made of them once, then kept.
 
-    It is made anew after its parameters change, and in every call that trains them. It is no part of a state_dict.
+    It is made anew after its parameters change, and in every call that trains them. A change past autograd's eyes
+    (``parameter.data.copy_(...)``, as moving averages of weights do) is seen after the next ``train()`` or ``eval()``.
+    It is no part of a state_dict, of a pickle or of a copy.
     """
 
     def __init__(self):
         super().__init__()
         self._kept: tuple[tuple, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> Unpacked:
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *arguments, **named) -> Unpacked:
+        self._kept = None  # moved or rounded numbers may come to lie where the old ones did
+        return super()._apply(*arguments, **named)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}
 
     def unpack(self) -> Tensor:
         """The matrix of the parameters as they are now."""

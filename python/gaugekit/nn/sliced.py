@@ -32,7 +32,8 @@ class Carry:
             return self._held.pop(_thread())
         except KeyError:
             raise RuntimeError(
-                "a sliced layer ran without the norm before it, which hands it the stream"
+                "a sliced layer ran without the norm before it, which hands it the stream; compile whole blocks or "
+                "whole models, not a norm or an MLP alone"
             ) from None
 
 

@@ -105,6 +105,7 @@ class Chained:
 
 
 def pack(
+    original: Path,
     source: Path,
     target: Path,
     stream: Stream,
@@ -113,7 +114,8 @@ def pack(
     dtype: torch.dtype,
     progress: Any = None,
 ) -> Report:
-    """Codes the float32 directory ``source`` (``dense``, as ``slice`` writes it) into a new packed one, ``target``.
+    """Codes the float32 directory ``source`` (``dense``, as ``slice`` writes it of ``original``) into a new packed one,
+    ``target``.
 
     Report: bytes_after, bits_per_weight, and what the rotations came to, in bits: degrees_of_freedom, nominal_bits,
     realised_bits, corrections_bits, seed_bits, groups. Memory: the model in float32.
@@ -125,8 +127,9 @@ def pack(
         target / WEIGHTS, chained.groups(), chained.others(), chained.couplings, {"format": "pt"}, progress
     )
     proof = json.loads((source / CERTIFICATE).read_text(encoding="utf-8"))
+    places = _places_of_pages(original, source, proof)
     for name in listing(source)[0]:
-        if name not in {CONFIG, INDEX, CERTIFICATE, *page.pages(proof), *checkpoint.files}:
+        if name not in {CONFIG, INDEX, CERTIFICATE, *places.values(), *checkpoint.files}:
             copy(source / name, target / name)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
@@ -147,5 +150,16 @@ def pack(
     proof |= {"dtype": name_of(dtype), "output_sha256": {WEIGHTS: sha256(target / WEIGHTS)}}
     write(target / CERTIFICATE, dump(proof))
     for name, text in page.pages(proof).items():
-        write(target / name, text.encode())
+        write(target / places[name], text.encode())
     return Report("bits-back", fields)
+
+
+def _places_of_pages(original: Path, folder: Path, proof: dict) -> dict[str, str]:
+    """{page: the file of ``folder`` it stands in}: where ``original`` has one of that name, it is called otherwise."""
+    taken, written, places = set(listing(original)[0]), set(listing(folder)[0]), {}
+    for name in page.pages(proof):
+        place = name
+        while place in taken and f"gaugekit_{place}" in written:
+            place = f"gaugekit_{place}"
+        places[name] = place
+    return places

@@ -59,6 +59,11 @@ class SlicedJob(Job):
                 f"checkpoint: expected no {self.stream.head}.weight of its own beside tie_word_embeddings, got one"
             )
 
+        names, prefix = set(checkpoint.names()), self.layers.prefix
+        weights.check_shifts(
+            self.stream, lambda name: self._read(prefix + name) if prefix + name in names else None
+        )
+
     def _units(self) -> list[Unit]:
         checkpoint, family, prefix = self.checkpoint, self.layers.family, self.layers.prefix
         stream = family.stream()

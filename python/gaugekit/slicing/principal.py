@@ -145,6 +145,11 @@ class _Bases:
         )
 
     def _basis(self, sums: _Sums) -> dict:
+        if not sums.second.isfinite().all():
+            raise ValueError(
+                "source: expected a model whose residual stream is finite on the calibration text, "
+                "got NaN or infinity in it"
+            )
         values, vectors = torch.linalg.eigh(sums.second)
         vectors = vectors.flip(1)[:, : self.width]
         largest = vectors.abs().argmax(0, keepdim=True)

@@ -137,6 +137,11 @@ class _Slicing:
         self.options, self.dtype = options, dtype
         self.job = SlicedJob(checkpoint, False, dtype)
         self.stream = self.job.stream
+        head = f"{self.stream.head}.weight"
+        if options["head"] and not self.stream.tied and head not in checkpoint.names():
+            raise ValueError(
+                f"head: expected False for a checkpoint without {head}, which takes up the last norm; got True"
+            )
         self.width = sliced_width(self.stream.size, options["fraction"], options["multiple"])
         stored = dtype or self._stored_dtype()
         if options["rotation"] == "bits-back" and stored not in chain.DTYPES:
@@ -185,7 +190,13 @@ class _Slicing:
         """Codes the float32 result ``source`` with bits-back, in the dtype that was asked for."""
         layers, head = self.job.layers, self.options["head"]
         return chain.pack(
-            source, target, self.stream, layers.prefix, head, self.dtype or self._stored_dtype()
+            self.checkpoint.path,
+            source,
+            target,
+            self.stream,
+            layers.prefix,
+            head,
+            self.dtype or self._stored_dtype(),
         )
 
     def _sequences(self) -> list[list[int]]:

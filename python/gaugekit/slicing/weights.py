@@ -7,6 +7,7 @@ at zero, so that the norm without it is the same function. A reader's W becomes 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from torch import Tensor
@@ -32,9 +33,7 @@ def junction(
     tensors: dict[str, Tensor] = {}
     for reader in parts.readers:
         weight, bias = _linear(read, reader, stream)
-        if shift is not None and (bias is not None or shift.is_meta or bool(shift.any())):
-            if bias is None:
-                raise ValueError(f"{reader}: expected a bias, which takes up that of {parts.norm}; got none")
+        if shift is not None and bias is not None:  # without one, the shift is zero: ``check_shifts``
             bias = bias + weight @ shift
         tensors |= _stored(reader, (weight * gain) @ frame.basis, bias, stream)
     sliced = following.basis.shape[1] == width
@@ -49,6 +48,17 @@ def junction(
             tensors[f"{writer}.bias"] = shifted
     last = parts.writers[-1]
     return tensors | {f"{last}.shortcut.{name}": tensor for name, tensor in following.shortcut.items()}
+
+
+def check_shifts(stream: Stream, read: Read) -> None:
+    """ValueError where a norm has a bias that is not zero, and a layer that reads it none to take it up."""
+    for parts in itertools.chain.from_iterable(stream.junctions):
+        shift = read(f"{parts.norm}.bias")
+        if shift is None or not shift.any():
+            continue
+        for reader in parts.readers:
+            if read(f"{reader}.bias") is None:
+                raise ValueError(f"{reader}: expected a bias, which takes up that of {parts.norm}; got none")
 
 
 def embeddings(stream: Stream, read: Read, frame: Frame) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def windows(
     ids = tokenizer(content(text, argument))["input_ids"]
     whole = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:most]
     if len(ids) < 2:
-        raise ValueError(f"{argument}: expected text that gives tokens, got {len(ids)}")
+        raise ValueError(f"{argument}: expected text of two tokens at least, got {len(ids)}")
     return whole or [ids]
 
 

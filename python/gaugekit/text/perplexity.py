@@ -34,7 +34,8 @@ def perplexity(
     most: how many windows are read at most
     progress: is told (windows done, windows in all)
 
-    Raises ValueError for a model without logits or a tokenizer, and for a text that cannot be read.
+    Infinite where a float holds no such number, NaN where the model's logits are. Raises ValueError for a model without
+    logits or a tokenizer, a tokenizer of another vocabulary, and a text that cannot be read.
     """
     from gaugekit.hf import loading
 
@@ -45,7 +46,8 @@ def perplexity(
             raise ValueError(
                 "tokenizer: expected one, or a model loaded from a directory that has one; got none"
             )
-    sequences = windows(tokenizer, text, min(window, loading.positions(model.config)), most)
+    length = window_length(window, most, loading.positions(model.config))
+    sequences = windows(tokenizer, text, length, most)
     total, count = 0.0, 0
     for number, sequence in enumerate(sequences):
         target = torch.tensor(sequence[1:])
@@ -53,15 +55,39 @@ def perplexity(
         count += len(target)
         if progress is not None:
             progress(number + 1, len(sequences))
-    return math.exp(total / count)
+    return exponential(total / count)
+
+
+def window_length(window: int, most: int | None, positions: int) -> int:
+    """The tokens of a window, for models of ``positions``; ValueError for what is none, or too few to foretell one."""
+    for name, count, least in (("window", window, 2), ("most", most, 1)):
+        counted = isinstance(count, int) and not isinstance(count, bool) and count >= least
+        if not counted and not (name == "most" and count is None):
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {count!r}")
+    if positions < 2:
+        raise ValueError(f"model: expected two positions at least, got {positions}")
+    return min(window, positions)
+
+
+def exponential(mean: float) -> float:
+    """exp; infinity where it is beyond a float, NaN of NaN."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
 
 
 @torch.no_grad()
 def log_probabilities(model: torch.nn.Module, sequence: list[int]) -> Tensor:
     """log p of every token after each of ``sequence`` [T] but the last: [T − 1, N], float64, on the model's device.
 
-    Raises ValueError for a model without logits [B, T, N].
+    Raises ValueError for a model without logits [B, T, N], or without one of these tokens.
     """
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    if known is not None and max(sequence) >= known:
+        raise ValueError(
+            f"text: expected tokens of the model's vocabulary of {known}, got token {max(sequence)}"
+        )
     ids = torch.tensor([sequence], device=next(model.parameters()).device)
     output: Any = model(input_ids=ids, use_cache=False)
     logits = getattr(output, "logits", None)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from gaugekit.checkpoint.dtypes import floating, name_of
 from gaugekit.report import Report
 from gaugekit.text.batches import windows
-from gaugekit.text.perplexity import WINDOW, log_probabilities
+from gaugekit.text.perplexity import WINDOW, exponential, log_probabilities, window_length
 from gaugekit.verbs.verify_runs import Subject
 
 
@@ -33,7 +33,7 @@ def compare_perplexity(
         divergence                   mean KL(p_a ‖ p_b) of the next token's distribution, in nats a token
         agreement                    the share of tokens for which both models hold the same token most likely
 
-    and tokens, windows, window and dtype.
+    (None for what is not finite), and tokens, windows, window and dtype.
 
     a, b: directories of causal language models, or live ones, of one vocabulary
     text: a UTF-8 file, read by a's tokenizer and cut into consecutive windows; what is left at the end is not read
@@ -57,7 +57,8 @@ def compare_perplexity(
         first = original.model(stored)
     working = floating(dtype) if dtype is not None else original.dtype(first)
     second = result.model(working)
-    sequences = windows(tokenizer, text, min(window, loading.positions(original.config)), most)
+    positions = min(loading.positions(subject.config) for subject in (original, result))
+    sequences = windows(tokenizer, text, window_length(window, most, positions), most)
     sums = _Sums()
     for number, sequence in enumerate(sequences):
         sums.add(sequence, log_probabilities(first, sequence), log_probabilities(second, sequence))
@@ -76,7 +77,7 @@ class _Sums:
     """What is summed over windows."""
 
     def __init__(self):
-        self.tokens, self.losses, self.divergence, self.agreeing = 0, [0.0, 0.0], 0.0, 0
+        self.tokens, self.losses, self.divergence, self.agreeing = 0, [0.0, 0.0], 0.0, 0.0
 
     def add(self, sequence: list[int], p: Tensor, q: Tensor) -> None:
         """Counts a window: its tokens, and both models' log-probabilities [T − 1, N] of the next one."""
@@ -85,17 +86,19 @@ class _Sums:
         target = torch.tensor(sequence[1:], device=p.device)
         for model, logs in enumerate((p, q)):
             self.losses[model] += float(functional.nll_loss(logs, target, reduction="sum"))
-        self.divergence += float(functional.kl_div(q, p, reduction="sum", log_target=True))
-        self.agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+        # what a model rules out has no part in its mean, even where the other rules it out too
+        self.divergence += float(torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum())
+        agreeing = int((p.argmax(-1) == q.argmax(-1)).sum())
+        self.agreeing += math.nan if p.isnan().any() or q.isnan().any() else agreeing
         self.tokens += len(target)
 
     def fields(self) -> dict[str, float | int | None]:
-        first, second = (_finite(math.exp(min(loss / self.tokens, 700.0))) for loss in self.losses)
+        first, second = (_finite(exponential(loss / self.tokens)) for loss in self.losses)
         return {
             "perplexity_a": first,
             "perplexity_b": second,
             "divergence": _finite(self.divergence / self.tokens),
-            "agreement": self.agreeing / self.tokens,
+            "agreement": _finite(self.agreeing / self.tokens),
             "tokens": self.tokens,
         }
 
@@ -106,9 +109,14 @@ def _finite(value: float) -> float | None:
 
 def _told(report: Report, a: object, b: object) -> Report:
     fields = report.fields
-    first, second, divergence = (
-        "not finite" if fields[name] is None else f"{fields[name]:.{digits}f}"
-        for name, digits in (("perplexity_a", 3), ("perplexity_b", 3), ("divergence", 5))
+    first, second, divergence, agreement = (
+        "not finite" if fields[name] is None else f"{fields[name]:{form}}"
+        for name, form in (
+            ("perplexity_a", ".3f"),
+            ("perplexity_b", ".3f"),
+            ("divergence", ".5f"),
+            ("agreement", ".1%"),
+        )
     )
     names = [
         "this " + type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
@@ -117,7 +125,7 @@ def _told(report: Report, a: object, b: object) -> Report:
     report.lines = [
         ("perplexity", f"{first} of {names[0]}, {second} of {names[1]}; lower foretells the text better"),
         ("divergence", f"{divergence} nats a token between their forecasts; 0 where they are the same"),
-        ("agreement", f"{100 * fields['agreement']:.1f} % of tokens: both hold the same one most likely"),
+        ("agreement", f"{agreement.replace('%', ' %')} of tokens: both hold the same one most likely"),
         (
             "read",
             f"{fields['tokens']:,} tokens in windows of {fields['window']}, in {fields['dtype']}",
