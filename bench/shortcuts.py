@@ -87,8 +87,8 @@ class Junctions:
         assert error <= 2 * dense, f"error {error:.2e}, of the dense product {dense:.2e}"
 
     def _exact(self) -> torch.Tensor:
-        factor = self.polar[0].matrix().double()
-        return torch.eye(len(factor)) - factor @ factor.mT
+        factor = self.polar[0].matrix().double()  # Yᵀ
+        return torch.eye(factor.shape[1]) - factor.mT @ factor
 
 
 def cases(quick: bool) -> Iterator[Case]:
