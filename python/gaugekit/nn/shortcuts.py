@@ -58,7 +58,7 @@ class Unpacked(Shortcut):
 
     def matrix(self) -> Tensor:
         """``unpack()``, or what it gave last time."""
-        parameters = list(self.parameters(recurse=False))
+        parameters = self._parameters.values()  # no walk over submodules: this runs at every token
         trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
         if trained or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return self.unpack()
