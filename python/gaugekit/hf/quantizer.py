@@ -63,7 +63,8 @@ class GaugekitConfig(QuantizationConfigMixin):
         if not isinstance(modules, dict) and not (packed and modules is None):
             raise ValueError(f"quantization_config: expected modules by name, got {modules!r}")
         if packed and (modules or sliced):
-            raise ValueError("quantization_config: expected packed=True alone, got modules or sliced too")
+            other = "modules" if modules else "a sliced model"
+            raise ValueError(f"quantization_config: expected either {other} or packed=True, got both")
         if unknown:
             raise ValueError(
                 f"quantization_config: expected version and modules, got {', '.join(sorted(unknown))} too"

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Packing:
     """``pack(source, target)`` makes a packed directory of a plain one; ``name`` is what a report calls it."""
 
     name: str = "pack"
-    pack: Callable[[Path, Path], Report] = codec.pack
+    pack: Callable[[Path, Path], Report] = field(default_factory=lambda: codec.pack)
 
 
 def run(

@@ -18,8 +18,8 @@ from gaugekit.codec.bitsback.model import (
     Coupling,
     Group,
     GroupReport,
+    ModelReport,
     Progress,
-    Report,
     check,
     scale_name,
 )
@@ -33,7 +33,7 @@ def encode(
     couplings: Iterable[Coupling] = (),
     progress: Progress | None = None,
     path: int = -1,
-) -> tuple[torch.Tensor, Report]:
+) -> tuple[torch.Tensor, ModelReport]:
     """(payload, report): the model's tensors, in a gauge that the payload's own bits choose.
 
     Of each group the stored tensors are round(weight · G) with a G in O(D) that is read from the stack: any G is as
@@ -51,7 +51,7 @@ def encode(
     """
     others, couplings = dict(others or {}), list(couplings)
     check(groups, others, couplings)
-    stack, report = Stack(path=path), Report()
+    stack, report = Stack(path=path), ModelReport()
     header = {"others": [weights.push(stack, name, tensor) for name, tensor in others.items()], "groups": []}
     gauges: dict[int, torch.Tensor] = {}
     for index, group in enumerate(groups):

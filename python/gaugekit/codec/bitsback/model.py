@@ -80,7 +80,7 @@ class GroupReport:
 
 
 @dataclass
-class Report:
+class ModelReport:
     """All groups, and what the payload takes."""
 
     groups: list[GroupReport] = field(default_factory=list)

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import torch
 
-from gaugekit.codec.bitsback import Coupling, Group, Report, decode, encode
+from gaugekit.codec.bitsback import Coupling, Group, ModelReport, decode, encode
 from gaugekit.codec.bitsback.model import Progress
 from gaugekit.codec.files import container, header
 from gaugekit.codec.files.container import CorruptFile, Packed
@@ -54,7 +54,7 @@ def save_chain(
     couplings: list[Coupling],
     metadata: dict[str, str] | None = None,
     progress: Progress | None = None,
-) -> tuple[Report, int]:
+) -> tuple[ModelReport, int]:
     """Codes a sliced model into the packed file ``path``: (what its rotations came to, the bytes of the file).
 
     ``groups``, ``others`` and ``couplings`` as ``codec.bitsback.encode`` takes them. The file is written beside its
