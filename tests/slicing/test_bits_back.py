@@ -107,6 +107,8 @@ def test_a_kill_while_it_is_coded_is_gone_on_from(tmp_path, monkeypatch):
         patch.setattr(chain, "save_chain", stop)
         gk.slicing.slice(source, tmp_path / "out", 0.25, **options)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="unfinished work of another call .*dtype differs"):
+        gk.slicing.slice(source, tmp_path / "out", 0.25, **{**options, "dtype": "float16"})
     monkeypatch.setattr(principal, "find", None)  # the text was read before
     gk.slicing.slice(source, tmp_path / "out", 0.25, **options)
     assert logits(tmp_path / "out").isfinite().all()

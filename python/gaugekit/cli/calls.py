@@ -81,7 +81,7 @@ def _slice(arguments: argparse.Namespace) -> Outcome:
         )
     from gaugekit.slicing import slice as run
 
-    with bar("calibrate") as calibrating, bar("convert") as progress:
+    with bar("calibrate") as calibrating, bar("convert") as progress, bar("bits-back") as coding:
         return _shown(
             run(
                 arguments.model,
@@ -95,6 +95,7 @@ def _slice(arguments: argparse.Namespace) -> Outcome:
                 pack=arguments.pack,
                 progress=progress,
                 calibrating=calibrating,
+                coding=coding,
             )
         )
 

@@ -122,9 +122,8 @@ class _Parts:
 
     def _shortcut(self, outputs: int, ends: bool) -> Shortcut:
         width = self.sliced.width
-        if (
-            ends or self.sliced.form == "dense"
-        ):  # into a stream that is not sliced there is no basis to choose
+        # Into a stream that is not sliced there is no basis to choose.
+        if ends or self.sliced.form == "dense":
             return DenseShortcut(width, outputs, **self.make)
         if self.sliced.form == "triangular":
             return TriangularShortcut(width, **self.make)

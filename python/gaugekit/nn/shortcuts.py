@@ -6,6 +6,8 @@ last junction of a model whose head is not sliced), the block adds x padded with
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,9 +15,6 @@ from torch.nn import functional
 
 class Shortcut(nn.Module):
     """``shortcut(y, x)`` [..., outputs] is ``y + x S − x``: y [..., outputs], x [..., inputs]."""
-
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class DenseShortcut(Shortcut):
@@ -29,7 +28,7 @@ class DenseShortcut(Shortcut):
         return _add(y, x, self.matrix)
 
 
-class Unpacked(Shortcut):
+class Unpacked(Shortcut, ABC):
     """A shortcut whose parameters are stored without their zeros; ``matrix()`` is made of them once, then kept.
 
     It is made anew after its parameters change, and in every call that trains them. A change past autograd's eyes
@@ -52,9 +51,9 @@ class Unpacked(Shortcut):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}
 
+    @abstractmethod
     def unpack(self) -> Tensor:
         """The matrix of the parameters as they are now."""
-        raise NotImplementedError
 
     def matrix(self) -> Tensor:
         """``unpack()``, or what it gave last time."""

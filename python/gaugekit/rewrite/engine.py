@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gaugekit import codec
 from gaugekit.checkpoint.config import CONFIG
 from gaugekit.checkpoint.dtypes import name_of
@@ -39,27 +37,24 @@ class Packing:
 
 
 def run(
-    checkpoint: Checkpoint,
+    job: Job,
     target: Path,
     rewrites: Sequence[Step] | Later,
     *,
-    dense: bool,
-    dtype: torch.dtype | None,
     calibration: Calibration | None,
     packing: Packing | None,
     resume: bool,
     progress: Callable[[int, int], None] | None,
     pages: Pages,
-    kind: type[Job] = Job,
 ) -> Report:
     """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``.
 
-    ``kind`` makes the job: what the units of the work are, and what is done to each. ``packing`` packs the result, if
-    it is to be packed.
+    ``job`` says what the units of the work are, and what is done to each. ``packing`` packs the result, if it is to be
+    packed.
     """
     start = time.perf_counter()
-    work = _Conversion(checkpoint, target, kind(checkpoint, dense, dtype), calibration, packing, progress)
-    check_target(checkpoint.path, target)
+    work = _Conversion(job, target, calibration, packing, progress)
+    check_target(job.checkpoint.path, target)
     if not isinstance(rewrites, Later):
         work.take(rewrites)
         if shortage := work.shortage():
@@ -84,7 +79,8 @@ def run(
 class _Conversion:
     """One call of ``convert``: what it reads, what is asked of it, how far it is."""
 
-    def __init__(self, checkpoint, target, job: Job, calibration, packing: Packing | None, progress):
+    def __init__(self, job: Job, target: Path, calibration, packing: Packing | None, progress):
+        checkpoint = job.checkpoint
         self.checkpoint, self.target, self.job = checkpoint, target, job
         self.calibration, self.packing, self.progress = calibration, packing, progress
         self.copies, self.notes = _copies(checkpoint)

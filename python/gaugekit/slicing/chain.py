@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from gaugekit.checkpoint.dtypes import name_of
 from gaugekit.checkpoint.reader import INDEX, WEIGHTS, Checkpoint
 from gaugekit.checkpoint.writer import CERTIFICATE
 from gaugekit.codec.bitsback import Coupling, Group, Part
+from gaugekit.codec.bitsback.model import Progress
 from gaugekit.codec.files.chain import save_chain
 from gaugekit.files.durable import copy, dump, sha256, write
 from gaugekit.files.places import listing
@@ -31,20 +31,13 @@ DTYPES = (torch.bfloat16, torch.float16)  # those that transformers has modules 
 
 
 class Chained:
-    """The tensors of a dense sliced checkpoint, sorted by the rotation they share.
-
-    ``sizes``: D′ of each junction and, where the head is sliced, of the end of the stream. All weights are rounded to
-    ``dtype`` once, after their rotation.
+    """The tensors of a dense sliced checkpoint, sorted by the rotation they share: one rotation a junction and, with
+    ``head``, one for the end of the stream. All weights are rounded to ``dtype`` once, after their rotation.
     """
 
     def __init__(self, checkpoint: Checkpoint, stream: Stream, prefix: str, head: bool, dtype: torch.dtype):
-        self.checkpoint, self.stream, self.prefix, self.head, self.dtype = (
-            checkpoint,
-            stream,
-            prefix,
-            head,
-            dtype,
-        )
+        self.checkpoint, self.stream, self.prefix = checkpoint, stream, prefix
+        self.head, self.dtype = head, dtype
         self.names = set(checkpoint.names())
         count = stream.places + (1 if head else 0)
         self.parts: list[list[Part]] = [[] for _ in range(count)]
@@ -112,13 +105,14 @@ def pack(
     prefix: str,
     head: bool,
     dtype: torch.dtype,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Codes the float32 directory ``source`` (``dense``, as ``slice`` writes it of ``original``) into a new packed one,
     ``target``.
 
     Report: bytes_after, bits_per_weight, and what the rotations came to, in bits: degrees_of_freedom, nominal_bits,
-    realised_bits, corrections_bits, seed_bits, groups. Memory: the model in float32.
+    realised_bits, corrections_bits, seed_bits, groups. ``progress`` is told
+    (rotations done, in all). Memory: the model in float32.
     """
     checkpoint = Checkpoint(source)
     chained = Chained(checkpoint, stream, prefix, head, dtype)

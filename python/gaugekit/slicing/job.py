@@ -40,7 +40,7 @@ class Slices(Step):
         return self.details
 
     def plan(self, config: dict) -> dict[str, int]:
-        """``removed``: of the checkpoint it was details for."""
+        """``removed``: of the checkpoint it was found for."""
         return self.removed
 
     def frame(self, place: int) -> Frame:
@@ -58,7 +58,6 @@ class SlicedJob(Job):
             raise ValueError(
                 f"checkpoint: expected no {self.stream.head}.weight of its own beside tie_word_embeddings, got one"
             )
-
         names, prefix = set(checkpoint.names()), self.layers.prefix
         weights.check_shifts(
             self.stream, lambda name: self._read(prefix + name) if prefix + name in names else None

@@ -18,7 +18,7 @@ from gaugekit.files.durable import replacing, sha256
 from gaugekit.files.staging import free_bytes
 from gaugekit.hf.sliced import FORMS, Sliced
 from gaugekit.report import Report
-from gaugekit.rewrite import Calibration, Later, engine
+from gaugekit.rewrite import Later, engine
 from gaugekit.slicing import chain, gauges, page, principal
 from gaugekit.slicing.job import SlicedJob, Slices
 from gaugekit.text.batches import windows
@@ -44,6 +44,7 @@ def slice(
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
     calibrating: Callable[[int, int], None] | None = None,
+    coding: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Writes ``source`` with its residual stream cut to D′ ≈ (1 − fraction)·D into a new directory ``target``.
 
@@ -69,7 +70,8 @@ def slice(
     work_directory: a new or empty folder for the bases, which take nearly all of the time: they stay there, and another
         call with the same source, text, width and head, in whatever form, reads them
     dtype, pack, resume: as ``gaugekit.convert`` has them
-    progress: told (bytes done, bytes in all) of the rewriting; ``calibrating`` (batches done, in all) of the text
+    progress: told (bytes done, bytes in all) of the rewriting; ``calibrating`` (batches done, in all) of the
+        text; ``coding`` (rotations done, in all) of bits-back
 
     Raises ValueError for a source of another family, a fraction, rotation or text that does not fit, and as
     ``gaugekit.convert``; OSError where the disk is too small.
@@ -83,27 +85,25 @@ def slice(
         raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
     options = {"fraction": fraction, "rotation": rotation, "drop": drop, "head": head, "multiple": multiple,
                "windows": windows, "window": window}  # fmt: skip
-    stored = None if dtype is None else floating(dtype)
-    work = _Slicing(checkpoint, Path(target), Path(calibration), options, stored)
+    asked = None if dtype is None else floating(dtype)
+    work = _Slicing(checkpoint, Path(target), Path(calibration), options, asked)
     packing = engine.Packing() if pack else None
     if rotation == "bits-back":
         if pack:
             raise ValueError(
                 "pack: expected False beside rotation='bits-back', whose file is packed; got True"
             )
-        packing = engine.Packing("bits-back", work.chain)
+        packing = engine.Packing("bits-back", functools.partial(work.chain, progress=coding))
+    depends = {**options, "calibration": sha256(Path(calibration)), "dtype": str(work.dtype)}
     report = engine.run(
-        checkpoint,
+        work.job,
         Path(target),
-        Later(options, functools.partial(work.find, work_directory=work_directory, progress=calibrating)),
-        dense=False,
-        dtype=torch.float32 if rotation == "bits-back" else work.dtype,
-        calibration=Calibration(sha256(Path(calibration)), lambda modules, folder: []),
+        Later(depends, functools.partial(work.find, work_directory=work_directory, progress=calibrating)),
+        calibration=None,
         packing=packing,
         resume=resume,
         progress=progress,
         pages=page.pages,
-        kind=SlicedJob,
     )
     return _told(report, source, target)
 
@@ -134,18 +134,24 @@ class _Slicing:
         self, checkpoint, target: Path, text: Path, options: dict[str, Any], dtype: torch.dtype | None
     ):
         self.checkpoint, self.target, self.text = checkpoint, target, text
-        self.options, self.dtype = options, dtype
-        self.job = SlicedJob(checkpoint, False, dtype)
+        self.options = options
+        # Bits-back turns the weights once more, and rounds them to the dtype that was asked for only then.
+        self.job = SlicedJob(
+            checkpoint, False, torch.float32 if options["rotation"] == "bits-back" else dtype
+        )
         self.stream = self.job.stream
+        table = f"{self.job.layers.prefix}{self.stream.tokens}.weight"
+        self.dtype = dtype or checkpoint.dtype(table)
         head = f"{self.stream.head}.weight"
         if options["head"] and not self.stream.tied and head not in checkpoint.names():
             raise ValueError(
                 f"head: expected False for a checkpoint without {head}, which takes up the last norm; got True"
             )
         self.width = sliced_width(self.stream.size, options["fraction"], options["multiple"])
-        stored = dtype or self._stored_dtype()
-        if options["rotation"] == "bits-back" and stored not in chain.DTYPES:
-            raise ValueError(f"dtype: expected bfloat16 or float16 beside rotation='bits-back', got {stored}")
+        if options["rotation"] == "bits-back" and self.dtype not in chain.DTYPES:
+            raise ValueError(
+                f"dtype: expected bfloat16 or float16 beside rotation='bits-back', got {self.dtype}"
+            )
 
     def find(
         self,
@@ -186,7 +192,7 @@ class _Slicing:
         removed = {"total": self.job.stored_numbers() - numbers}
         return [Slices(sliced, frames, removed, kept, details)]
 
-    def chain(self, source: Path, target: Path) -> Report:
+    def chain(self, source: Path, target: Path, progress: Callable[[int, int], None] | None = None) -> Report:
         """Codes the float32 result ``source`` with bits-back, in the dtype that was asked for."""
         layers, head = self.job.layers, self.options["head"]
         return chain.pack(
@@ -196,7 +202,8 @@ class _Slicing:
             self.stream,
             layers.prefix,
             head,
-            self.dtype or self._stored_dtype(),
+            self.dtype,
+            progress,
         )
 
     def _sequences(self) -> list[list[int]]:
@@ -244,7 +251,11 @@ class _Slicing:
         size, inner = self.stream.size, self._inner()
         each = ranks if ranks else [None] * inner
         shortcuts = sum(gauges.shortcut_numbers(size, self.width, form, rank) for rank in each)
-        return self.job.numbers(Sliced(self.width, "dense", (), self.options["head"])) + shortcuts
+        return self._without_shortcuts + shortcuts
+
+    @functools.cached_property
+    def _without_shortcuts(self) -> int:
+        return self.job.numbers(Sliced(self.width, "dense", (), self.options["head"]))
 
     def _forms(self) -> dict[str, dict[str, int]]:
         """What the model would store, and its shortcuts compute for a token, in each exact form."""
@@ -253,8 +264,8 @@ class _Slicing:
         for form in FORMS:
             numbers = self._numbers(form)
             products = self._inner() * gauges.shortcut_products(size, self.width, form) + last
-            width = (self.dtype or self._stored_dtype()).itemsize
-            forms[form] = {"numbers": numbers, "bytes": numbers * width, "multiply_adds": products}
+            stored_bytes = numbers * self.dtype.itemsize
+            forms[form] = {"numbers": numbers, "bytes": stored_bytes, "multiply_adds": products}
         return forms
 
     def _permutation_bits(self) -> float:
@@ -265,9 +276,6 @@ class _Slicing:
             orders = [view.groups, *([view.repeats] * view.groups), self.job.neurons(layer)]
             bits += sum(math.lgamma(count + 1) for count in orders) / math.log(2)
         return bits
-
-    def _stored_dtype(self) -> torch.dtype:
-        return self.checkpoint.dtype(f"{self.job.layers.prefix}{self.stream.tokens}.weight")
 
 
 def _save(path: Path, frame: gauges.Frame) -> None:

@@ -13,6 +13,7 @@ from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.files.durable import sha256
 from gaugekit.report import Report
 from gaugekit.rewrite import Calibration, Later, Rewrite, engine
+from gaugekit.rewrite.job import Job
 from gaugekit.verbs import wording
 
 NOBODY_ASKS = (
@@ -68,11 +69,9 @@ def convert(
         return collect(checkpoint, calibration, modules=modules, work_directory=folder)
 
     report = engine.run(
-        checkpoint,
+        Job(checkpoint, dense, stored),
         Path(target),
         rewrites,
-        dense=dense,
-        dtype=stored,
         calibration=None if calibration is None else Calibration(sha256(Path(calibration)), statistics),
         packing=engine.Packing() if pack else None,
         resume=resume,

@@ -52,11 +52,13 @@ def compare_perplexity(
         raise ValueError(
             "a: expected a model of a directory with a tokenizer, which reads the text; found none"
         )
-    first = original.model(floating(dtype) if dtype is not None else torch.float32)
-    if dtype is None and (stored := original.dtype(first)) != torch.float32:
-        first = original.model(stored)
-    working = floating(dtype) if dtype is not None else original.dtype(first)
-    second = result.model(working)
+    if dtype is not None:
+        working = floating(dtype)
+    elif original.live is None:
+        working = loading.stored_dtype(original.path)
+    else:
+        working = original.dtype(original.live)
+    first, second = original.model(working), result.model(working)
     positions = min(loading.positions(subject.config) for subject in (original, result))
     sequences = windows(tokenizer, text, window_length(window, most, positions), most)
     sums = _Sums()
