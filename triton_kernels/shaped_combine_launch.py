@@ -53,9 +53,9 @@ def sweep_tile(width: int, dtype: torch.dtype, windowed: bool) -> dict:
         rows = max(16, min(32, 2048 // block))
     else:
         rows = 64 if block <= 64 and dtype != torch.float32 else 32
-    each = (
-        256 if windowed or block == 16 else 512
-    )  # numbers of a tile that a warp's registers take without spilling
+    # Numbers of a tile that a warp's registers take without spilling; a window's second tile halves them, and so does
+    # what every column costs beside its numbers where there are 16 or fewer.
+    each = 512 >> (windowed + (block == 16))
     warps = min(8, max(1, rows * block // each))
     return {"BLOCK": block, "BLOCK_T": rows, "num_warps": warps, "num_stages": 2}
 
