@@ -3,9 +3,46 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from gaugekit.models.family import Family, Read, bias_or_zeros, join, split
-from gaugekit.models.view import AttentionView, Compact, Projection, Stored
+from gaugekit.models.view import AttentionView, Compact, Norms, Projection, Stored
+
+
+@dataclass(frozen=True)
+class NormLayout:
+    """Where a family keeps the gains of its norms of queries and keys: {"q", "k": {tensor: shape}}, in the order of the
+    heads; the rest as ``Norms`` has it.
+    """
+
+    shapes: dict[str, dict[str, tuple[int, ...]]]
+    eps: float
+    offset: float = 0.0
+    centred: bool = False
+    whole: bool = False
+
+    def read(self, tensors: dict[str, Tensor], width: int) -> Norms:
+        """The norms, from float64 ``tensors`` by name; ``width`` is K."""
+        gains = {
+            part: torch.cat([tensors[name].flatten() for name in names]).view(-1, width)
+            for part, names in self.shapes.items()
+        }
+        return Norms(gains["q"], gains["k"], self.eps, self.offset, self.centred, self.whole)
+
+    def store(self, norms: Norms) -> dict[str, Tensor]:
+        """The inverse of ``read``."""
+        tensors = {}
+        for part, shapes in self.shapes.items():
+            sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+            for (name, shape), piece in zip(
+                shapes.items(), getattr(norms, part).flatten().split(sizes), strict=True
+            ):
+                tensors[name] = piece.view(shape).contiguous()
+        return tensors
 
 
 class Linears(Family):
@@ -33,6 +70,10 @@ class Linears(Family):
     def biased(self, part: str) -> bool:
         """Whether a part has a bias."""
 
+    def norms(self, layer: int) -> NormLayout | None:
+        """The norms of queries and keys, where they have any of a kind that ``Norms`` describes."""
+        return None
+
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for part, path in self.projections(layer).items():
@@ -41,11 +82,15 @@ class Linears(Family):
             shapes[f"{path}.weight"] = (outputs, inputs)
             if self.biased(part):
                 shapes[f"{path}.bias"] = (outputs,)
+        if (norms := self.norms(layer)) is not None:
+            shapes |= norms.shapes["q"] | norms.shapes["k"]
         return shapes
 
-    def parts(self, layer: int, read: Read) -> dict[str, Projection]:
-        """The four projections of a layer, float64."""
+    def parts(self, layer: int, read: Read) -> dict[str, Any]:
+        """The four projections of a layer, float64, and its "norms" where it has any."""
         tensors, parts = self.take(layer, read), {}
+        if (norms := self.norms(layer)) is not None:
+            parts["norms"] = norms.read(tensors, self.head_width)
         for part, path in self.projections(layer).items():
             weight, bias = tensors[f"{path}.weight"].mT, tensors.get(f"{path}.bias")
             count = self.heads(part)
@@ -57,8 +102,9 @@ class Linears(Family):
         return parts
 
     def store(self, layer: int, view: AttentionView, compact: dict[str, Compact] | None = None) -> Stored:
-        tensors, modules = {}, {}
-        places = self.modules(layer)
+        norms = self.norms(layer)
+        tensors = {} if norms is None else norms.store(view.norms)
+        modules, places = {}, self.modules(layer)
         for part, path in self.projections(layer).items():
             if compact and part in compact:
                 tensors |= {f"{path}.{name}": tensor for name, tensor in compact[part].tensors.items()}

@@ -26,6 +26,36 @@ class Projection:
     dtype: torch.dtype = torch.float64
 
 
+@dataclass(frozen=True)
+class Norms:
+    """What queries and keys go through before they are turned: y = (offset + gain) ⊙ x / √(mean x² + eps).
+
+    ``q`` [H, K] and ``k`` [G, K] are the gains as they are stored, float64; [1, K] where all heads share one. ``offset``
+    is what the family adds to them (1 in Gemma). ``centred``: the mean is subtracted first (LayerNorm). ``whole``: mean
+    and square run over the channels of all heads at once (OLMo 2), else over each head's own.
+    """
+
+    q: Tensor
+    k: Tensor
+    eps: float
+    offset: float = 0.0
+    centred: bool = False
+    whole: bool = False
+
+    def gain(self, part: str) -> Tensor:
+        """What multiplies the channels of ``part``, "q" or "k": [heads or 1, K]."""
+        return self.offset + getattr(self, part)
+
+    def apply(self, x: Tensor, part: str) -> Tensor:
+        """Queries or keys ``x`` [B, heads, T, K] as they leave the norm of ``part``."""
+        over = (1, 3) if self.whole else 3
+        if self.centred:
+            x = x - x.mean(over, keepdim=True)
+        return (
+            x * torch.rsqrt(x.square().mean(over, keepdim=True) + self.eps) * self.gain(part)[:, None].to(x)
+        )
+
+
 # Why a group may be left alone in a family (``AttentionView.barred``)
 NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone between them"
 POSITIONS = "it adds position to the scores, which are then not a function of W_Q W_Kᵀ alone"
@@ -36,11 +66,12 @@ class AttentionView:
     """The attention of one layer: q [H, D, K], k [G, D, K], v [G, D, V], o [H, V, D].
 
     Query head h reads group h // (H/G). ``scale`` multiplies the scores; ``rotary`` is the number of channels turned
-    by position (0: none), channel i < rotary/2 paired with i + rotary/2 and turned by position · base^(−2i/rotary);
-    ``causal``: no token sees a later one. ``layer`` is its place in the model. ``channels`` [G][R_g] lists, where some
+    by position (0: none), the pair i by position · base^(−2i/rotary): its channels are i and i + rotary/2, or the
+    neighbours 2i and 2i + 1 where they are ``interleaved``. ``causal``: no token sees a later one. ``layer`` is its place in the model. ``channels`` [G][R_g] lists, where some
     are zero in queries and keys alike, those of the K channels that are not (ascending; None: all are in use).
     ``barred`` {group: reason} names the groups that are left alone in this family although the parts are there, and
-    only those: what comes between queries and keys says nothing of values.
+    only those: what comes between queries and keys says nothing of values. ``norms``: what queries and keys go through
+    before they are turned (None: nothing, or norms of a kind that no group here knows).
     """
 
     q: Projection
@@ -54,6 +85,8 @@ class AttentionView:
     layer: int = 0
     channels: tuple[tuple[int, ...], ...] | None = None
     barred: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    norms: Norms | None = None
 
     @property
     def heads(self) -> int:
@@ -77,16 +110,23 @@ class AttentionView:
             return [self.k.weight.shape[2]] * self.groups
         return [len(kept) for kept in self.channels]
 
+    @property
+    def pairs(self) -> Tensor:
+        """[2, rotary/2] int64: the channels that turn together, the pair i by position · base^(−2i/rotary)."""
+        return rotary_pairs(self.rotary, self.interleaved)
+
     def attend(self, x: Tensor) -> Tensor:
         """softmax(scale·q kᵀ) v Wₒ + bₒ for ``x`` [B, T, D] in the view's dtype: the layer as its formula says, T×T.
 
         It is the measure of what a rewrite does to a layer. Rotary channels are turned by the base alone, without the
-        corrections a config may ask for at long contexts: those change angles, not what a rewrite may do. Norms of
-        queries and keys and biases of position are left out likewise: no rewrite of theirs touches what they stand on.
+        corrections a config may ask for at long contexts: those change angles, not what a rewrite may do. Biases of
+        position are left out likewise: no rewrite of theirs touches what they stand on.
         """
         q, k, v = (_project(x, part) for part in (self.q, self.k, self.v))
+        if self.norms is not None:
+            q, k = self.norms.apply(q, "q"), self.norms.apply(k, "k")
         if self.rotary:
-            q, k = (_turn(part, self.rotary, self.rotary_base) for part in (q, k))
+            q, k = (_turn(part, self.pairs, self.rotary_base) for part in (q, k))
         k, v = (part.repeat_interleave(self.repeats, dim=1) for part in (k, v))
         scores = self.scale * q @ k.mT
         if self.causal:
@@ -101,14 +141,21 @@ def _project(x: Tensor, part: Projection) -> Tensor:
     return y if part.bias is None else y + part.bias[:, None]
 
 
-def _turn(x: Tensor, rotary: int, base: float) -> Tensor:
-    """x [B, heads, T, K], its first ``rotary`` channels turned by the position."""
-    half = rotary // 2
-    steps = torch.arange(half, dtype=x.dtype, device=x.device)
-    angle = torch.arange(x.shape[2], dtype=x.dtype, device=x.device)[:, None] * base ** (-steps / half)
-    left, right, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
-    turned = left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()
-    return torch.cat([*turned, rest], -1)
+def rotary_pairs(rotary: int, interleaved: bool) -> Tensor:
+    """[2, rotary/2] int64: (i, i + rotary/2), or the neighbours (2i, 2i + 1) where they are ``interleaved``."""
+    order = torch.arange(rotary)
+    return order.view(rotary // 2, 2).mT if interleaved else order.view(2, rotary // 2)
+
+
+def _turn(x: Tensor, pairs: Tensor, base: float) -> Tensor:
+    """x [B, heads, T, K], the ``pairs`` [2, n] of its channels turned by the position."""
+    steps = torch.arange(pairs.shape[1], dtype=x.dtype, device=x.device)
+    angle = torch.arange(x.shape[2], dtype=x.dtype, device=x.device)[:, None] * base ** (-steps / len(steps))
+    left, right = (x[..., channels] for channels in pairs)
+    turned = x.clone()
+    turned[..., pairs[0]] = left * angle.cos() - right * angle.sin()
+    turned[..., pairs[1]] = right * angle.cos() + left * angle.sin()
+    return turned
 
 
 def used_channels(view: AttentionView) -> tuple[tuple[int, ...], ...] | None:
@@ -120,10 +167,10 @@ def used_channels(view: AttentionView) -> tuple[tuple[int, ...], ...] | None:
                for p in (view.q, view.k)]  # fmt: skip
     q, k = ((weight != 0).any(1) for weight in weights)
     used = q.unflatten(0, (view.groups, -1)).any(1) | k
-    half = view.rotary // 2
-    pairs = used[:, :half] | used[:, half : view.rotary]
-    used = torch.cat([pairs, pairs, used[:, view.rotary :]], 1)
-    first = [0, half] if view.rotary else [0]
+    left, right = view.pairs
+    used[:, left] |= used[:, right]
+    used[:, right] = used[:, left]
+    first = view.pairs[:, 0] if view.rotary else torch.tensor([0])
     used[:, first] |= ~used.any(1, keepdim=True)
     if bool(used.all()):
         return None

@@ -10,19 +10,14 @@ from torch import nn
 from gaugekit.models import AttentionView, Live, family
 from gaugekit.report import Report
 from gaugekit.rewrite import Rewrite, invariance_error
-from gaugekit.symmetry.groups import SYMMETRIES
+from gaugekit.symmetry.groups import REMOVED, SYMMETRIES
 
 ORDER = ("key_bias", "value_bias", "value_output", "query_key")  # biases first: then the other two carry none
 ROWS = ("max_volume", "shared_partition")
 
 
-def count(view: AttentionView) -> dict[str, int]:
-    """The numbers nobody can observe in one layer, by group: {value_output, query_key, key_bias, value_bias}."""
-    return {name: symmetry.dimension(view) for name, symmetry in SYMMETRIES.items()}
-
-
 class GaugeFix(Rewrite):
-    """The first rewrite: fixes all four groups of every layer, exactly.
+    """The first rewrite: fixes the four groups of every layer whose fixed form stores less, exactly.
 
     Keys lose their bias and W_K[P] = I, values theirs and W_V[P] = I; queries, output and output bias take it up.
     Counts are exact: (V² + K² + K + V) numbers a key/value head (without rotary positions, with biases).
@@ -45,15 +40,15 @@ class GaugeFix(Rewrite):
 
     def plan(self, config: dict) -> dict[str, int]:
         adapter = family(config)
-        removed = dict.fromkeys(SYMMETRIES, 0)
+        removed = dict.fromkeys(REMOVED, 0)
         for layer in range(adapter.layers):
             view = adapter.outline(layer)
             if self.key_ranks is not None:
                 kept = tuple(tuple(range(rank)) for rank in self.key_ranks[layer])
                 bias = None if self.key_ranks[layer] != view.ranks else view.k.bias
                 view = replace(view, k=replace(view.k, bias=bias), channels=kept)
-            for name, size in count(view).items():
-                removed[name] += size
+            for name in REMOVED:
+                removed[name] += SYMMETRIES[name].dimension(view)
         return {**removed, "total": sum(removed.values())}
 
     def layer(self, view: AttentionView, statistics: object = None) -> AttentionView:

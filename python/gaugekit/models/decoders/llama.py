@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from gaugekit.models.family import Read
-from gaugekit.models.linears import Linears
+from gaugekit.models.linears import Linears, NormLayout
 from gaugekit.models.stream import Junction, Stream
 from gaugekit.models.view import NORMS, AttentionView
 
 NORMED = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text", "chameleon")  # queries and keys have norms
+PER_HEAD = ("qwen3", "qwen3_moe", "gemma3_text")  # one gain that all heads share
+WHOLE = ("olmo2", "olmo3")  # one norm over the channels of all heads
 NAMES = ("llama", "mistral", "qwen2", *NORMED)
 STREAMS = (
     "llama",
@@ -54,6 +56,23 @@ class Llama(Linears):
         return AttentionView(
             **parts, scale=scale, rotary=width, causal=True, rotary_base=float(base), barred=barred
         )
+
+    def norms(self, layer: int) -> NormLayout | None:
+        """RMSNorms of each head with one gain for all heads, or in OLMo of all heads at once."""
+        width, whole = self.head_width, self.name in WHOLE
+        if self.name not in (*PER_HEAD, *WHOLE):
+            return None
+        shapes = {
+            part: {
+                f"{self.block(layer)}.self_attn.{part}_norm.weight": (
+                    self.heads(part) * width if whole else width,
+                )
+            }
+            for part in "qk"
+        }
+        offset = 1.0 if self.name == "gemma3_text" else 0.0
+        eps = self.config.get("rms_norm_eps", 1e-5 if whole else 1e-6)
+        return NormLayout(shapes, eps, offset, whole=whole)
 
     def stream(self) -> Stream:
         if self.name not in STREAMS:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from gaugekit.models.decoders.llama import Llama
 from gaugekit.models.family import Family, Read
+from gaugekit.models.linears import NormLayout
 from gaugekit.models.stream import Stream
 from gaugekit.models.view import NORMS, AttentionView
 
@@ -40,6 +41,19 @@ class StableLm(Llama):
         normed = self.config.get("qk_layernorm")
         barred = dict.fromkeys(("query_key", "key_bias"), NORMS) if normed else {}
         return replace(super().attention(layer, read), rotary=self.rotary, barred=barred)
+
+    def norms(self, layer: int) -> NormLayout | None:
+        """LayerNorms without bias, one module a head."""
+        if not self.config.get("qk_layernorm"):
+            return None
+        shapes = {
+            part: {
+                f"{self.block(layer)}.self_attn.{part}_layernorm.norms.{head}.weight": (self.head_width,)
+                for head in range(self.heads(part))
+            }
+            for part in "qk"
+        }
+        return NormLayout(shapes, self.config.get("layer_norm_eps", 1e-5), centred=True)
 
     def stream(self) -> Stream:
         return Family.stream(self)  # LayerNorms, and blocks that may be parallel: not Llama's
