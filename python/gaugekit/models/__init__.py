@@ -13,8 +13,8 @@ from gaugekit.models.decoders.gpt2 import Gpt2
 from gaugekit.models.encoder_decoders import t5
 from gaugekit.models.encoders import bert, vit
 from gaugekit.models.family import Family, Read
-from gaugekit.models.stream import Junction, Stream
-from gaugekit.models.view import AttentionView, Compact, Projection, Stored, parameters, used_channels
+from gaugekit.models.stream import Junction, Mlp, Stream, StreamView
+from gaugekit.models.view import AttentionView, Compact, Norms, Projection, Stored, parameters, used_channels
 
 ADAPTERS: tuple[type[Family], ...] = (
     bert.Bert,
@@ -146,9 +146,12 @@ __all__ = [
     "Junction",
     "Layers",
     "Live",
+    "Mlp",
+    "Norms",
     "Projection",
     "Stored",
     "Stream",
+    "StreamView",
     "family",
     "parameters",
     "unused_positions",

@@ -30,9 +30,9 @@ class Projection:
 class Norms:
     """What queries and keys go through before they are turned: y = (offset + gain) ⊙ x / √(mean x² + eps).
 
-    ``q`` [H, K] and ``k`` [G, K] are the gains as they are stored, float64; [1, K] where all heads share one. ``offset``
-    is what the family adds to them (1 in Gemma). ``centred``: the mean is subtracted first (LayerNorm). ``whole``: mean
-    and square run over the channels of all heads at once (OLMo 2), else over each head's own.
+    ``q`` [H, K] and ``k`` [G, K] are the gains as they are stored, float64; [1, K] where all heads share one.
+    ``offset`` is what the family adds to them (1 in Gemma). ``centred``: the mean is subtracted first (LayerNorm).
+    ``whole``: means run over the channels of all heads at once (OLMo 2), else over each head's own.
     """
 
     q: Tensor
@@ -67,7 +67,8 @@ class AttentionView:
 
     Query head h reads group h // (H/G). ``scale`` multiplies the scores; ``rotary`` is the number of channels turned
     by position (0: none), the pair i by position · base^(−2i/rotary): its channels are i and i + rotary/2, or the
-    neighbours 2i and 2i + 1 where they are ``interleaved``. ``causal``: no token sees a later one. ``layer`` is its place in the model. ``channels`` [G][R_g] lists, where some
+    neighbours 2i and 2i + 1 where they are ``interleaved``. ``causal``: no token sees a later one. ``layer`` is its
+    place in the model. ``channels`` [G][R_g] lists, where some
     are zero in queries and keys alike, those of the K channels that are not (ascending; None: all are in use).
     ``barred`` {group: reason} names the groups that are left alone in this family although the parts are there, and
     only those: what comes between queries and keys says nothing of values. ``norms``: what queries and keys go through

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from gaugekit.models import Junction, Stream
+from gaugekit.models import stream as streams
 from gaugekit.slicing.gauges import Frame
 
 Read = Callable[[str], Tensor | None]  # a tensor by name, float64; None where the checkpoint has none
@@ -20,7 +21,7 @@ Read = Callable[[str], Tensor | None]  # a tensor by name, float64; None where t
 
 def centred(matrix: Tensor, stream: Stream) -> Tensor:
     """``matrix`` [..., D] M: rows without their mean, where the model's norms take it off."""
-    return matrix - matrix.mean(-1, keepdim=True) if stream.centred else matrix
+    return streams.centred(matrix) if stream.centred else matrix
 
 
 def junction(
@@ -32,10 +33,9 @@ def junction(
     gain, shift = read(f"{parts.norm}.weight"), read(f"{parts.norm}.bias")
     tensors: dict[str, Tensor] = {}
     for reader in parts.readers:
-        weight, bias = _linear(read, reader, stream)
-        if shift is not None and bias is not None:  # without one, the shift is zero: ``check_shifts``
-            bias = bias + weight @ shift
-        tensors |= _stored(reader, (weight * gain) @ frame.basis, bias, stream)
+        # a reader without a bias has a shift of zero: ``check_shifts``
+        weight, bias = streams.folded(*_linear(read, reader, stream), gain, shift)
+        tensors |= _stored(reader, weight @ frame.basis, bias, stream)
     sliced = following.basis.shape[1] == width
     for writer in parts.writers:
         weight, bias = _linear(read, writer, stream)

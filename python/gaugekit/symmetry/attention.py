@@ -9,7 +9,8 @@ output is Σ_h A_h (x W_V + b_V) W_O + b_O. It does not move under
 - value_bias, R^V a key/value head: b_V → b_V + e and b_O → b_O − Σ_h e W_O^h (the rows of A sum to one)
 
 Rotary positions and norms of queries and keys take the second and the third away (``symmetry.rotary`` and
-``symmetry.norms`` have what is left); the other two do not ask how A came about. A family says so by ``AttentionView.barred``, which also names a group that is left alone in it.
+``symmetry.norms`` have what is left); the other two do not ask how A came about. A family says so by
+``AttentionView.barred``, which also names a group that is left alone in it.
 
 Source: van Nierop, "Transformer models are gauge invariant" (arXiv 2412.14543).
 """

@@ -1,12 +1,15 @@
-"""All groups that act on the view of an attention layer, by name."""
+"""All groups by name, those of an attention layer and those of a whole model, and what they come to in one."""
 
 from __future__ import annotations
 
 from gaugekit.models import AttentionView
 from gaugekit.symmetry.action import Symmetry
 from gaugekit.symmetry.attention import KeyBias, QueryKey, ValueBias, ValueOutput
+from gaugekit.symmetry.folding import NeuronScales, NormBiases, NormGains, StreamMeans, StreamOffsets
 from gaugekit.symmetry.norms import QueryKeyGains, QueryKeyMeans, QueryKeyTurns
 from gaugekit.symmetry.rotary import PlainKeyBias, PlainQueryKey, RotaryPairs
+from gaugekit.symmetry.rotation import StreamRotation
+from gaugekit.symmetry.stream import StreamSymmetry
 
 SYMMETRIES: dict[str, Symmetry] = {
     symmetry.name: symmetry
@@ -21,6 +24,17 @@ SYMMETRIES: dict[str, Symmetry] = {
         QueryKeyGains(),
         QueryKeyTurns(),
         QueryKeyMeans(),
+    )
+}
+STREAM_SYMMETRIES: dict[str, StreamSymmetry] = {
+    symmetry.name: symmetry
+    for symmetry in (
+        NormGains(),
+        NormBiases(),
+        StreamMeans(),
+        StreamOffsets(),
+        StreamRotation(),
+        NeuronScales(),
     )
 }
 REMOVED = ("value_output", "query_key", "key_bias", "value_bias")  # those whose fixed form stores less

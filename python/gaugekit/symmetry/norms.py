@@ -1,7 +1,7 @@
 """What norms of queries and keys leave of the freedom between them.
 
-Queries are A n(x W_Q + b_Q) with gains A, keys B n(x W_K + b_K) with gains B, and n(u) = u/√(mean u² + ε) divides out no
-more than a length. No scale of W_Q or W_K passes n, so the scores do not move under
+Queries are A n(x W_Q + b_Q) with gains A, keys B n(x W_K + b_K) with gains B, and n(u) = u/√(mean u² + ε) divides out
+no more than a length. No scale of W_Q or W_K passes n, so the scores do not move under
 
 - query_key_gains: A → A E and B → B / E with a diagonal E that commutes with every turn: one number a rotary pair, one
   a channel that does not turn. Where all heads share one gain there is one E for the layer, else one a key/value head.
@@ -51,7 +51,7 @@ class QueryKeyGains(Symmetry):
         return replace(view, norms=replace(norms, q=q, k=k))
 
     def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
-        """The first gain of a pair of keys, or a channel's, becomes 1; one that is 0 stays. (``rows`` has no bearing.)"""
+        """The first gain of a pair of keys, or a channel's, becomes 1; a 0 stays. (``rows`` has no bearing on it.)"""
         if view.norms is None:
             return view
         gains = view.norms.gain("k")
@@ -95,8 +95,8 @@ class QueryKeyTurns(Symmetry):
         return replace(view, q=times(view.q, of_q), k=times(view.k, element))
 
     def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
-        """In each set of m channels that agree, the first m rows of W_K become lower triangular, with a diagonal that is
-        not negative (its last entry aside in a rotary pair, which no reflection passes). (``rows`` has no bearing.)
+        """In each set of m channels that agree, the first m rows of W_K become lower triangular, with a diagonal that
+        is not negative (its last entry aside in a rotary pair, which no reflection passes). (``rows`` has no bearing.)
         """
         if self.dimension(view) == 0:
             return view

@@ -82,7 +82,7 @@ class RotaryPairs(Symmetry):
 
 
 class PlainQueryKey(Symmetry):
-    """GL(K − rotary) between those channels of queries and keys that do not turn; elements [G, K − rotary, K − rotary]."""
+    """GL(K − rotary) between channels of queries and keys that do not turn; elements [G, K − rotary, K − rotary]."""
 
     name, rests_on = "plain_query_key", "query_key"
     absent = "every channel turns, or none does"
@@ -104,9 +104,9 @@ class PlainQueryKey(Symmetry):
         return replace(view, q=merged(view.q, plain, q), k=merged(view.k, plain, k), channels=None)
 
     def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
-        """W_K[P] = I on those channels. Nothing where some of them are idle, or ``rows`` is a partition they do not fill.
+        """W_K[P] = I on those channels, P of maximal volume; nothing where some of them are idle.
 
-        The identity rows stay stored: the compact forms are for whole heads.
+        The identity rows stay stored: the compact forms are for whole heads. (``rows`` has no bearing on it.)
         """
         if self.dimension(view) == 0 or view.channels is not None:
             return view
@@ -123,7 +123,7 @@ class PlainQueryKey(Symmetry):
 
 
 class PlainKeyBias(Symmetry):
-    """R^(K − rotary) a key/value head: the bias of those channels of keys that do not turn; elements [G, K − rotary]."""
+    """R^(K − rotary) a key/value head: the bias of keys' channels that do not turn; elements [G, K − rotary]."""
 
     name, rests_on = "plain_key_bias", "key_bias"
     absent = "every channel turns, or none does, or keys have no bias"

@@ -7,7 +7,7 @@ import re
 import torch
 
 from gaugekit.models.family import Family, Read, bias_or_zeros, join, linear, split
-from gaugekit.models.stream import Junction, Stream
+from gaugekit.models.stream import Junction, Mlp, Stream
 from gaugekit.models.view import AttentionView, Compact, Projection, Stored
 
 
@@ -92,12 +92,18 @@ class Gpt2(Family):
 
     def stream(self) -> Stream:
         blocks = [self.block(layer) for layer in range(self.layers)]
+        activation = self.config.get("activation_function", "gelu_new")
         return Stream(
             size=self._sizes()[0],
             junctions=tuple(
                 (
                     Junction(f"{block}.ln_1", (f"{block}.attn.c_attn",), (f"{block}.attn.c_proj",)),
-                    Junction(f"{block}.ln_2", (f"{block}.mlp.c_fc",), (f"{block}.mlp.c_proj",)),
+                    Junction(
+                        f"{block}.ln_2",
+                        (f"{block}.mlp.c_fc",),
+                        (f"{block}.mlp.c_proj",),
+                        Mlp(f"{block}.mlp.c_fc", f"{block}.mlp.c_proj", activation),
+                    ),
                 )
                 for block in blocks
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gaugekit.models.family import Read
 from gaugekit.models.linears import Linears, NormLayout
-from gaugekit.models.stream import Junction, Stream
+from gaugekit.models.stream import Junction, Mlp, Stream
 from gaugekit.models.view import NORMS, AttentionView
 
 NORMED = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text", "chameleon")  # queries and keys have norms
@@ -89,11 +89,13 @@ class Llama(Linears):
             centred=False,
         )
 
-    @staticmethod
-    def _junctions(block: str) -> tuple[Junction, Junction]:
+    def _junctions(self, block: str) -> tuple[Junction, Junction]:
         attention = tuple(f"{block}.self_attn.{part}_proj" for part in "qkvo")
+        activation = self.config.get("hidden_act", "silu")
         gate, up, down = (f"{block}.mlp.{part}_proj" for part in ("gate", "up", "down"))
         return (
             Junction(f"{block}.input_layernorm", attention[:3], attention[3:]),
-            Junction(f"{block}.post_attention_layernorm", (gate, up), (down,)),
+            Junction(
+                f"{block}.post_attention_layernorm", (gate, up), (down,), Mlp(up, down, activation, gate)
+            ),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gaugekit.models.family import Read
 from gaugekit.models.linears import Linears
-from gaugekit.models.stream import Junction, Stream
+from gaugekit.models.stream import Junction, Mlp, Stream
 from gaugekit.models.view import AttentionView
 
 
@@ -60,7 +60,8 @@ class Opt(Linears):
 
     def _junctions(self, layer: int) -> tuple[Junction, Junction]:
         block, (*readers, writer) = self.block(layer), self.projections(layer).values()
+        mlp = Mlp(f"{block}.fc1", f"{block}.fc2", self.config.get("activation_function", "relu"))
         return (
             Junction(f"{block}.self_attn_layer_norm", tuple(readers), (writer,)),
-            Junction(f"{block}.final_layer_norm", (f"{block}.fc1",), (f"{block}.fc2",)),
+            Junction(f"{block}.final_layer_norm", (mlp.up,), (mlp.down,), mlp),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gaugekit.models.decoders.stablelm import StableLm
-from gaugekit.models.stream import Junction, Stream
+from gaugekit.models.stream import Junction, Mlp, Stream
 
 
 class Phi(StableLm):
@@ -36,6 +36,5 @@ class Phi(StableLm):
 
     def _junction(self, layer: int) -> Junction:
         block, (*readers, writer) = self.block(layer), self.projections(layer).values()
-        return Junction(
-            f"{block}.input_layernorm", (*readers, f"{block}.mlp.fc1"), (writer, f"{block}.mlp.fc2")
-        )
+        mlp = Mlp(f"{block}.mlp.fc1", f"{block}.mlp.fc2", self.config.get("hidden_act", "gelu_new"))
+        return Junction(f"{block}.input_layernorm", (*readers, mlp.up), (writer, mlp.down), mlp)

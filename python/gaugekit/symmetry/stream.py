@@ -1,0 +1,101 @@
+"""What may be changed in a whole model without being seen: groups that act on the residual stream and on the MLPs.
+
+With x the stream, g and β the gain and bias of a norm n, and W what reads it (row vectors, y = (g ⊙ n(x) + β) Wᵀ + b),
+the model's logits do not move under
+
+- norm_gains: g → g ⊙ s, β → β ⊙ s, W → W diag(1/s), D numbers a norm
+- norm_biases: β → β + e, b → b − W e, where everything that reads the norm has a bias
+- stream_means, where norms subtract the mean: one number for each row that is added to the stream, and each that reads
+- stream_offsets: a constant that goes from one table of embeddings to the other, or between the biases of parts that
+  write to the stream side by side
+- stream_rotation: x → x Q with Q in O(D), or in O(D − 1), what leaves 1ᵀ alone, where norms subtract the mean
+- neuron_scales: a hidden unit's way in times s, its way out times 1/s, where the MLP is gated or f(s x) = s f(x), s > 0
+
+A head that shares the table of embeddings is turned with it, and its last norm's gain stands between the two: a
+rotation then has to leave that gain alone, which is possible only among channels of the same gain. So is a model whose
+stream is its output: there everyone sees the last norm. Models that put their norms on the stream itself, after the sum
+(BERT), have none of these: the skip carries g ⊙ n(x) + β on, so no gain can leave the norm and no rotation passes it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Generator, Tensor, nn
+
+from gaugekit.models import Live, StreamView
+
+
+class StreamSymmetry(ABC):
+    """A group acting on the stream of a whole model. ``name`` is the group's word in every report.
+
+    Elements are one row of numbers (a rotation: its matrix). ``dimension`` asks for shapes alone; where gains of norms
+    are there too, it takes them into account.
+    """
+
+    name: str
+
+    @abstractmethod
+    def dimension(self, view: StreamView) -> int:
+        """The numbers nobody can observe; 0 where the group does not act on this view."""
+
+    @abstractmethod
+    def random(self, view: StreamView, generator: Generator | None = None) -> Tensor:
+        """A random element, float64 and well conditioned."""
+
+    @abstractmethod
+    def act(self, view: StreamView, element: Tensor) -> StreamView:
+        """The view moved by ``element``; ValueError for one of another shape, or where the group does not act."""
+
+    @abstractmethod
+    def fix(self, view: StreamView) -> StreamView:
+        """One point of the orbit, the same from wherever it starts."""
+
+    def contains(self, view: StreamView, other: StreamView) -> bool:
+        """Membership: whether some element carries ``view`` to ``other``, to the rounding of float64."""
+        mine, theirs = self.fix(view).tensors, self.fix(other).tensors
+        bound = 64 * torch.finfo(torch.float64).eps * view.stream.size
+        return mine.keys() == theirs.keys() and all(
+            tensor.shape == theirs[name].shape
+            and bool(
+                (tensor - theirs[name]).abs().max()
+                <= bound * max(tensor.abs().max(), theirs[name].abs().max())
+            )
+            for name, tensor in mine.items()
+        )
+
+    def _check(self, view: StreamView, element: Tensor) -> Tensor:
+        size = self.dimension(view)
+        if size == 0:
+            raise ValueError(f"{self.name}: this model has no such freedom")
+        if element.shape != (size,):
+            raise ValueError(f"element of {self.name}: expected shape ({size},), got {tuple(element.shape)}")
+        return element
+
+
+def stream_of(model: nn.Module) -> StreamView:
+    """The stream of a live transformers model, float64; ValueError, with the reason, where its family has no view."""
+    live = Live(model)
+    stream = live.family.stream()
+    tensors = {name: parameter.detach().cpu().double() for name, parameter in model.named_parameters()}
+    return StreamView.of(stream, live.prefix, tensors, hasattr(model, stream.head))
+
+
+def put_stream(model: nn.Module, view: StreamView) -> None:
+    """Copies the tensors of a view into the live model it was taken of, rounded to its dtype."""
+    prefix, own = Live(model).prefix, f"{view.stream.head}."
+    for name, tensor in view.tensors.items():
+        stored = name if name.startswith(own) else prefix + name
+        model.get_parameter(stored).data.copy_(tensor)
+
+
+def factors(size: int, generator: Generator | None) -> Tensor:
+    """Between ½ and 2."""
+    return 2 ** (2 * torch.rand(size, dtype=torch.float64, generator=generator) - 1)
+
+
+def without_mean(size: int) -> Tensor:
+    """[size − 1, size] orthonormal rows, none with a mean."""
+    rows = torch.cat([torch.ones(1, size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)[:-1]])
+    return torch.linalg.qr(rows.mT).Q[:, 1:].mT
