@@ -51,7 +51,7 @@ def test_fix_is_exact_in_float64(make, rows):
     for layer, entry in enumerate(report["layers"]):
         view = live.attention(layer)
         assert 0 < entry["invariance_error"] < 1e-13
-        assert symmetry.count(view) == per_layer
+        assert {group: size for group, size in symmetry.count(view).items() if size} == per_layer
         assert view.k.bias.count_nonzero() == 0 and view.v.bias.count_nonzero() == 0
         for part, chosen in ((view.k, entry["key_rows"]), (view.v, entry["value_rows"])):
             for head, inputs in enumerate(chosen):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gaugekit.models import AttentionView, Projection
-from gaugekit.symmetry import SYMMETRIES
+from gaugekit.symmetry import REMOVED, SYMMETRIES
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -44,7 +44,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name", SYMMETRIES)
+@pytest.mark.parametrize("name", REMOVED)
 @pytest.mark.parametrize("case", CASES)
 def test_a_random_element_leaves_the_output_unchanged(name, case):
     symmetry, view = SYMMETRIES[name], random_view(**case)
@@ -78,7 +78,7 @@ def outside(name, view):
     return replace(moved, **kept[name])
 
 
-@pytest.mark.parametrize("name", SYMMETRIES)
+@pytest.mark.parametrize("name", REMOVED)
 def test_an_element_outside_changes_the_output(name):
     view = random_view()
     other = outside(name, view)
@@ -86,15 +86,15 @@ def test_an_element_outside_changes_the_output(name):
     assert not SYMMETRIES[name].contains(view, other)
 
 
-@pytest.mark.parametrize("name", SYMMETRIES)
+@pytest.mark.parametrize("name", REMOVED)
 def test_membership_is_no_wider_than_the_group(name):
     view = random_view()
-    for other in SYMMETRIES.values():
+    for other in (SYMMETRIES[group] for group in REMOVED):
         moved = other.act(view, other.random(view))
         assert SYMMETRIES[name].contains(view, moved) == (other.name == name), other.name
 
 
-@pytest.mark.parametrize("name", SYMMETRIES)
+@pytest.mark.parametrize("name", REMOVED)
 def test_the_gradient_of_a_loss_is_orthogonal_to_the_orbit(name):
     symmetry, view = SYMMETRIES[name], random_view()
     x, target = torch.randn(2, 2, 9, 12, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_the_gradient_of_a_loss_is_orthogonal_to_the_orbit(name):
     assert product.abs() < NOISE * lengths[0] * lengths[1]
 
 
-@pytest.mark.parametrize("name", SYMMETRIES)
+@pytest.mark.parametrize("name", REMOVED)
 @pytest.mark.parametrize("case", CASES)
 def test_fix_stays_on_the_orbit(name, case):
     symmetry, view = SYMMETRIES[name], random_view(**case)

@@ -2,17 +2,22 @@
 
 from gaugekit.symmetry.action import Symmetry
 from gaugekit.symmetry.gauge import GaugeFix, fix
-from gaugekit.symmetry.groups import REMOVED, SYMMETRIES, count
+from gaugekit.symmetry.groups import REMOVED, STREAM_SYMMETRIES, SYMMETRIES, count
 from gaugekit.symmetry.rows import coordinates, max_volume, shared_partition
+from gaugekit.symmetry.stream import StreamSymmetry, put_stream, stream_of
 
 __all__ = [
     "REMOVED",
+    "STREAM_SYMMETRIES",
     "SYMMETRIES",
     "GaugeFix",
+    "StreamSymmetry",
     "Symmetry",
     "coordinates",
     "count",
     "fix",
     "max_volume",
+    "put_stream",
     "shared_partition",
+    "stream_of",
 ]

@@ -13,12 +13,14 @@ from gaugekit.symmetry import rows as choice
 
 class Symmetry(ABC):
     """A group acting on a view, all in float64. ``name`` is the group's word in every report, ``absent`` why a view may
-    have no such freedom although its family does not bar it, ``rests_on`` the group without which it does not hold.
+    have no such freedom although its family does not bar it, ``rests_on`` the group without which it does not hold,
+    ``moves_norms`` whether it acts on the gains of norms of queries and keys.
     """
 
     name: str
     absent = "the parts it acts on are not there"
     rests_on: str | None = None
+    moves_norms = False
 
     def barred(self, view: AttentionView) -> str | None:
         """Why the group is left alone in the view's family; None where it is not."""
@@ -49,6 +51,8 @@ class Symmetry(ABC):
 
         The invariants are compared on eight seeded random probes (a difference escapes them with probability 0).
         """
+        if not (self.moves_norms or _same_norms(view, other)):
+            return False
         inputs = max(view.q.weight.shape[1], view.k.weight.shape[1], view.o.weight.shape[2])
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(inputs, 8, dtype=torch.float64, generator=generator)
@@ -62,6 +66,12 @@ class Symmetry(ABC):
             raise ValueError(f"{self.name}: this view has no such freedom ({reason})")
         if tuple(element.shape) != shape:
             raise ValueError(f"element of {self.name}: expected shape {shape}, got {tuple(element.shape)}")
+
+
+def _same_norms(view: AttentionView, other: AttentionView) -> bool:
+    if view.norms is None or other.norms is None:
+        return view.norms is other.norms
+    return torch.equal(view.norms.q, other.norms.q) and torch.equal(view.norms.k, other.norms.k)
 
 
 def per_head(tensor: Tensor, view: AttentionView) -> Tensor:

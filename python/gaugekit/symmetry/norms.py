@@ -32,7 +32,7 @@ AGREE = 4 * torch.finfo(torch.float64).eps  # what two gains that are meant to b
 class QueryKeyGains(Symmetry):
     """What gains of queries may pass on to gains of keys; elements [1 or G, rotary/2 + K − rotary], none of them 0."""
 
-    name = "query_key_gains"
+    name, moves_norms = "query_key_gains", True
     absent = "no norms of queries and keys, or of a kind without a view"
 
     def dimension(self, view: AttentionView) -> int:
@@ -115,7 +115,7 @@ class QueryKeyTurns(Symmetry):
         return self.act(view, element)
 
     def invariant(self, view: AttentionView, probe: Tensor) -> tuple[Tensor, Tensor]:
-        rest = [flat(view.v), flat(view.o), *_gains(view)]
+        rest = [flat(view.v), flat(view.o)]
         terms = [pair_products(view, probe), plain_products(view, probe)]
         for part in (view.q, view.k):
             weight = with_bias(part)
@@ -160,7 +160,7 @@ class QueryKeyMeans(Symmetry):
         return replace(view, q=_centred(view.q, view), k=_centred(view.k, view))
 
     def invariant(self, view: AttentionView, probe: Tensor) -> tuple[Tensor, Tensor]:
-        rest = [flat(view.v), flat(view.o), *_gains(view)]
+        rest = [flat(view.v), flat(view.o)]
         parts = (view.q, view.k)
         centred = parts if view.norms is None else [_centred(part, view) for part in parts]
         product = torch.cat([flat(part) for part in centred])
@@ -187,10 +187,6 @@ def _centred(part: Projection, view: AttentionView) -> Projection:
         else part.bias - part.bias.mean((0, 1) if view.norms.whole else 1, keepdim=True)
     )
     return replace(part, weight=weight, bias=bias)
-
-
-def _gains(view: AttentionView) -> list[Tensor]:
-    return [] if view.norms is None else [view.norms.q.flatten(), view.norms.k.flatten()]
 
 
 def _all_heads(view: AttentionView, part: str) -> Tensor:

@@ -138,7 +138,7 @@ def _norms(view: StreamView) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _rows_of_stream(view: StreamView) -> Tensor:
-    """All that is added to the stream or reads it, gains included, as rows [.., D], with 1ᵀ where means are subtracted."""
+    """All that is added to the stream or reads it, gains included, as rows [.., D]; and 1ᵀ where means go."""
     tables = [f"{path}.weight" for path in (view.stream.tokens, view.stream.positions) if path]
     rows = [view.tensors[name] for name in tables]
     for junction in view.junctions:

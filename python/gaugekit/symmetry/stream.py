@@ -78,7 +78,10 @@ def stream_of(model: nn.Module) -> StreamView:
     """The stream of a live transformers model, float64; ValueError, with the reason, where its family has no view."""
     live = Live(model)
     stream = live.family.stream()
-    tensors = {name: parameter.detach().cpu().double() for name, parameter in model.named_parameters()}
+    tensors = {
+        name: parameter.detach().to("cpu", torch.float64, copy=True)
+        for name, parameter in model.named_parameters()
+    }
     return StreamView.of(stream, live.prefix, tensors, hasattr(model, stream.head))
 
 
