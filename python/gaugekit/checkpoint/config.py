@@ -46,17 +46,22 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path, name: str = CONFIG) -> dict:
     """The content of ``config.json`` in ``folder``, its entries checked; null for ``quantization_config`` means none,
-    so it is left out. ValueError as ``read_json``, and naming the first entry of an odd type.
+    so it is left out. ``name`` is the file's where it is called otherwise. ValueError as ``read_json``, and naming the
+    first entry of an odd type.
     """
-    config = read_json(folder / CONFIG)
+    return check_config(read_json(folder / name), name)
+
+
+def check_config(config: dict, name: str = CONFIG) -> dict:
+    """``read_config`` of the content itself, which errors call ``name``."""
     if config.get("quantization_config", ...) is None:
         del config["quantization_config"]
-    for name, (expected, fits) in _EXPECTED.items():
-        value = config.get(name)
+    for entry, (expected, fits) in _EXPECTED.items():
+        value = config.get(entry)
         if value is not None and not fits(value):
-            raise ValueError(f"{CONFIG}: {name}: expected {expected}, got {_shown(value)}")
+            raise ValueError(f"{name}: {entry}: expected {expected}, got {_shown(value)}")
     return config
 
 
@@ -141,4 +146,4 @@ def _shown(value: Any) -> str:
     return kinds.get(type(value), "a number of many digits")
 
 
-__all__ = ["CONFIG", "read_config", "read_json", "stored_as"]
+__all__ = ["CONFIG", "check_config", "read_config", "read_json", "stored_as"]

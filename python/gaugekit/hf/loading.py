@@ -73,8 +73,13 @@ def stored_dtype(path: Path) -> torch.dtype:
 
 def architecture(path: Path) -> type:
     """The model class named first under ``architectures`` in config.json, else the class AutoModel would take."""
+    return _named(read_config(path), path)
+
+
+def _named(settings: dict, path: str | Path) -> type:
+    """``architecture`` of the content of a config.json, which errors call ``path``."""
     package = transformers()
-    names = read_config(path).get("architectures") or []
+    names = settings.get("architectures") or []
     from gaugekit.hf import sas
 
     for name in names:
@@ -124,6 +129,19 @@ def skeleton(path: Path, dtype: torch.dtype) -> torch.nn.Module:
                 module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=kept)
         empty.initialize_weights()
     return empty.requires_grad_(False)
+
+
+def shapes(settings: dict, path: str | Path = "config") -> torch.nn.Module:
+    """The model that the content of a config.json describes, with shapes but no numbers (meta device).
+
+    ``path`` is what errors call it. Raises ValueError for a config that transformers cannot make a model of.
+    """
+    package, kind = transformers(), _named(settings, path)
+    entries = {name: value for name, value in settings.items() if name != "model_type"}
+    with _building, quiet(), reading(path), torch.device("meta"):
+        described = package.AutoConfig.for_model(settings["model_type"], **entries)
+        make = kind.from_config if kind is package.AutoModel else kind._from_config
+        return make(described, dtype=torch.float32).eval()
 
 
 def tokenizer(path: str | Path) -> Any | None:

@@ -2,7 +2,14 @@
 
 from gaugekit.symmetry.action import Symmetry
 from gaugekit.symmetry.gauge import GaugeFix, fix
-from gaugekit.symmetry.groups import REMOVED, STREAM_SYMMETRIES, SYMMETRIES, count
+from gaugekit.symmetry.groups import (
+    REMOVED,
+    STREAM_SYMMETRIES,
+    SYMMETRIES,
+    count,
+    count_stream,
+    permutation_bits,
+)
 from gaugekit.symmetry.rows import coordinates, max_volume, shared_partition
 from gaugekit.symmetry.stream import StreamSymmetry, put_stream, stream_of
 
@@ -15,8 +22,10 @@ __all__ = [
     "Symmetry",
     "coordinates",
     "count",
+    "count_stream",
     "fix",
     "max_volume",
+    "permutation_bits",
     "put_stream",
     "shared_partition",
     "stream_of",

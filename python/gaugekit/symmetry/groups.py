@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from gaugekit.models import AttentionView
+import math
+from collections.abc import Iterable
+
+from gaugekit.models import AttentionView, StreamView
 from gaugekit.symmetry.action import Symmetry
 from gaugekit.symmetry.attention import KeyBias, QueryKey, ValueBias, ValueOutput
 from gaugekit.symmetry.folding import NeuronScales, NormBiases, NormGains, StreamMeans, StreamOffsets
@@ -43,3 +46,22 @@ REMOVED = ("value_output", "query_key", "key_bias", "value_bias")  # those whose
 def count(view: AttentionView) -> dict[str, int]:
     """The numbers nobody can observe in one layer, by group: their sum is how many could be fixed unseen."""
     return {name: symmetry.dimension(view) for name, symmetry in SYMMETRIES.items()}
+
+
+def count_stream(view: StreamView) -> dict[str, int]:
+    """As ``count``, of what acts on a whole model beside its attention layers."""
+    return {name: symmetry.dimension(view) for name, symmetry in STREAM_SYMMETRIES.items()}
+
+
+def permutation_bits(heads: Iterable[tuple[int, int]], stream: StreamView | None = None) -> float:
+    """log₂ of how many orders the heads of every layer, and the hidden units of every MLP, could stand in.
+
+    ``heads``: of each layer, how many key/value heads it has, and how many query heads share one. Without a ``stream``
+    the MLPs are not counted. Permutations are finitely many: they free no number, but an order says that much which
+    nobody can observe.
+    """
+    orders = [count for groups, repeats in heads for count in (groups, *[repeats] * groups)]
+    if stream is not None:
+        mlps = [junction.mlp for junction in stream.junctions if junction.mlp is not None]
+        orders += [stream.linear(mlp.up)[0].shape[0] for mlp in mlps]
+    return sum(math.lgamma(count + 1) for count in orders) / math.log(2)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gaugekit import symmetry
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.models import AttentionView, Layers, Live
 from gaugekit.nn import NonlocalRegularizer
@@ -17,26 +17,26 @@ from gaugekit.rank import head_ranks, head_values
 from gaugekit.report import Report
 from gaugekit.text.batches import batches, padding, token_ids
 from gaugekit.text.sentences import sentences
-from gaugekit.verbs import wording
+from gaugekit.verbs import inspect_shapes, wording
 
-GROUPS = ("value_output", "query_key", "key_bias", "value_bias")
 SMOOTH = 0.9  # a token cosine from which on a model is said to over-smooth
 SENTENCES = 150  # as many as settle the token cosine to two digits
 
 
 def inspect(
-    model: str | Path | torch.nn.Module,
+    model: str | Path | torch.nn.Module | Mapping[str, Any],
     *,
     text: str | Path | list[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Counts what cannot be observed in ``model`` (a directory, read layer by layer, or a live transformers model).
 
-    Fields: ``parameters``, the floating-point numbers stored; ``unobservable`` {value_output, query_key, key_bias,
-    value_bias, total}, how many of them could be fixed without anyone seeing (dimensions of the symmetry groups, from
-    the shapes); ``exponent_entropy_bits``, the entropy of the exponents of all weights rounded to bfloat16, of 8 bits
-    stored; ``token_cosine``, the mean cosine between two tokens of a text in the model's output; and one entry of
-    ``layers`` for each layer:
+    Fields: ``parameters``, the floating-point numbers stored; ``unobservable`` {group: count, total}, how many of them
+    could be fixed without anyone seeing (dimensions of the groups of ``gaugekit.symmetry``, from the shapes and the
+    gains of norms); ``removable``, how many of those ``convert --gauge`` stops storing; ``permutation_bits``, log₂ of
+    the orders in which heads and hidden units could stand; ``exponent_entropy_bits``, the entropy of the exponents of
+    all weights rounded to bfloat16, of 8 bits stored; ``token_cosine``, the mean cosine between two tokens of a text in
+    the model's output; and one entry of ``layers`` for each layer:
 
         singular_values   [H][K] of W_Q W_Kᵀ for each head, in descending order, float64 (thin QRs, then a small SVD)
         ranks             [H] how many of them exceed what rounding to the stored dtype explains (``rank.head_ranks``)
@@ -49,9 +49,16 @@ def inspect(
     A model whose tokens come to a cosine of 0.9 is reported as over-smoothing, with the layer.
 
     ``text`` is a UTF-8 file or a list of strings; the default is 150 English sentences where the model has a tokenizer.
+    A config alone (a dict, a .json file, a directory without weights) gives the counts, without a download: ``layers``
+    is empty then, and what is read off weights None.
+
     ``progress(done, total)`` counts layers and batches of text. Raises ValueError for a family that is not known, for a
     model that is already compact, and for text without a tokenizer.
     """
+    if (config := inspect_shapes.config_of(model)) is not None:
+        if text is not None:
+            raise ValueError("text: expected none beside a config without weights, got some")
+        return inspect_shapes.inspect_config(config, model)
     if isinstance(model, torch.nn.Module):
         layers, tensors = Live(model), {name: p.detach() for name, p in model.named_parameters()}
         names, read = list(tensors), tensors.__getitem__
@@ -77,14 +84,12 @@ def inspect(
         if progress is not None:
             progress(done, total)
 
-    unobservable = dict.fromkeys(GROUPS, 0)
     histogram = torch.zeros(256, dtype=torch.int64)
-    rows = []
+    rows, outlines = [], []
     seen: set[str] = set()
     for layer in range(len(layers)):
         view = layers.attention(layer)
-        for group, dimension in symmetry.count(view).items():
-            unobservable[group] += dimension
+        outlines.append(inspect_shapes.outline(view))
         block = layers.prefix + layers.family.block(layer) + "."
         inside = [name for name in names if name.startswith(block)]
         exponents = sum(
@@ -101,16 +106,19 @@ def inspect(
     for row, cosine, energy in zip(rows, cosines, energies, strict=False):
         row |= {"token_cosine": cosine, "energy": energy}
     notes += _smoothing(cosines)
-    unobservable["total"] = sum(unobservable.values())
     notes += [f"{group}: left alone, since {reason}" for group, reason in view.barred.items()]
-    notes.insert(0, _meaning(unobservable["total"], parameters, view))
+    live = model if isinstance(model, torch.nn.Module) else None
+    kept = tensors if live is not None else inspect_shapes.checkpoint_tensors(checkpoint, names)
+    headed = inspect_shapes.headed(layers.family, layers.config, live)
+    stream = inspect_shapes.stream_view(layers.family, layers.prefix, kept, headed, notes)
     fields = {
         "parameters": parameters,
-        "unobservable": unobservable,
+        **inspect_shapes.hidden(outlines, stream),
         "exponent_entropy_bits": _entropy(histogram),
         "token_cosine": cosines[-1],
         "layers": rows,
     }
+    notes.insert(0, inspect_shapes.meaning(fields, outlines))
     return wording.inspected(Report("inspect", fields, notes), model, SMOOTH)
 
 
@@ -137,14 +145,6 @@ def _entropy(counts: torch.Tensor) -> float:
     """H = −Σ p log₂ p in bits; 0 where nothing was counted."""
     p = counts.double() / max(int(counts.sum()), 1)
     return -torch.special.xlogy(p, p).sum().item() / math.log(2) + 0.0
-
-
-def _meaning(total: int, parameters: int, view: AttentionView) -> str:
-    share = f"{total:,} of {parameters:,} parameters ({100 * total / parameters:.2f} %) cannot be observed"
-    if view.rotary and view.groups < view.heads:
-        few = "with shared key/value heads and rotary positions little can go (under 0.4 % in Llama models)"
-        return f"{share}: {few}"
-    return f"{share}: fixing them makes the file that much smaller and changes no output"
 
 
 def _smoothing(cosines: list[float | None]) -> list[str]:

@@ -9,12 +9,25 @@ import torch
 
 from gaugekit.codec.files.container import seems_packed
 from gaugekit.report import Report, change, figure, shell, size, spread
+from gaugekit.symmetry import REMOVED
 
 GROUPS = {
     "value_output": "between values and output",
     "query_key": "between queries and keys",
     "key_bias": "biases of keys",
     "value_bias": "biases of values",
+    "rotary_pairs": "scales of rotary pairs",
+    "plain_query_key": "queries and keys, channels that do not turn",
+    "plain_key_bias": "biases of keys, channels that do not turn",
+    "query_key_gains": "gains of norms of queries and keys",
+    "query_key_turns": "channels of one gain, turned",
+    "query_key_means": "means of queries and keys",
+    "norm_gains": "gains of norms",
+    "norm_biases": "biases of norms",
+    "stream_means": "means of the stream",
+    "stream_offsets": "constants in two places",
+    "stream_rotation": "basis of the stream",
+    "neuron_scales": "scales of hidden units",
 }
 
 
@@ -31,15 +44,29 @@ def inspected(report: Report, model: str | Path | torch.nn.Module, smooth: float
     report.lines = [
         ("parameters", f"{fields['parameters']:,} floating-point numbers"),
         ("unobservable", f"{hidden['total']:,}, {share:.2f} % of them: no output depends on these"),
-        *((f"  {GROUPS[name]}", f"{hidden[name]:,}") for name in GROUPS),
-        ("exponent entropy", f"{fields['exponent_entropy_bits']:.2f} bits of the 8 that bfloat16 stores"),
+        *(
+            (f"  {told}", f"{hidden[name]:,}")
+            for name, told in GROUPS.items()
+            if hidden[name] or name in REMOVED
+        ),
+        ("removable", f"{fields['removable']:,} by gauge fixing; the others stay stored, fixed or not"),
+        (
+            "orders",
+            f"{fields['permutation_bits']:,.0f} bits: of heads and hidden units, which may change places",
+        ),
     ]
+    if fields["exponent_entropy_bits"] is not None:
+        entropy = f"{fields['exponent_entropy_bits']:.2f} bits of the 8 that bfloat16 stores"
+        report.lines.append(("exponent entropy", entropy))
     if fields["token_cosine"] is not None:
         cosine = f"{fields['token_cosine']:.2f} between two tokens of a text, in the output"
         report.lines.append(("token cosine", f"{cosine}; over-smoothed from {smooth}"))
     report.tables = {LAYERS: [_layer(row) for row in fields["layers"]]}
     report.done = f"Read {len(fields['layers'])} layers of {_name(model)}; nothing was written."
-    if isinstance(model, torch.nn.Module):
+    if not fields["layers"]:
+        report.done = f"Counted what {_name(model)} describes, without weights; nothing was written."
+        report.next = "gaugekit inspect MODEL, for a directory with weights"
+    elif isinstance(model, torch.nn.Module):
         report.next = "gaugekit.fuse(model), which removes what cannot be observed from this instance"
     else:
         report.next = f"gaugekit convert {shell(model)} OUT --gauge"

@@ -1,0 +1,153 @@
+"""What a model carries that nobody can observe, from its config alone: no weights are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaugekit import symmetry
+from gaugekit.checkpoint.config import CONFIG, check_config, read_config
+from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.files.missing import how_to_convert
+from gaugekit.models import FAMILIES, AttentionView, Family, Layers, StreamView, family
+from gaugekit.report import Report
+from gaugekit.verbs import wording
+
+GROUPS = (*symmetry.SYMMETRIES, *symmetry.STREAM_SYMMETRIES)
+
+TIED = (
+    "stream_rotation: none, since the head shares the table of embeddings and the gain of the last norm stands between "
+    "the two (where all channels have gains of their own, as trained models do)"
+)
+
+
+def config_of(model: Any) -> dict | None:
+    """The config ``model`` stands for, if it has no weights: a dict, a .json file, or a directory without safetensors.
+
+    None for everything else.
+    """
+    if isinstance(model, Mapping):
+        return check_config(dict(model))
+    if isinstance(model, nn.Module):
+        return None
+    path = Path(model)
+    if path.is_file() and path.suffix == ".json":
+        return read_config(path.parent, path.name)
+    if not (path / CONFIG).is_file() or any(path.glob("*.safetensors*")) or how_to_convert(path):
+        return None
+    return read_config(path)
+
+
+def inspect_config(config: dict, model: Any) -> Report:
+    """``inspect`` of a config: ``parameters``, ``unobservable``, ``removable`` and ``permutation_bits`` as there, all
+    that is read off weights None, and no ``layers``. ``model`` is what errors and the report call it.
+    """
+    from gaugekit.hf import loading
+
+    named = "this config" if isinstance(model, Mapping) else str(model)
+    if config.get("model_type") not in FAMILIES:
+        family(
+            config
+        )  # says so, and which there are; of the others, transformers fills in what the config leaves out
+    live = loading.shapes(config, named)
+    tensors = {
+        name: parameter for name, parameter in live.named_parameters() if parameter.is_floating_point()
+    }
+    layers = Layers(live.config.to_dict() | config, tensors, tensors.__getitem__)
+    views = [layers.attention(layer) for layer in range(len(layers))]
+    counted, notes = [outline(view) for view in views], []
+    stream = stream_view(layers.family, layers.prefix, tensors, headed(layers.family, config, live), notes)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    fields = {
+        "parameters": parameters,
+        **hidden(counted, stream),
+        "exponent_entropy_bits": None,
+        "token_cosine": None,
+        "layers": [],
+    }
+    barred = {reason: group for view in views for group, reason in view.barred.items()}
+    notes += [f"{group}: left alone, since {reason}" for reason, group in barred.items()]
+    if stream is not None and stream.head == "tied":
+        notes.append(TIED)
+    notes.insert(0, meaning(fields, counted))
+    return wording.inspected(Report("inspect", fields, notes), named, 1.0)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a report keeps of a layer's view, which is large: the dimensions of its groups, and what its heads are."""
+
+    dimensions: dict[str, int]
+    groups: int
+    repeats: int
+    rotary: int
+
+
+def outline(view: AttentionView) -> Counted:
+    """What is counted in one layer."""
+    return Counted(symmetry.count(view), view.groups, view.repeats, view.rotary)
+
+
+def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
+    """The counts of a report: ``unobservable`` {group: numbers, total}, ``removable``, ``permutation_bits``."""
+    unobservable = dict.fromkeys(GROUPS, 0)
+    for layer in layers:
+        for group, dimension in layer.dimensions.items():
+            unobservable[group] += dimension
+    if stream is not None:
+        unobservable |= symmetry.count_stream(stream)
+    removable = sum(unobservable[group] for group in symmetry.REMOVED)
+    total = sum(unobservable.values())
+    bits = symmetry.permutation_bits([(layer.groups, layer.repeats) for layer in layers], stream)
+    return {
+        "unobservable": {**unobservable, "total": total},
+        "removable": removable,
+        "permutation_bits": bits,
+    }
+
+
+def stream_view(
+    family: Family, prefix: str, tensors: Mapping[str, Tensor], headed: bool, notes: list[str]
+) -> StreamView | None:
+    """The stream of a model in ``tensors``; None, with a note, where its family has no view of it."""
+    try:
+        return StreamView.of(family.stream(), prefix, tensors, headed)
+    except ValueError as reason:
+        notes.append(f"norms, stream and MLPs: not counted, since {str(reason).removeprefix('model_type: ')}")
+        return None
+
+
+def headed(family: Family, config: dict, live: nn.Module | None) -> bool:
+    """Whether the model makes logits of its stream by the module its stream view names."""
+    try:
+        head = family.stream().head
+    except ValueError:
+        return False
+    if live is not None:
+        return hasattr(live, head)
+    return any(name.endswith(("LMHeadModel", "ForCausalLM")) for name in config.get("architectures") or ())
+
+
+def checkpoint_tensors(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
+    """Shapes of all tensors (meta device), but numbers of those that have one axis, which are few: gains and biases."""
+    return {
+        name: checkpoint.read(name).double()
+        if len(checkpoint.shape(name)) == 1
+        else torch.empty(checkpoint.shape(name), device="meta")
+        for name in names
+    }
+
+
+def meaning(fields: dict[str, Any], layers: list[Counted]) -> str:
+    """One sentence of what the counts come to."""
+    total, removable, parameters = fields["unobservable"]["total"], fields["removable"], fields["parameters"]
+    share = f"{total:,} of {parameters:,} parameters ({100 * total / parameters:.2f} %) cannot be observed"
+    if any(layer.rotary and layer.repeats > 1 for layer in layers):
+        few = "with shared key/value heads and rotary positions little can go (under 0.4 % in Llama models)"
+        return f"{share}: {few}"
+    return f"{share}: gauge fixing removes {removable:,} of them, and no output changes"
