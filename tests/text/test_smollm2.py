@@ -47,7 +47,9 @@ def test_the_sample_is_a_plain_directory_of_bfloat16(source):
 
 def test_inspect_sees_full_ranks(source):
     report = gk.inspect(source, text=samples.sentences(4))
-    assert report["parameters"] == SIZE and report["unobservable"]["total"] == REMOVED
+    assert report["parameters"] == SIZE and report["removable"] == REMOVED
+    # 30 layers: 3 · 64 rotary scales, two gains of 576 that nothing shares, 1,536 hidden units; the head is tied
+    assert report["unobservable"]["total"] == REMOVED + 30 * (3 * 64 + 2 * 576 + 1536)
     assert report["unobservable"]["value_output"] == REMOVED
     ranks = [rank for row in report["layers"] for rank in row["ranks"]]
     # A few trained heads have singular values that bfloat16 cannot tell from its rounding; the least rank is 38.

@@ -56,10 +56,8 @@ def inspect(
     model that is already compact, and for text without a tokenizer.
     """
     if (config := inspect_shapes.config_of(model)) is not None:
-        if text is not None:
-            raise ValueError("text: expected none beside a config without weights, got some")
-        return inspect_shapes.inspect_config(config, model)
-    if isinstance(model, torch.nn.Module):
+        return inspect_shapes.inspect_config(config, model, text)
+    if live := isinstance(model, torch.nn.Module):
         layers, tensors = Live(model), {name: p.detach() for name, p in model.named_parameters()}
         names, read = list(tensors), tensors.__getitem__
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -107,10 +105,7 @@ def inspect(
         row |= {"token_cosine": cosine, "energy": energy}
     notes += _smoothing(cosines)
     notes += [f"{group}: left alone, since {reason}" for group, reason in view.barred.items()]
-    live = model if isinstance(model, torch.nn.Module) else None
-    kept = tensors if live is not None else inspect_shapes.checkpoint_tensors(checkpoint, names)
-    headed = inspect_shapes.headed(layers.family, layers.config, live)
-    stream = inspect_shapes.stream_view(layers.family, layers.prefix, kept, headed, notes)
+    stream = inspect_shapes.stream_of(layers, None if live else checkpoint, names, notes)
     fields = {
         "parameters": parameters,
         **inspect_shapes.hidden(outlines, stream),

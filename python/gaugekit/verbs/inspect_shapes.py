@@ -14,7 +14,7 @@ from gaugekit import symmetry
 from gaugekit.checkpoint.config import CONFIG, check_config, read_config
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.files.missing import how_to_convert
-from gaugekit.models import FAMILIES, AttentionView, Family, Layers, StreamView, family
+from gaugekit.models import FAMILIES, AttentionView, Layers, StreamView, family
 from gaugekit.report import Report
 from gaugekit.verbs import wording
 
@@ -43,12 +43,14 @@ def config_of(model: Any) -> dict | None:
     return read_config(path)
 
 
-def inspect_config(config: dict, model: Any) -> Report:
-    """``inspect`` of a config: ``parameters``, ``unobservable``, ``removable`` and ``permutation_bits`` as there, all
+def inspect_config(config: dict, model: Any, text: Any = None) -> Report:
+    """``inspect`` of a config, which reads no ``text``: ``parameters``, ``unobservable``, ``removable`` and ``permutation_bits`` as there, all
     that is read off weights None, and no ``layers``. ``model`` is what errors and the report call it.
     """
     from gaugekit.hf import loading
 
+    if text is not None:
+        raise ValueError("text: expected none beside a config without weights, got some")
     named = "this config" if isinstance(model, Mapping) else str(model)
     if config.get("model_type") not in FAMILIES:
         family(
@@ -61,7 +63,7 @@ def inspect_config(config: dict, model: Any) -> Report:
     layers = Layers(live.config.to_dict() | config, tensors, tensors.__getitem__)
     views = [layers.attention(layer) for layer in range(len(layers))]
     counted, notes = [outline(view) for view in views], []
-    stream = stream_view(layers.family, layers.prefix, tensors, headed(layers.family, config, live), notes)
+    stream = _stream(layers, tensors, live, notes)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     fields = {
         "parameters": parameters,
@@ -111,36 +113,35 @@ def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
     }
 
 
-def stream_view(
-    family: Family, prefix: str, tensors: Mapping[str, Tensor], headed: bool, notes: list[str]
+def stream_of(
+    layers: Layers, checkpoint: Checkpoint | None, names: list[str], notes: list[str]
 ) -> StreamView | None:
-    """The stream of a model in ``tensors``; None, with a note, where its family has no view of it."""
+    """The stream of a checkpoint's model, or without one of a live model; None, with a note, where its family has no
+    view of it. ``names`` are the tensors there are. Of a checkpoint only tensors with one axis are read: gains and
+    biases, which are few.
+    """
+    if checkpoint is None:
+        tensors = {name: parameter.detach() for name, parameter in layers.model.named_parameters()}
+        return _stream(layers, tensors, layers.model, notes)
+    tensors = {}
+    for name in names:
+        shape = checkpoint.shape(name)
+        tensors[name] = checkpoint.read(name) if len(shape) == 1 else torch.empty(shape, device="meta")
+    return _stream(layers, tensors, None, notes)
+
+
+def _stream(
+    layers: Layers, tensors: Mapping[str, Tensor], live: nn.Module | None, notes: list[str]
+) -> StreamView | None:
     try:
-        return StreamView.of(family.stream(), prefix, tensors, headed)
+        stream = layers.family.stream()
     except ValueError as reason:
         notes.append(f"norms, stream and MLPs: not counted, since {str(reason).removeprefix('model_type: ')}")
         return None
-
-
-def headed(family: Family, config: dict, live: nn.Module | None) -> bool:
-    """Whether the model makes logits of its stream by the module its stream view names."""
-    try:
-        head = family.stream().head
-    except ValueError:
-        return False
-    if live is not None:
-        return hasattr(live, head)
-    return any(name.endswith(("LMHeadModel", "ForCausalLM")) for name in config.get("architectures") or ())
-
-
-def checkpoint_tensors(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
-    """Shapes of all tensors (meta device), but numbers of those that have one axis, which are few: gains and biases."""
-    return {
-        name: checkpoint.read(name).double()
-        if len(checkpoint.shape(name)) == 1
-        else torch.empty(checkpoint.shape(name), device="meta")
-        for name in names
-    }
+    names = layers.config.get("architectures") or ()
+    of_file = any(name.endswith(("LMHeadModel", "ForCausalLM")) for name in names)
+    headed = of_file if live is None else hasattr(live, stream.head)
+    return StreamView.of(stream, layers.prefix, tensors, headed)
 
 
 def meaning(fields: dict[str, Any], layers: list[Counted]) -> str:
