@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from gaugekit.verbs.fuse import fuse, unfuse
     from gaugekit.verbs.heal import heal
     from gaugekit.verbs.inspect import inspect
-    from gaugekit.verbs.verify import verify
+    from gaugekit.verbs.verify import check_certificate, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Report",
+    "check_certificate",
     "codec",
     "convert",
     "fuse",
@@ -56,6 +57,7 @@ _library.load()
 # Type checkers and editors, which do not run this, read the imports above instead.
 _LAZY = {
     "Report": "gaugekit.report:Report",
+    "check_certificate": "gaugekit.verbs.verify:check_certificate",
     "codec": "gaugekit.codec",
     "convert": "gaugekit.verbs.convert:convert",
     "fuse": "gaugekit.verbs.fuse:fuse",

@@ -19,6 +19,7 @@ from gaugekit.files.durable import copy, dump, replacement, sha256, write
 from gaugekit.files.staging import OWN, Staging
 
 CERTIFICATE = "gaugekit_certificate.json"
+VERIFICATION = "gaugekit_verification.json"
 SCRATCH = "gaugekit_scratch"
 
 

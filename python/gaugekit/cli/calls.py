@@ -138,6 +138,10 @@ def heal(arguments: argparse.Namespace) -> Outcome:
 
 
 def verify(arguments: argparse.Namespace) -> Outcome:
+    if arguments.certificate is not None and arguments.b is None:
+        return _certificate(arguments)
+    if missing := [name.upper() for name in ("a", "b") if getattr(arguments, name) is None]:
+        raise UsageError(f"expected {', '.join(missing)}, got none")
     if arguments.perplexity is not None:
         return _perplexity(arguments)
     from gaugekit.verbs.verify import verify as run
@@ -149,13 +153,27 @@ def verify(arguments: argparse.Namespace) -> Outcome:
             text=arguments.text,
             dtype=arguments.dtype,
             pool=arguments.pool,
+            certificate=arguments.certificate,
             progress=progress,
         )
     return _shown(report, 0 if report["ok"] else 1)
 
 
+def _certificate(arguments: argparse.Namespace) -> Outcome:
+    for name in ("dtype", "pool", "perplexity"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(
+                f"--{name}: expected without --certificate, which says so itself, or beside A and B"
+            )
+    from gaugekit.verbs.verify import check_certificate as run
+
+    with bar("verify") as progress:
+        report = run(arguments.certificate, arguments.a, text=arguments.text, progress=progress)
+    return _shown(report, 0 if report["ok"] else 1)
+
+
 def _perplexity(arguments: argparse.Namespace) -> Outcome:
-    for name in ("text", "pool"):
+    for name in ("text", "pool", "certificate"):
         if getattr(arguments, name) is not None:
             raise UsageError(f"--perplexity: expected without --{name}")
     from gaugekit.verbs.perplexity import compare_perplexity as run

@@ -68,7 +68,9 @@ def _inspect(verb: Adder) -> None:
     added = verb(
         "inspect", calls.inspect, "count what cannot be observed; ranks, entropies, smoothing by layer"
     )
-    added.add_argument("model", metavar="MODEL", help=MODEL)
+    added.add_argument(
+        "model", metavar="MODEL", help=f"{MODEL}; or a config.json alone, which gives the counts"
+    )
     added.add_argument("--text", metavar="FILE", help="UTF-8 text: adds the token cosine of each layer")
 
 
@@ -141,8 +143,14 @@ def _verify(verb: Adder) -> None:
     added = verb(
         "verify", calls.verify, "compare two models beside the noise of their dtype; exit status 0 or 1"
     )
-    added.add_argument("a", metavar="A", help="the original")
-    added.add_argument("b", metavar="B", help="the result")
+    added.add_argument("a", metavar="A", nargs="?", help="the original")
+    added.add_argument("b", metavar="B", nargs="?", help="the result")
+    added.add_argument(
+        "--certificate",
+        metavar="OUT",
+        help="with A and B: write what was verified into OUT, a new file or a directory; without B: check the "
+        "certificate in OUT, A where the original stands elsewhere now",
+    )
     added.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to read (default: 500 sentences of Python's documentation)"
     )

@@ -16,7 +16,7 @@ from gaugekit.checkpoint.config import CONFIG
 from gaugekit.checkpoint.dtypes import name_of
 from gaugekit.checkpoint.reader import INDEX, Checkpoint
 from gaugekit.checkpoint.version import VERSION
-from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, Writer, versions
+from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, VERIFICATION, Writer, versions
 from gaugekit.files.durable import identity
 from gaugekit.files.places import listing
 from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes
@@ -249,7 +249,7 @@ def _move(path: Path, folder: Path) -> None:
 def _copies(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
     """The files to copy as they are, by relative name, and a note of every other that stays behind."""
     copies, notes = {}, []
-    ours = {CONFIG, INDEX, CERTIFICATE, *OWN, *checkpoint.files}
+    ours = {CONFIG, INDEX, CERTIFICATE, VERIFICATION, *OWN, *checkpoint.files}
     for name in listing(checkpoint.path)[0]:
         path = Path(name)
         if name in ours or path.parts[0] == SCRATCH:

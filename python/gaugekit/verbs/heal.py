@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gaugekit.checkpoint.reader import INDEX, Checkpoint
-from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, safetensors_package, versions
+from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, VERIFICATION, safetensors_package, versions
 from gaugekit.files.durable import copy, identity, sync_files
 from gaugekit.files.places import check_space, listing
 from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
@@ -212,14 +212,18 @@ def _directory_identity(paths: list[Path], strings: list[str], options: dict[str
 def _save(model: nn.Module, source: Path, folder: Path) -> None:
     """The model, and what stands beside the weights in ``source``, whole and on the disk.
 
-    Not what speaks of the student's own weights: their index of shards and their certificate.
+    Not what speaks of the student's own weights: their index of shards and their certificates.
     """
     try:
         model.save_pretrained(folder)
     except safetensors_package().SafetensorError as error:
         raise OSError(f"{folder} could not be written: {error}") from error
     for name in listing(source)[0]:
-        kept = Path(name).suffix in KEPT and not name.endswith((INDEX, CERTIFICATE)) and name not in OWN
+        kept = (
+            Path(name).suffix in KEPT
+            and not name.endswith((INDEX, CERTIFICATE, VERIFICATION))
+            and name not in OWN
+        )
         if kept and not (folder / name).exists():
             copy(source / name, folder / name)
     sync_files(folder)

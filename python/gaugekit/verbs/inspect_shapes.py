@@ -44,8 +44,9 @@ def config_of(model: Any) -> dict | None:
 
 
 def inspect_config(config: dict, model: Any, text: Any = None) -> Report:
-    """``inspect`` of a config, which reads no ``text``: ``parameters``, ``unobservable``, ``removable`` and ``permutation_bits`` as there, all
-    that is read off weights None, and no ``layers``. ``model`` is what errors and the report call it.
+    """``inspect`` of a config, which reads no ``text``: ``parameters``, ``unobservable``, ``removable`` and
+    ``permutation_bits`` as there, all that is read off weights None, and no ``layers``. ``model`` is what errors and
+    the report call it.
     """
     from gaugekit.hf import loading
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 
 from gaugekit.checkpoint.dtypes import floating, name_of
+from gaugekit.files.durable import digest_of
 from gaugekit.report import Report
+from gaugekit.rewrite import certificate as certificates
+from gaugekit.text.sentences import read
 from gaugekit.verbs import wording
 from gaugekit.verbs.verify_runs import (
     Batch,
@@ -27,6 +30,8 @@ from gaugekit.verbs.verify_runs import (
 # An exact rewrite may err as the original does, and a little more: its factors are rounded once again.
 NOISE_FACTOR = {torch.float32: 1.5, torch.float16: 1.2, torch.bfloat16: 1.2}
 FLOAT64_BOUND = 1e-12
+DRIFT = 0.5  # in units of the noise: how far two runs of the same verification may lie apart
+SAME_BASIS = 0.1  # a relative error of hidden states from which on their basis is another
 BLOCK = 1 << 21  # numbers of a batch's outputs that are held in float64 at a time
 
 
@@ -38,6 +43,7 @@ def verify(
     dtype: str | torch.dtype | None = None,
     pool: str | None = None,
     batch_size: int = 32,
+    certificate: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Runs original ``a`` and result ``b`` on the same text and measures how far apart their outputs are.
@@ -67,6 +73,12 @@ def verify(
     of seeded random ids, or 16 seeded random images for a model that reads pixels. ``progress(done, total)`` counts
     tokens (or images) over all passes.
 
+    ``certificate``: a new JSON file to write what was verified into (or a directory, usually ``b``, for a file
+    ``gaugekit_verification.json``): digests of all tensors of both directories, the settings, the report with its
+    errors by layer, the groups that ``convert`` removed, versions. ``check_certificate`` reads it. The report's
+    ``hidden_states`` says whether those of ``b`` are those of ``a`` ("same") or the stream was given another basis
+    ("turned"), which logits do not show but a draft model sees.
+
     Raises ValueError for a directory without config.json, weights or a known architecture, for models of different
     vocabularies or output shapes, and for text without a tokenizer; ImportError where transformers is absent.
     """
@@ -74,6 +86,7 @@ def verify(
         raise ValueError(f"pool: expected None or 'mean', got {pool!r}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+    target = None if certificate is None else certificates.check_free(certificate, {"a": a, "b": b})
     original, result = Subject(a, "a"), Subject(b, "b")
     working = floating(dtype) if dtype is not None else None
     notes: list[str] = []
@@ -108,7 +121,59 @@ def verify(
             reference, reference if working == highest else plain, passes.of(result.model(working))
         )
     report = comparison.report(passes.tokens, notes)
+    if target is not None:
+        strings = None if text is None else read(text)
+        asked = {"dtype": name_of(working), "pool": pool, "batch_size": batch_size, "text": strings}
+        certificates.record(target, {"a": Path(a), "b": Path(b)}, asked, report.fields)
+        report.notes.append(f"certificate: written to {target}")
     return wording.verified(report, NOISE_FACTOR.get(working), a, b)
+
+
+def check_certificate(
+    certificate: str | Path,
+    a: str | Path | None = None,
+    *,
+    text: str | Path | list[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Whether what ``certificate`` says still holds: the digests are computed anew, and the errors by running both
+    models as they were run then.
+
+    Returns the Report of ``verify`` of now, with ``certified`` {noise, relative_error} of then (None in a certificate
+    of ``convert``, which has none); ``ok`` asks that then and now are both ok, and that the error of now lies within
+    half the noise of that of then.
+
+    certificate: a file that ``verify`` wrote, or a directory with one, or with one that ``convert`` left
+    a: the original, where it stands elsewhere than then; a certificate of ``convert`` does not say where it stood
+    text: the text of then, where it was not the default
+    progress: told (tokens done, in all)
+
+    Raises ValueError where a tensor, a config or a file is another than the one certified, naming it; where a model or
+    the text is missing or another; and for what is no certificate.
+    """
+    proof = certificates.read(certificate)
+    places = {"a": proof.model("a", a), "b": proof.model("b", None)}
+    for role, path in places.items():
+        proof.refuse_changes(role, path)
+    settings = dict(proof.settings)
+    digest = settings.pop("text", None)
+    if (None if text is None else digest_of(read(text))) != digest and not proof.by_file:
+        expected = "the default (None)" if digest is None else f"the one of SHA-256 {digest[:12]}…"
+        raise ValueError(f"text: expected the text that was verified with, {expected}; got another")
+    report = verify(places["a"], places["b"], text=text, progress=progress, **settings)
+    then = {name: proof.errors.get(name) for name in ("noise", "relative_error")}
+    report.fields["certified"] = None if proof.by_file else then
+    if not proof.by_file:
+        report.fields["ok"] = report["ok"] and proof.errors.get("ok") is True and _agrees(then, report)
+    return wording.certified(report, proof.path, places["b"])
+
+
+def _agrees(then: dict[str, float | None], report: Report) -> bool:
+    """Whether the error of now is that of then, to what another machine or version may round otherwise."""
+    errors = (then["relative_error"], then["noise"], report["relative_error"])
+    if not all(isinstance(error, int | float) for error in errors):
+        return False
+    return abs(errors[2] - errors[0]) <= DRIFT * errors[1] + FLOAT64_BOUND
 
 
 def allowed(noise: float, dtype: torch.dtype) -> float:
@@ -208,6 +273,7 @@ class _Comparison:
             "rows": self.output.rows,
             "tokens": tokens,
             "findings": findings,
+            "hidden_states": _basis([error.relative_error() for error in layers]),
             "layers": [
                 {"layer": index, "noise": error.noise(), "relative_error": error.relative_error()}
                 for index, error in enumerate(layers)
@@ -243,6 +309,13 @@ class _Comparison:
         if zero and not findings:
             findings.append(f"{who['r']} gives only zeros, beside which no relative error has a meaning")
         return findings
+
+
+def _basis(errors: list[float | None]) -> str | None:
+    """ "same" where hidden states of both models agree, "turned" where they do not; None where nobody knows."""
+    if not errors or None in errors:
+        return None
+    return "same" if max(errors) < SAME_BASIS else "turned"
 
 
 @dataclass

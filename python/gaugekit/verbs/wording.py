@@ -178,6 +178,23 @@ def verified(report: Report, limit: float | None, a: object, b: object) -> Repor
     return report
 
 
+def certified(report: Report, certificate: Path, b: Path) -> Report:
+    """``report`` of ``check_certificate``, told, in words of ``verified`` before."""
+    fields, then = report.fields, report["certified"]
+    report.lines[0] = ("verdict", "holds" if fields["ok"] else "FAILS")
+    report.lines.insert(1, ("weights", "every tensor and config is the one that was certified"))
+    if then is not None:
+        report.lines.insert(
+            3, ("certified error", _error(then["noise"], then["relative_error"], None, bound=None))
+        )
+    verdict = "holds" if fields["ok"] else "does not hold"
+    report.done = f"Ran both models again: what {certificate} says of {b} {verdict}; nothing was written."
+    report.next = (
+        f"gaugekit pack {shell(b)} OUT" if fields["ok"] else "see the errors above, and the versions in it"
+    )
+    return report
+
+
 def _is_packed(folder: str | Path) -> bool:
     return any(seems_packed(path) for path in Path(folder).glob("*.safetensors"))
 
