@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaugekit.hf.upstream import unfit
 
@@ -17,10 +17,11 @@ try:
 except ImportError as error:
     raise unfit(__name__, error) from error
 
-from gaugekit.nn import LayerCache, PreLNBlock, SASBlock, SASPBlock
+from gaugekit.nn import LayerCache, PreLNBlock, SASBlock, SASPBlock, SkiplessBlock
 from gaugekit.nn.block import Block
 
-BLOCKS = {"sas": SASBlock, "sas_p": SASPBlock, "pre_ln": PreLNBlock}
+BLOCKS = {"sas": SASBlock, "sas_p": SASPBlock, "skipless": SkiplessBlock, "pre_ln": PreLNBlock}
+WITHOUT_NORM = ("sas_p", "skipless")
 
 
 @strict
@@ -28,13 +29,16 @@ class SASConfig(PreTrainedConfig):
     """Sizes and kind of a SAS model; the defaults are the paper's 18-layer GPT.
 
     ``block`` is "sas" (no skip around attention), "sas_p" (attention and MLP side by side, no skip; ``norm`` may be
-    "none") or "pre_ln" (the standard block, to compare with); ``norm`` "rms" or "layer"; ``hidden_act`` one of relu,
-    gelu, geglu, swiglu; ``rope`` turns queries and keys by position, else sinusoids are added to the embeddings (as
-    large as those are at the start). ``num_key_value_heads`` groups share keys, ``key_width`` is the width of a query,
-    ``sliding_window`` the number of keys a query sees. ``beta_ff``, where each block's MLP starts, is 0.1·√(18/L)
-    unless given; ``first_value`` keeps the value matrix of the first layer. ``causal`` None is left to the head:
-    True for SASModel and SASForCausalLM, False for SASForMaskedLM. n_layer, n_head and n_embd are understood as well.
-    Raises ValueError for values that do not fit.
+    "none"), "skipless" (the MLP after the attention, no skip; ``norm`` may be "none") or "pre_ln" (the standard
+    block, to compare with); ``norm`` "rms" or "layer"; ``hidden_act`` one of relu, gelu, geglu, swiglu; ``rope``
+    turns queries and keys by position, else sinusoids are added to the embeddings (as large as those are at the
+    start). ``num_key_value_heads`` groups share keys, ``key_width`` is the width of a query, ``sliding_window`` the
+    number of keys a query sees. ``beta_ff``, where each block's MLP starts, is 0.1·√(18/L) unless given.
+    ``first_value`` keeps the value matrix of the first layer; ``values`` and ``outputs`` give every layer a value
+    and an output matrix; without ``queries`` or ``keys`` only the first layer has that matrix, and in the others
+    the input itself is the query or the key. ``causal`` None is left to the head: True for SASModel and
+    SASForCausalLM, False for SASForMaskedLM. n_layer, n_head and n_embd are understood as well. Raises ValueError
+    for values that do not fit.
     """
 
     model_type = "gaugekit_sas"
@@ -62,6 +66,10 @@ class SASConfig(PreTrainedConfig):
     sliding_window: int | None = None
     beta_ff: float | None = None
     first_value: bool = True
+    values: bool = False
+    outputs: bool = False
+    queries: bool = True
+    keys: bool = True
     causal: bool | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -75,11 +83,19 @@ class SASConfig(PreTrainedConfig):
         layers = len(self.layer_types)
         if self.block not in BLOCKS:
             raise ValueError(f"block: expected one of {', '.join(BLOCKS)}; got {self.block!r}")
-        if self.norm == "none" and self.block != "sas_p":
+        if self.norm == "none" and self.block not in WITHOUT_NORM:
             raise ValueError(f'norm: expected "rms" or "layer" for block {self.block!r}, got "none"')
+        if self.block == "pre_ln" and (self.values, self.outputs, self.queries, self.keys) != (
+            False,
+            False,
+            True,
+            True,
+        ):
+            raise ValueError("values, outputs, queries, keys: expected their defaults for block 'pre_ln'")
         if self.beta_ff is None:
             self.beta_ff = 0.1 * math.sqrt(18 / layers)
-        self.block_of(0, device="meta")  # the modules check the rest
+        for layer in {0, layers - 1}:
+            self.block_of(layer, device="meta")  # the modules check the rest
 
     @property
     def layer_types(self) -> list[str]:
@@ -93,7 +109,13 @@ class SASConfig(PreTrainedConfig):
 
     def block_of(self, layer: int, device: torch.device | str | None = None) -> Block:
         """A new block for this layer."""
-        options = {"beta_ff": self.beta_ff, "first": self.first_value and layer == 0}
+        options: dict[str, Any] = {"first": self.first_value and layer == 0}
+        if self.block != "skipless":
+            options["beta_ff"] = self.beta_ff
+        for name, given in (("value", self.values), ("output", self.outputs)):
+            if given:
+                options[name] = nn.Linear(self.hidden_size, self.hidden_size, bias=False, device=device)
+        options |= {"query": self.queries or layer == 0, "key": self.keys or layer == 0}
         return BLOCKS[self.block](
             self.hidden_size,
             self.num_attention_heads,

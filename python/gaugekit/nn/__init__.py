@@ -1,7 +1,7 @@
 """Modules: blocks without value and output matrices, NeuTRENO, compact forms of projections and their registry."""
 
 from gaugekit.nn import forms
-from gaugekit.nn.blocks import PreLNBlock, SASBlock, SASPBlock
+from gaugekit.nn.blocks import PreLNBlock, SASBlock, SASPBlock, SkiplessBlock
 from gaugekit.nn.cache import LayerCache
 from gaugekit.nn.concat import Concat
 from gaugekit.nn.gauge_projection import GaugeProjection
@@ -37,6 +37,7 @@ __all__ = [
     "SASBlock",
     "SASPBlock",
     "ShapedAttention",
+    "SkiplessBlock",
     "Tap",
     "ValueSharing",
     "forms",

@@ -52,6 +52,21 @@ class SASPBlock(Block):
         return self.beta_sa * self.attention(x, **options) + self.beta_ff * self.mlp(x)
 
 
+class SkiplessBlock(Block):
+    """y = MLP(attention(x)): no skip and, unless ``norm`` says otherwise, no norm.
+
+    Whatever matrix stands at one end of such a block can be carried into its neighbour, exactly (``symmetry.absorb``):
+    Graef, Transformer tricks: Removing weights for skipless transformers (arXiv 2404.12362). Deep ones train badly.
+    """
+
+    def __init__(self, width: int, heads: int, *, norm: str = "none", first: bool = False, **options: Any):
+        options = _first_value(first, width, options) | options
+        super().__init__(width, heads, gains={}, norms=1, norm=norm, **options)
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return self.mlp(self.attention(self.norm(x), **options))
+
+
 class PreLNBlock(Block):
     """a = x + attention(norm(x)); y = a + MLP(norm(a)): softmax attention with value and output matrices."""
 

@@ -18,12 +18,15 @@ class ShapedAttention(nn.Module):
     W_Q starts at 0 and α = β = γ = 1, so at the start y = x. ``groups`` of heads share keys (not values), ``key_width``
     K is D/H unless given, ``rotary_base`` turns queries and keys by position. ``value`` and ``output`` are modules for
     the two matrices this does without: a network's first layer keeps the former, a standard block has both and
-    ``shaped=False``. He and Hofmann, Simplifying Transformer Blocks, eq. 5, 12. ValueError for sizes that do not fit.
+    ``shaped=False``. Without ``query`` or ``key`` the input itself stands in their place: heads (or groups) times K has
+    to be D then (``symmetry.absorb`` makes such models). He and Hofmann, Simplifying Transformer Blocks, eq. 5, 12.
+    ValueError for sizes that do not fit.
     """
 
     def __init__(self, width: int, heads: int, *, groups: int | None = None, key_width: int | None = None,
                  causal: bool = True, window: int | None = None, rotary_base: float | None = None, shaped: bool = True,
-                 value: nn.Module | None = None, output: nn.Module | None = None, std: float = 0.02,
+                 value: nn.Module | None = None, output: nn.Module | None = None,
+                 query: bool = True, key: bool = True, std: float = 0.02,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__()
         groups = heads if groups is None else groups
@@ -36,19 +39,26 @@ class ShapedAttention(nn.Module):
             raise ValueError(f"key_width: expected at least 1, and even with rotary_base; got {key_width}")
         if window is not None and window < 1:
             raise ValueError(f"window: expected None or at least 1, got {window}")
+        for name, there, inner in (("query", query, heads), ("key", key, groups)):
+            if not there and inner * key_width != width:
+                raise ValueError(
+                    f"{name}: expected True unless {inner} · {key_width} is width = {width}, got False"
+                )
         make = {"device": device, "dtype": dtype}
+        self.width = width
         self.heads, self.head_width, self.key_width, self.std = heads, width // heads, key_width, std
         self.causal, self.window, self.rotary_base, self.shaped = causal, window, rotary_base, shaped
-        self.query = nn.Linear(width, heads * key_width, bias=False, **make)
-        self.key = nn.Linear(width, groups * key_width, bias=False, **make)
+        self.query = nn.Linear(width, heads * key_width, bias=False, **make) if query else nn.Identity()
+        self.key = nn.Linear(width, groups * key_width, bias=False, **make) if key else nn.Identity()
         self.value, self.output = value, output
         for name in ("alpha", "beta", "gamma") if shaped else ():
             setattr(self, name, nn.Parameter(torch.empty(heads, **make)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.key.weight, std=self.std)
-        nn.init.normal_(self.query.weight, std=0.0 if self.shaped else self.std)
+        for part, std in ((self.key, self.std), (self.query, 0.0 if self.shaped else self.std)):
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=std)
         for gain in (self.alpha, self.beta, self.gamma) if self.shaped else ():
             nn.init.ones_(gain)
 
@@ -59,7 +69,7 @@ class ShapedAttention(nn.Module):
         With a LayerCache as ``cache`` x follows what that holds. ``positions`` int64 [T] or [B, T] are for the rotation
         alone, and count on from the cache by default. ``cu_seqlens`` as in ``gaugekit.shaped_attention``.
         """
-        lengths = check_rows(x, self.query.in_features, lengths)
+        lengths = check_rows(x, self.width, lengths)
         positions = check_positions(x, positions, self.rotary_base)
         if cache is not None and not self.causal:
             raise ValueError("cache: expected None without causal, since earlier rows would see later ones")

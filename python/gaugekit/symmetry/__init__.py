@@ -11,6 +11,7 @@ from gaugekit.symmetry.groups import (
     permutation_bits,
 )
 from gaugekit.symmetry.rows import coordinates, max_volume, shared_partition
+from gaugekit.symmetry.skipless import JointBasis, absorb
 from gaugekit.symmetry.stream import StreamSymmetry, put_stream, stream_of
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "STREAM_SYMMETRIES",
     "SYMMETRIES",
     "GaugeFix",
+    "JointBasis",
     "StreamSymmetry",
     "Symmetry",
+    "absorb",
     "coordinates",
     "count",
     "count_stream",
