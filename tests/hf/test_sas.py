@@ -22,6 +22,7 @@ KINDS = {
     "sas": {},
     "sas_p": {"block": "sas_p"},
     "no norm": {"block": "sas_p", "norm": "none"},
+    "skipless": {"block": "skipless", "norm": "none", "values": True, "outputs": True, "queries": False},
     "pre_ln": {"block": "pre_ln", "num_key_value_heads": 2},
     "groups rope": {"num_key_value_heads": 2, "rope": True, "key_width": 6},
     "window": {"sliding_window": 3, "hidden_act": "geglu"},
@@ -182,7 +183,7 @@ def test_a_cache_that_knows_no_running_sum_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block": "post_ln"}, "block: expected one of sas, sas_p, pre_ln; got 'post_ln'"),
+        ({"block": "post_ln"}, "block: expected one of sas, sas_p, skipless, pre_ln; got 'post_ln'"),
         ({"n_head": 7}, "heads: expected a divisor of width = 768, got 7"),
         ({"norm": "none"}, "norm"),
         ({"activation": "tanh"}, "activation"),
