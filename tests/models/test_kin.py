@@ -7,6 +7,7 @@ transformers = pytest.importorskip("transformers")
 
 import gaugekit as gk  # noqa: E402
 import gaugekit.integrations.transformers  # noqa: E402
+from decoder_rows import DECODERS, OWN_ATTENTION  # noqa: E402
 from gaugekit.hf import loading  # noqa: E402
 from gaugekit.models import FAMILIES, Live, unused_positions  # noqa: E402
 from gaugekit.symmetry import SYMMETRIES  # noqa: E402
@@ -30,7 +31,8 @@ PHI = {
 }
 T5 = dict(vocab_size=60, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
 
-# name: (class, config class, sizes, the groups that are fixed and what each key/value head of width 8 has of them)
+# name: (class, config class, sizes, the groups that are fixed and what each key/value head of width 8 has of them: in
+# every layer, or layer by layer)
 BIASES = {"value_output": 64, "value_bias": 8}
 ALL = {**BIASES, "query_key": 64, "key_bias": 8}
 KIN = {
@@ -62,7 +64,11 @@ KIN = {
         BIASES,
     ),
     "t5": ("T5EncoderModel", "T5Config", T5, {"value_output": 64}),
+    **DECODERS,
 }  # fmt: skip
+
+# What a model of float64 may err where its own attention multiplies queries and keys in float32.
+SCORES = {"gpt_neo": 1e-5}
 
 
 def made(name, dtype=torch.float64):
@@ -84,24 +90,27 @@ def made(name, dtype=torch.float64):
 
 
 def expected(name, heads):
-    counts = dict.fromkeys(SYMMETRIES, 0) | {group: 2 * heads * size for group, size in KIN[name][3].items()}
+    counts = dict.fromkeys(SYMMETRIES, 0)
+    for group, size in KIN[name][3].items():
+        counts[group] = heads * sum(size if isinstance(size, tuple) else (size, size))
     return {**counts, "total": sum(counts.values())}
 
 
 @pytest.mark.parametrize("name", KIN)
 def test_every_group_that_holds_is_fixed_and_no_output_moves(name):
     model, inputs = made(name)
-    live = Live(model)
+    live, bound = Live(model), SCORES.get(name, 1e-12)
     with torch.no_grad():
         before = model(**inputs)[0]
         for group in KIN[name][3]:
             symmetry, view = SYMMETRIES[group], live.attention(1)
             moved = symmetry.act(view, symmetry.random(view, torch.Generator().manual_seed(1)))
             live.write(live.family.store(1, moved).tensors)
-            assert (model(**inputs)[0] - before).norm() < 1e-12 * before.norm(), group
+            assert (model(**inputs)[0] - before).norm() < bound * before.norm(), group
         report = gk.symmetry.fix(model)
         after = model(**inputs)[0]
-    assert (after - before).norm() < 1e-12 * before.norm()
+    assert (after - before).norm() < bound * before.norm()
+    assert all(layer["invariance_error"] < 1e-13 for layer in report["layers"])
     assert report["removed"] == expected(name, live.attention(0).groups)
     view = live.attention(0)
     assert {note.split(":")[0] for note in report.notes} == set(view.barred)
@@ -124,7 +133,7 @@ def test_an_adapter_names_the_tensors_there_are_and_stores_what_it_read(name):
             assert getattr(outline, part).weight.shape == getattr(view, part).weight.shape
 
 
-@pytest.mark.parametrize("name", ["qwen3", "deberta-v2", "stablelm with norms"])
+@pytest.mark.parametrize("name", ["qwen3", "deberta-v2", "stablelm with norms", "gemma2"])
 def test_what_is_left_alone_would_be_seen(name):
     """The key bias there is no symmetry: moving it changes the output."""
     model, inputs = made(name)
@@ -137,7 +146,14 @@ def test_what_is_left_alone_would_be_seen(name):
         assert (model(**inputs)[0] - before).norm() > 1e-4 * before.norm()
 
 
-@pytest.mark.parametrize("name", ["roberta", "vit", "deit", "qwen3", "stablelm", "opt", "phi"])
+def greedy(model, inputs):
+    """The next tokens of a model that generates, the likeliest each time; None of any other."""
+    if not model.can_generate():
+        return None
+    return model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("name", ["roberta", "vit", "deit", "qwen3", "stablelm", "opt", "phi", *DECODERS])
 def test_through_every_verb(name, tmp_path):
     model, inputs = made(name, torch.float32)
     source = tmp_path / "model"
@@ -146,6 +162,7 @@ def test_through_every_verb(name, tmp_path):
     assert gk.inspect(source)["unobservable"] == gk.inspect(model)["unobservable"] == counts
     with torch.no_grad():
         output = model(**inputs)[0]
+    tokens = greedy(model, inputs)
     for dense in (False, True):
         target = tmp_path / f"dense {dense}"
         report = gk.convert(source, target, [gk.symmetry.GaugeFix()], dense=dense)
@@ -155,6 +172,7 @@ def test_through_every_verb(name, tmp_path):
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert (loaded.eval()(**inputs)[0] - output).norm() < 1e-5 * output.norm()
         assert gk.verify(source, target)["ok"]
+        assert tokens is None or torch.equal(greedy(loaded, inputs), tokens)
     loaded = type(model).from_pretrained(tmp_path / "dense False")
     loaded.save_pretrained(tmp_path / "again")
     again = type(model).from_pretrained(tmp_path / "again").eval()
@@ -168,7 +186,9 @@ def test_through_every_verb(name, tmp_path):
         gk.convert(source, tmp_path / "rank", [truncate])
         assert not gk.verify(source, tmp_path / "rank")["ok"]
     report = gk.fuse(model)
-    assert report["left"] == [] and report["attention"] == "gaugekit"
+    own = KIN[name][0].startswith(OWN_ATTENTION)
+    assert [entry["reason"].startswith("attention: ") for entry in report["left"]] == [True] * own
+    assert (report["attention"] == "gaugekit") is not own
     assert report["parameters_before"] - report["parameters_after"] == counts["total"]
     assert (model(**inputs)[0] - output).norm() < 1e-5 * output.norm()
     gk.unfuse(model)
@@ -191,10 +211,9 @@ def test_positions_that_padding_takes_are_not_given_to_tokens():
     assert loading.positions(transformers.BertConfig()) == 512
 
 
-@pytest.mark.parametrize("kind", ["bloom", "mpt", "deberta"])
-def test_fused_projections_without_an_adapter_are_refused(kind):
-    with pytest.raises(ValueError, match=f"'{kind}' is not covered: its fused projection"):
-        gk.models.family({"model_type": kind})
+def test_a_fused_projection_without_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="'deberta' is not covered: its fused projection"):
+        gk.models.family({"model_type": "deberta"})
 
 
 def test_text_is_refused_where_pixels_are_read():
