@@ -43,7 +43,10 @@ DECODERS = {
     "gemma": ("GemmaForCausalLM", "GemmaConfig", WIDE, VALUES),
     "gemma2": (
         "Gemma2ForCausalLM", "Gemma2Config",
-        {**WIDE, **KINDS, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "attention_bias": True}, BIASES,
+        {
+            **WIDE, **KINDS, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "attention_bias": True,
+            "sliding_window": 64,  # where all that a padding token would see is padding, float64 gives NaN
+        }, BIASES,
     ),
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", LLAMA, BIASES),
     "cohere": ("CohereForCausalLM", "CohereConfig", {**LLAMA, "attention_bias": True}, BIASES),
