@@ -1,15 +1,11 @@
 """Adapters: a view says what the model computes, and writing it back gives the same tensors."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
-from decoder_rows import DECODERS  # noqa: E402
 from gaugekit import models  # noqa: E402
-from gaugekit.models.decoders.fused.alibi import slopes  # noqa: E402
 
 
 def bert(**changes):
@@ -96,82 +92,6 @@ def test_partial_rotary_view_computes_what_the_module_computes(share):
         assert view.rotary == 8 * share
         out = model.layers[layer].self_attn(x, position_embeddings=positions, attention_mask=mask)[0]
         torch.testing.assert_close(view.attend(x), out, rtol=1e-5, atol=1e-5)
-
-
-def made(name):
-    """A row of DECODERS as a model, every number random; and four tokens, as many as its windows let one see."""
-    kind, config, sizes, _ = DECODERS[name]
-    model = randomise(getattr(transformers, kind)(getattr(transformers, config)(**sizes)))
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products lack float64
-    return model, torch.randint(3, 60, (2, 4))
-
-
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "cohere with norms"])
-def test_a_decoders_view_computes_what_its_module_computes(name):
-    """As deep in the model as it stands: what enters the module and what leaves it are caught."""
-    model, ids = made(name)
-    live, calls = models.Live(model), {}
-
-    def catch(module, arguments, named, output):
-        x = arguments[0] if arguments else named["hidden_states"]
-        added = arguments[1] if name == "bloom" else 0.0  # its attention adds the stream by itself
-        calls[module] = x, output[0] - added
-
-    for layer in range(2):
-        path = live.prefix + live.family.projections(layer)["o"]
-        model.get_submodule(path.rpartition(".")[0]).register_forward_hook(catch, with_kwargs=True)
-    with torch.no_grad():
-        model(ids)
-    assert len(calls) == 2
-    # angles, and the scores of some, are float32 in the module
-    exact = name.startswith(("gpt_bigcode", "falcon with alibi"))
-    bound = 1e-12 if exact else 1e-5
-    for layer, (x, output) in enumerate(calls.values()):
-        error = (live.attention(layer).attend(x) - output).norm() / output.norm()
-        assert error < bound
-
-
-@pytest.mark.parametrize("name", ["gptj", "glm", "cohere"])
-def test_neighbours_turn_together(name):
-    live = models.Live(made(name)[0])
-    view = live.attention(0)
-    rotary = {"gptj": 4, "glm": 4, "cohere": 8}[name]
-    assert view.pairs.mT.tolist() == [[i, i + 1] for i in range(0, rotary, 2)]
-    other = replace(view, interleaved=False)
-    x = torch.randn(1, 4, view.q.weight.shape[1], dtype=torch.float64)
-    assert (other.attend(x) - view.attend(x)).norm() > 1e-3 * view.attend(x).norm()
-    q, k = (part.weight.clone() for part in (view.q, view.k))
-    q[:, :, 2:4] = k[:, :, 2] = k[:, :, 3] = 0  # one pair of neighbours idle
-    idle = replace(view, q=models.Projection(q), k=models.Projection(k))
-    assert models.used_channels(idle) == ((0, 1, *range(4, 8)),) * view.groups
-
-
-@pytest.mark.parametrize("heads", [1, 4, 12, 71])
-def test_slopes_are_those_of_the_models(heads):
-    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
-    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
-
-    own = torch.tensor(slopes(heads))
-    torch.testing.assert_close(own, _get_alibi_slopes(heads, torch.device("cpu")), rtol=1e-6, atol=0)
-    steps = build_mpt_alibi_tensor(heads, 2)[:, 0].diff()
-    torch.testing.assert_close(own, steps.flatten(), rtol=1e-6, atol=0)
-
-
-def test_layers_without_rotary_positions():
-    """SmolLM3's list says 1 where a layer turns; without it every fourth does not. Cohere 2 turns under its window."""
-    smol = {"model_type": "smollm3", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 5}
-    cohere = {**smol, "model_type": "cohere2"}
-    for config, expected in (
-        (smol, [8, 8, 8, 0, 8]),
-        ({**smol, "no_rope_layer_interval": 2}, [8, 0, 8, 0, 8]),
-        ({**smol, "no_rope_layers": [0, 1, 1, 0, 1, 1]}, [0, 8, 8, 0, 8]),
-        (cohere, [8, 8, 8, 0, 8]),
-        ({**cohere, "sliding_window_pattern": 2}, [8, 0, 8, 0, 8]),
-        ({**cohere, "layer_types": ["full_attention"] * 5}, [0] * 5),
-    ):
-        family = models.family(config)
-        assert [family.outline(layer).rotary for layer in range(5)] == expected
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Kin of BERT, Llama and others: each group is fixed where it holds, whatever rules out another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -146,6 +148,21 @@ def test_what_is_left_alone_would_be_seen(name):
         view = live.attention(0)
         path = live.family.projections(0)["k"]
         model.get_parameter(f"{live.prefix}{path}.bias").add_(torch.randn(view.groups * 8).double())
+        assert (model(**inputs)[0] - before).norm() > 1e-4 * before.norm()
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if "query_key" not in DECODERS[name][3]])
+def test_no_product_that_keeps_the_scores_is_left_out(name):
+    """Where queries and keys are left alone, matrices that would keep the scores but for what stands between move the
+    output: what is not fixed can be seen."""
+    model, inputs = made(name)
+    live, product = Live(model), SYMMETRIES["query_key"]
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        view = live.attention(1)
+        free = replace(view, rotary=0, barred={})
+        moved = product.act(free, product.random(free, torch.Generator().manual_seed(1)))
+        live.write(live.family.store(1, replace(view, q=moved.q, k=moved.k)).tensors)
         assert (model(**inputs)[0] - before).norm() > 1e-4 * before.norm()
 
 
