@@ -80,5 +80,5 @@ DECODERS = {
         {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, VALUES,
     ),
 }  # fmt: skip
-# Classes whose attention does not go through transformers' interface, or asks of it what ours does not cover.
-OWN_ATTENTION = ("Bloom", "Falcon", "Gemma2", "GPTNeoFor", "Mpt")
+# Classes that declare an attention interface and never ask it, or ask of it what ours does not cover.
+OWN_ATTENTION = ("Falcon", "Gemma2")
