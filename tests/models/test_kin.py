@@ -228,7 +228,7 @@ def test_fused_and_put_back(name):
     with torch.no_grad():
         output = model(**inputs)[0]
         report = gk.fuse(model)
-        declared = model._supports_sdpa or model._supports_attention_backend  # in this version of transformers
+        declared = model._supports_sdpa or model._supports_attention_backend  # as its version has it
         own = KIN[name][0].startswith(OWN_ATTENTION) or not declared
         assert [entry["reason"].startswith("attention: ") for entry in report["left"]] == [True] * own
         assert (report["attention"] == "gaugekit") is not own
