@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from gaugekit.hf.attention import neutreno
 from gaugekit.models import FAMILIES, family
 from gaugekit.rank.truncation import check
-from gaugekit.symmetry import REMOVED, count
+from gaugekit.symmetry import count
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- families: written by docs/families.py -->\n", "<!-- end of families -->\n"
@@ -25,8 +25,13 @@ TITLES = {
     "deberta-v2": "DeBERTa v2, v3", "gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
     "qwen3": "Qwen3", "qwen3_moe": "Qwen3 MoE", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "gemma3_text": "Gemma 3 (text)",
     "chameleon": "Chameleon", "stablelm": "StableLM", "opt": "OPT", "phi": "Phi-1, 1.5, 2", "t5": "T5", "mt5": "mT5",
-    "umt5": "UMT5 (encoders)", "vit": "ViT", "deit": "DeiT",
+    "umt5": "UMT5 (encoders)", "vit": "ViT", "deit": "DeiT", "ministral": "Ministral", "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2 MoE", "olmo": "OLMo", "granite": "Granite", "arcee": "Arcee", "starcoder2": "StarCoder2",
+    "gemma": "Gemma", "gemma2": "Gemma 2", "smollm3": "SmolLM3", "cohere": "Cohere", "cohere2": "Cohere 2",
+    "glm": "GLM", "helium": "Helium", "gptj": "GPT-J", "gpt_neo": "GPT-Neo", "gpt_neox": "GPT-NeoX, Pythia",
+    "phi3": "Phi-3, Phi-4", "bloom": "BLOOM", "mpt": "MPT", "falcon": "Falcon", "gpt_bigcode": "GPT-BigCode",
 }  # fmt: skip
+SWITCHES = ("attention_bias", "bias")  # of biases
 GROUPS = {
     "value_output": "values and output",
     "query_key": "queries and keys",
@@ -40,14 +45,14 @@ def row(name: str) -> tuple[str, str, str, str]:
     be fused) in a family."""
     config = AutoConfig.for_model(name).to_dict()
     # A bias that a config can switch on counts: the table says what holds, not what one checkpoint has.
-    adapter = family(config | ({"attention_bias": True} if "attention_bias" in config else {}))
-    view = adapter.outline(0)
-    counts = count(view)
-    fixed = [GROUPS[group] for group in REMOVED if counts[group]]
-    removes = "everything" if len(fixed) == len(GROUPS) else ", ".join(fixed)
+    adapter = family(config | {switch: True for switch in SWITCHES if switch in config})
+    views = [adapter.outline(layer) for layer in range(adapter.layers)]
+    removes = _removed([count(view) for view in views])
     try:
-        check(view)
-        ranks = "in whole rotary pairs" if view.rotary == view.k.weight.shape[2] else "yes"
+        for view in views:
+            check(view)
+        pairs = any(view.rotary == view.k.weight.shape[2] for view in views)
+        ranks = "in whole rotary pairs" if pairs else "yes"
     except ValueError:
         ranks = "–"
     try:
@@ -56,6 +61,16 @@ def row(name: str) -> tuple[str, str, str, str]:
     except ValueError:
         slices = "–"
     return removes, ranks, slices, "yes" if name in neutreno.FAMILIES else "–"
+
+
+def _removed(counts: list[dict[str, int]]) -> str:
+    """What gauge fixing removes from layers of these ``counts``, in words."""
+    everywhere = [name for group, name in GROUPS.items() if all(layer[group] for layer in counts)]
+    somewhere = [name for group, name in GROUPS.items() if any(layer[group] for layer in counts)]
+    if len(everywhere) == len(GROUPS):
+        return "everything"
+    more = [name for name in somewhere if name not in everywhere]
+    return ", ".join(everywhere) + (f"; {', '.join(more)} in some layers" if more else "")
 
 
 def table() -> str:

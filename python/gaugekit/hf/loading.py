@@ -183,7 +183,9 @@ def home(live: torch.nn.Module) -> Path | None:
 
 def positions(config: Any) -> int:
     """How many positions a model has for tokens; 512 where its config names no limit."""
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    limits = (
+        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
+    )
     return min([limit - models.unused_positions(config.to_dict()) for limit in limits if limit] or [512])
 
 

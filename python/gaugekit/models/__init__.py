@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gaugekit.models.decoders import llama, opt, phi, stablelm
-from gaugekit.models.decoders.gpt2 import Gpt2
+from gaugekit.models.decoders import cohere, gemma, gpt2, gpt_neo, gptj, llama, opt, phi, smollm3, stablelm
+from gaugekit.models.decoders.fused import bloom, falcon, gpt_bigcode, gpt_neox, mpt, phi3
 from gaugekit.models.encoder_decoders import t5
 from gaugekit.models.encoders import bert, vit
 from gaugekit.models.family import Family, Read
@@ -18,18 +18,29 @@ from gaugekit.models.view import AttentionView, Compact, Norms, Projection, Stor
 
 ADAPTERS: tuple[type[Family], ...] = (
     bert.Bert,
-    Gpt2,
+    gpt2.Gpt2,
     llama.Llama,
+    gemma.Gemma,
+    smollm3.SmolLm3,
+    cohere.Cohere,
     opt.Opt,
     phi.Phi,
     stablelm.StableLm,
+    gptj.GptJ,
+    gpt_neo.GptNeo,
+    gpt_neox.GptNeoX,
+    phi3.Phi3,
+    bloom.Bloom,
+    mpt.Mpt,
+    falcon.Falcon,
+    gpt_bigcode.GptBigCode,
     t5.T5,
     vit.Vit,
 )
 FAMILIES: dict[str, type[Family]] = {name: adapter for adapter in ADAPTERS for name in adapter.names}
 FUSED = "its fused projection of queries, keys and values has no adapter yet"
 REFUSED = {
-    **dict.fromkeys(("bloom", "deberta", "mpt"), FUSED),
+    "deberta": FUSED,
     "gemma3": "its language model has an adapter only by itself (gemma3_text)",
 }
 

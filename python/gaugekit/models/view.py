@@ -59,6 +59,7 @@ class Norms:
 # Why a group may be left alone in a family (``AttentionView.barred``)
 NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone between them"
 POSITIONS = "it adds position to the scores, which are then not a function of W_Q W_Kᵀ alone"
+CAPPED = "it caps the scores, which then show what shifts a whole row of them"
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ class AttentionView:
     """The attention of one layer: q [H, D, K], k [G, D, K], v [G, D, V], o [H, V, D].
 
     Query head h reads group h // (H/G). ``scale`` multiplies the scores; ``rotary`` is the number of channels turned
-    by position (0: none), the pair i by position · base^(−2i/rotary): its channels are i and i + rotary/2, or the
-    neighbours 2i and 2i + 1 where they are ``interleaved``. ``causal``: no token sees a later one. ``layer`` is its
-    place in the model. ``channels`` [G][R_g] lists, where some
-    are zero in queries and keys alike, those of the K channels that are not (ascending; None: all are in use).
-    ``barred`` {group: reason} names the groups that are left alone in this family although the parts are there, and
-    only those: what comes between queries and keys says nothing of values. ``norms``: what queries and keys go through
-    before they are turned (None: nothing, or norms of a kind that no group here knows).
+    by position (0: none), the i-th of the ``pairs`` by position · base^(−2i/rotary): channel i < rotary/2 with
+    i + rotary/2, or the neighbours 2i and 2i + 1 where they are ``interleaved``. ``causal``: no token sees a later one.
+    ``slopes`` [H], where there are any: ALiBi, which adds slope · position of the key to the scores of a head.
+    ``softcap`` c, where there is one, makes c · tanh(score/c) of each score. ``layer`` is its place in the model.
+    ``channels`` [G][R_g] lists, where some are zero in queries and keys alike, those of the K channels that are not
+    (ascending; None: all are in use). ``barred`` {group: reason} names the groups that are left alone in this family
+    although the parts are there, and only those: what comes between queries and keys says nothing of values. ``norms``:
+    what queries and keys go through before they are turned (None: nothing, or norms that no group here knows).
     """
 
     q: Projection
@@ -87,6 +89,8 @@ class AttentionView:
     channels: tuple[tuple[int, ...], ...] | None = None
     barred: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
+    slopes: tuple[float, ...] | None = None
+    softcap: float | None = None
     norms: Norms | None = None
 
     @property
@@ -120,8 +124,9 @@ class AttentionView:
         """softmax(scale·q kᵀ) v Wₒ + bₒ for ``x`` [B, T, D] in the view's dtype: the layer as its formula says, T×T.
 
         It is the measure of what a rewrite does to a layer. Rotary channels are turned by the base alone, without the
-        corrections a config may ask for at long contexts: those change angles, not what a rewrite may do. Biases of
-        position are left out likewise: no rewrite of theirs touches what they stand on.
+        corrections a config may ask for at long contexts: those change angles, not what a rewrite may do. Norms of
+        queries and keys that have no view, learned biases of position and sliding windows are left out likewise: no
+        rewrite touches what they stand on.
         """
         q, k, v = (_project(x, part) for part in (self.q, self.k, self.v))
         if self.norms is not None:
@@ -130,6 +135,12 @@ class AttentionView:
             q, k = (_turn(part, self.pairs, self.rotary_base) for part in (q, k))
         k, v = (part.repeat_interleave(self.repeats, dim=1) for part in (k, v))
         scores = self.scale * q @ k.mT
+        if self.slopes is not None:
+            scores = scores + scores.new_tensor(self.slopes)[:, None, None] * torch.arange(
+                x.shape[1], device=x.device
+            )
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
         if self.causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(hidden, -torch.inf)

@@ -89,11 +89,12 @@ class Counted:
     groups: int
     repeats: int
     rotary: int
+    alike: bool  # whether heads may change places: slopes of ALiBi tell them apart
 
 
 def outline(view: AttentionView) -> Counted:
     """What is counted in one layer."""
-    return Counted(symmetry.count(view), view.groups, view.repeats, view.rotary)
+    return Counted(symmetry.count(view), view.groups, view.repeats, view.rotary, view.slopes is None)
 
 
 def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
@@ -106,7 +107,9 @@ def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
         unobservable |= symmetry.count_stream(stream)
     removable = sum(unobservable[group] for group in symmetry.REMOVED)
     total = sum(unobservable.values())
-    bits = symmetry.permutation_bits([(layer.groups, layer.repeats) for layer in layers], stream)
+    bits = symmetry.permutation_bits(
+        [(layer.groups, layer.repeats) for layer in layers if layer.alike], stream
+    )
     return {
         "unobservable": {**unobservable, "total": total},
         "removable": removable,
