@@ -17,8 +17,8 @@ SQUARE = {**{name: size for name, size in SIZES.items() if name != "head_dim"}, 
 PHI = {name: size for name, size in SQUARE.items() if name != "num_key_value_heads"}
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
 HALF = {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}
-# name: (model, config, sizes, what a layer of heads of width 8 has beside value_output); two key/value heads, but four in
-# Phi and GPT-J
+# name: (model, config, sizes, what a layer of heads of width 8 has beside value_output): two key/value heads, but four
+# in Phi and GPT-J
 FAMILIES = {
     "llama": (
         "LlamaForCausalLM", "LlamaConfig", {**SIZES, "attention_bias": True}, {"value_bias": 16, "rotary_pairs": 16}
