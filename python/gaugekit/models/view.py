@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +41,8 @@ class AttentionView:
     ``causal``: no token sees a later one. ``layer`` is its place in the model. ``channels`` [G][R_g] lists, where some
     are zero in queries and keys alike, those of the K channels that are not (ascending; None: all are in use).
     ``barred`` {group: reason} names the groups that are left alone in this family although the parts are there, and
-    only those: what comes between queries and keys says nothing of values.
+    only those: what comes between queries and keys says nothing of values. ``cross``: keys and values read another
+    sequence than queries do, the encoder's output.
     """
 
     q: Projection
@@ -54,6 +56,7 @@ class AttentionView:
     layer: int = 0
     channels: tuple[tuple[int, ...], ...] | None = None
     barred: Mapping[str, str] = field(default_factory=dict)
+    cross: bool = False
 
     @property
     def heads(self) -> int:
@@ -77,14 +80,20 @@ class AttentionView:
             return [self.k.weight.shape[2]] * self.groups
         return [len(kept) for kept in self.channels]
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """softmax(scale·q kᵀ) v Wₒ + bₒ for ``x`` [B, T, D] in the view's dtype: the layer as its formula says, T×T.
+
+        ``memory`` [B, S, D] is what keys and values read in cross-attention, and there only.
 
         It is the measure of what a rewrite does to a layer. Rotary channels are turned by the base alone, without the
         corrections a config may ask for at long contexts: those change angles, not what a rewrite may do. Norms of
         queries and keys and biases of position are left out likewise: no rewrite of theirs touches what they stand on.
         """
-        q, k, v = (_project(x, part) for part in (self.q, self.k, self.v))
+        if self.cross != (memory is not None):
+            expected, got = ("[B, S, D]", "None") if self.cross else ("None", "a tensor")
+            raise ValueError(f"memory: expected {expected} in this layer, got {got}")
+        read = x if memory is None else memory
+        q, k, v = _project(x, self.q), _project(read, self.k), _project(read, self.v)
         if self.rotary:
             q, k = (_turn(part, self.rotary, self.rotary_base) for part in (q, k))
         k, v = (part.repeat_interleave(self.repeats, dim=1) for part in (k, v))
@@ -156,3 +165,13 @@ def parameters(view: AttentionView) -> int:
     """The numbers a dense checkpoint stores for this view."""
     parts = (view.q, view.k, view.v, view.o)
     return sum(part.weight.numel() + (0 if part.bias is None else part.bias.numel()) for part in parts)
+
+
+def left_alone(barred: Sequence[Mapping[str, str]]) -> list[str]:
+    """One sentence for each group and reason in ``barred`` of the layers, with their number unless it is all."""
+    counts = Counter(pair for reasons in barred for pair in reasons.items())
+    layers = len(barred)
+    return [
+        f"{group}: left alone{'' if count == layers else f' in {count} of {layers} layers'}, since {reason}"
+        for (group, reason), count in counts.items()
+    ]

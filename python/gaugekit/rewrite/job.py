@@ -65,7 +65,7 @@ class Job:
                 "rewrite": rewrite.name,
                 "claim": rewrite.claim,
                 **rewrite.arguments,
-                "removed": rewrite.plan(self.checkpoint.config),
+                "removed": rewrite.plan(self.layers.config),
             }
             for rewrite in self.rewrites
         ]

@@ -11,7 +11,7 @@ OTHER_PARTS = {
     "mpnet": {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o"},
     "deberta-v2": {"q": "self.query_proj", "k": "self.key_proj", "v": "self.value_proj", "o": "output.dense"},
 }
-NAMES = ("bert", "roberta", "xlm-roberta", "camembert", *OTHER_PARTS)
+NAMES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", *OTHER_PARTS)
 OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # the first position has number pad_token_id + 1
 # DeBERTa multiplies queries and keys with vectors of position too, so that even its key bias can be seen.
 BARRED = {
