@@ -172,8 +172,8 @@ def check_verbs(kin: Kin, folder: Any) -> None:
     output, tokens = run(model, inputs), greedy(model, inputs)
     read, seen = gk.inspect(source), gk.inspect(model)
     assert read["unobservable"] == seen["unobservable"] == kin.counts
-    assert read["parameters"] == seen["parameters"] == sum(p.numel() for p in model.parameters())
-    assert read["exponent_entropy_bits"] == seen["exponent_entropy_bits"]
+    assert seen["parameters"] == sum(p.numel() for p in model.parameters())
+    assert read["layers"] == seen["layers"]
     for dense in (False, True):
         target = folder / f"dense {dense}"
         report = gk.convert(source, target, [gk.symmetry.GaugeFix()], dense=dense)

@@ -29,7 +29,8 @@ class Projection:
 
 # Why a group may be left alone in a family (``AttentionView.barred``)
 NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone between them"
-POSITIONS = "it adds position to the scores, which are then not a function of W_Q W_Kᵀ alone"
+# A bias of position that is only added to the scores (T5, MPNet) rules nothing out.
+POSITIONS = "it multiplies queries and keys with vectors of position, and its scores are no matter of W_Q W_Kᵀ alone"
 
 
 @dataclass(frozen=True)

@@ -123,10 +123,11 @@ def spectrum(view: AttentionView, moments: Moments | None = None) -> Spectrum:
 
 def check(view: AttentionView) -> None:
     """ValueError, with the reason, where the scores of a family are no matter of W_Q W_Kᵀ alone."""
-    if "query_key" in view.barred:
-        raise ValueError(
-            f"rank: expected scores that are a function of W_Q W_Kᵀ, got a model in which {view.barred['query_key']}"
-        )
+    for group in ("query_key", "key_bias"):
+        if group in view.barred:
+            raise ValueError(
+                f"rank: expected scores that are a function of W_Q W_Kᵀ, got a model in which {view.barred[group]}"
+            )
 
 
 def rounding_norm(weight: Tensor, dtype: torch.dtype, root: Tensor | None = None) -> Tensor:

@@ -178,7 +178,7 @@ def _inputs(twin: nn.Module, main: str, accepted: Any) -> dict[str, Tensor]:
         dual = "pixel_values" in accepted and "logit_scale" in dict(twin.named_parameters())
         return {"input_ids": ids} | target | ({"pixel_values": _images(config.vision_config)} if dual else {})
     if main == "pixel_values":
-        return {main: _images(config)}
+        return {main: _images(getattr(config, "vision_config", None) or config)}
     if main == "input_values":
         bins = getattr(config, "num_mel_bins", None)
         return {

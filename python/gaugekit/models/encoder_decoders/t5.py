@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from gaugekit.models.encoder_decoders.stacks import EncoderDecoder, Stack
 from gaugekit.models.family import Read
-from gaugekit.models.view import POSITIONS, AttentionView
+from gaugekit.models.view import AttentionView
 
 NAMES = ("t5", "mt5", "umt5")
-BARRED = dict.fromkeys(("query_key", "key_bias"), POSITIONS)
 
 
 class T5Stack(Stack):
-    """T5's attention of one kind; self-attention has a bias of position in its scores, cross-attention none."""
+    """T5's attention of one kind; self-attention adds a bias of position to its scores, which no view knows of."""
 
     names = NAMES
 
@@ -43,13 +42,8 @@ class T5Stack(Stack):
         return {part: f"{self.block(layer)}.{attention}.{part}" for part in "qkvo"}
 
     def attention(self, layer: int, read: Read) -> AttentionView:
-        cross = self.kind == "cross"
         return AttentionView(
-            **self.parts(layer, read),
-            scale=1.0,
-            causal=self.kind == "decoder",
-            barred={} if cross else BARRED,
-            cross=cross,
+            **self.parts(layer, read), scale=1.0, causal=self.kind == "decoder", cross=self.kind == "cross"
         )
 
 
