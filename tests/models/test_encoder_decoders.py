@@ -5,18 +5,18 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import kin as checks  # noqa: E402
-from kin import ALL, Kin  # noqa: E402
-
 import gaugekit as gk  # noqa: E402
+import kin as checks  # noqa: E402
 from gaugekit.models import Live, family  # noqa: E402
 from gaugekit.verbs.perplexity import compare_perplexity  # noqa: E402
+from kin import ALL, Kin  # noqa: E402
 
 TOKENS = dict(vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
 BART = dict(
     TOKENS, d_model=24, encoder_layers=1, decoder_layers=2, encoder_attention_heads=3, decoder_attention_heads=3,
     encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=20, forced_eos_token_id=None, dropout=0.0,
 )  # fmt: skip
+SMALL = dict(BART, decoder_layers=1)
 WHISPER = dict(
     BART, num_mel_bins=8, max_source_positions=10, max_target_positions=20, begin_suppress_tokens=None,
     suppress_tokens=None,
@@ -29,15 +29,15 @@ KIN = {
     "whisper": Kin("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, [NO_KEY_BIAS] * 5),
     "whisper's encoder": Kin("WhisperForAudioClassification", "WhisperConfig", WHISPER, [NO_KEY_BIAS]),
     "bart": Kin("BartForConditionalGeneration", "BartConfig", BART, [ALL] * 5),
-    "mbart": Kin("MBartForConditionalGeneration", "MBartConfig", BART, [ALL] * 5),
-    "pegasus": Kin("PegasusForConditionalGeneration", "PegasusConfig", BART, [ALL] * 5),
-    "marian": Kin("MarianMTModel", "MarianConfig", BART, [ALL] * 5),
-    "blenderbot": Kin("BlenderbotForConditionalGeneration", "BlenderbotConfig", BART, [ALL] * 5),
+    "mbart": Kin("MBartForConditionalGeneration", "MBartConfig", SMALL, [ALL] * 3),
+    "pegasus": Kin("PegasusForConditionalGeneration", "PegasusConfig", SMALL, [ALL] * 3),
+    "marian": Kin("MarianMTModel", "MarianConfig", SMALL, [ALL] * 3),
+    "blenderbot": Kin("BlenderbotForConditionalGeneration", "BlenderbotConfig", SMALL, [ALL] * 3),
     "blenderbot-small": Kin(
-        "BlenderbotSmallForConditionalGeneration", "BlenderbotSmallConfig", BART, [ALL] * 5
+        "BlenderbotSmallForConditionalGeneration", "BlenderbotSmallConfig", SMALL, [ALL] * 3
     ),
-    "m2m_100": Kin("M2M100ForConditionalGeneration", "M2M100Config", BART, [ALL] * 5),
-    "plbart": Kin("PLBartForConditionalGeneration", "PLBartConfig", BART, [ALL] * 5),
+    "m2m_100": Kin("M2M100ForConditionalGeneration", "M2M100Config", SMALL, [ALL] * 3),
+    "plbart": Kin("PLBartForConditionalGeneration", "PLBartConfig", SMALL, [ALL] * 3),
     "t5": Kin("T5ForConditionalGeneration", "T5Config", T5, [BARE] * 6, None),
     "t5's encoder": Kin("T5EncoderModel", "T5Config", T5, [BARE] * 2, None),
     "mt5": Kin("MT5ForConditionalGeneration", "MT5Config", T5, [BARE] * 6, None),
@@ -99,7 +99,9 @@ def test_verify_sees_a_change_on_either_side(name):
         changed = gk.verify(model, other)
         assert not changed["ok"] and changed["output"] == "logits"
         blocks = len({live.family.block(layer) for layer in range(len(live))})
-        assert len(changed["layers"]) == blocks + 2  # a hidden state before each side, and one after each block
+        assert (
+            len(changed["layers"]) == blocks + 2
+        )  # a hidden state before each side, and one after each block
 
 
 def test_what_follows_one_text_refuses_an_encoder_and_a_decoder(tmp_path):

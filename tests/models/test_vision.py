@@ -5,11 +5,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import kin as checks  # noqa: E402
-from kin import ALL, IMAGE, TEXT, Kin  # noqa: E402
-
 import gaugekit as gk  # noqa: E402
+import kin as checks  # noqa: E402
 from gaugekit.models import Live, family  # noqa: E402
+from kin import ALL, IMAGE, TEXT, Kin  # noqa: E402
 
 TEXTS = dict(TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=59, projection_size=24)
 BOTH = dict(text_config=TEXTS, vision_config=IMAGE)

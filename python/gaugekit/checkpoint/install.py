@@ -16,7 +16,9 @@ RECORD = "_gaugekit_fused"
 def install(model: nn.Module, modules: dict[str, dict], dtype: torch.dtype | None = None) -> list[str]:
     """Replaces the modules named in ``modules`` by their forms, on the device torch is set to (meta, while loading).
 
-    Returns the paths in the model where they stand now. Raises ValueError where the model has no module of that name, bare or behind its base model's prefix. Where that is
+    Returns the paths in the model where they stand now.
+
+    Raises ValueError where the model has no module of that name, bare or behind its base model's prefix. Where that is
     not all that stands before it (OPT's blocks are in a decoder of the base model), the one module counts that ends so.
     """
     prefixes = ("", f"{model.base_model_prefix}.")

@@ -30,7 +30,9 @@ class Projection:
 # Why a group may be left alone in a family (``AttentionView.barred``)
 NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone between them"
 # A bias of position that is only added to the scores (T5, MPNet) rules nothing out.
-POSITIONS = "it multiplies queries and keys with vectors of position, and its scores are no matter of W_Q W_Kᵀ alone"
+POSITIONS = (
+    "it multiplies queries and keys with vectors of position, and its scores are no matter of W_Q W_Kᵀ alone"
+)
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,14 @@ class Bert(Linears):
 
     def attention(self, layer: int, read: Read) -> AttentionView:
         parts = self.parts(layer, read)
-        causal = bool(self.config.get("is_decoder"))
-        return AttentionView(**parts, scale=self.head_width**-0.5, causal=causal, barred=self._barred())
+        kinds = self.config.get("pos_att_type") or () if self.name == "deberta-v2" else ()
+        terms = 1 + ("c2p" in kinds) + ("p2c" in kinds)  # DeBERTa's scores are a mean over so many
+        causal, scale = bool(self.config.get("is_decoder")), (self.head_width * terms) ** -0.5
+        return AttentionView(**parts, scale=scale, causal=causal, barred=self._barred())
 
     def _barred(self) -> dict[str, str]:
-        """DeBERTa multiplies queries and keys with vectors of position too, so that even its key bias can be seen. Where
-        those come of the same projections (``share_att_key``) they turn with them.
+        """DeBERTa multiplies queries and keys with vectors of position too, so that even its key bias can be seen;
+        where those come of the same projections (``share_att_key``) they turn with them.
         """
         if self.name != "deberta-v2" or not (
             self.config.get("relative_attention") and self.config.get("pos_att_type")
