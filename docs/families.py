@@ -25,8 +25,17 @@ TITLES = {
     "deberta-v2": "DeBERTa v2, v3", "gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
     "qwen3": "Qwen3", "qwen3_moe": "Qwen3 MoE", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "gemma3_text": "Gemma 3 (text)",
     "chameleon": "Chameleon", "stablelm": "StableLM", "opt": "OPT", "phi": "Phi-1, 1.5, 2", "t5": "T5", "mt5": "mT5",
-    "umt5": "UMT5 (encoders)", "vit": "ViT", "deit": "DeiT",
+    "umt5": "UMT5", "vit": "ViT", "deit": "DeiT", "dinov2": "DINOv2", "dinov2_with_registers": "DINOv2 with registers",
+    "distilbert": "DistilBERT", "electra": "ELECTRA", "albert": "ALBERT", "modernbert": "ModernBERT",
+    **dict.fromkeys(("clip", "clip_text_model", "clip_vision_model"), "CLIP"),
+    **dict.fromkeys(("siglip", "siglip_text_model", "siglip_vision_model"), "SigLIP"),
+    "whisper": "Whisper", "bart": "BART", "mbart": "mBART", "pegasus": "Pegasus", "marian": "Marian",
+    "blenderbot": "BlenderBot", "blenderbot-small": "BlenderBot small", "m2m_100": "M2M100, NLLB", "plbart": "PLBart",
 }  # fmt: skip
+# What published checkpoints have otherwise than the default config.
+PUBLISHED = {
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True},
+}
 GROUPS = {
     "value_output": "values and output",
     "query_key": "queries and keys",
@@ -40,7 +49,8 @@ def row(name: str) -> tuple[str, str, str, str]:
     be fused) in a family."""
     config = AutoConfig.for_model(name).to_dict()
     # A bias that a config can switch on counts: the table says what holds, not what one checkpoint has.
-    adapter = family(config | ({"attention_bias": True} if "attention_bias" in config else {}))
+    switches = {"attention_bias": True} if "attention_bias" in config else {}
+    adapter = family(config | switches | PUBLISHED.get(name, {}))
     view = adapter.outline(0)
     fixed = [GROUPS[group] for group, size in count(view).items() if size]
     removes = "everything" if len(fixed) == len(GROUPS) else ", ".join(fixed)
@@ -66,7 +76,7 @@ def table() -> str:
         "| family | `--gauge` removes | `--rank` | `--slice` | NeuTRENO |",
         "| --- | --- | --- | --- | --- |",
     ]
-    lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in rows.items()]
+    lines += [f"| {', '.join(dict.fromkeys(names))} | {' | '.join(cells)} |" for cells, names in rows.items()]
     lines.append("| every other | – | – | – | – |")
     return "\n".join(lines) + "\n"
 

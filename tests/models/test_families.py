@@ -180,7 +180,7 @@ BERT = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gptj"}, "expected one of bert, camembert, .*vit, xlm-roberta; got 'gptj'"),
+        ({"model_type": "rwkv"}, "expected one of .*bert, .*camembert, .*xlm-roberta; got 'rwkv'"),
         ({}, "xlm-roberta; got None"),
         ({"model_type": "bert"}, "hidden_size"),
         ({**BERT, "position_embedding_type": "relative_key"}, "position_embedding_type"),

@@ -52,21 +52,8 @@ def inspect(
     ``progress(done, total)`` counts layers and batches of text. Raises ValueError for a family that is not known, for a
     model that is already compact, and for text without a tokenizer.
     """
-    if isinstance(model, torch.nn.Module):
-        layers, tensors = Live(model), {name: p.detach() for name, p in model.named_parameters()}
-        names, read = list(tensors), tensors.__getitem__
-        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        sizes = {name: tensor.shape for name, tensor in tensors.items()}
-    else:
-        checkpoint = Checkpoint(model)
-        layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
-        read = checkpoint.read
-        names = [name for name in checkpoint.names() if not layers.family.recomputed(name)]
-        dtypes = {name: checkpoint.dtype(name) for name in names}
-        sizes = {name: checkpoint.shape(name) for name in names}
-    names = [name for name in names if dtypes[name].is_floating_point]
-    parameters = sum(math.prod(sizes[name]) for name in names)
-
+    layers, sizes, read = _opened(model)
+    parameters = sum(math.prod(size) for size in sizes.values())
     notes: list[str] = []
     runs = _Text(model, layers.family, text, notes)
     total, done = len(layers) + len(runs), 0
@@ -89,7 +76,7 @@ def inspect(
             unobservable[group] += dimension
         block = layers.prefix + layers.family.block(layer) + "."
         if block not in blocks:
-            inside = [name for name in names if name.startswith(block)]
+            inside = [name for name in sizes if name.startswith(block)]
             blocks[block] = sum(
                 (_exponents(read(name)) for name in inside if len(sizes[name]) > 1),
                 torch.zeros_like(histogram),
@@ -99,8 +86,8 @@ def inspect(
         entropy = _entropy(blocks[block])
         rows.append({"layer": layer, **_spectra(view), "exponent_entropy_bits": entropy})
         advance()
-    for name in names:
-        if name not in seen and len(sizes[name]) > 1:
+    for name, size in sizes.items():
+        if name not in seen and len(size) > 1:
             histogram += _exponents(read(name))
     cosines, energies = runs.look(len(layers) + 1, advance)
     for row, cosine, energy in zip(rows, cosines, energies, strict=False):
@@ -117,6 +104,20 @@ def inspect(
         "layers": rows,
     }
     return wording.inspected(Report("inspect", fields, notes), model, SMOOTH)
+
+
+def _opened(
+    model: str | Path | torch.nn.Module,
+) -> tuple[Layers, dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+    """(its layers, the shape of every tensor of floating-point numbers it stores, what reads one) of a model."""
+    if isinstance(model, torch.nn.Module):
+        tensors = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+        return Live(model), {name: tuple(p.shape) for name, p in tensors.items()}, tensors.__getitem__
+    checkpoint = Checkpoint(model)
+    layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
+    names = (name for name in checkpoint.names() if not layers.family.recomputed(name))
+    sizes = {name: checkpoint.shape(name) for name in names if checkpoint.dtype(name).is_floating_point}
+    return layers, sizes, checkpoint.read
 
 
 def _spectra(view: AttentionView) -> dict[str, list]:
