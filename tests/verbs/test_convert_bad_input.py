@@ -38,8 +38,8 @@ def refused(source, target, message, rewrites=None, **arguments):
 def test_source(source, tmp_path):
     out = tmp_path / "out"
     refused(tmp_path / "nowhere", out, "expected a directory")
-    (source / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gptj"}))
-    refused(source, out, "expected one of bert, .*; got 'gptj'")
+    (source / "config.json").write_text(json.dumps({**CONFIG, "model_type": "rwkv"}))
+    refused(source, out, "expected one of .*bert, .*; got 'rwkv'")
     (source / "config.json").write_text(
         json.dumps({**CONFIG, "quantization_config": {"quant_method": "awq"}})
     )
