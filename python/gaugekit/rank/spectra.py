@@ -123,11 +123,13 @@ def spectrum(view: AttentionView, moments: Moments | None = None) -> Spectrum:
 
 def check(view: AttentionView) -> None:
     """ValueError, with the reason, where the scores of a family are no matter of W_Q W_Kᵀ alone."""
-    for group in ("query_key", "key_bias"):
-        if group in view.barred:
-            raise ValueError(
-                f"rank: expected scores that are a function of W_Q W_Kᵀ, got a model in which {view.barred[group]}"
-            )
+    reason = view.barred.get("query_key")
+    if view.k.bias is not None and view.rotary < view.k.weight.shape[2]:  # it goes with the channels
+        reason = reason or view.barred.get("key_bias")
+    if reason is not None:
+        raise ValueError(
+            f"rank: expected scores that are a function of W_Q W_Kᵀ, got a model in which {reason}"
+        )
 
 
 def rounding_norm(weight: Tensor, dtype: torch.dtype, root: Tensor | None = None) -> Tensor:
