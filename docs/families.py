@@ -31,11 +31,17 @@ TITLES = {
     **dict.fromkeys(("siglip", "siglip_text_model", "siglip_vision_model"), "SigLIP"),
     "whisper": "Whisper", "bart": "BART", "mbart": "mBART", "pegasus": "Pegasus", "marian": "Marian",
     "blenderbot": "BlenderBot", "blenderbot-small": "BlenderBot small", "m2m_100": "M2M100, NLLB", "plbart": "PLBart",
+    "ministral": "Ministral", "mixtral": "Mixtral", "qwen2_moe": "Qwen2 MoE", "olmo": "OLMo", "granite": "Granite",
+    "arcee": "Arcee", "starcoder2": "StarCoder2",
+    "gemma": "Gemma", "gemma2": "Gemma 2", "smollm3": "SmolLM3", "cohere": "Cohere", "cohere2": "Cohere 2",
+    "glm": "GLM", "helium": "Helium", "gptj": "GPT-J", "gpt_neo": "GPT-Neo", "gpt_neox": "GPT-NeoX, Pythia",
+    "phi3": "Phi-3, Phi-4", "bloom": "BLOOM", "mpt": "MPT", "falcon": "Falcon", "gpt_bigcode": "GPT-BigCode",
 }  # fmt: skip
 # What published checkpoints have otherwise than the default config.
 PUBLISHED = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True},
 }
+SWITCHES = ("attention_bias", "bias")  # of biases
 GROUPS = {
     "value_output": "values and output",
     "query_key": "queries and keys",
@@ -49,14 +55,15 @@ def row(name: str) -> tuple[str, str, str, str]:
     be fused) in a family."""
     config = AutoConfig.for_model(name).to_dict()
     # A bias that a config can switch on counts: the table says what holds, not what one checkpoint has.
-    switches = {"attention_bias": True} if "attention_bias" in config else {}
+    switches = {switch: True for switch in SWITCHES if switch in config}
     adapter = family(config | switches | PUBLISHED.get(name, {}))
-    view = adapter.outline(0)
-    fixed = [GROUPS[group] for group, size in count(view).items() if size]
-    removes = "everything" if len(fixed) == len(GROUPS) else ", ".join(fixed)
+    views = [adapter.outline(layer) for layer in range(adapter.layers)]
+    removes = _removed([count(view) for view in views])
     try:
-        check(view)
-        ranks = "in whole rotary pairs" if view.rotary == view.k.weight.shape[2] else "yes"
+        for view in views:
+            check(view)
+        pairs = any(view.rotary == view.k.weight.shape[2] for view in views)
+        ranks = "in whole rotary pairs" if pairs else "yes"
     except ValueError:
         ranks = "–"
     try:
@@ -65,6 +72,16 @@ def row(name: str) -> tuple[str, str, str, str]:
     except ValueError:
         slices = "–"
     return removes, ranks, slices, "yes" if name in neutreno.FAMILIES else "–"
+
+
+def _removed(counts: list[dict[str, int]]) -> str:
+    """What gauge fixing removes from layers of these ``counts``, in words."""
+    everywhere = [name for group, name in GROUPS.items() if all(layer[group] for layer in counts)]
+    somewhere = [name for group, name in GROUPS.items() if any(layer[group] for layer in counts)]
+    if len(everywhere) == len(GROUPS):
+        return "everything"
+    more = [name for name in somewhere if name not in everywhere]
+    return ", ".join(everywhere) + (f"; {', '.join(more)} in some layers" if more else "")
 
 
 def table() -> str:

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, Cohere2Config, Cohere2ForCausalLM
 
 from gaugekit import samples
 from gaugekit.calibration import streaming
@@ -225,3 +225,19 @@ def test_bad_input(tmp_path):
     gpt2().save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="checkpoint: expected a tokenizer"):
         streaming.collect(tmp_path / "bare", TEXT)
+
+
+@pytest.mark.parametrize("window", [4, 60])
+def test_layers_that_see_other_tokens_than_the_first_are_refused(window, tmp_path):
+    """Every block is given what the first was given: under a window that no text reaches, that is right."""
+    config = Cohere2Config(
+        vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        layer_types=["sliding_attention", "full_attention"], sliding_window=window, pad_token_id=0,
+    )  # fmt: skip
+    Cohere2ForCausalLM(config).save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    if window == 4:
+        with pytest.raises(ValueError, match="expected layers that see a text of 12 tokens alike.*windows"):
+            streaming.collect(tmp_path, ["abcdefghijkl"])
+    else:
+        assert len(streaming.collect(tmp_path, ["abcdefghijkl"])) == 2

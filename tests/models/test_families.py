@@ -174,6 +174,9 @@ def test_masks_of_old_files_are_no_parameters():
 STABLELM = {
     "model_type": "stablelm", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "rope_theta": 10_000,
 }  # fmt: skip
+FALCON = {**STABLELM, "model_type": "falcon"}
+GPTJ = {"model_type": "gptj", "n_embd": 32, "n_head": 4, "n_layer": 1}
+MPT = {"model_type": "mpt", "d_model": 32, "n_heads": 4, "n_layers": 1}
 BERT = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}
 
 
@@ -198,6 +201,30 @@ BERT = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_
             "partial_rotary_factor: expected .* even number of 8 .*got 3",
         ),
         ({**STABLELM, "partial_rotary_factor": 1.25}, "partial_rotary_factor: .* got 10"),
+        ({**STABLELM, "model_type": "olmo", "clip_qkv": 8.0}, "clip_qkv: expected null, got 8.0"),
+        ({**STABLELM, "model_type": "gpt_neox", "rotary_pct": 0.4}, "rotary_pct: .*even number of 8.*got 3"),
+        ({**STABLELM, "model_type": "gpt_neox", "hidden_size": 30}, "hidden_size: .*multiple.*=4, got 30"),
+        ({**STABLELM, "model_type": "phi3", "num_key_value_heads": 3}, "num_key_value_heads: .*got 3"),
+        ({**STABLELM, "model_type": "smollm3", "no_rope_layers": []}, "no_rope_layers: .*1 layers, got 0"),
+        (
+            {**STABLELM, "model_type": "cohere2", "num_hidden_layers": 2, "layer_types": ["x"]},
+            "layer_types: .*got 1",
+        ),
+        ({**FALCON, "num_attention_heads": 3}, "hidden_size: .*multiple.*=3, got 32"),
+        (
+            {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 3},
+            "num_kv_heads: .*divisor of 4.*got 3",
+        ),
+        ({**FALCON, "hidden_size": 36}, "head_dim: .*even number of 9 channels, got 9"),
+        ({**GPTJ, "rotary_dim": 10}, "rotary_dim: .*even number of 8 channels, got 10"),
+        ({**GPTJ, "n_embd": 34}, "n_embd: .*multiple.*=4, got 34"),
+        (GPTJ, "rotary_dim: .*even number of 8 channels, got 64"),
+        ({**MPT, "attn_config": {"clip_qkv": 8}}, "clip_qkv null, got 8"),
+        ({**MPT, "d_model": 34}, "d_model: .*multiple.*=4, got 34"),
+        ({"model_type": "mpt"}, "expected an entry 'd_model', got none"),
+        ({"model_type": "bloom", "n_embed": 34, "n_head": 4}, "hidden_size: .*multiple.*=4, got 34"),
+        ({"model_type": "gpt_neo", "hidden_size": 34, "num_heads": 4}, "hidden_size: .*multiple.*=4, got 34"),
+        ({"model_type": "gpt_bigcode", "n_embd": 34, "n_head": 4}, "n_embd: .*multiple.*=4, got 34"),
     ],
 )
 def test_what_is_not_covered_is_refused_with_the_reason(config, message):

@@ -90,6 +90,22 @@ def test_concat():
     assert torch.equal(module(x), torch.cat([module[0](x), module[1](x)], -1))
 
 
+def test_concat_by_groups():
+    """Two heads, of each the outputs of all parts together: worked out head by head."""
+    parts = [
+        {"form": "linear", "arguments": {"inputs": 12, "outputs": 8, "bias": True}},
+        {"form": "gauge_projection", "arguments": {"inputs": 12, "heads": 2, "width": 3, "bias": False}},
+    ]
+    module = forms.build({"form": "concat", "arguments": {"parts": parts, "groups": 2}}, dtype=torch.float64)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    assert set(module.state_dict()) == {"0.weight", "0.bias", "1.free", "1.rows"}
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    first, second = module[0](x), module[1](x)
+    expected = [first[..., :4], second[..., :3], first[..., 4:], second[..., 3:]]
+    assert torch.equal(module(x), torch.cat(expected, -1))
+
+
 def test_under_compile():
     module = projection(12, 3, 4, dtype=torch.float32)
     x = torch.randn(6, 12)
@@ -132,6 +148,10 @@ def test_meta_device():
         ({"form": "linear"}, "expected"),
         ("linear", "expected"),
         ({"form": "linear", "arguments": {"inputs": 2}}, "arguments do not fit"),
+        (
+            {"form": "concat", "arguments": {"parts": [], "groups": 0}},
+            "groups: expected a positive integer, got 0",
+        ),
         ({"form": "gauge_projection", "arguments": {"inputs": 2, "heads": 1, "width": 3}}, "width"),
         ({"form": "gauge_projection", "arguments": {"inputs": 2, "heads": 0, "width": 1}}, "heads"),
         ({"form": "gauge_projection", "arguments": {"inputs": "2", "heads": 1, "width": 1}}, "inputs"),

@@ -7,7 +7,7 @@ import torch
 
 from gaugekit.calibration.streaming import Moments
 from gaugekit.checkpoint.compact import low_rank
-from gaugekit.models import AttentionView, Projection
+from gaugekit.models import AttentionView, Projection, used_channels
 from gaugekit.rank import Truncate, head_ranks, rounding_norm, spectrum
 from gaugekit.rank.truncation import cut
 from gaugekit.symmetry import GaugeFix, count
@@ -76,15 +76,17 @@ def test_ranks_by_energy_are_the_smallest():
             assert rank == 1 or row[: rank - 1].sum() < energy * row.sum()
 
 
-def test_rotary_channels_go_in_whole_pairs_chosen_by_energy():
-    view = random_view(rotary=6)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_channels_go_in_whole_pairs_chosen_by_energy(interleaved):
+    view = replace(random_view(rotary=6), interleaved=interleaved)
+    pair = [2, 3] if interleaved else [1, 4]
     for part, gain in ((view.q, 100.0), (view.k, 100.0)):
-        part.weight[..., [1, 4]] *= gain
+        part.weight[..., pair[1]] *= gain
     after = Truncate(2).layer(view)
-    assert after.channels == ((1, 4), (1, 4))
-    assert torch.equal(after.q.weight[..., [1, 4]], view.q.weight[..., [1, 4]])  # the numbers themselves stay
-    assert torch.equal(after.k.bias[:, [1, 4]], view.k.bias[:, [1, 4]])  # a key bias turns, so it can be seen
-    assert after.q.weight[..., [0, 2, 3, 5]].count_nonzero() == 0
+    assert after.channels == (tuple(pair), tuple(pair)) == used_channels(after)
+    assert torch.equal(after.q.weight[..., pair], view.q.weight[..., pair])  # the numbers themselves stay
+    assert torch.equal(after.k.bias[:, pair], view.k.bias[:, pair])  # a key bias turns, so it can be seen
+    assert after.q.weight[..., [i for i in range(6) if i not in pair]].count_nonzero() == 0
     with pytest.raises(
         ValueError, match="expected an even number, since rotary channels go in whole pairs; got 3"
     ):
@@ -95,13 +97,16 @@ def test_rotary_channels_go_in_whole_pairs_chosen_by_energy():
     assert close < 0.5
 
 
-def test_partial_rotary_keeps_its_plain_part_free():
-    """Channels (0, 2) and (1, 3) turn in pairs; of 4 and 5 an odd rank keeps one, the strongest direction of both."""
-    view = random_view(rotary=4)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_partial_rotary_keeps_its_plain_part_free(interleaved):
+    """Channels (0, 2) and (1, 3), or (0, 1) and (2, 3), turn in pairs; of 4 and 5 an odd rank keeps one, the strongest
+    direction of both."""
+    view = replace(random_view(rotary=4), interleaved=interleaved)
+    pairs = [(0, 1, 4), (2, 3, 4)] if interleaved else [(0, 2, 4), (1, 3, 4)]
     ranks = {rank: Truncate(rank).layer(view) for rank in (1, 3, 5)}
     for rank, after in ranks.items():
         for kept in after.channels:
-            assert kept in {1: [(4,)], 3: [(0, 2, 4), (1, 3, 4)], 5: [(0, 1, 2, 3, 4)]}[rank]
+            assert kept in {1: [(4,)], 3: pairs, 5: [(0, 1, 2, 3, 4)]}[rank]
     plain = [torch.cat([part.weight, part.bias[:, None]], 1)[..., 4:] for part in (view.q, view.k)]
     turned = [torch.cat([part.weight, part.bias[:, None]], 1)[..., 4] for part in (ranks[1].q, ranks[1].k)]
     for group in range(2):

@@ -70,6 +70,20 @@ def test_one_head_as_wide_as_the_model():
         assert torch.equal(coordinates(weight, rows)[0, rows[0]], torch.eye(6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["max_volume", "shared_partition"])
+def test_what_was_fixed_so_before_keeps_its_rows(how, dtype):
+    weight = heads(3, 24, 8)
+    rows = choose(weight, how)
+    fixed = coordinates(weight, rows).to(dtype).double()
+    assert torch.equal(choose(fixed, how), rows)
+    assert torch.equal(coordinates(fixed, rows), fixed)
+    other = choose(
+        coordinates(weight, torch.arange(8).expand(3, -1)), "max_volume"
+    )  # of large entries: chosen anew
+    assert not torch.equal(other.sort(1).values, torch.arange(8).expand(3, -1))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="'max_volume' or 'shared_partition', got 'first'"):
         choose(heads(1, 4, 2), "first")

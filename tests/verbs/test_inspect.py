@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomModel
+from transformers import DebertaConfig, DebertaModel
 
 import gaugekit.verbs.inspect
 from gaugekit import samples
@@ -179,9 +179,13 @@ def test_without_a_tokenizer_there_is_no_token_cosine():
 def test_what_cannot_be_inspected_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a directory with config.json"):
         gaugekit.inspect(tmp_path / "nowhere")
-    bloom = BloomModel(BloomConfig(vocab_size=90, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="model_type: 'bloom' is not covered: its fused projection"):
-        gaugekit.inspect(bloom)
+    deberta = DebertaModel(
+        DebertaConfig(
+            vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    )
+    with pytest.raises(ValueError, match="model_type: 'deberta' is not covered: its fused projection"):
+        gaugekit.inspect(deberta)
 
 
 @minilm

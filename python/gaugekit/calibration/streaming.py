@@ -300,7 +300,24 @@ def _sequences(checkpoint: Checkpoint, text, max_tokens: int | None) -> tuple[li
     config = loading.config(checkpoint.path)
     longest = loading.positions(config)
     sequences = token_ids(tokenizer, text, longest, most=max_tokens, argument="text_file")
+    _check_kinds(config, max(map(len, sequences), default=0))
     return sequences, padding(config)
+
+
+def _check_kinds(config, longest: int) -> None:
+    """ValueError where layers of several kinds are told different things of the ``longest`` sequence: every block is
+    given what the first was given.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) < 2:
+        return
+    window = getattr(config, "sliding_window", None) or longest
+    if longest > window or kinds & set(getattr(config, "rope_parameters", None) or ()):
+        what = "windows" if longest > window else "rotary positions"
+        raise ValueError(
+            f"checkpoint: expected layers that see a text of {longest} tokens alike, got some with {what} of their "
+            "own; load the model and use gaugekit.rank.truncate(model, text)"
+        )
 
 
 def _identity(

@@ -25,11 +25,13 @@ SIZES = (
     "n_head",
     "n_positions",
     "n_inner",
+    "n_embed",
     "d_model",
     "d_kv",
     "dim",
     "num_heads",
     "n_heads",
+    "num_kv_heads",
     "encoder_attention_heads",
     "decoder_attention_heads",
 )
@@ -115,6 +117,10 @@ def _is_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+
+
 def _a(kind: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kind)
 
@@ -125,11 +131,22 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "quantization_config": ("null or an object with a quant_method", _is_quantization),
     **dict.fromkeys(SIZES, (f"a whole number from 1 to {LARGEST}", _is_size)),
     **dict.fromkeys(DEPTHS, (f"a whole number from 1 to {DEEPEST}", _is_depth)),
-    **dict.fromkeys(("rope_parameters", "rope_scaling", *PARTS), ("null or an object", _a(dict))),
+    **dict.fromkeys(
+        ("rope_parameters", "rope_scaling", "attn_config", *PARTS), ("null or an object", _a(dict))
+    ),
+    "layer_types": ("null or a list of strings", _is_strings),
+    "no_rope_layers": ("null or a list of numbers", _is_numbers),
     **dict.fromkeys(
         (
             "rope_theta",
             "partial_rotary_factor",
+            "rotary_pct",
+            "rotary_emb_base",
+            "rotary_dim",
+            "attention_multiplier",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "clip_qkv",
             "layer_norm_eps",
             "layer_norm_epsilon",
             "rms_norm_eps",
@@ -144,6 +161,12 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "attention_bias",
             "use_qkv_bias",
             "qk_layernorm",
+            "use_qk_norm",
+            "use_bias",
+            "qkv_bias",
+            "multi_query",
+            "new_decoder_architecture",
+            "alibi",
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",
             "tie_word_embeddings",
@@ -153,7 +176,6 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("true or false", _a(bool)),
     ),
     "position_embedding_type": ("a string", _a(str)),
-    "layer_types": ("a list of strings", _is_strings),
 }
 
 

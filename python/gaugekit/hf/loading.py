@@ -24,7 +24,7 @@ from gaugekit.files.missing import how_to_convert, how_to_get
 _building = threading.RLock()
 _switch = threading.Lock()
 _loud: list[tuple[bool, int]] = []  # one entry for each thread that keeps quiet: what it was before the first
-POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gaugekit.models.decoders import llama, opt, phi, stablelm
-from gaugekit.models.decoders.gpt2 import Gpt2
+from gaugekit.models.decoders import cohere, gemma, gpt2, gpt_neo, gptj, llama, opt, phi, smollm3, stablelm
+from gaugekit.models.decoders.fused import bloom, falcon, gpt_bigcode, gpt_neox, mpt, phi3
 from gaugekit.models.encoder_decoders import bart, t5
 from gaugekit.models.encoders import albert, bert, clip, distilbert, modernbert, vit
 from gaugekit.models.family import Family, Read
@@ -29,11 +29,22 @@ ADAPTERS: tuple[type[Family], ...] = (
     distilbert.DistilBert,
     albert.Albert,
     modernbert.ModernBert,
-    Gpt2,
+    gpt2.Gpt2,
     llama.Llama,
+    gemma.Gemma,
+    smollm3.SmolLm3,
+    cohere.Cohere,
     opt.Opt,
     phi.Phi,
     stablelm.StableLm,
+    gptj.GptJ,
+    gpt_neo.GptNeo,
+    gpt_neox.GptNeoX,
+    phi3.Phi3,
+    bloom.Bloom,
+    mpt.Mpt,
+    falcon.Falcon,
+    gpt_bigcode.GptBigCode,
     bart.Bart,
     t5.T5,
     vit.Vit,
@@ -43,7 +54,7 @@ ADAPTERS: tuple[type[Family], ...] = (
 FAMILIES: dict[str, type[Family]] = {name: adapter for adapter in ADAPTERS for name in adapter.names}
 FUSED = "its fused projection of queries, keys and values has no adapter yet"
 REFUSED = {
-    **dict.fromkeys(("bloom", "deberta", "mpt"), FUSED),
+    "deberta": FUSED,
     "gemma3": "its language model has an adapter only by itself (gemma3_text)",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,13 @@ class Family(ABC):
     def stream(self) -> Stream:
         """The residual stream of the model; ValueError, with the reason, where this house cannot turn it."""
         raise ValueError(f"model_type: the residual stream of {self.name!r} models has no view yet")
+
+    def entry(self, *names: str) -> Any:
+        """The first entry of the config called so that is not null; KeyError, with the first name, without one."""
+        for name in names:
+            if self.config.get(name) is not None:
+                return self.config[name]
+        raise KeyError(names[0])
 
     def refuse_odd_heads(self) -> None:
         """ValueError for cross-attention beside the self-attention, and for heads that were cut out of some layers."""

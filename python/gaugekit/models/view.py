@@ -33,6 +33,7 @@ NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone 
 POSITIONS = (
     "it multiplies queries and keys with vectors of position, and its scores are no matter of W_Q W_Kᵀ alone"
 )
+CAPPED = "it caps the scores, which then show what shifts a whole row of them"
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class AttentionView:
     """The attention of one layer: q [H, D, K], k [G, D, K], v [G, D, V], o [H, V, D].
 
     Query head h reads group h // (H/G). ``scale`` multiplies the scores; ``rotary`` is the number of channels turned
-    by position (0: none), channel i < rotary/2 paired with i + rotary/2 and turned by position · base^(−2i/rotary);
-    ``causal``: no token sees a later one. ``layer`` is its place in the model. ``channels`` [G][R_g] lists, where some
-    are zero in queries and keys alike, those of the K channels that are not (ascending; None: all are in use).
-    ``barred`` {group: reason} names the groups that are left alone in this family although the parts are there, and
-    only those: what comes between queries and keys says nothing of values. ``cross``: keys and values read another
-    sequence than queries do, the encoder's output.
+    by position (0: none), the i-th of the ``pairs`` by position · base^(−2i/rotary): channel i < rotary/2 with
+    i + rotary/2, or the neighbours 2i and 2i + 1 where they are ``interleaved``. ``causal``: no token sees a later one.
+    ``slopes`` [H], where there are any: ALiBi, which adds slope · position of the key to the scores of a head.
+    ``softcap`` c, where there is one, makes c · tanh(score/c) of each score. ``layer`` is its place in the model.
+    ``channels`` [G][R_g] lists, where some are zero in queries and keys alike, those of the K channels that are not
+    (ascending; None: all are in use). ``barred`` {group: reason} names the groups that are left alone in this family
+    although the parts are there, and only those: what comes between queries and keys says nothing of values.
+    ``cross``: keys and values read another sequence than queries do, the encoder's output.
     """
 
     q: Projection
@@ -59,6 +62,9 @@ class AttentionView:
     layer: int = 0
     channels: tuple[tuple[int, ...], ...] | None = None
     barred: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    slopes: tuple[float, ...] | None = None
+    softcap: float | None = None
     cross: bool = False
 
     @property
@@ -83,6 +89,11 @@ class AttentionView:
             return [self.k.weight.shape[2]] * self.groups
         return [len(kept) for kept in self.channels]
 
+    @property
+    def pairs(self) -> Tensor:
+        """[2, rotary/2] int64: the channels that turn together, the pair i by position · base^(−2i/rotary)."""
+        return rotary_pairs(self.rotary, self.interleaved)
+
     def attend(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """softmax(scale·q kᵀ) v Wₒ + bₒ for ``x`` [B, T, D] in the view's dtype: the layer as its formula says, T×T.
 
@@ -90,7 +101,8 @@ class AttentionView:
 
         It is the measure of what a rewrite does to a layer. Rotary channels are turned by the base alone, without the
         corrections a config may ask for at long contexts: those change angles, not what a rewrite may do. Norms of
-        queries and keys and biases of position are left out likewise: no rewrite of theirs touches what they stand on.
+        queries and keys, learned biases of position and sliding windows are left out likewise: no rewrite touches what
+        they stand on.
         """
         if self.cross != (memory is not None):
             expected, got = ("[B, S, D]", "None") if self.cross else ("None", "a tensor")
@@ -98,9 +110,15 @@ class AttentionView:
         read = x if memory is None else memory
         q, k, v = _project(x, self.q), _project(read, self.k), _project(read, self.v)
         if self.rotary:
-            q, k = (_turn(part, self.rotary, self.rotary_base) for part in (q, k))
+            q, k = (_turn(part, self.pairs, self.rotary_base) for part in (q, k))
         k, v = (part.repeat_interleave(self.repeats, dim=1) for part in (k, v))
         scores = self.scale * q @ k.mT
+        if self.slopes is not None:
+            scores = scores + scores.new_tensor(self.slopes)[:, None, None] * torch.arange(
+                x.shape[1], device=x.device
+            )
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
         if self.causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(hidden, -torch.inf)
@@ -113,14 +131,21 @@ def _project(x: Tensor, part: Projection) -> Tensor:
     return y if part.bias is None else y + part.bias[:, None]
 
 
-def _turn(x: Tensor, rotary: int, base: float) -> Tensor:
-    """x [B, heads, T, K], its first ``rotary`` channels turned by the position."""
-    half = rotary // 2
-    steps = torch.arange(half, dtype=x.dtype, device=x.device)
-    angle = torch.arange(x.shape[2], dtype=x.dtype, device=x.device)[:, None] * base ** (-steps / half)
-    left, right, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
-    turned = left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()
-    return torch.cat([*turned, rest], -1)
+def rotary_pairs(rotary: int, interleaved: bool) -> Tensor:
+    """[2, rotary/2] int64: (i, i + rotary/2), or the neighbours (2i, 2i + 1) where they are ``interleaved``."""
+    order = torch.arange(rotary)
+    return order.view(rotary // 2, 2).mT if interleaved else order.view(2, rotary // 2)
+
+
+def _turn(x: Tensor, pairs: Tensor, base: float) -> Tensor:
+    """x [B, heads, T, K], the ``pairs`` [2, n] of its channels turned by the position."""
+    steps = torch.arange(pairs.shape[1], dtype=x.dtype, device=x.device)
+    angle = torch.arange(x.shape[2], dtype=x.dtype, device=x.device)[:, None] * base ** (-steps / len(steps))
+    left, right = (x[..., channels] for channels in pairs)
+    turned = x.clone()
+    turned[..., pairs[0]] = left * angle.cos() - right * angle.sin()
+    turned[..., pairs[1]] = right * angle.cos() + left * angle.sin()
+    return turned
 
 
 def used_channels(view: AttentionView) -> tuple[tuple[int, ...], ...] | None:
@@ -132,10 +157,10 @@ def used_channels(view: AttentionView) -> tuple[tuple[int, ...], ...] | None:
                for p in (view.q, view.k)]  # fmt: skip
     q, k = ((weight != 0).any(1) for weight in weights)
     used = q.unflatten(0, (view.groups, -1)).any(1) | k
-    half = view.rotary // 2
-    pairs = used[:, :half] | used[:, half : view.rotary]
-    used = torch.cat([pairs, pairs, used[:, view.rotary :]], 1)
-    first = [0, half] if view.rotary else [0]
+    left, right = view.pairs
+    used[:, left] |= used[:, right]
+    used[:, right] = used[:, left]
+    first = view.pairs[:, 0] if view.rotary else torch.tensor([0])
     used[:, first] |= ~used.any(1, keepdim=True)
     if bool(used.all()):
         return None

@@ -28,9 +28,12 @@ def _linear(
 
 
 def _concat(
-    parts: list[dict], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    parts: list[dict],
+    groups: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    return Concat(build(part, device=device, dtype=dtype) for part in parts)
+    return Concat((build(part, device=device, dtype=dtype) for part in parts), groups)
 
 
 FORMS: dict[str, Callable[..., nn.Module]] = {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gaugekit.calibration.moments import Moments
 from gaugekit.models import AttentionView
+from gaugekit.models.view import rotary_pairs
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Spectrum:
     ``pairs`` [G, rotary/2]: the energy of each rotary pair; ``values`` [G, K − rotary]: singular values of the rest,
     descending; ``turn_q``, ``turn_k`` [G, K − rotary, K − rotary]: what turns those channels of W_Q and W_K into
     components in that order. ``noise`` [G]: the singular value that the rounding of the stored weights alone can make.
+    ``interleaved``: which channels a pair is (``AttentionView.pairs``).
     """
 
     pairs: Tensor
@@ -38,18 +40,26 @@ class Spectrum:
     turn_q: Tensor
     turn_k: Tensor
     noise: Tensor
+    interleaved: bool = False
 
     @property
     def energies(self) -> Tensor:
         """[G, K] the energy of each channel: half its pair's, or its singular value squared."""
-        return torch.cat([self.pairs / 2, self.pairs / 2, self.values.square()], 1)
+        rotary = torch.cat([self.pairs / 2, self.pairs / 2], 1)
+        rotary[:, self._channels.flatten()] = rotary.clone()
+        return torch.cat([rotary, self.values.square()], 1)
+
+    @property
+    def _channels(self) -> Tensor:
+        """[2, rotary/2] the channels of each pair."""
+        return rotary_pairs(2 * self.pairs.shape[1], self.interleaved)
 
     def kept(self, ranks: list[int]) -> list[list[int]]:
         """[G][R_g] the channels to keep, the most energetic first that fit, ascending; a pair stays whole."""
-        half = self.pairs.shape[1]
+        pairs = self._channels.mT.tolist()
         chosen = []
         for group, (energies, rank) in enumerate(zip(self.energies, ranks, strict=True)):
-            units = [[i, i + half] for i in range(half)] + [[i] for i in range(2 * half, len(energies))]
+            units = pairs + [[i] for i in range(2 * len(pairs), len(energies))]
             taken: list[int] = []
             for unit in sorted(units, key=lambda unit: (-energies[unit[0]].item(), unit)):
                 if len(taken) + len(unit) <= rank:
@@ -106,19 +116,19 @@ def spectrum(view: AttentionView, moments: Moments | None = None) -> Spectrum:
     floor = values[:, :1] * torch.finfo(torch.float64).eps * inputs if values.shape[1] else values
     scale = torch.where(values > floor, values, torch.inf).rsqrt()[:, None]
     turn_q, turn_k = (r_k.mT @ v.mT) * scale, (r_q.mT @ u) * scale
-    half = view.rotary // 2
+    left, right = view.pairs
     size_q, size_k = (
         torch.einsum("hdk,de,hek->hk", part[..., : view.rotary], augmented, part[..., : view.rotary])
         for part in (queries, keys)
     )
     size_q = size_q.unflatten(0, (view.groups, -1)).sum(1)
-    of_q, of_k = (size[:, :half] + size[:, half:] for size in (size_q, size_k))
+    of_q, of_k = (size[:, left] + size[:, right] for size in (size_q, size_k))
     noise = values.new_zeros(view.groups)
     if values.shape[1]:
         rounded_q = rounding_norm(queries[..., plain].unflatten(0, (view.groups, -1)), view.q.dtype, root_q)
         rounded_k = rounding_norm(view.k.weight[..., plain], view.k.dtype, root_k)
         noise = _product_noise((r_q, rounded_q), (r_k, rounded_k), inputs)
-    return Spectrum(of_q * of_k / 2, values, turn_q, turn_k, noise)
+    return Spectrum(of_q * of_k / 2, values, turn_q, turn_k, noise, view.interleaved)
 
 
 def check(view: AttentionView) -> None:

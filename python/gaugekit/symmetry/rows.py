@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 BOUND = 1.02  # entries of C that a swap may leave; 1 would be a local maximum of the volume |det M|
+STILL_FIXED = 1.024  # BOUND as bfloat16 may round it
 
 
 def choose(weight: Tensor, how: str) -> Tensor:
-    """Rows [heads, K] int64 for ``weight`` [heads, D, K] float64, by "max_volume" or "shared_partition"."""
+    """Rows [heads, K] int64 for ``weight`` [heads, D, K] float64, by "max_volume" or "shared_partition".
+
+    A weight that was fixed so before keeps its rows, whatever its dtype rounded: a second fix changes nothing.
+    """
+    if how not in ("max_volume", "shared_partition"):
+        raise ValueError(f"rows: expected 'max_volume' or 'shared_partition', got {how!r}")
+    fixed = _fixed(weight)
     if how == "max_volume":
-        return max_volume(weight)
-    if how == "shared_partition":
-        return shared_partition(weight)
-    raise ValueError(f"rows: expected 'max_volume' or 'shared_partition', got {how!r}")
+        return max_volume(weight) if fixed is None or weight.abs().max() > STILL_FIXED else fixed
+    return shared_partition(weight) if fixed is None or len(fixed.unique()) < weight.shape[1] else fixed
 
 
 def max_volume(weight: Tensor) -> Tensor:
@@ -90,6 +95,12 @@ def coordinates(weight: Tensor, rows: Tensor) -> Tensor:
         found = weight @ torch.linalg.pinv(basis, rtol=_tolerance(basis))
     identity = torch.eye(rows.shape[1], dtype=weight.dtype, device=weight.device).expand_as(basis)
     return found.scatter(1, rows[..., None].expand_as(basis), identity)
+
+
+def _fixed(weight: Tensor) -> Tensor | None:
+    """Rows [heads, K] where ``weight`` is the identity already, None where a head has none."""
+    ones = (weight == 1) & ((weight != 0).sum(2, keepdim=True) == 1)  # [heads, D, K]: row i is unit vector j
+    return ones.to(torch.uint8).argmax(1) if bool(ones.any(1).all()) else None
 
 
 def take(weight: Tensor, rows: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from gaugekit.models import rope
 from gaugekit.models.family import Read
 from gaugekit.models.linears import Linears
 from gaugekit.models.stream import Junction, Stream
 from gaugekit.models.view import NORMS, AttentionView
 
-NORMED = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text", "chameleon")  # queries and keys have norms
-NAMES = ("llama", "mistral", "qwen2", *NORMED)
+NORMED = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "chameleon")  # queries and keys have norms
+NAMES = (
+    "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", *NORMED, "olmo", "granite", "arcee", "starcoder2",
+)  # fmt: skip
 STREAMS = (
     "llama",
     "mistral",
@@ -16,6 +19,9 @@ STREAMS = (
     "qwen3",
 )  # one norm before attention, one before a plain gated MLP, no more
 BIASED = {"qwen2": "qkv"}  # the parts with biases where no config entry says so
+# Of others (the entry that switches biases on, the parts that then have one, what holds where the entry is missing)
+SWITCHES = {"starcoder2": ("use_bias", "qkvo", True), "qwen2_moe": ("qkv_bias", "qkv", True)}
+SWITCH = ("attention_bias", "qkvo", False)
 
 
 class Llama(Linears):
@@ -24,12 +30,27 @@ class Llama(Linears):
     names = NAMES
     anchor = "layers.0.self_attn.o_proj.weight"
 
+    @property
+    def base(self) -> float:
+        """That of the angles, where the config gives none."""
+        return 1_000_000.0 if self.name == "mixtral" else 10_000.0
+
     def check(self) -> None:
         heads, groups, width = self.heads("q"), self.heads("k"), self.head_width
         if groups < 1 or heads % groups:
             raise ValueError(f"num_key_value_heads: expected a divisor of {heads} heads, got {groups}")
         if width % 2:
             raise ValueError(f"head_dim: expected an even number under rotary positions, got {width}")
+        kinds = self.config.get("layer_types")
+        if kinds and len(kinds) < self.layers:
+            raise ValueError(
+                f"layer_types: expected one entry for each of {self.layers} layers, got {len(kinds)}"
+            )
+        if self.config.get("clip_qkv") is not None:
+            raise ValueError(
+                f"clip_qkv: expected null, got {self.config['clip_qkv']}: queries, keys and values that are cut off "
+                "at a number leave no group"
+            )
 
     def block(self, layer: int) -> str:
         return f"layers.{layer}"
@@ -42,17 +63,40 @@ class Llama(Linears):
         return (self.config.get("num_key_value_heads") or heads) if part in "kv" else heads
 
     def biased(self, part: str) -> bool:
-        return bool(self.config.get("attention_bias")) or part in BIASED.get(self.name, "")
+        entry, parts, default = SWITCHES.get(self.name, SWITCH)
+        return part in BIASED.get(self.name, "") or (part in parts and bool(self.config.get(entry, default)))
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the scores."""
+        if self.name == "granite":
+            return float(self.config.get("attention_multiplier", 1.0))
+        return self.head_width**-0.5
+
+    @property
+    def normed(self) -> bool:
+        """Whether queries and keys have norms."""
+        return self.name in NORMED
+
+    def rotary(self, layer: int) -> int:
+        """How many channels of a head turn in this layer."""
+        return self.head_width
+
+    def kind(self, layer: int) -> str | None:
+        """What the config calls the layer, where it has layers of several kinds."""
+        kinds = self.config.get("layer_types")
+        return kinds[layer] if kinds else None
 
     def attention(self, layer: int, read: Read) -> AttentionView:
-        width = self.head_width
-        rope = self.config.get("rope_parameters") or {}
-        base = rope.get("rope_theta") or self.config.get("rope_theta") or 10_000.0
-        scale = (self.config.get("query_pre_attn_scalar") or width) ** -0.5
-        barred = dict.fromkeys(("query_key", "key_bias"), NORMS) if self.name in NORMED else {}
-        parts = self.parts(layer, read)
+        base = rope.base(self.config, self.base, kind=self.kind(layer))
+        barred = dict.fromkeys(("query_key", "key_bias"), NORMS) if self.normed else {}
         return AttentionView(
-            **parts, scale=scale, rotary=width, causal=True, rotary_base=float(base), barred=barred
+            **self.parts(layer, read),
+            scale=self.scale,
+            rotary=self.rotary(layer),
+            causal=True,
+            rotary_base=base,
+            barred=barred,
         )
 
     def stream(self) -> Stream:

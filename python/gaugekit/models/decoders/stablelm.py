@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from gaugekit.models import rope
 from gaugekit.models.decoders.llama import Llama
-from gaugekit.models.family import Family, Read
+from gaugekit.models.family import Family
 from gaugekit.models.stream import Stream
-from gaugekit.models.view import NORMS, AttentionView
 
 
 class StableLm(Llama):
@@ -16,30 +14,21 @@ class StableLm(Llama):
     names = ("stablelm",)
     partial = 0.25  # the share of a head's channels that turns where the config does not say
 
-    @property
-    def rotary(self) -> int:
-        """How many channels of a head turn; older configs give the share of them outside ``rope_parameters``."""
-        rope = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
-        share = rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor", self.partial))
-        return int(self.head_width * share)
+    def rotary(self, layer: int) -> int:
+        return rope.channels(self.config, self.head_width, self.partial)
 
     def check(self) -> None:
         super().check()
-        heads, width, rotary = self.heads("q"), self.head_width, self.rotary
+        heads, width = self.heads("q"), self.head_width
         if heads * width != self.size:
             raise ValueError(f"hidden_size: expected {heads} heads of width {width}, got {self.size}")
-        if rotary % 2 or not 0 <= rotary <= width:
-            raise ValueError(
-                f"partial_rotary_factor: expected a share that is an even number of {width} channels, got {rotary}"
-            )
 
     def biased(self, part: str) -> bool:
         return part in "qkv" and bool(self.config.get("use_qkv_bias"))
 
-    def attention(self, layer: int, read: Read) -> AttentionView:
-        normed = self.config.get("qk_layernorm")
-        barred = dict.fromkeys(("query_key", "key_bias"), NORMS) if normed else {}
-        return replace(super().attention(layer, read), rotary=self.rotary, barred=barred)
+    @property
+    def normed(self) -> bool:
+        return bool(self.config.get("qk_layernorm"))
 
     def stream(self) -> Stream:
         return Family.stream(self)  # LayerNorms, and blocks that may be parallel: not Llama's
