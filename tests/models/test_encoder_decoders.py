@@ -40,8 +40,8 @@ KIN = {
     "plbart": Kin("PLBartForConditionalGeneration", "PLBartConfig", SMALL, [ALL] * 3),
     "t5": Kin("T5ForConditionalGeneration", "T5Config", T5, [BARE] * 6, None),
     "t5's encoder": Kin("T5EncoderModel", "T5Config", T5, [BARE] * 2, None),
-    "mt5": Kin("MT5ForConditionalGeneration", "MT5Config", T5, [BARE] * 6, None),
-    "umt5": Kin("UMT5ForConditionalGeneration", "UMT5Config", T5, [BARE] * 6, None),
+    "mt5": Kin("MT5ForConditionalGeneration", "MT5Config", dict(T5, num_layers=1), [BARE] * 3, None),
+    "umt5": Kin("UMT5ForConditionalGeneration", "UMT5Config", dict(T5, num_layers=1), [BARE] * 3, None),
 }
 
 
