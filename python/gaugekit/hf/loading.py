@@ -24,7 +24,7 @@ from gaugekit.files.missing import how_to_convert, how_to_get
 _building = threading.RLock()
 _switch = threading.Lock()
 _loud: list[tuple[bool, int]] = []  # one entry for each thread that keeps quiet: what it was before the first
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
@@ -172,7 +172,7 @@ def reads(kind: type) -> str:
 def positions(config: Any) -> int:
     """How many positions a model has for tokens; 512 where its config names no limit."""
     text = config.get_text_config()
-    limits = (getattr(text, name, None) for name in POSITIONS)
+    limits = (getattr(text, name, None) for name in LIMITS)
     return min([limit - models.unused_positions(text.to_dict()) for limit in limits if limit] or [512])
 
 
