@@ -74,6 +74,20 @@ def test_two_towers_read_no_one_text():
         gk.verify(model, model, pool="mean")
 
 
+def test_a_decoder_of_text_beside_an_encoder_of_images_is_refused():
+    decoder = dict(
+        vocab_size=60, n_embd=24, n_head=3, n_layer=1, n_positions=20, bos_token_id=0, eos_token_id=0
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**IMAGE), transformers.GPT2Config(**decoder)
+    )
+    model = transformers.VisionEncoderDecoderModel(config)
+    with pytest.raises(
+        ValueError, match="a: expected a model that reads pixels alone, got one with a decoder"
+    ):
+        gk.verify(model, model)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_verify_sees_a_change_in_either_tower(name):
     model = KIN[name].model(torch.float32)

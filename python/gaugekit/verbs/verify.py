@@ -123,6 +123,8 @@ def _reads(original: Subject, result: Subject, text: object, pool: str | None) -
     if reads not in READS:
         expected = "token ids, pixels or spectrograms"
         raise ValueError(f"a: expected a model that reads {expected}, got one that reads {reads}")
+    if reads == "pixel_values" and original.decodes:
+        raise ValueError("a: expected a model that reads pixels alone, got one with a decoder of text beside")
     if result.reads != reads:
         raise ValueError(f"b: expected a model that reads {reads}, as a does, got {result.reads}")
     if result.decodes != original.decodes:
