@@ -74,6 +74,29 @@ def test_two_towers_read_no_one_text():
         gk.verify(model, model, pool="mean")
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_tower_loads_out_of_a_compact_model(name, fused, tmp_path):
+    model = KIN[name].model(torch.float32)
+    inputs = checks.inputs_of(model)
+    model.save_pretrained(tmp_path / "model")
+    if fused:
+        gk.fuse(model)
+        model.save_pretrained(tmp_path / "compact")
+        gk.unfuse(model)
+        assert not hasattr(model.config.text_config, "quantization_config")
+    else:
+        gk.convert(tmp_path / "model", tmp_path / "compact", [gk.symmetry.GaugeFix()])
+    for tower, read in (("text_model", "input_ids"), ("vision_model", "pixel_values")):
+        kind = type(model.get_submodule(tower))
+        loaded, info = kind.from_pretrained(tmp_path / "compact", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert checks.close(
+            checks.run(loaded.eval(), {read: inputs[read]}),
+            checks.run(model.get_submodule(tower), {read: inputs[read]}),
+        )
+
+
 def test_a_decoder_of_text_beside_an_encoder_of_images_is_refused():
     decoder = dict(
         vocab_size=60, n_embd=24, n_head=3, n_layer=1, n_positions=20, bos_token_id=0, eos_token_id=0

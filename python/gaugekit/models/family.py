@@ -110,6 +110,12 @@ class Family(ABC):
         """``projections`` of a live model, whatever names this adapter goes by: where forms are put."""
         return self.projections(layer)
 
+    def inside(self, modules: dict[str, dict]) -> dict[str, dict[str, dict]]:
+        """{entry of the config: those of ``modules`` that stand in the part it describes, by the part's own names}, for
+        parts that can be loaded out of a whole model.
+        """
+        return {}
+
     def recomputed(self, name: str) -> bool:
         """Whether a stored tensor is no parameter: old files hold masks that the model makes anew."""
         return False

@@ -94,6 +94,15 @@ class Clip(Compound):
         others = {name: entry for name, entry in self.config.items() if name not in map(_entry_of, TOWERS)}
         return Clip(others | {_entry_of(tower): self.config.get(_entry_of(tower)) or {} for tower in there})
 
+    def inside(self, modules: dict[str, dict]) -> dict[str, dict[str, dict]]:
+        parts = {}
+        for tower in self._towers():
+            path = f"{tower}_model."
+            parts[_entry_of(tower)] = {
+                name.removeprefix(path): spec for name, spec in modules.items() if name.startswith(path)
+            }
+        return parts
+
     def places(self) -> list[Place]:
         places = []
         for tower in self._towers():
