@@ -65,6 +65,25 @@ def test_through_every_verb(name, tmp_path):
     checks.check_verbs(KIN[name], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "total"),
+    [
+        (
+            "whisper",
+            12 * 6 * (2 * 64**2 + 64),
+        ),  # tiny: 4 layers that encode, 4 that decode with two attentions each
+        ("bart", 36 * 16 * (2 * 64**2 + 2 * 64)),  # large
+        ("t5", 18 * 8 * 2 * 64**2),  # small
+        ("clip", 12 * (8 + 12) * (2 * 64**2 + 2 * 64)),  # ViT-B/32
+        ("albert", 64 * (2 * 64**2 + 2 * 64)),  # xxlarge, 12 layers of one set of weights
+        ("modernbert", 22 * 12 * 64**2),  # base
+    ],
+)
+def test_counts_of_published_shapes_from_the_config_alone(kind, total):
+    config = transformers.AutoConfig.for_model(kind).to_dict()
+    assert gk.symmetry.GaugeFix().plan(config)["total"] == total
+
+
 def test_a_decoder_s_block_holds_two_layers():
     model = KIN["bart"].model()
     live = Live(model)
