@@ -52,7 +52,7 @@ class Bench:
     evaluation: Path
     calibration: Path
     elsewhere: Path | None
-    drop: float
+    drops: list[float]
     forms: list[str]
 
     def __post_init__(self):
@@ -135,7 +135,7 @@ def rows_of(bench: Bench, fractions: list[float], heal: int) -> Iterator[dict]:
 
 def _rows_of_fraction(bench: Bench, fraction: float, heal: int) -> Iterator[dict]:
     dense = None
-    cases = [(form, 0.0) for form in bench.forms] + ([("polar", bench.drop)] if bench.drop else [])
+    cases = [(form, 0.0) for form in bench.forms] + [("polar", drop) for drop in bench.drops if drop]
     for form, drop in cases:
         label = form if not drop else f"{form}, dropped below {drop:g}"
         if form != "bits-back":  # in float32 that is the dense form
@@ -216,7 +216,7 @@ def main() -> None:
         "--forms", nargs="+", choices=FORMS, default=list(FORMS), help="dense is always measured"
     )
     parser.add_argument(
-        "--drop", type=float, default=0.1, help="of polar, columns below it go; 0: no such row"
+        "--drop", type=float, nargs="+", default=[0.1], help="of polar, columns below it go; 0: no such row"
     )
     parser.add_argument("--heal", type=int, default=0, metavar="STEPS", help="heal the polar forms, too")
     parser.add_argument("--evaluation", type=Path, metavar="FILE")
@@ -237,7 +237,7 @@ def main() -> None:
             folder = work / source.name
             folder.mkdir(exist_ok=True)
             bench = Bench(
-                source, folder, **files, elsewhere=options.out_of_domain, drop=options.drop, forms=forms
+                source, folder, **files, elsewhere=options.out_of_domain, drops=options.drop, forms=forms
             )
             for row in rows_of(bench, options.fractions, options.heal):
                 rows.append(row | where | {"threads": torch.get_num_threads()})

@@ -165,10 +165,25 @@ def test_gpt2_scale():
     assert models.Live(gpt2(scale_attn_weights=False)).attention(1).scale == 1.0
 
 
-def test_masks_of_old_files_are_no_parameters():
-    family = models.FAMILIES["gpt2"]({"model_type": "gpt2"})
-    assert family.recomputed("transformer.h.3.attn.bias") and family.recomputed("h.0.attn.masked_bias")
-    assert not family.recomputed("h.0.attn.c_attn.bias") and not family.recomputed("h.0.mlp.c_fc.bias")
+@pytest.mark.parametrize(
+    ("kind", "made_anew", "stored"),
+    [
+        ("gpt2", ["transformer.h.3.attn.bias", "h.0.attn.masked_bias"], ["h.0.attn.c_attn.bias", "h.0.mlp.c_fc.bias"]),
+        ("gptj", ["transformer.h.3.attn.bias", "h.0.attn.masked_bias"], ["h.0.mlp.fc_in.bias"]),
+        ("gpt_neo", ["transformer.h.3.attn.attention.bias"], ["h.0.attn.attention.out_proj.bias"]),
+        (
+            "gpt_neox",
+            ["gpt_neox.layers.0.attention.bias", "layers.11.attention.masked_bias",
+             "gpt_neox.layers.0.attention.rotary_emb.inv_freq"],
+            ["layers.0.attention.dense.bias", "layers.0.attention.query_key_value.bias"],
+        ),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"], ["model.layers.0.self_attn.q_proj.weight"]),
+    ],
+)  # fmt: skip
+def test_masks_and_angles_of_old_files_are_no_parameters(kind, made_anew, stored):
+    family = models.FAMILIES[kind]({"model_type": kind})
+    assert all(family.recomputed(name) for name in made_anew)
+    assert not any(family.recomputed(name) for name in stored)
 
 
 STABLELM = {

@@ -24,7 +24,8 @@ def choose(weight: Tensor, how: str) -> Tensor:
     fixed = _fixed(weight)
     if how == "max_volume":
         return max_volume(weight) if fixed is None or weight.abs().max() > STILL_FIXED else fixed
-    return shared_partition(weight) if fixed is None or len(fixed.unique()) < weight.shape[1] else fixed
+    partition = fixed is not None and fixed.numel() == len(fixed.unique()) == weight.shape[1]
+    return fixed if partition else shared_partition(weight)
 
 
 def max_volume(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from gaugekit.models.decoders.llama import Llama
 from gaugekit.models.family import Read
 from gaugekit.models.view import AttentionView
 
-GATHERED = ("glm", "helium")  # the output has no bias of its own
+UNBIASED = ("glm", "helium")  # in their output
 
 
 class Cohere(Llama):
@@ -18,14 +18,14 @@ class Cohere(Llama):
     Cohere 2 turns nothing in layers that see the whole text. GLM turns a share of each head.
     """
 
-    names = ("cohere", "cohere2", *GATHERED)
+    names = ("cohere", "cohere2", *UNBIASED)
 
     @property
     def base(self) -> float:
         return {"cohere": 500_000.0, "helium": 100_000.0}.get(self.name, 10_000.0)
 
     def biased(self, part: str) -> bool:
-        if part == "o" and self.name in GATHERED:
+        if part == "o" and self.name in UNBIASED:
             return False
         return bool(self.config.get("attention_bias", self.name == "glm"))
 

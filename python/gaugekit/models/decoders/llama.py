@@ -99,6 +99,9 @@ class Llama(Linears):
             barred=barred,
         )
 
+    def recomputed(self, name: str) -> bool:
+        return name.endswith(".self_attn.rotary_emb.inv_freq")
+
     def stream(self) -> Stream:
         if self.name not in STREAMS:
             return super().stream()
