@@ -63,6 +63,16 @@ def test_a_published_config_leaves_its_sizes_out():
     assert adapter.block(12) == "vision_model.encoder.layers.0"
 
 
+def test_a_tower_for_images_reads_no_text_that_its_model_could(tmp_path):
+    from tiny import add_tokenizer
+
+    KIN["clip"].model(torch.float32).save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    tower = transformers.CLIPVisionModel.from_pretrained(tmp_path)
+    report = gk.inspect(tower)
+    assert report["token_cosine"] is None and report["unobservable"] == KIN["clip_vision_model"].counts
+
+
 def test_two_towers_read_no_one_text():
     model = KIN["clip"].model(torch.float32)
     report = gk.inspect(model)

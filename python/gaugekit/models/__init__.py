@@ -99,8 +99,8 @@ class Layers:
     ``config`` is the content of ``config.json``, ``names`` the names of all tensors, ``read(name)`` gives one. For a
     checkpoint: ``Layers(checkpoint.config, checkpoint.names(), checkpoint.read)``. Attributes: ``family``, ``config``
     (as the family has it: of an encoder without its decoder it says so), ``prefix`` (what stands before the base
-    model's names: "", "bert.", ...). Raises ValueError for a family that is not
-    known, a model that is not found among the names, or one that was sliced.
+    model's names: "", "bert.", ...). Raises ValueError for a family that is not known, a model that is not found among
+    the names, or one that was sliced.
     """
 
     def __init__(self, config: dict, names: Iterable[str], read: Read):

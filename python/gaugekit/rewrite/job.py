@@ -129,7 +129,7 @@ class Job:
         if modules:
             config["quantization_config"] = _compact(modules)
             for entry, part in self.layers.family.inside(modules).items():
-                config[entry] = {**config[entry], "quantization_config": _compact(part)}
+                config[entry] = {**(config.get(entry) or {}), "quantization_config": _compact(part)}
         return config
 
     def _plain_config(self) -> dict:

@@ -179,10 +179,10 @@ class _Text:
             return
         live = isinstance(model, torch.nn.Module)
         path = loading.home(model) if live else Path(model)
-        kind = type(model) if live else loading.architecture(path)
-        tokenizer = (
-            loading.tokenizer(path) if path is not None and loading.reads(kind) == "input_ids" else None
-        )
+        tokenizer = loading.tokenizer(path) if path is not None else None
+        if tokenizer is not None:  # it may stand there for another part of the model
+            kind = type(model) if live else loading.architecture(path)
+            tokenizer = tokenizer if loading.reads(kind) == "input_ids" else None
         if tokenizer is None:
             if text is not None:
                 raise ValueError("text: expected a tokenizer beside the model to read text with, found none")

@@ -128,8 +128,8 @@ def _reads(original: Subject, result: Subject, text: object, pool: str | None) -
     if result.reads != reads:
         raise ValueError(f"b: expected a model that reads {reads}, as a does, got {result.reads}")
     if result.decodes != original.decodes:
-        with_decoder = "with" if original.decodes else "without"
-        raise ValueError(f"b: expected a model {with_decoder} a decoder beside its encoder, as a is")
+        side = "with" if original.decodes else "without"
+        raise ValueError(f"b: expected a model {side} a decoder beside its encoder, as a is")
     if "input_ids" not in reads and text is not None:
         what = "pixels" if reads == "pixel_values" else "spectrograms"
         raise ValueError(f"text: expected none, since the model reads {what}, not text")

@@ -63,7 +63,7 @@ class Tower(Linears):
         return AttentionView(**self.parts(layer, read), scale=self.head_width**-0.5, causal=causal)
 
     def _entry(self, name: str) -> int:
-        return self.config.get(name, DEFAULTS[self.name][name])
+        return self.config.get(name) or DEFAULTS[self.name][name]
 
 
 class Clip(Compound):
