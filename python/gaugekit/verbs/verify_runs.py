@@ -37,7 +37,8 @@ TOKENS = 2048  # as many are always run, where the text holds them
 SMALL = 30_000_000  # parameters up to which the whole default text is cheap
 LOGITS = 1 << 23  # numbers a batch of logits may hold: 64 MB in float64
 IMAGES = 16  # seeded random images for a model that reads pixels
-BESIDE = 4  # images beside each batch of texts, and spectrograms for a model that reads sound
+BESIDE = 4  # images beside each batch of texts
+SOUNDS = 2  # spectrograms for a model that reads them: each costs as much as hundreds of sentences
 
 
 @dataclass
@@ -295,7 +296,7 @@ def make_batches(
     if reads == "pixel_values":
         return pixel_batches(config, batch_size)
     if reads == "input_features":
-        return sound_batches(config, min(batch_size, BESIDE), subject.decodes)
+        return sound_batches(config, min(batch_size, SOUNDS), subject.decodes)
     texts = text_batches(ids, pad, batch_size, model)
     if subject.decodes:
         for batch in texts:
@@ -324,14 +325,14 @@ def sound_batches(config: Any, batch_size: int, decodes: bool) -> list[Batch]:
             f"got {bins!r} and {length!r}"
         )
     generator = torch.Generator().manual_seed(0)
-    sounds = torch.randn(BESIDE, bins, 2 * length, generator=generator, dtype=torch.float64)
+    sounds = torch.randn(SOUNDS, bins, 2 * length, generator=generator, dtype=torch.float64)
     parts = sounds.split(batch_size)
     if not decodes:
         return [Batch({"input_features": part}, None) for part in parts]
     from gaugekit.hf import loading
 
     pad = padding(config)
-    ids = random_sequences(config.vocab_size, loading.positions(config), count=BESIDE, avoid=pad)
+    ids = random_sequences(config.vocab_size, loading.positions(config), count=SOUNDS, avoid=pad)
     made = zip(parts, batches(ids, batch_size, pad), strict=True)
     return [
         Batch({"input_features": part} | _decoded(rows, mask, config), mask.bool())
