@@ -36,9 +36,9 @@ READS = ("input_ids", "pixel_values", "input_ids and pixel_values", "input_featu
 TOKENS = 2048  # as many are always run, where the text holds them
 SMALL = 30_000_000  # parameters up to which the whole default text is cheap
 LOGITS = 1 << 23  # numbers a batch of logits may hold: 64 MB in float64
-IMAGES = 16  # seeded random images for a model that reads pixels
+IMAGES = 16  # seeded random images, or spectrograms, for a model that reads nothing else
 BESIDE = 4  # images beside each batch of texts
-SOUNDS = 2  # spectrograms for a model that reads them: each costs as much as hundreds of sentences
+SOUNDS = 2  # spectrograms where a decoder reads tokens beside: each costs as much as hundreds of sentences
 
 
 @dataclass
@@ -325,14 +325,15 @@ def sound_batches(config: Any, batch_size: int, decodes: bool) -> list[Batch]:
             f"got {bins!r} and {length!r}"
         )
     generator = torch.Generator().manual_seed(0)
-    sounds = torch.randn(SOUNDS, bins, 2 * length, generator=generator, dtype=torch.float64)
+    count = SOUNDS if decodes else IMAGES
+    sounds = torch.randn(count, bins, 2 * length, generator=generator, dtype=torch.float64)
     parts = sounds.split(batch_size)
     if not decodes:
         return [Batch({"input_features": part}, None) for part in parts]
     from gaugekit.hf import loading
 
     pad = padding(config)
-    ids = random_sequences(config.vocab_size, loading.positions(config), count=SOUNDS, avoid=pad)
+    ids = random_sequences(config.vocab_size, loading.positions(config), count=count, avoid=pad)
     made = zip(parts, batches(ids, batch_size, pad), strict=True)
     return [
         Batch({"input_features": part} | _decoded(rows, mask, config), mask.bool())
