@@ -66,8 +66,8 @@ def verify(
     tokenizer, of which a model above 30 M parameters reads the first that have 2,048 ``tokens``; else 64 sequences
     of seeded random ids, or 16 seeded random images for a model that reads pixels. A decoder beside an encoder reads
     the same text, a token late; a model with two towers 4 images beside each batch of texts; one that reads sound, 16
-    seeded random spectrograms, or 2 and random ids for its decoder. ``progress(done, total)`` counts tokens (or images) over all
-    passes.
+    seeded random spectrograms, or 2 and random ids for its decoder. ``progress(done, total)`` counts tokens (or images)
+    over all passes.
 
     Raises ValueError for a directory without config.json, weights or a known architecture, for models of different
     vocabularies or output shapes, and for text without a tokenizer; ImportError where transformers is absent.
