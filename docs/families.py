@@ -25,12 +25,22 @@ TITLES = {
     "deberta-v2": "DeBERTa v2, v3", "gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
     "qwen3": "Qwen3", "qwen3_moe": "Qwen3 MoE", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "gemma3_text": "Gemma 3 (text)",
     "chameleon": "Chameleon", "stablelm": "StableLM", "opt": "OPT", "phi": "Phi-1, 1.5, 2", "t5": "T5", "mt5": "mT5",
-    "umt5": "UMT5 (encoders)", "vit": "ViT", "deit": "DeiT", "ministral": "Ministral", "mixtral": "Mixtral",
-    "qwen2_moe": "Qwen2 MoE", "olmo": "OLMo", "granite": "Granite", "arcee": "Arcee", "starcoder2": "StarCoder2",
+    "umt5": "UMT5", "vit": "ViT", "deit": "DeiT", "dinov2": "DINOv2", "dinov2_with_registers": "DINOv2 with registers",
+    "distilbert": "DistilBERT", "electra": "ELECTRA", "albert": "ALBERT", "modernbert": "ModernBERT",
+    **dict.fromkeys(("clip", "clip_text_model", "clip_vision_model"), "CLIP"),
+    **dict.fromkeys(("siglip", "siglip_text_model", "siglip_vision_model"), "SigLIP"),
+    "whisper": "Whisper", "bart": "BART", "mbart": "mBART", "pegasus": "Pegasus", "marian": "Marian",
+    "blenderbot": "BlenderBot", "blenderbot-small": "BlenderBot small", "m2m_100": "M2M100, NLLB", "plbart": "PLBart",
+    "ministral": "Ministral", "mixtral": "Mixtral", "qwen2_moe": "Qwen2 MoE", "olmo": "OLMo", "granite": "Granite",
+    "arcee": "Arcee", "starcoder2": "StarCoder2",
     "gemma": "Gemma", "gemma2": "Gemma 2", "smollm3": "SmolLM3", "cohere": "Cohere", "cohere2": "Cohere 2",
     "glm": "GLM", "helium": "Helium", "gptj": "GPT-J", "gpt_neo": "GPT-Neo", "gpt_neox": "GPT-NeoX, Pythia",
     "phi3": "Phi-3, Phi-4", "bloom": "BLOOM", "mpt": "MPT", "falcon": "Falcon", "gpt_bigcode": "GPT-BigCode",
 }  # fmt: skip
+# What published checkpoints have otherwise than the default config.
+PUBLISHED = {
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True},
+}
 SWITCHES = ("attention_bias", "bias")  # of biases
 GROUPS = {
     "value_output": "values and output",
@@ -45,7 +55,8 @@ def row(name: str) -> tuple[str, str, str, str]:
     be fused) in a family."""
     config = AutoConfig.for_model(name).to_dict()
     # A bias that a config can switch on counts: the table says what holds, not what one checkpoint has.
-    adapter = family(config | {switch: True for switch in SWITCHES if switch in config})
+    switches = {switch: True for switch in SWITCHES if switch in config}
+    adapter = family(config | switches | PUBLISHED.get(name, {}))
     views = [adapter.outline(layer) for layer in range(adapter.layers)]
     removes = _removed([count(view) for view in views])
     try:
@@ -82,7 +93,7 @@ def table() -> str:
         "| family | `--gauge` removes | `--rank` | `--slice` | NeuTRENO |",
         "| --- | --- | --- | --- | --- |",
     ]
-    lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in rows.items()]
+    lines += [f"| {', '.join(dict.fromkeys(names))} | {' | '.join(cells)} |" for cells, names in rows.items()]
     lines.append("| every other | – | – | – | – |")
     return "\n".join(lines) + "\n"
 

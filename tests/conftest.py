@@ -30,7 +30,8 @@ def deterministic_and_poisoned():
 
 # A worker takes a file at a time, for its fixtures; but these files' tests share none and are long,
 EACH_ALONE = (
-    "tests/test_docs.py", "tests/test_examples.py", "tests/models/test_kin.py",
+    "tests/test_docs.py", "tests/test_examples.py", "tests/models/test_kin.py", "tests/models/test_encoders.py",
+    "tests/models/test_vision.py", "tests/models/test_encoder_decoders.py",
     "tests/laws/test_ahead_of_time_cuda.py", "tests/triton_kernels/test_interpreter.py",
 )  # fmt: skip
 # and these share one that is (the program of the fuzzer is compiled once).

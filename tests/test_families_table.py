@@ -31,11 +31,15 @@ def test_every_family_has_a_title(families):
 
 
 def test_rows_by_hand(families):
-    """BERT has all four groups; Llama turns queries and keys by position, StableLM some channels; MPNet adds it. Whose
-    stream can be sliced is a decoder with a norm before each part, and one part after the other but in Phi."""
+    """BERT has all four groups; Llama turns queries and keys by position, StableLM some channels; what MPNet adds to
+    its scores bars nothing, what DeBERTa multiplies by bars the key bias; T5 has no biases, Whisper none of keys.
+    Whose stream can be sliced is a decoder with a norm before each part, and one part after the other but in Phi."""
     assert families.row("bert") == ("everything", "yes", "–", "yes")
     assert families.row("llama") == ("values and output, value bias", "in whole rotary pairs", "yes", "yes")
     assert families.row("stablelm") == ("values and output", "yes", "–", "–")
-    assert families.row("mpnet") == ("values and output, key bias, value bias", "–", "–", "–")
+    assert families.row("mpnet") == ("everything", "yes", "–", "–")
+    assert families.row("deberta-v2") == ("values and output, queries and keys, value bias", "–", "–", "–")
+    assert families.row("t5") == ("values and output, queries and keys", "yes", "–", "–")
+    assert families.row("whisper") == ("values and output, queries and keys, value bias", "yes", "–", "–")
     assert families.row("opt") == ("everything", "yes", "yes", "–")
     assert families.row("phi") == ("values and output, value bias", "yes", "yes", "–")

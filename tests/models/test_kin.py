@@ -60,12 +60,17 @@ KIN = {
     "gemma3": (
         "Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, "query_pre_attn_scalar": 8}, {"value_output": 64}
     ),
-    "mpnet": ("MPNetModel", "MPNetConfig", TEXT, {**BIASES, "key_bias": 8}),
+    "mpnet": ("MPNetModel", "MPNetConfig", TEXT, ALL),
     "deberta-v2": (
         "DebertaV2Model", "DebertaV2Config", {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
         BIASES,
     ),
-    "t5": ("T5EncoderModel", "T5Config", T5, {"value_output": 64}),
+    "deberta-v2 shared": (
+        "DebertaV2Model", "DebertaV2Config",
+        {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True},
+        {**BIASES, "query_key": 64},
+    ),
+    "t5": ("T5EncoderModel", "T5Config", T5, {"value_output": 64, "query_key": 64}),
     **DECODERS,
 }  # fmt: skip
 
@@ -141,7 +146,9 @@ def test_an_adapter_names_the_tensors_there_are_and_stores_what_it_read(name):
             assert getattr(outline, part).weight.shape == getattr(view, part).weight.shape
 
 
-@pytest.mark.parametrize("name", ["qwen3", "deberta-v2", "stablelm with norms", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "deberta-v2", "deberta-v2 shared", "stablelm with norms", "gemma2"]
+)
 def test_what_is_left_alone_would_be_seen(name):
     """The key bias there is no symmetry: moving it changes the output."""
     model, inputs = made(name)

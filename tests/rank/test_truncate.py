@@ -8,9 +8,9 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
+    DebertaV2Config,
     LlamaConfig,
     LlamaModel,
-    MPNetConfig,
     Qwen2Config,
     Qwen2Model,
     Qwen3Config,
@@ -190,8 +190,11 @@ def test_what_is_refused(saved, tmp_path, capsys):
     for goal in ({"rank": 4}, {"energy": 0.9}):
         with pytest.raises(ValueError, match="rank: expected scores .* it normalises queries and keys"):
             gk.rank.truncate(normed, **goal)
-    with pytest.raises(ValueError, match="rank: expected scores .* it adds position to the scores"):
-        Truncate(2).plan(MPNetConfig(num_hidden_layers=1).to_dict())
+    positions = {"relative_attention": True, "pos_att_type": ["c2p"]}
+    for shared in (False, True):
+        deberta = DebertaV2Config(num_hidden_layers=1, share_att_key=shared, **positions).to_dict()
+        with pytest.raises(ValueError, match="rank: expected scores .* with vectors of position"):
+            Truncate(2).plan(deberta)
     source = saved("bert")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(

@@ -63,7 +63,8 @@ def test_models_that_do_not_belong_together():
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=90, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     )
-    refused("a: expected an encoder or a decoder, got an encoder-decoder", t5, gpt2())
+    refused("b: expected a model with a decoder beside its encoder, as a is", t5, gpt2())
+    refused("b: expected a model without a decoder beside its encoder, as a is", gpt2(), t5)
 
 
 def test_layers_of_other_widths_are_left_out_with_a_note():

@@ -71,6 +71,8 @@ def observe(
     loaded from. Raises ValueError as ``collect`` does, and where there is no such directory.
     """
     live = models.Live(model)
+    if (reason := live.family.divided) is not None:
+        raise ValueError(f"model: expected one that reads one text, but {reason}")
     blocks = live.family.blocks(model)
     moments: list[dict[str, Moments]] = [{} for _ in blocks]
     real: list[torch.Tensor] = []

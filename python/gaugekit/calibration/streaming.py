@@ -163,6 +163,10 @@ class Pass:
 
         self.checkpoint, self.dtype = checkpoint, dtype
         layers = models.Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
+        if (reason := layers.family.unstreamed) is not None:
+            raise ValueError(
+                f"checkpoint: expected blocks that can be run one by one over a text, but {reason}"
+            )
         self.model = loading.skeleton(checkpoint.path, dtype)
         self.blocks = layers.family.blocks(self.model)
         names = {module: name for name, module in self.model.named_modules()}

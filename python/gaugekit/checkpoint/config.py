@@ -27,11 +27,26 @@ SIZES = (
     "n_inner",
     "n_embed",
     "d_model",
+    "d_kv",
+    "dim",
     "num_heads",
     "n_heads",
     "num_kv_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
 )
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_hidden_groups",
+    "inner_group_num",
+)
+PARTS = ("text_config", "vision_config")  # the configs of a model's parts, entries like its own in them
 
 
 def read_json(path: Path) -> dict:
@@ -64,11 +79,17 @@ def check_config(config: dict, name: str = CONFIG) -> dict:
     """``read_config`` of the content itself, which errors call ``name``."""
     if config.get("quantization_config", ...) is None:
         del config["quantization_config"]
-    for entry, (expected, fits) in _EXPECTED.items():
-        value = config.get(entry)
-        if value is not None and not fits(value):
-            raise ValueError(f"{name}: {entry}: expected {expected}, got {_shown(value)}")
+    _check_entries(config, name)
+    for part in PARTS:
+        _check_entries(config.get(part) or {}, f"{name}: {part}")
     return config
+
+
+def _check_entries(config: dict, where: str) -> None:
+    for name, (expected, fits) in _EXPECTED.items():
+        value = config.get(name)
+        if value is not None and not fits(value):
+            raise ValueError(f"{where}: {name}: expected {expected}, got {_shown(value)}")
 
 
 def stored_as(config: dict) -> str | None:
@@ -115,7 +136,9 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "quantization_config": ("null or an object with a quant_method", _is_quantization),
     **dict.fromkeys(SIZES, (f"a whole number from 1 to {LARGEST}", _is_size)),
     **dict.fromkeys(DEPTHS, (f"a whole number from 1 to {DEEPEST}", _is_depth)),
-    **dict.fromkeys(("rope_parameters", "rope_scaling", "attn_config"), ("null or an object", _a(dict))),
+    **dict.fromkeys(
+        ("rope_parameters", "rope_scaling", "attn_config", *PARTS), ("null or an object", _a(dict))
+    ),
     "layer_types": ("null or a list of strings", _is_strings),
     "no_rope_layers": ("null or a list of numbers", _is_numbers),
     **dict.fromkeys(
@@ -152,6 +175,8 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",
             "tie_word_embeddings",
+            "is_encoder_decoder",
+            "qkv_bias",
         ),
         ("true or false", _a(bool)),
     ),

@@ -13,14 +13,17 @@ from gaugekit.nn import forms
 RECORD = "_gaugekit_fused"
 
 
-def install(model: nn.Module, modules: dict[str, dict], dtype: torch.dtype | None = None) -> None:
+def install(model: nn.Module, modules: dict[str, dict], dtype: torch.dtype | None = None) -> list[str]:
     """Replaces the modules named in ``modules`` by their forms, on the device torch is set to (meta, while loading).
+
+    Returns the paths in the model where they stand now.
 
     Raises ValueError where the model has no module of that name, bare or behind its base model's prefix. Where that is
     not all that stands before it (OPT's blocks are in a decoder of the base model), the one module counts that ends so.
     """
     prefixes = ("", f"{model.base_model_prefix}.")
     present = {name for name, _ in model.named_modules()}
+    paths = []
     for name, spec in modules.items():
         path = next((prefix + name for prefix in prefixes if prefix + name in present), None)
         if path is None:
@@ -32,6 +35,8 @@ def install(model: nn.Module, modules: dict[str, dict], dtype: torch.dtype | Non
                 "was the checkpoint converted from another architecture?"
             )
         model.set_submodule(path, forms.build(spec, dtype=dtype))
+        paths.append(path)
+    return paths
 
 
 def remember(model: nn.Module, steps: Sequence[Any]) -> None:

@@ -24,6 +24,7 @@ from gaugekit.files.missing import how_to_convert, how_to_get
 _building = threading.RLock()
 _switch = threading.Lock()
 _loud: list[tuple[bool, int]] = []  # one entry for each thread that keeps quiet: what it was before the first
+LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
@@ -181,12 +182,16 @@ def home(live: torch.nn.Module) -> Path | None:
     return Path(name) if name and (Path(name) / "config.json").is_file() else None
 
 
+def reads(kind: type) -> str:
+    """The name of the main input of a model class: "input_ids", "pixel_values", ..."""
+    return getattr(kind, "main_input_name", "input_ids")
+
+
 def positions(config: Any) -> int:
     """How many positions a model has for tokens; 512 where its config names no limit."""
-    limits = (
-        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
-    )
-    return min([limit - models.unused_positions(config.to_dict()) for limit in limits if limit] or [512])
+    text = config.get_text_config()
+    limits = (getattr(text, name, None) for name in LIMITS)
+    return min([limit - models.unused_positions(text.to_dict()) for limit in limits if limit] or [512])
 
 
 @contextlib.contextmanager

@@ -117,7 +117,12 @@ class GaugekitQuantizer(HfQuantizer):
     ):
         if self.packing is not None:
             self.packing.check(model.dtype, self.pre_quantized)
-        install(model, self.quantization_config.modules, dtype)
+        for path in install(model, self.quantization_config.modules, dtype):
+            # Some families draw random numbers for the weights of all projections of an attention, which a form may
+            # not have; those of a form are read. What the attention itself holds (a mask) has to be made.
+            owner = model.get_submodule(path.rpartition(".")[0])
+            if not owner._parameters and not owner._buffers:
+                owner._is_hf_initialized = True
         if self.quantization_config.sliced is not None:
             sliced.install(model, sliced.Sliced.read(self.quantization_config.sliced), dtype)
         return model

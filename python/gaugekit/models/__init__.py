@@ -10,14 +10,26 @@ from torch import Tensor, nn
 
 from gaugekit.models.decoders import cohere, gemma, gpt2, gpt_neo, gptj, llama, opt, phi, smollm3, stablelm
 from gaugekit.models.decoders.fused import bloom, falcon, gpt_bigcode, gpt_neox, mpt, phi3
-from gaugekit.models.encoder_decoders import t5
-from gaugekit.models.encoders import bert, vit
+from gaugekit.models.encoder_decoders import bart, t5
+from gaugekit.models.encoders import albert, bert, clip, distilbert, modernbert, vit
 from gaugekit.models.family import Family, Read
 from gaugekit.models.stream import Junction, Mlp, Stream, StreamView
-from gaugekit.models.view import AttentionView, Compact, Norms, Projection, Stored, parameters, used_channels
+from gaugekit.models.view import (
+    AttentionView,
+    Compact,
+    Norms,
+    Projection,
+    Stored,
+    left_alone,
+    parameters,
+    used_channels,
+)
 
 ADAPTERS: tuple[type[Family], ...] = (
     bert.Bert,
+    distilbert.DistilBert,
+    albert.Albert,
+    modernbert.ModernBert,
     gpt2.Gpt2,
     llama.Llama,
     gemma.Gemma,
@@ -34,8 +46,11 @@ ADAPTERS: tuple[type[Family], ...] = (
     mpt.Mpt,
     falcon.Falcon,
     gpt_bigcode.GptBigCode,
+    bart.Bart,
     t5.T5,
     vit.Vit,
+    clip.Tower,
+    clip.Clip,
 )
 FAMILIES: dict[str, type[Family]] = {name: adapter for adapter in ADAPTERS for name in adapter.names}
 FUSED = "its fused projection of queries, keys and values has no adapter yet"
@@ -59,7 +74,8 @@ def family(config: dict) -> Family:
     adapter = FAMILIES[kind](config)
     try:
         adapter.check()
-        for layer in range(min(adapter.layers, 1)):
+        layers = range(adapter.layers)
+        for layer in {*layers[:1], *layers[-1:]}:
             adapter.outline(layer)
     except KeyError as missing:
         raise ValueError(f"config of a {kind} model: expected an entry {missing}, got none") from None
@@ -73,28 +89,34 @@ def unused_positions(config: dict) -> int:
     return (config.get("pad_token_id") or 0) + 1 if config.get("model_type") in bert.OFFSET else 0
 
 
+def two_towers(config: dict) -> bool:
+    """Whether a model has a tower for text and one for images beside each other, and reads both at once."""
+    return config.get("model_type") in clip.Clip.names
+
+
 class Layers:
     """The attention of a model, layer by layer, from anything that reads tensors by name.
 
     ``config`` is the content of ``config.json``, ``names`` the names of all tensors, ``read(name)`` gives one. For a
-    checkpoint: ``Layers(checkpoint.config, checkpoint.names(), checkpoint.read)``. Attributes: ``config``, ``family``,
-    ``prefix`` (what stands before the base model's names: "", "bert.", ...). Raises ValueError for a family that is not
-    known, a model that is not found among the names, or one that was sliced.
+    checkpoint: ``Layers(checkpoint.config, checkpoint.names(), checkpoint.read)``. Attributes: ``family``, ``config``
+    (as the family has it: of an encoder without its decoder it says so), ``prefix`` (what stands before the base
+    model's names: "", "bert.", ...). Raises ValueError for a family that is not known, a model that is not found among
+    the names, or one that was sliced.
     """
 
     def __init__(self, config: dict, names: Iterable[str], read: Read):
-        self.config = config
         if (config.get("quantization_config") or {}).get("sliced"):
             raise ValueError(
                 "model: expected a plain one, got one whose residual stream was sliced; use the original"
             )
         names = list(names)
         self.family = family(config).named(names)
+        self.config = self.family.config
         self.prefix = self.family.prefix(names)
         self._read = read
 
     def __len__(self) -> int:
-        """L, the number of layers."""
+        """L, the number of attentions with weights of their own."""
         return self.family.layers
 
     def read(self, name: str) -> Tensor:
@@ -164,7 +186,9 @@ __all__ = [
     "Stream",
     "StreamView",
     "family",
+    "left_alone",
     "parameters",
+    "two_towers",
     "unused_positions",
     "used_channels",
 ]

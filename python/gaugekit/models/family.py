@@ -25,6 +25,7 @@ class Family(ABC):
 
     names: tuple[str, ...]  # the model types it is the adapter of
     anchor: str  # a tensor every checkpoint of the family has, at layer 0
+    once = True  # whether a model runs each layer once
 
     def __init__(self, config: dict):
         self.config = config
@@ -40,8 +41,22 @@ class Family(ABC):
 
     @property
     def layers(self) -> int:
-        """L, the number of layers."""
+        """L, the number of attentions that have weights of their own: one that a model runs several times counts once,
+        a block with self-attention and cross-attention is two layers.
+        """
         return self.config["num_hidden_layers"]
+
+    @property
+    def divided(self) -> str | None:
+        """Why not all layers read one sequence of tokens; None where they do."""
+        return None
+
+    @property
+    def unstreamed(self) -> str | None:
+        """Why a calibration cannot run the blocks of layers 0 to L − 1 one after the other, each once, with what the
+        first was given beside the hidden states; None where it can.
+        """
+        return self.divided
 
     @abstractmethod
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
@@ -65,7 +80,7 @@ class Family(ABC):
 
     @abstractmethod
     def block(self, layer: int) -> str:
-        """The path of the module of layer ``layer``."""
+        """The path of the block that layer ``layer`` stands in."""
 
     def stream(self) -> Stream:
         """The residual stream of the model; ValueError, with the reason, where this house cannot turn it."""
@@ -86,12 +101,20 @@ class Family(ABC):
             raise ValueError(f"pruned_heads: expected none, got {self.config['pruned_heads']}")
 
     def named(self, names: Iterable[str]) -> Family:
-        """The adapter that goes by ``names``: a family may call its tensors otherwise in files than in memory."""
+        """The adapter that goes by ``names``: a family may call its tensors otherwise in files than in memory, or a
+        model have only a part of what its config describes.
+        """
         return self
 
     def modules(self, layer: int) -> dict[str, str]:
         """``projections`` of a live model, whatever names this adapter goes by: where forms are put."""
         return self.projections(layer)
+
+    def inside(self, modules: dict[str, dict]) -> dict[str, dict[str, dict]]:
+        """{entry of the config: those of ``modules`` that stand in the part it describes, by the part's own names}, for
+        parts that can be loaded out of a whole model.
+        """
+        return {}
 
     def recomputed(self, name: str) -> bool:
         """Whether a stored tensor is no parameter: old files hold masks that the model makes anew."""
@@ -111,7 +134,7 @@ class Family(ABC):
         return self.attention(layer, lambda name: torch.empty(shapes[name], device="meta"))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The L blocks of a live model, in order."""
+        """The block of each of the L layers of a live model."""
         prefix = self.prefix(name for name, _ in model.named_parameters())
         return [model.get_submodule(prefix + self.block(layer)) for layer in range(self.layers)]
 

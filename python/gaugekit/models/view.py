@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,7 +59,10 @@ class Norms:
 
 # Why a group may be left alone in a family (``AttentionView.barred``)
 NORMS = "it normalises queries and keys, and no product W_Q W_Kᵀ stands alone between them"
-POSITIONS = "it adds position to the scores, which are then not a function of W_Q W_Kᵀ alone"
+# A bias of position that is only added to the scores (T5, MPNet) rules nothing out.
+POSITIONS = (
+    "it multiplies queries and keys with vectors of position, and its scores are no matter of W_Q W_Kᵀ alone"
+)
 CAPPED = "it caps the scores, which then show what shifts a whole row of them"
 
 
@@ -73,8 +77,9 @@ class AttentionView:
     ``softcap`` c, where there is one, makes c · tanh(score/c) of each score. ``layer`` is its place in the model.
     ``channels`` [G][R_g] lists, where some are zero in queries and keys alike, those of the K channels that are not
     (ascending; None: all are in use). ``barred`` {group: reason} names the groups that are left alone in this family
-    although the parts are there, and only those: what comes between queries and keys says nothing of values. ``norms``:
-    what queries and keys go through before they are turned (None: nothing, or norms that no group here knows).
+    although the parts are there, and only those: what comes between queries and keys says nothing of values.
+    ``cross``: keys and values read another sequence than queries do, the encoder's output. ``norms``: what
+    queries and keys go through before they are turned (None: nothing, or norms that no group here knows).
     """
 
     q: Projection
@@ -91,6 +96,7 @@ class AttentionView:
     interleaved: bool = False
     slopes: tuple[float, ...] | None = None
     softcap: float | None = None
+    cross: bool = False
     norms: Norms | None = None
 
     @property
@@ -120,15 +126,21 @@ class AttentionView:
         """[2, rotary/2] int64: the channels that turn together, the pair i by position · base^(−2i/rotary)."""
         return rotary_pairs(self.rotary, self.interleaved)
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """softmax(scale·q kᵀ) v Wₒ + bₒ for ``x`` [B, T, D] in the view's dtype: the layer as its formula says, T×T.
+
+        ``memory`` [B, S, D] is what keys and values read in cross-attention, and there only.
 
         It is the measure of what a rewrite does to a layer. Rotary channels are turned by the base alone, without the
         corrections a config may ask for at long contexts: those change angles, not what a rewrite may do. Norms of
         queries and keys that have no view, learned biases of position and sliding windows are left out likewise: no
         rewrite touches what they stand on.
         """
-        q, k, v = (_project(x, part) for part in (self.q, self.k, self.v))
+        if self.cross != (memory is not None):
+            expected, got = ("[B, S, D]", "None") if self.cross else ("None", "a tensor")
+            raise ValueError(f"memory: expected {expected} in this layer, got {got}")
+        read = x if memory is None else memory
+        q, k, v = _project(x, self.q), _project(read, self.k), _project(read, self.v)
         if self.norms is not None:
             q, k = self.norms.apply(q, "q"), self.norms.apply(k, "k")
         if self.rotary:
@@ -215,3 +227,13 @@ def parameters(view: AttentionView) -> int:
     """The numbers a dense checkpoint stores for this view."""
     parts = (view.q, view.k, view.v, view.o)
     return sum(part.weight.numel() + (0 if part.bias is None else part.bias.numel()) for part in parts)
+
+
+def left_alone(barred: Sequence[Mapping[str, str]]) -> list[str]:
+    """One sentence for each group and reason in ``barred`` of the layers, with their number unless it is all."""
+    counts = Counter(pair for reasons in barred for pair in reasons.items())
+    layers = len(barred)
+    return [
+        f"{group}: left alone{'' if count == layers else f' in {count} of {layers} layers'}, since {reason}"
+        for (group, reason), count in counts.items()
+    ]

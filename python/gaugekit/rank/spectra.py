@@ -133,9 +133,12 @@ def spectrum(view: AttentionView, moments: Moments | None = None) -> Spectrum:
 
 def check(view: AttentionView) -> None:
     """ValueError, with the reason, where the scores of a family are no matter of W_Q W_Kᵀ alone."""
-    if "query_key" in view.barred:
+    reason = view.barred.get("query_key")
+    if view.k.bias is not None and view.rotary < view.k.weight.shape[2]:  # it goes with the channels
+        reason = reason or view.barred.get("key_bias")
+    if reason is not None:
         raise ValueError(
-            f"rank: expected scores that are a function of W_Q W_Kᵀ, got a model in which {view.barred['query_key']}"
+            f"rank: expected scores that are a function of W_Q W_Kᵀ, got a model in which {reason}"
         )
 
 

@@ -65,7 +65,7 @@ class Job:
                 "rewrite": rewrite.name,
                 "claim": rewrite.claim,
                 **rewrite.arguments,
-                "removed": rewrite.plan(self.checkpoint.config),
+                "removed": rewrite.plan(self.layers.config),
             }
             for rewrite in self.rewrites
         ]
@@ -127,11 +127,9 @@ class Job:
         config = self._plain_config()
         modules = {name: spec for record in records for name, spec in record.get("modules", {}).items()}
         if modules:
-            config["quantization_config"] = {
-                "quant_method": "gaugekit",
-                "version": VERSION,
-                "modules": modules,
-            }
+            config["quantization_config"] = _compact(modules)
+            for entry, part in self.layers.family.inside(modules).items():
+                config[entry] = {**(config.get(entry) or {}), "quantization_config": _compact(part)}
         return config
 
     def _plain_config(self) -> dict:
@@ -158,6 +156,10 @@ class Job:
         smallest = min(self.checkpoint.dtype(name).itemsize for names in layers for name in names)
         width = smallest if self.dtype is None else self.dtype.itemsize
         return size - removed * width + 4 * channels * len(self.rewrites)
+
+
+def _compact(modules: dict[str, dict]) -> dict[str, Any]:
+    return {"quant_method": "gaugekit", "version": VERSION, "modules": modules}
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -85,8 +85,13 @@ class Calibration:
 
 
 def invariance_error(before: AttentionView, after: AttentionView, seed: int) -> float:
-    """‖after(x) − before(x)‖ / ‖before(x)‖ in float64, for 32 seeded random normal tokens."""
+    """‖after(x) − before(x)‖ / ‖before(x)‖ in float64, for 32 seeded random normal tokens; cross-attention reads as
+    many others.
+    """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 32, before.q.weight.shape[1], dtype=torch.float64, generator=generator)
-    expected = before.attend(x)
-    return float((after.attend(x) - expected).norm() / expected.norm().clamp_min(torch.finfo(x.dtype).tiny))
+    read = (before.q, before.k) if before.cross else (before.q,)
+    x = [torch.randn(1, 32, part.weight.shape[1], dtype=torch.float64, generator=generator) for part in read]
+    expected = before.attend(*x)
+    return float(
+        (after.attend(*x) - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    )

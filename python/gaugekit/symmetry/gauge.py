@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from gaugekit.models import AttentionView, Live, family
+from gaugekit.models import AttentionView, Live, family, left_alone
 from gaugekit.report import Report
 from gaugekit.rewrite import Rewrite, invariance_error
 from gaugekit.symmetry.groups import REMOVED, SYMMETRIES
@@ -72,10 +72,10 @@ def fix(model: nn.Module, *, rows: str = "max_volume") -> Report:
     live = Live(model)
     gauge = GaugeFix(rows)
     removed = gauge.plan(live.config)
-    layers, notes = [], []
+    layers, barred = [], []
     for layer in range(len(live)):
         before = live.attention(layer)
-        notes = [f"{group}: left alone, since {reason}" for group, reason in before.barred.items()]
+        barred.append(before.barred)
         after = gauge.layer(before)
         found = {
             "layer": layer,
@@ -86,7 +86,9 @@ def fix(model: nn.Module, *, rows: str = "max_volume") -> Report:
         live.write(live.family.store(layer, after).tensors)
         layers.append(found)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report = Report("fix", {"parameters": parameters, "removed": removed, "layers": layers}, notes)
+    report = Report(
+        "fix", {"parameters": parameters, "removed": removed, "layers": layers}, left_alone(barred)
+    )
     worst = max((layer["invariance_error"] for layer in layers), default=0.0)
     report.lines = [
         ("parameters", f"{parameters:,}, of which {removed['total']:,} are now exactly 0 or 1"),

@@ -112,9 +112,12 @@ def unfuse(model: nn.Module) -> Report:
 
 @dataclass
 class GaugeStep:
-    """Compact forms in place of the projections of every layer; ``modules`` are the originals, by name."""
+    """Compact forms in place of the projections of every layer; ``modules`` are the originals, by name, ``entries`` the
+    parts of the config that tell of the forms ("": the whole).
+    """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    entries: list[str] = field(default_factory=list)
 
     def apply(self, model: nn.Module) -> dict[str, list]:
         """Replaces what can be replaced, and returns what the report says: ``replaced``, ``rewritten``, ``left``."""
@@ -144,11 +147,15 @@ class GaugeStep:
                     fields["rewritten"].append(name)
             specs |= stored.modules
         if specs:
-            model.config.quantization_config = {
-                "quant_method": "gaugekit",
-                "version": VERSION,
-                "modules": specs,
-            }
+            configs = {"": specs, **live.family.inside(specs)}
+            for entry, modules in configs.items():
+                config = getattr(model.config, entry) if entry else model.config
+                config.quantization_config = {
+                    "quant_method": "gaugekit",
+                    "version": VERSION,
+                    "modules": modules,
+                }
+            self.entries = list(configs)
         return fields
 
     def changed(self, model: nn.Module) -> bool:
@@ -161,7 +168,9 @@ class GaugeStep:
             fused = model.get_submodule(path)
             first = next(fused.parameters())
             model.set_submodule(path, original.to(first.device, first.dtype).train(fused.training))
-        model.config.__dict__.pop("quantization_config", None)
+        for entry in self.entries:
+            config = getattr(model.config, entry) if entry else model.config
+            config.__dict__.pop("quantization_config", None)
         return list(self.modules)
 
 

@@ -43,6 +43,8 @@ class HiddenStates:
     def __init__(self, student: nn.Module, teacher: nn.Module, patterns: Sequence[str] | None):
         self.student, self.teacher = student, teacher
         original = models.Live(teacher)
+        if (reason := original.family.divided) is not None:
+            raise ValueError(f"teacher: expected a model that reads one text, but {reason}")
         self.blocks = {model: models.Live(model).family.blocks(model) for model in (student, teacher)}
         if len(self.blocks[student]) != len(original):
             raise ValueError(

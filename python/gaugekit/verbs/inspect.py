@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gaugekit.checkpoint.reader import Checkpoint
-from gaugekit.models import AttentionView, Layers, Live
+from gaugekit.models import AttentionView, Family, Layers, Live, left_alone
 from gaugekit.nn import NonlocalRegularizer
 from gaugekit.rank import head_ranks, head_values
 from gaugekit.report import Report
@@ -41,8 +41,8 @@ def inspect(
         singular_values   [H][K] of W_Q W_Kᵀ for each head, in descending order, float64 (thin QRs, then a small SVD)
         ranks             [H] how many of them exceed what rounding to the stored dtype explains (``rank.head_ranks``)
         effective_ranks   [H] exp of the entropy of σ/Σσ (Roy and Vetterli 2007); 0 for a head of zeros
-        exponent_entropy_bits   of the weights of this layer
-        token_cosine      of the tokens that enter this layer, None without text
+        exponent_entropy_bits   of the weights of the block this layer stands in
+        token_cosine      of the tokens that enter this layer, None without text and where it runs more than once
         energy            J/Σ‖v_i‖² of the layer's attention over its values, the mean over texts and heads: with
                           J = ½ Σ_ij A_ij ‖v_i − v_j‖² (``gaugekit.nonlocal_energy``); 0 where all values agree
 
@@ -57,23 +57,10 @@ def inspect(
     """
     if (config := inspect_shapes.config_of(model)) is not None:
         return inspect_shapes.inspect_config(config, model, text)
-    if live := isinstance(model, torch.nn.Module):
-        layers, tensors = Live(model), {name: p.detach() for name, p in model.named_parameters()}
-        names, read = list(tensors), tensors.__getitem__
-        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        sizes = {name: tensor.shape for name, tensor in tensors.items()}
-    else:
-        checkpoint = Checkpoint(model)
-        layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
-        read = checkpoint.read
-        names = [name for name in checkpoint.names() if not layers.family.recomputed(name)]
-        dtypes = {name: checkpoint.dtype(name) for name in names}
-        sizes = {name: checkpoint.shape(name) for name in names}
-    names = [name for name in names if dtypes[name].is_floating_point]
-    parameters = sum(math.prod(sizes[name]) for name in names)
-
+    layers, sizes, read = _opened(model)
+    parameters = sum(math.prod(size) for size in sizes.values())
     notes: list[str] = []
-    runs = _Text(model, text, notes)
+    runs = _Text(model, layers.family, text, notes)
     total, done = len(layers) + len(runs), 0
 
     def advance() -> None:
@@ -83,29 +70,34 @@ def inspect(
             progress(done, total)
 
     histogram = torch.zeros(256, dtype=torch.int64)
-    rows, outlines = [], []
+    rows, barred, outlines = [], [], []
+    blocks: dict[str, torch.Tensor] = {}  # the exponents of each; two layers may stand in one
     seen: set[str] = set()
     for layer in range(len(layers)):
         view = layers.attention(layer)
+        barred.append(view.barred)
         outlines.append(inspect_shapes.outline(view))
         block = layers.prefix + layers.family.block(layer) + "."
-        inside = [name for name in names if name.startswith(block)]
-        exponents = sum(
-            (_exponents(read(name)) for name in inside if len(sizes[name]) > 1), torch.zeros_like(histogram)
-        )
-        seen.update(inside)
-        histogram += exponents
-        rows.append({"layer": layer, **_spectra(view), "exponent_entropy_bits": _entropy(exponents)})
+        if block not in blocks:
+            inside = [name for name in sizes if name.startswith(block)]
+            blocks[block] = sum(
+                (_exponents(read(name)) for name in inside if len(sizes[name]) > 1),
+                torch.zeros_like(histogram),
+            )
+            seen.update(inside)
+            histogram += blocks[block]
+        entropy = _entropy(blocks[block])
+        rows.append({"layer": layer, **_spectra(view), "exponent_entropy_bits": entropy})
         advance()
-    for name in names:
-        if name not in seen and len(sizes[name]) > 1:
+    for name, size in sizes.items():
+        if name not in seen and len(size) > 1:
             histogram += _exponents(read(name))
     cosines, energies = runs.look(len(layers) + 1, advance)
     for row, cosine, energy in zip(rows, cosines, energies, strict=False):
         row |= {"token_cosine": cosine, "energy": energy}
     notes += _smoothing(cosines)
-    notes += [f"{group}: left alone, since {reason}" for group, reason in view.barred.items()]
-    stream = inspect_shapes.stream_of(layers, None if live else checkpoint, names, notes)
+    notes += left_alone(barred)
+    stream = inspect_shapes.stream_of(layers, sizes, read, notes)
     fields = {
         "parameters": parameters,
         **inspect_shapes.hidden(outlines, stream),
@@ -115,6 +107,20 @@ def inspect(
     }
     notes.insert(0, inspect_shapes.meaning(fields, outlines))
     return wording.inspected(Report("inspect", fields, notes), model, SMOOTH)
+
+
+def _opened(
+    model: str | Path | torch.nn.Module,
+) -> tuple[Layers, dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+    """(its layers, the shape of every tensor of floating-point numbers it stores, what reads one) of a model."""
+    if isinstance(model, torch.nn.Module):
+        tensors = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+        return Live(model), {name: tuple(p.shape) for name, p in tensors.items()}, tensors.__getitem__
+    checkpoint = Checkpoint(model)
+    layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
+    names = (name for name in checkpoint.names() if not layers.family.recomputed(name))
+    sizes = {name: checkpoint.shape(name) for name in names if checkpoint.dtype(name).is_floating_point}
+    return layers, sizes, checkpoint.read
 
 
 def _spectra(view: AttentionView) -> dict[str, list]:
@@ -157,12 +163,21 @@ def _smoothing(cosines: list[float | None]) -> list[str]:
 class _Text:
     """The text a model is run on to see its tokens, in batches; empty where there is no tokenizer to read it."""
 
-    def __init__(self, model: str | Path | torch.nn.Module, text, notes: list[str]):
+    def __init__(self, model: str | Path | torch.nn.Module, family: Family, text, notes: list[str]):
         from gaugekit.hf import loading
 
-        self.model, self.batches = model, []
-        path = loading.home(model) if isinstance(model, torch.nn.Module) else Path(model)
+        self.model, self.family, self.batches = model, family, []
+        if family.divided is not None:
+            if text is not None:
+                raise ValueError(f"text: expected none for this model, since {family.divided}")
+            notes.append(f"token_cosine: not computed, since {family.divided}")
+            return
+        live = isinstance(model, torch.nn.Module)
+        path = loading.home(model) if live else Path(model)
         tokenizer = loading.tokenizer(path) if path is not None else None
+        if tokenizer is not None:  # it may stand there for another part of the model
+            kind = type(model) if live else loading.architecture(path)
+            tokenizer = tokenizer if loading.reads(kind) == "input_ids" else None
         if tokenizer is None:
             if text is not None:
                 raise ValueError("text: expected a tokenizer beside the model to read text with, found none")
@@ -180,7 +195,8 @@ class _Text:
         """(token cosine of each hidden state, energy of each layer), means over texts.
 
         The cosine is the mean over two different tokens: with u_i the n token vectors of a text scaled to length 1,
-        (‖Σ u_i‖² − n) / (n(n−1)). Energies are None where our attention does not take the model.
+        (‖Σ u_i‖² − n) / (n(n−1)). Energies are None where our attention does not take the model, and both are None
+        of layers that run more than once; the last cosine is that of the output.
         """
         if not self.batches:
             return [None] * states, [None] * (states - 1)
@@ -197,12 +213,14 @@ class _Text:
         device = next(live.parameters()).device
         try:
             live.eval()
-            energy = stack.enter_context(_energies(live, states - 1))
+            once = self.family.once
+            energy = stack.enter_context(_energies(live, states - 1)) if once else None
             for ids, mask in self.batches:
                 inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
                 with torch.no_grad():
                     out = live(**inputs, output_hidden_states=True, return_dict=True)
-                for index, state in enumerate(out.hidden_states):
+                entered = out.hidden_states if once else out.hidden_states[-1:]
+                for index, state in enumerate(entered, states - len(entered)):
                     unit = torch.nn.functional.normalize(
                         state.to("cpu", torch.float64), dim=-1
                     ) * mask.unsqueeze(-1)
@@ -218,7 +236,8 @@ class _Text:
             for module in was:
                 module.training = True
         means = [None] * (states - 1) if energy is None else (energies / texts).tolist()
-        return (sums / texts).tolist(), means
+        cosines = (sums / texts).tolist()
+        return cosines if once else [None] * (states - 1) + cosines[-1:], means
 
 
 @contextlib.contextmanager

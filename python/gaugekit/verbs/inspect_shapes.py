@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from gaugekit import symmetry
 from gaugekit.checkpoint.config import CONFIG, check_config, read_config
-from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.files.missing import how_to_convert
-from gaugekit.models import FAMILIES, AttentionView, Layers, StreamView, family
+from gaugekit.models import FAMILIES, AttentionView, Layers, Live, StreamView, family, left_alone
 from gaugekit.report import Report
 from gaugekit.verbs import wording
 
@@ -73,8 +72,7 @@ def inspect_config(config: dict, model: Any, text: Any = None) -> Report:
         "token_cosine": None,
         "layers": [],
     }
-    barred = {reason: group for view in views for group, reason in view.barred.items()}
-    notes += [f"{group}: left alone, since {reason}" for reason, group in barred.items()]
+    notes += left_alone([view.barred for view in views])
     if stream is not None and stream.head == "tied":
         notes.append(TIED)
     notes.insert(0, meaning(fields, counted))
@@ -118,20 +116,17 @@ def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
 
 
 def stream_of(
-    layers: Layers, checkpoint: Checkpoint | None, names: list[str], notes: list[str]
+    layers: Layers, sizes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor], notes: list[str]
 ) -> StreamView | None:
-    """The stream of a checkpoint's model, or without one of a live model; None, with a note, where its family has no
-    view of it. ``names`` are the tensors there are. Of a checkpoint only tensors with one axis are read: gains and
-    biases, which are few.
+    """The stream of a model with tensors of these ``sizes``; None, with a note, where its family has no view of it.
+
+    Only tensors with one axis are ``read``: gains and biases, which are few.
     """
-    if checkpoint is None:
-        tensors = {name: parameter.detach() for name, parameter in layers.model.named_parameters()}
-        return _stream(layers, tensors, layers.model, notes)
-    tensors = {}
-    for name in names:
-        shape = checkpoint.shape(name)
-        tensors[name] = checkpoint.read(name) if len(shape) == 1 else torch.empty(shape, device="meta")
-    return _stream(layers, tensors, None, notes)
+    tensors = {
+        name: read(name) if len(size) == 1 else torch.empty(size, device="meta")
+        for name, size in sizes.items()
+    }
+    return _stream(layers, tensors, layers.model if isinstance(layers, Live) else None, notes)
 
 
 def _stream(

@@ -47,6 +47,9 @@ def compare_perplexity(
     from gaugekit.hf import loading
 
     original, result = Subject(a, "a"), Subject(b, "b")
+    for subject in (original, result):
+        if subject.decodes:
+            raise ValueError(f"{subject.argument}: expected a decoder, got an encoder-decoder model")
     tokenizer = None if original.path is None else loading.tokenizer(original.path)
     if tokenizer is None:
         raise ValueError(

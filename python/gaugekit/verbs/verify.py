@@ -17,14 +17,14 @@ from gaugekit.rewrite import certificate as certificates
 from gaugekit.text.sentences import read
 from gaugekit.verbs import wording
 from gaugekit.verbs.verify_runs import (
+    READS,
     Batch,
     Kept,
     Output,
     Subject,
-    pixel_batches,
+    make_batches,
     run,
     sequences,
-    text_batches,
 )
 
 # An exact rewrite may err as the original does, and a little more: its factors are rounded once again.
@@ -70,8 +70,10 @@ def verify(
 
     ``text`` is a UTF-8 file (or a list of strings), read whole; the default is 500 English sentences where there is a
     tokenizer, of which a model above 30 M parameters reads the first that have 2,048 ``tokens``; else 64 sequences
-    of seeded random ids, or 16 seeded random images for a model that reads pixels. ``progress(done, total)`` counts
-    tokens (or images) over all passes.
+    of seeded random ids, or 16 seeded random images for a model that reads pixels. A decoder beside an encoder reads
+    the same text, a token late; a model with two towers 4 images beside each batch of texts; one that reads sound, 16
+    seeded random spectrograms, or 2 and random ids for its decoder. ``progress(done, total)`` counts tokens (or images)
+    over all passes.
 
     ``certificate``: a new JSON file to write what was verified into (or a directory, usually ``b``, for a file
     ``gaugekit_verification.json``): digests of all tensors of both directories, the settings, the report with its
@@ -90,14 +92,12 @@ def verify(
     original, result = Subject(a, "a"), Subject(b, "b")
     working = floating(dtype) if dtype is not None else None
     notes: list[str] = []
-    reads = _reads(original, result, text)
-    ids, pad = sequences(original, result, text, notes) if reads == "input_ids" else ([], 0)
+    reads = _reads(original, result, text, pool)
+    ids, pad = sequences(original, result, text, notes) if "input_ids" in reads else ([], 0)
     trials: list[Batch] = []
 
     def trial(model: torch.nn.Module) -> None:
-        trials[:] = (
-            text_batches(ids, pad, batch_size, model) if ids else pixel_batches(original.config, batch_size)
-        )
+        trials[:] = make_batches(original, ids, pad, batch_size, model)
         run(model, trials[0], pool)
 
     model, highest, more = original.reference(trial)
@@ -182,15 +182,24 @@ def allowed(noise: float, dtype: torch.dtype) -> float:
     return FLOAT64_BOUND if dtype == torch.float64 else NOISE_FACTOR[dtype] * noise
 
 
-def _reads(original: Subject, result: Subject, text: object) -> str:
-    """What both models read: "input_ids" or "pixel_values"; ValueError for anything else."""
+def _reads(original: Subject, result: Subject, text: object, pool: str | None) -> str:
+    """What both models read, one of ``READS``; ValueError for anything else, and for text or a pool that do not fit."""
     reads = original.reads
-    if reads not in ("input_ids", "pixel_values"):
-        raise ValueError(f"a: expected a model that reads token ids or pixels, got one that reads {reads}")
+    if reads not in READS:
+        expected = "token ids, pixels or spectrograms"
+        raise ValueError(f"a: expected a model that reads {expected}, got one that reads {reads}")
+    if reads == "pixel_values" and original.decodes:
+        raise ValueError("a: expected a model that reads pixels alone, got one with a decoder of text beside")
     if result.reads != reads:
         raise ValueError(f"b: expected a model that reads {reads}, as a does, got {result.reads}")
-    if reads == "pixel_values" and text is not None:
-        raise ValueError("text: expected none, since the model reads pixels, not text")
+    if result.decodes != original.decodes:
+        side = "with" if original.decodes else "without"
+        raise ValueError(f"b: expected a model {side} a decoder beside its encoder, as a is")
+    if "input_ids" not in reads and text is not None:
+        what = "pixels" if reads == "pixel_values" else "spectrograms"
+        raise ValueError(f"text: expected none, since the model reads {what}, not text")
+    if pool is not None and (original.decodes or reads not in ("input_ids", "pixel_values")):
+        raise ValueError("pool: expected None, since the model does not read one text alone, got 'mean'")
     return reads
 
 

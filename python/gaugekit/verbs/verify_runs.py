@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from gaugekit import models
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.text.batches import batches, padding, token_ids
 from gaugekit.text.pooling import embeddings
@@ -27,11 +28,17 @@ from gaugekit.text.samples import random_sequences
 from gaugekit.text.sentences import read, sentences
 from gaugekit.verbs.wide_products import wide_products
 
-OUTPUTS = ("logits", "prediction_logits", "last_hidden_state")  # the first that a model gives is compared
+# The first that a model gives is compared.
+OUTPUTS = ("logits", "prediction_logits", "logits_per_image", "last_hidden_state")
+# Where a model, or a tower of it, gives its hidden states; all are compared.
+STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+READS = ("input_ids", "pixel_values", "input_ids and pixel_values", "input_features")
 TOKENS = 2048  # as many are always run, where the text holds them
 SMALL = 30_000_000  # parameters up to which the whole default text is cheap
 LOGITS = 1 << 23  # numbers a batch of logits may hold: 64 MB in float64
-IMAGES = 16  # seeded random images for a model that reads pixels
+IMAGES = 16  # seeded random images, or spectrograms, for a model that reads nothing else
+BESIDE = 4  # images beside each batch of texts
+SOUNDS = 2  # spectrograms where a decoder reads tokens beside: each costs as much as hundreds of sentences
 
 
 @dataclass
@@ -53,7 +60,7 @@ class Batch:
     @property
     def size(self) -> int:
         """Tokens that count, or images."""
-        return int(self.keep.sum()) if self.keep is not None else len(self.inputs["pixel_values"])
+        return int(self.keep.sum()) if self.keep is not None else len(next(iter(self.inputs.values())))
 
 
 class Kept:
@@ -116,16 +123,32 @@ class Subject:
             raise ValueError(
                 f"{argument}: expected a model directory or a live transformers model, got {type(source).__name__}"
             )
-        if getattr(self.config, "is_encoder_decoder", False):
-            raise ValueError(f"{argument}: expected an encoder or a decoder, got an encoder-decoder model")
+
+    @property
+    def kind(self) -> type:
+        """The class of the model."""
+        from gaugekit.hf import loading
+
+        return loading.architecture(self.path) if self.live is None else type(self.live)
 
     @property
     def reads(self) -> str:
-        """The name of the model's main input: "input_ids", "pixel_values", ..."""
+        """What the model reads: the name of its main input, or of both where it has two towers."""
         from gaugekit.hf import loading
 
-        kind = loading.architecture(self.path) if self.live is None else type(self.live)
-        return getattr(kind, "main_input_name", "input_ids")
+        main = loading.reads(self.kind)
+        both = main == "input_ids" and models.two_towers(self.config.to_dict())
+        return "input_ids and pixel_values" if both else main
+
+    @property
+    def ends(self) -> bool:
+        """Whether it may look for the end of a text by the token that stands there."""
+        return self.decodes or self.reads == "input_ids and pixel_values"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has an encoder and a decoder, which reads token ids of its own."""
+        return "decoder_input_ids" in inspect.signature(self.kind.forward).parameters
 
     def parameters(self) -> int:
         """How many numbers the model has."""
@@ -223,13 +246,24 @@ def sequences(
             raise ValueError("a: expected a vocab_size in its config, found none")
         notes.append("text: no tokenizer was found, so seeded random ids were used")
         avoid = getattr(original.config, "pad_token_id", None)
-        return random_sequences(sizes[0], longest, avoid=avoid), padding(original.config)
+        ids = random_sequences(sizes[0], longest, avoid=avoid)
+        return (_ended(ids, original.config) if original.ends else ids), padding(original.config)
     strings = read(text) if text is not None else sentences()
     ids = [token_ids(tokenizer, strings, longest) for tokenizer in tokenizers]
     if ids[0] != ids[-1]:
         raise ValueError("b: expected a tokenizer that reads the text as a's does; its tokens differ")
     cheap = ids[0] if text is not None else affordable(ids[0], original.parameters())
     return cheap, padding(original.config)
+
+
+def _ended(ids: list[list[int]], config: Any) -> list[list[int]]:
+    """The sequences with the token that ends a text as their last and nowhere else."""
+    text = config.get_text_config()
+    end, pad = text.eos_token_id, text.pad_token_id
+    if not isinstance(end, int):
+        return ids
+    other = next(token for token in range(3) if token not in (end, pad))
+    return [[*(other if token == end else token for token in sequence[:-1]), end] for sequence in ids]
 
 
 def affordable(ids: list[list[int]], parameters: int) -> list[list[int]]:
@@ -251,8 +285,65 @@ def text_batches(ids: list[list[int]], pad: int, batch_size: int, model: torch.n
     ]
 
 
+def make_batches(
+    subject: Subject, ids: list[list[int]], pad: int, batch_size: int, model: torch.nn.Module
+) -> list[Batch]:
+    """What both models run on: ``ids`` in batches, or the pixels or sounds that ``subject`` reads, or several of them.
+
+    A decoder beside an encoder reads the text the encoder reads, a token late, or beside sounds random ids.
+    """
+    config, reads = subject.config, subject.reads
+    if reads == "pixel_values":
+        return pixel_batches(config, batch_size)
+    if reads == "input_features":
+        return sound_batches(config, min(batch_size, SOUNDS), subject.decodes)
+    texts = text_batches(ids, pad, batch_size, model)
+    if subject.decodes:
+        for batch in texts:
+            batch.inputs |= _decoded(batch.inputs["input_ids"], batch.inputs["attention_mask"], config)
+    if reads == "input_ids and pixel_values":
+        images = pixel_batches(config, BESIDE)
+        for number, batch in enumerate(texts):
+            batch.inputs |= images[number % len(images)].inputs
+    return texts
+
+
+def _decoded(ids: torch.Tensor, mask: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
+    """``ids`` [B, T] as a decoder is taught with them: a start, then all but the last."""
+    starts = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id"))
+    start = next((token for token in starts if isinstance(token, int)), padding(config))
+    shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
+    return {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
+
+
+def sound_batches(config: Any, batch_size: int, decodes: bool) -> list[Batch]:
+    """Seeded random spectrograms of the size the config names, each with random ids where a decoder reads them."""
+    bins, length = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+    if not isinstance(bins, int) or not isinstance(length, int):
+        raise ValueError(
+            "a: expected num_mel_bins and max_source_positions in the config of a model that reads spectrograms, "
+            f"got {bins!r} and {length!r}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    count = SOUNDS if decodes else IMAGES
+    sounds = torch.randn(count, bins, 2 * length, generator=generator, dtype=torch.float64)
+    parts = sounds.split(batch_size)
+    if not decodes:
+        return [Batch({"input_features": part}, None) for part in parts]
+    from gaugekit.hf import loading
+
+    pad = padding(config)
+    ids = random_sequences(config.vocab_size, loading.positions(config), count=count, avoid=pad)
+    made = zip(parts, batches(ids, batch_size, pad), strict=True)
+    return [
+        Batch({"input_features": part} | _decoded(rows, mask, config), mask.bool())
+        for part, (rows, mask) in made
+    ]
+
+
 def pixel_batches(config: Any, batch_size: int) -> list[Batch]:
-    """Seeded random images of the size the config names."""
+    """Seeded random images of the size the config names, or that of its tower for images."""
+    config = getattr(config, "vision_config", None) or config
     size = getattr(config, "image_size", None)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = getattr(config, "num_channels", 3)
@@ -281,11 +372,11 @@ def run(model: torch.nn.Module, batch: Batch, pool: str | None) -> Output:
         state = state.to("cpu")
         return state[keep] if keep is not None and state.shape[:2] == keep.shape else state.flatten(0, -2)
 
-    states = list(getattr(out, "hidden_states", None) or [])
-    hidden = [tokens(state) for state in states]
+    states = list(_states(out, "input_features" in batch.inputs))
+    hidden = [tokens(state) if of_text else state.to("cpu").flatten(0, -2) for state, of_text in states]
     name = next((name for name in OUTPUTS if getattr(out, name, None) is not None), "")
     if pool == "mean":
-        last = out.last_hidden_state if name == "last_hidden_state" else states[-1] if states else None
+        last = out.last_hidden_state if name == "last_hidden_state" else states[-1][0] if states else None
         if last is None:
             raise ValueError(
                 f"pool: expected a model that returns hidden states, {type(model).__name__} does not"
@@ -298,3 +389,12 @@ def run(model: torch.nn.Module, batch: Batch, pool: str | None) -> Output:
     rows = getattr(out, name)
     by_token = rows.dim() == 3 and (keep is None or rows.shape[:2] == keep.shape)
     return Output(name, tokens(rows) if by_token else rows.to("cpu").flatten(1), hidden)
+
+
+def _states(out: Any, sound: bool) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The hidden states of a model, part by part, each with whether its tokens are those of the text."""
+    for part in (out, getattr(out, "text_model_output", None), getattr(out, "vision_model_output", None)):
+        of_text = part is not getattr(out, "vision_model_output", None)
+        for name in STATES:
+            for state in getattr(part, name, None) or ():
+                yield state, of_text and not (sound and name == "encoder_hidden_states")

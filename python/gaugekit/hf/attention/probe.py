@@ -55,7 +55,7 @@ def verdict(kind: type, config: Any, whole: bool = True) -> str | None:
     own = config._attn_implementation
     if own not in ("sdpa", "eager"):
         own = "sdpa" if kind._supports_sdpa else "eager"
-    key = (kind, config.to_json_string(use_diff=False), own, whole)
+    key = (kind, twin.plain(config).to_json_string(use_diff=False), own, whole)
     if key not in _verdicts:
         with _quiet():
             _verdicts[key] = _ask(kind, config, own, whole)

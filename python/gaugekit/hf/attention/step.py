@@ -72,7 +72,11 @@ class AttentionStep:
         return []
 
 
-def _implementations(config: Any) -> dict[str, Any]:
-    """The implementation of a config and of those within, as ``set_attn_implementation`` takes them."""
+def _implementations(config: Any, above: str | None = None) -> dict[str, Any]:
+    """The implementation of a config and of those within, as ``set_attn_implementation`` takes them.
+
+    Of a part that this model lacks (the text of a CLIP that classifies images) it is that of the whole: it has none.
+    """
+    own = config._attn_implementation or above
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
-    return {"": config._attn_implementation} | {name: _implementations(part) for name, part in parts.items()}
+    return {"": own} | {name: _implementations(part, own) for name, part in parts.items()}

@@ -45,9 +45,8 @@ def smaller(config: Any) -> Iterator[Any]:
     together differs by family; a copy that no model can be made of is for the caller to pass over.
     """
     for narrow, few in ((True, True), (True, False), (False, True), (False, False)):
-        twin = copy.deepcopy(config)
+        twin = plain(config)
         for part in _parts(twin):
-            part.__dict__.pop("quantization_config", None)
             _set_vocabulary(part)
             if few:
                 _set_layers(part)
@@ -57,6 +56,14 @@ def smaller(config: Any) -> Iterator[Any]:
         if narrow:
             _set_widths(list(_parts(twin)))
         yield twin
+
+
+def plain(config: Any) -> Any:
+    """A copy of ``config`` that says nothing of how weights are stored, on which attention does not depend."""
+    copied = copy.deepcopy(config)
+    for part in _parts(copied):
+        part.__dict__.pop("quantization_config", None)
+    return copied
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -178,7 +185,7 @@ def _inputs(twin: nn.Module, main: str, accepted: Any) -> dict[str, Tensor]:
         dual = "pixel_values" in accepted and "logit_scale" in dict(twin.named_parameters())
         return {"input_ids": ids} | target | ({"pixel_values": _images(config.vision_config)} if dual else {})
     if main == "pixel_values":
-        return {main: _images(config)}
+        return {main: _images(getattr(config, "vision_config", None) or config)}
     if main == "input_values":
         bins = getattr(config, "num_mel_bins", None)
         return {

@@ -1,19 +1,18 @@
-"""T5's encoder: separate nn.Linear projections without biases under encoder.block.<l>.layer.0.SelfAttention."""
+"""T5: separate nn.Linear projections without biases under <stack>.block.<l>.layer.<n>.<kind>Attention."""
 
 from __future__ import annotations
 
+from gaugekit.models.encoder_decoders.stacks import EncoderDecoder, Stack
 from gaugekit.models.family import Read
-from gaugekit.models.linears import Linears
-from gaugekit.models.view import POSITIONS, AttentionView
+from gaugekit.models.view import AttentionView
 
 NAMES = ("t5", "mt5", "umt5")
 
 
-class T5(Linears):
-    """Self-attention of encoders of model_type "t5", "mt5" and "umt5"; a decoder beside them is left as it is."""
+class T5Stack(Stack):
+    """T5's attention of one kind; self-attention adds a bias of position to its scores, which no view knows of."""
 
     names = NAMES
-    anchor = "encoder.block.0.layer.0.SelfAttention.o.weight"
 
     def check(self) -> None:
         for entry in ("d_model", "d_kv", "num_heads", "num_layers"):
@@ -22,17 +21,8 @@ class T5(Linears):
 
     @property
     def layers(self) -> int:
-        return self.config["num_layers"]
-
-    def block(self, layer: int) -> str:
-        return f"encoder.block.{layer}"
-
-    def projections(self, layer: int) -> dict[str, str]:
-        return {part: f"{self.block(layer)}.layer.0.SelfAttention.{part}" for part in "qkvo"}
-
-    @property
-    def size(self) -> int:
-        return self.config["d_model"]
+        layers = self.config["num_layers"]
+        return layers if self.side == "encoder" else self.config.get("num_decoder_layers") or layers
 
     @property
     def head_width(self) -> int:
@@ -44,9 +34,28 @@ class T5(Linears):
     def biased(self, part: str) -> bool:
         return False
 
+    def block(self, layer: int) -> str:
+        return f"{self.side}.block.{layer}"
+
+    def projections(self, layer: int) -> dict[str, str]:
+        attention = "layer.1.EncDecAttention" if self.kind == "cross" else "layer.0.SelfAttention"
+        return {part: f"{self.block(layer)}.{attention}.{part}" for part in "qkvo"}
+
     def attention(self, layer: int, read: Read) -> AttentionView:
         return AttentionView(
-            **self.parts(layer, read),
-            scale=1.0,
-            barred=dict.fromkeys(("query_key", "key_bias"), POSITIONS),
+            **self.parts(layer, read), scale=1.0, causal=self.kind == "decoder", cross=self.kind == "cross"
         )
+
+
+class T5(EncoderDecoder):
+    """Encoder-decoders of model_type "t5", "mt5" and "umt5", and their encoders alone."""
+
+    names = NAMES
+    anchor = "encoder.block.0.layer.0.SelfAttention.o.weight"
+    stack = T5Stack
+
+    @property
+    def unstreamed(self) -> str | None:
+        if self.name == "umt5":
+            return self.divided
+        return self.divided or "its first block hands the bias of position on to the others"

@@ -11,13 +11,8 @@ OTHER_PARTS = {
     "mpnet": {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o"},
     "deberta-v2": {"q": "self.query_proj", "k": "self.key_proj", "v": "self.value_proj", "o": "output.dense"},
 }
-NAMES = ("bert", "roberta", "xlm-roberta", "camembert", *OTHER_PARTS)
+NAMES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", *OTHER_PARTS)
 OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # the first position has number pad_token_id + 1
-# DeBERTa multiplies queries and keys with vectors of position too, so that even its key bias can be seen.
-BARRED = {
-    "mpnet": {"query_key": POSITIONS},
-    "deberta-v2": {"query_key": POSITIONS, "key_bias": POSITIONS},
-}
 
 
 class Bert(Linears):
@@ -52,8 +47,21 @@ class Bert(Linears):
 
     def attention(self, layer: int, read: Read) -> AttentionView:
         parts = self.parts(layer, read)
-        causal, barred = bool(self.config.get("is_decoder")), BARRED.get(self.name, {})
-        return AttentionView(**parts, scale=self.head_width**-0.5, causal=causal, barred=barred)
+        kinds = self.config.get("pos_att_type") or () if self.name == "deberta-v2" else ()
+        terms = 1 + ("c2p" in kinds) + ("p2c" in kinds)  # DeBERTa's scores are a mean over so many
+        causal, scale = bool(self.config.get("is_decoder")), (self.head_width * terms) ** -0.5
+        return AttentionView(**parts, scale=scale, causal=causal, barred=self._barred())
+
+    def _barred(self) -> dict[str, str]:
+        """DeBERTa multiplies queries and keys with vectors of position too, so that even its key bias can be seen;
+        where those come of the same projections (``share_att_key``) they turn with them.
+        """
+        if self.name != "deberta-v2" or not (
+            self.config.get("relative_attention") and self.config.get("pos_att_type")
+        ):
+            return {}
+        shared = self.config.get("share_att_key")
+        return dict.fromkeys(("key_bias",) if shared else ("query_key", "key_bias"), POSITIONS)
 
     def _parts(self) -> dict[str, str]:
         return OTHER_PARTS.get(self.name, PARTS)

@@ -1,4 +1,4 @@
-"""ViT and DeiT: separate nn.Linear projections (weight [out, in]), no mask; named in files otherwise than in memory."""
+"""ViT, DeiT and DINOv2: separate nn.Linear projections, no mask; named in files otherwise than in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gaugekit.models.family import Family, Read
 from gaugekit.models.linears import Linears
 from gaugekit.models.view import AttentionView
 
-NAMES = ("vit", "deit")
+NAMES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 IN_FILES = {
     "q": "attention.query",
     "k": "attention.key",
@@ -19,10 +19,11 @@ LIVE = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
 
 class Vit(Linears):
-    """Encoders of images, model_type "vit" and "deit".
+    """Encoders of images of the model types in ``NAMES``.
 
     transformers renames their tensors when it reads and writes files: "encoder.layer.0.attention.attention.query" of a
-    file is "layers.0.attention.q_proj" of a model. ``live`` adapters go by the second kind of name.
+    file is "layers.0.attention.q_proj" of a model ("encoder.layer.0..." of DINOv2's). ``live`` adapters go by the
+    second kind of name.
     """
 
     names = NAMES
@@ -46,7 +47,8 @@ class Vit(Linears):
         self.refuse_odd_heads()
 
     def block(self, layer: int) -> str:
-        return f"layers.{layer}" if self.live else f"encoder.layer.{layer}"
+        renamed = self.live and not self.name.startswith("dinov2")
+        return f"layers.{layer}" if renamed else f"encoder.layer.{layer}"
 
     def projections(self, layer: int) -> dict[str, str]:
         return {
