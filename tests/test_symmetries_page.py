@@ -93,14 +93,15 @@ def test_counts_of_llamas_are_the_formulas(reports, name):
 def test_counts_that_others_published(reports):
     """GPT-2 as of van Nierop's groups of heads, biases included; Llama-2-7B and Llama-3-8B of V/O and rotary pairs."""
     assert reports["gpt2"]["removable"] == reports["bert-base"]["removable"] == 1_198_080
-    # Whisper: four layers of an encoder, four of a decoder with attention to the encoder beside its own; keys have no bias
+    # Whisper: four layers of an encoder, four of a decoder with two attentions each; keys have no bias
     assert reports["whisper-tiny"]["removable"] == 12 * (2 * 6 * 64**2 + 384)
     assert reports["llama-2-7b"]["unobservable"]["value_output"] == 16_777_216
     assert reports["llama-2-7b"]["unobservable"]["rotary_pairs"] == 131_072
     assert reports["llama-3-8b"]["unobservable"]["value_output"] == 4_194_304
     assert reports["llama-3-8b"]["unobservable"]["rotary_pairs"] == 32_768
     sizes = {"gpt2": 124_439_808, "llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "bert-base": 109_514_298,
-             "opt-6.7b": 6_658_473_984, "smollm2-135m": 134_515_008, "deit-tiny": 5_717_416, "whisper-tiny": 37_760_640}  # fmt: skip
+             "opt-6.7b": 6_658_473_984, "smollm2-135m": 134_515_008, "deit-tiny": 5_717_416,
+             "whisper-tiny": 37_760_640}  # fmt: skip
     assert {name: reports[name]["parameters"] for name in sizes} == sizes
     for name in ("llama-2-7b", "llama-3-8b", "qwen2.5-7b", "smollm2-135m"):
         assert reports[name]["unobservable"]["total"] < 0.004 * reports[name]["parameters"]
