@@ -80,8 +80,8 @@ class CentredNorm(Norm):
 
 
 def bound(family):
-    """Cohere turns queries and keys in float32, whatever the model's dtype."""
-    return 1e-6 if family.startswith("cohere") else 1e-12
+    """Cohere, and GPT-J before transformers 5.24, turn queries and keys in float32, whatever the model's dtype."""
+    return 1e-6 if family.startswith(("cohere", "gptj")) else 1e-12
 
 
 def build(family, equal=False):
