@@ -10,7 +10,7 @@ from gaugekit.symmetry.groups import (
     count_stream,
     permutation_bits,
 )
-from gaugekit.symmetry.rows import coordinates, max_volume, shared_partition
+from gaugekit.symmetry.rows import balanced, coordinates, max_volume, shared_partition
 from gaugekit.symmetry.skipless import JointBasis, absorb
 from gaugekit.symmetry.stream import StreamSymmetry, put_stream, stream_of
 
@@ -23,6 +23,7 @@ __all__ = [
     "StreamSymmetry",
     "Symmetry",
     "absorb",
+    "balanced",
     "coordinates",
     "count",
     "count_stream",

@@ -11,9 +11,9 @@ from gaugekit.models import AttentionView, Live, family, left_alone
 from gaugekit.report import Report
 from gaugekit.rewrite import Rewrite, invariance_error
 from gaugekit.symmetry.groups import REMOVED, SYMMETRIES
+from gaugekit.symmetry.rows import CHOICES
 
 ORDER = ("key_bias", "value_bias", "value_output", "query_key")  # biases first: then the other two carry none
-ROWS = ("max_volume", "shared_partition")
 
 
 class GaugeFix(Rewrite):
@@ -21,17 +21,18 @@ class GaugeFix(Rewrite):
 
     Keys lose their bias and W_K[P] = I, values theirs and W_V[P] = I; queries, output and output bias take it up.
     Counts are exact: (V² + K² + K + V) numbers a key/value head (without rotary positions, with biases).
-    ``rows`` chooses P: "max_volume" (per head, entries ≤ 1.02) or "shared_partition" (one partition of the inputs a
-    layer; needs heads·width = D). After a truncation of the keys to rank R (``rank.Truncate``) the freedom is R², not
-    K², a head; ``key_ranks`` [L][G] tells the plan so. Source: arXiv 2412.14543; rows: see ``symmetry.rows``.
+    ``rows`` chooses P: "balanced" (per head, the least that rounding does to what leaves it), "max_volume" (per head,
+    entries ≤ 1.02) or "shared_partition" (one partition of the inputs a layer; needs heads·width = D). After a
+    truncation of the keys to rank R (``rank.Truncate``) the freedom is R², not K², a head; ``key_ranks`` [L][G] tells
+    the plan so. Source: arXiv 2412.14543; rows: see ``symmetry.rows``.
     """
 
     name = "gauge"
     claim = "exact"
 
-    def __init__(self, rows: str = "max_volume", key_ranks: list[list[int]] | None = None):
-        if rows not in ROWS:
-            raise ValueError(f"rows: expected one of {', '.join(ROWS)}; got {rows!r}")
+    def __init__(self, rows: str = "balanced", key_ranks: list[list[int]] | None = None):
+        if rows not in CHOICES:
+            raise ValueError(f"rows: expected one of {', '.join(CHOICES)}; got {rows!r}")
         self.rows, self.key_ranks = rows, key_ranks
 
     @property
@@ -58,12 +59,12 @@ class GaugeFix(Rewrite):
 
 
 @torch.no_grad()
-def fix(model: nn.Module, *, rows: str = "max_volume") -> Report:
+def fix(model: nn.Module, *, rows: str = "balanced") -> Report:
     """Fixes the gauge of a live model in place: the same classes, dense weights, the same function.
 
     The float64 result is rounded once to each parameter's dtype; the removed entries are exactly 0 or 1 afterwards.
-    ``rows`` is "max_volume" or "shared_partition" (see ``GaugeFix``). Do it before training or saving, not under an
-    optimizer that already holds moments of these parameters: those belong to the old weights.
+    ``rows`` is "balanced", "max_volume" or "shared_partition" (see ``GaugeFix``). Do it before training or saving, not
+    under an optimizer that already holds moments of these parameters: those belong to the old weights.
 
     Returns a Report: ``parameters``; ``removed`` {group: count, total}; ``layers`` [{layer, value_rows, key_rows:
     [head][width] input indices, invariance_error (float64, before rounding)}]. Raises ValueError for a model that is
