@@ -1,7 +1,7 @@
 """What may be changed in a transformer without being seen: groups, counting, gauge fixing."""
 
 from gaugekit.symmetry.action import Symmetry
-from gaugekit.symmetry.gauge import GaugeFix, fix
+from gaugekit.symmetry.gauge import GaugeFix, QuantizationGauge, fix
 from gaugekit.symmetry.groups import (
     REMOVED,
     STREAM_SYMMETRIES,
@@ -20,6 +20,7 @@ __all__ = [
     "SYMMETRIES",
     "GaugeFix",
     "JointBasis",
+    "QuantizationGauge",
     "StreamSymmetry",
     "Symmetry",
     "absorb",
