@@ -1,14 +1,14 @@
-"""What a gauge chosen for quantisation is worth: all-MiniLM-L6-v2 rounded to 4 and 3 bits from several points of its orbit.
+"""What a gauge chosen for quantisation is worth: MiniLM rounded to 4 and 3 bits from several points of its orbit.
 
     python bench/gauge_quantize.py
     python bench/gauge_quantize.py --sentences 96 --save
 
-Every gauge computes the same before it is rounded (``before``: 1 − cosine to the plain model's embeddings, in float32).
-Then the weights of attention are rounded, groups of 32 inputs with an offset and a scale each, by round-to-nearest or by
-GPTQ (Frantar et al. 2022) with the second moments of the sentences. ``loss`` is the mean of 1 − cosine.
+Every gauge computes the same before it is rounded (``before``: 1 − cosine to the plain model's embeddings, float32).
+Then the weights of attention are rounded, groups of 32 inputs with an offset and a scale each, by round-to-nearest or
+by GPTQ (Frantar et al. 2022) with the second moments of the sentences. ``loss`` is the mean of 1 − cosine.
 
-Gauges: "as trained"; "hadamard", a random signed Hadamard matrix a head (QuaRot); "rotation", the one that minimises fourth
-powers (OptRot's objective, heads alone); "balanced rotation", ``gk.symmetry.QuantizationGauge()``.
+Gauges: "as trained"; "hadamard", a random signed Hadamard matrix a head (QuaRot); "rotation", the one that minimises
+fourth powers (OptRot's objective, heads alone); "balanced rotation", ``gk.symmetry.QuantizationGauge()``.
 """
 
 from __future__ import annotations
