@@ -41,7 +41,7 @@ def refused(capsys, *arguments):
         (["inspect"], "MODEL, got none"),
         (["convert", "a"], "OUT, got none"),
         (["convert", "a", "b"], "--gauge"),
-        (["convert", "a", "b", "--gauge", "--rows", "first"], "max_volume"),
+        (["convert", "a", "b", "--gauge", "--rows", "first"], "balanced"),
         (["convert", "a", "b", "--gauge", "--dtype", "int3"], "bfloat16"),
         (["convert", "a", "b", "--rank", "x"], "int, got 'x'"),
         (["convert", "a", "b", "--rank", "3", "--energy", "0.5"], "got both"),

@@ -33,7 +33,7 @@ def scatter(model):
     return model.double().eval()
 
 
-@pytest.mark.parametrize("rows", ["max_volume", "shared_partition"])
+@pytest.mark.parametrize("rows", ["balanced", "max_volume", "shared_partition"])
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_fix_is_exact_in_float64(make, rows):
     model = make()
@@ -80,7 +80,7 @@ def test_fix_keeps_gradients_flowing_and_parameters_the_same_objects():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="max_volume, shared_partition; got 'first'"):
+    with pytest.raises(ValueError, match="balanced, max_volume, shared_partition; got 'first'"):
         symmetry.fix(bert(), rows="first")
     with pytest.raises(ValueError, match="transformers model"):
         symmetry.fix(torch.nn.Linear(2, 2))

@@ -55,9 +55,7 @@ def test_compact(tmp_path, shards):
     )
     assert contents(source) == before
     removed = {"value_output": 576, "query_key": 576, "key_bias": 72, "value_bias": 72, "total": 1296}
-    assert report["steps"] == [
-        {"rewrite": "gauge", "claim": "exact", "rows": "max_volume", "removed": removed}
-    ]
+    assert report["steps"] == [{"rewrite": "gauge", "claim": "exact", "rows": "balanced", "removed": removed}]
     assert report["parameters_before"] - report["parameters_after"] == 1296
     assert report["parameters_before"] == transformers.BertModel.from_pretrained(source).num_parameters()
     assert 0 < report["invariance_error"] < 1e-13

@@ -49,7 +49,7 @@ def convert(arguments: argparse.Namespace) -> Outcome:
         raise UsageError(f"--{NOBODY_ASKS}")
     if arguments.rows and not arguments.gauge:
         raise UsageError("--rows: expected beside --gauge, got it without")
-    rows = arguments.rows or "max_volume"
+    rows = arguments.rows or "balanced"
     from gaugekit.rewrite import Later
     from gaugekit.verbs.convert import convert as run
 

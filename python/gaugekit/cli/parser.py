@@ -81,9 +81,9 @@ def _convert(verb: Adder) -> None:
     added.add_argument("--gauge", action="store_true", help="remove the parameters that no output depends on")
     added.add_argument(
         "--rows",
-        choices=("max_volume", "shared_partition"),
-        help="which rows become the identity: the best for each head (max_volume, the default), or one partition for "
-        "a layer",
+        choices=("balanced", "max_volume", "shared_partition"),
+        help="which rows become the identity: for each head those that rounding harms least (balanced, the default) or "
+        "that leave no entry above 1.02 (max_volume), or one partition for a layer",
     )
     ranks = added.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=int, metavar="R", help="keep R query/key channels of every head")

@@ -1,7 +1,7 @@
 """What may be changed in a transformer without being seen: groups, counting, gauge fixing."""
 
 from gaugekit.symmetry.action import Symmetry
-from gaugekit.symmetry.gauge import GaugeFix, fix
+from gaugekit.symmetry.gauge import GaugeFix, QuantizationGauge, fix
 from gaugekit.symmetry.groups import (
     REMOVED,
     STREAM_SYMMETRIES,
@@ -10,7 +10,7 @@ from gaugekit.symmetry.groups import (
     count_stream,
     permutation_bits,
 )
-from gaugekit.symmetry.rows import coordinates, max_volume, shared_partition
+from gaugekit.symmetry.rows import balanced, coordinates, max_volume, shared_partition
 from gaugekit.symmetry.skipless import JointBasis, absorb
 from gaugekit.symmetry.stream import StreamSymmetry, put_stream, stream_of
 
@@ -20,9 +20,11 @@ __all__ = [
     "SYMMETRIES",
     "GaugeFix",
     "JointBasis",
+    "QuantizationGauge",
     "StreamSymmetry",
     "Symmetry",
     "absorb",
+    "balanced",
     "coordinates",
     "count",
     "count_stream",

@@ -39,7 +39,7 @@ class Symmetry(ABC):
         """The view moved by ``element``; ValueError where the group does not act or the shape is another."""
 
     @abstractmethod
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """The point of the orbit with ``dimension`` entries exactly 0 or 1."""
 
     @abstractmethod
@@ -111,13 +111,23 @@ def widen(part: Projection, width: int) -> Projection:
     return Projection(torch.nn.functional.pad(part.weight, more), bias, part.rows)
 
 
+def shared(tensor: Tensor, view: AttentionView) -> Tensor:
+    """[H, width, n] -> [G, width, repeats·n]: side by side, what the query heads have that read one key/value head."""
+    return tensor.unflatten(0, (view.groups, -1)).movedim(1, 2).flatten(2)
+
+
 def through(bias: Tensor, view: AttentionView) -> Tensor:
     """Σ_h bias[g(h)] W_O^h: [G, V] -> [D]."""
     return torch.einsum("hv,hvd->d", per_head(bias, view), view.o.weight)
 
 
-def fix_rows(part: Projection, rows: str, name: str) -> tuple[Projection, Tensor]:
-    chosen = choice.choose(part.weight, rows)
+def fix_rows(part: Projection, partner: Tensor, rows: str, name: str) -> tuple[Projection, Tensor]:
+    """(the projection with the identity in ``rows``, the block M that stood there).
+
+    ``partner`` [G, V, n] is what is multiplied by M: its n columns stand for all heads that share the part.
+    """
+    gram = partner @ partner.mT  # ‖(W B)[i]‖² = W[i] (B Bᵀ) W[i]ᵀ, without making W B
+    chosen = choice.choose(part.weight, rows, (part.weight @ gram * part.weight).sum(2))
     basis = choice.take(part.weight, chosen)
     if part.bias is None:
         return Projection(choice.coordinates(part.weight, chosen), None, chosen), basis

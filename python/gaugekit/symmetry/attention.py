@@ -32,6 +32,7 @@ from gaugekit.symmetry.action import (
     narrow,
     per_head,
     random_matrices,
+    shared,
     size_of,
     through,
     times,
@@ -58,9 +59,9 @@ class ValueOutput(Symmetry):
         out = torch.linalg.solve(per_head(element, view), view.o.weight)
         return replace(view, v=times(view.v, element), o=Projection(out, view.o.bias))
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """W_V[P] = I; the chosen block M = W_V[P] goes into W_O."""
-        fixed, basis = fix_rows(view.v, rows, self.name)
+        fixed, basis = fix_rows(view.v, shared(view.o.weight, view), rows, self.name)
         return replace(view, v=fixed, o=Projection(per_head(basis, view) @ view.o.weight, view.o.bias))
 
     def invariant(self, view: AttentionView, probe: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,17 +96,19 @@ class QueryKey(Symmetry):
         q, k = times(view.q, per_head(element, view)), times(view.k, inverse)
         return replace(view, q=q, k=k, channels=None)
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """W_K[P] = I; the chosen block M = W_K[P] goes into W_Q and b_Q as Mᵀ. Channels in use come to the front."""
         if self.dimension(view) == 0:
             return view
+        queries = shared(with_bias(view.q).mT, view)
         if view.channels is None:
-            fixed, basis = fix_rows(view.k, rows, self.name)
+            fixed, basis = fix_rows(view.k, queries, rows, self.name)
             return replace(view, q=times(view.q, per_head(basis, view).mT), k=fixed)
         kept = torch.tensor(view.channels)
-        fixed, basis = fix_rows(
-            narrow(view.k, kept), "max_volume", self.name
-        )  # they no longer fill a partition
+        if rows == "shared_partition":
+            rows = "max_volume"  # fewer channels no longer fill a partition
+        used = queries.gather(1, kept[..., None].expand(-1, -1, queries.shape[2]))
+        fixed, basis = fix_rows(narrow(view.k, kept), used, rows, self.name)
         q = times(narrow(view.q, per_head(kept, view)), per_head(basis, view).mT)
         rank, width = kept.shape[1], view.k.weight.shape[2]
         front = (tuple(range(rank)),) * view.groups
@@ -136,7 +139,7 @@ class KeyBias(Symmetry):
         self._check(view, element, (view.groups, view.k.weight.shape[2]))
         return replace(view, k=replace(view.k, bias=view.k.bias + element))
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """No key bias. (``rows`` has no bearing on it.)"""
         return view if self.dimension(view) == 0 else replace(view, k=replace(view.k, bias=None))
 
@@ -164,7 +167,7 @@ class ValueBias(Symmetry):
             view, v=replace(view.v, bias=view.v.bias + element), o=Projection(view.o.weight, moved)
         )
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """No value bias; the output's bias carries it. (``rows`` has no bearing on it.)"""
         if self.dimension(view) == 0:
             return view

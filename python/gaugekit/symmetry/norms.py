@@ -50,7 +50,7 @@ class QueryKeyGains(Symmetry):
         q, k = norms.gain("q") * of_q - norms.offset, norms.gain("k") / by - norms.offset
         return replace(view, norms=replace(norms, q=q, k=k))
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """The first gain of a pair of keys, or a channel's, becomes 1; a 0 stays. (``rows`` has no bearing on it.)"""
         if view.norms is None:
             return view
@@ -94,7 +94,7 @@ class QueryKeyTurns(Symmetry):
         of_q = signs[:, :, None] * per_head(element, view) * signs[:, None]
         return replace(view, q=times(view.q, of_q), k=times(view.k, element))
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """In each set of m channels that agree, the first m rows of W_K become lower triangular, with a diagonal that
         is not negative (its last entry aside in a rotary pair, which no reflection passes). (``rows`` has no bearing.)
         """
@@ -153,7 +153,7 @@ class QueryKeyMeans(Symmetry):
             moved.append(replace(part, weight=part.weight + piece[:, :inputs], bias=bias))
         return replace(view, q=moved[0], k=moved[1])
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """Means of zero. (``rows`` has no bearing on it.)"""
         if self.dimension(view) == 0:
             return view

@@ -28,6 +28,7 @@ from gaugekit.symmetry.action import (
     narrow,
     per_head,
     random_matrices,
+    shared,
     size_of,
     times,
     with_bias,
@@ -56,7 +57,7 @@ class RotaryPairs(Symmetry):
         k = _scaled(view.k, view.pairs, 1 / element.conj())
         return replace(view, q=_scaled(view.q, view.pairs, per_head(element, view)), k=k)
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """In each pair of keys the longest row of W_K becomes (1, 0), so that none is longer than 1; a pair of zeros
         stays. (``rows`` has no bearing on it.)
         """
@@ -103,7 +104,7 @@ class PlainQueryKey(Symmetry):
         k = times(narrow(view.k, plain), torch.linalg.inv(element).mT)
         return replace(view, q=merged(view.q, plain, q), k=merged(view.k, plain, k), channels=None)
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """W_K[P] = I on those channels, P of maximal volume; nothing where some of them are idle.
 
         The identity rows stay stored: the compact forms are for whole heads. (``rows`` has no bearing on it.)
@@ -111,7 +112,8 @@ class PlainQueryKey(Symmetry):
         if self.dimension(view) == 0 or view.channels is not None:
             return view
         plain = _plain(view)
-        fixed, basis = fix_rows(narrow(view.k, plain), "max_volume", self.name)
+        queries = shared(with_bias(narrow(view.q, plain)).mT, view)
+        fixed, basis = fix_rows(narrow(view.k, plain), queries, "max_volume", self.name)
         q = times(narrow(view.q, plain), per_head(basis, view).mT)
         return replace(view, q=merged(view.q, plain, q), k=merged(view.k, plain, fixed))
 
@@ -141,7 +143,7 @@ class PlainKeyBias(Symmetry):
         moved = torch.nn.functional.pad(element, (view.rotary, 0))
         return replace(view, k=replace(view.k, bias=view.k.bias + moved))
 
-    def fix(self, view: AttentionView, rows: str = "max_volume") -> AttentionView:
+    def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
         """Zeros in its place. (``rows`` has no bearing on it.)"""
         if self.dimension(view) == 0:
             return view

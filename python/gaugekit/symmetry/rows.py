@@ -11,21 +11,70 @@ import torch
 from torch import Tensor
 
 BOUND = 1.02  # entries of C that a swap may leave; 1 would be a local maximum of the volume |det M|
+SMALLEST_PIVOT = 1e-3  # a swap divides by such an entry; a smaller one would spoil the digits of C
+CHOICES = ("balanced", "max_volume", "shared_partition")
 STILL_FIXED = 1.024  # BOUND as bfloat16 may round it
 
 
-def choose(weight: Tensor, how: str) -> Tensor:
-    """Rows [heads, K] int64 for ``weight`` [heads, D, K] float64, by "max_volume" or "shared_partition".
+def choose(weight: Tensor, how: str, partner: Tensor) -> Tensor:
+    """Rows [heads, K] int64 for ``weight`` [heads, D, K] float64, by one of ``CHOICES``.
 
-    A weight that was fixed so before keeps its rows, whatever its dtype rounded: a second fix changes nothing.
+    ``partner`` [heads, D] is what "balanced" weighs a row by. A weight that was fixed so before keeps its rows,
+    whatever its dtype rounded: a second fix changes nothing.
     """
-    if how not in ("max_volume", "shared_partition"):
-        raise ValueError(f"rows: expected 'max_volume' or 'shared_partition', got {how!r}")
+    if how not in CHOICES:
+        raise ValueError(f"rows: expected one of {', '.join(CHOICES)}; got {how!r}")
     fixed = _fixed(weight)
+    if how == "balanced":
+        return balanced(weight, partner) if fixed is None else fixed
     if how == "max_volume":
         return max_volume(weight) if fixed is None or weight.abs().max() > STILL_FIXED else fixed
     partition = fixed is not None and fixed.numel() == len(fixed.unique()) == weight.shape[1]
     return fixed if partition else shared_partition(weight)
+
+
+def balanced(weight: Tensor, partner: Tensor) -> Tensor:
+    """Per head, rows that keep small what rounding does to a head's product W B: [heads, K] int64.
+
+    Fixed, the product is C (M B). What is rounded in channel j comes to ‖C_j‖ in size and is then multiplied by row j
+    of M B, which is row P_j of W B, so that the rounded product errs in proportion to the root of
+
+        Σ_j ‖C_j‖² ‖(W B)[P_j]‖²
+
+    Starting from ``max_volume``, one row is swapped for another, always the best pair, while that lowers the sum by
+    more than a thousandth. Entries of C may exceed 1. Without this B would be made of rows that nearly cancel.
+
+    weight: W [heads, D, K], float64.
+    partner: ‖(W B)[i]‖² for every row i, [heads, D]; B is what takes up the block: W_O of all heads that share it, or
+        the queries.
+
+    Raises ValueError where D < K.
+    """
+    rows = max_volume(weight)
+    for head, costs in enumerate(partner):
+        if _full_rank(weight[head, rows[head]]):
+            _balance(coordinates(weight[head : head + 1], rows[head : head + 1])[0], rows[head], costs)
+    return rows
+
+
+def _balance(current: Tensor, rows: Tensor, costs: Tensor) -> None:
+    """Swaps ``rows`` [K] in place; ``current`` is C [D, K], ``costs`` [D]."""
+    while True:
+        gram, weights = current.mT @ current, costs[rows]
+        squares = gram.diagonal()
+        total = (squares * weights).sum()
+        # Row r takes the place of column j: C_j becomes C_j / C[r, j], and each other column C_k loses C[r, k] of it.
+        weighted = current * weights
+        crossed = weighted @ gram - weighted * squares
+        grown = (weighted * current).sum(1, keepdim=True) - weighted * current + costs[:, None]
+        after = (total - squares * weights) - 2 * crossed / current + squares / current.square() * grown
+        after = after.masked_fill(current.abs() < SMALLEST_PIVOT, torch.inf)
+        after[rows] = torch.inf
+        row, column = divmod(int(after.argmin()), len(rows))
+        if not after[row, column] < 0.999 * total:
+            return
+        rows[column] = row
+        _swap(current, row, column)
 
 
 def max_volume(weight: Tensor) -> Tensor:
