@@ -3,13 +3,14 @@
 import copy
 import io
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 
-from gaugekit.nn import GaugeProjection
+from gaugekit.nn import Concat, GaugeProjection
 from gaugekit.ops.gauge_linear import choice
 from gaugekit.ops.gauge_linear.layout import free_rows
 from helpers import assert_accurate
@@ -139,7 +140,7 @@ def test_what_is_written_to_it_is_seen(way):
     seen.append(check())
     module.free.data = other.free.detach() * 5
     seen.append(check())
-    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
 
 
 def test_a_dense_weight_is_made_once_in_evaluation_mode(monkeypatch):
@@ -197,7 +198,7 @@ def test_transformations_of_functions_get_a_weight_of_their_own(way):
 
 def test_the_plan_says_why():
     sizes = (384, 6, 64)
-    for processor, sizes, dtype, device, product, why in (
+    for processor, size, dtype, device, product, why in (
         ("AVX2", sizes, torch.float32, "cpu", "kernel", "Zen 3"),
         ("AVX2", sizes, torch.float32, "cuda", "dense", "not been measured on cuda"),
         ("AVX2", sizes, torch.float64, "cpu", "dense", "float64 on AVX2"),
@@ -206,7 +207,42 @@ def test_the_plan_says_why():
         ("AVX2", (100, 5, 20), torch.float32, "cpu", "dense", "heads of 20 numbers"),
         ("AVX2", (8192, 64, 128), torch.float32, "cpu", "dense", "beyond"),
     ):
-        found, reason = choice.plan(processor, *sizes, dtype, device)
+        found, reason = choice.plan(processor, *size, dtype, device)
         assert found == product and why in reason
     here = GaugeProjection(384, 6, 64)
     assert here.product == choice.plan(choice.kind(), 384, 6, 64, torch.float32, "cpu")
+
+
+def test_a_bias_alone_may_learn(way):
+    module = projection(bias=True)
+    module.free.requires_grad_(False)
+    module(torch.randn(3, 48)).sum().backward()
+    assert torch.equal(module.bias.grad, torch.full((48,), 3.0))
+
+
+def test_derivatives_by_forward_mode_and_vmap(way):
+    module, x = projection().eval(), torch.randn(4, 48)
+    with torch.no_grad():
+        expected = module(x)
+        rows = torch.func.vmap(module)(x)
+        value, tangent = torch.func.jvp(module, (x,), (x,))
+    for found in (rows, value, tangent):
+        torch.testing.assert_close(found, expected)
+
+
+def test_concat_writes_the_columns_of_its_parts(way):
+    """What the parts give side by side: without gradients, with them, under hooks, for one row and for none."""
+    parts = [torch.nn.Linear(48, 10), projection(), torch.nn.Linear(48, 5, bias=False), projection(bias=True)]
+    module, x = Concat(parts).eval(), torch.randn(2, 6, 48)
+    expected = torch.cat([part(x) for part in parts], -1)
+    assert module(x).requires_grad and torch.equal(module(x), expected)
+    seen = []
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected.detach())
+        torch.testing.assert_close(module(x[0, 0]), expected[0, 0].detach())
+        assert module(x[:, :0]).shape == (2, 0, 111)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(x).dtype == torch.bfloat16
+        torch.testing.assert_close(torch.func.vmap(module)(x), expected.detach())
+        parts[1].register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(module(x), expected) and seen == [1]

@@ -5,11 +5,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gaugekit.nn.gauge_projection import GaugeProjection, recorded, transformed
+
 
 class Concat(nn.ModuleList):
-    """y = part_0(x) ⊕ part_1(x) ⊕ ...: x [..., D] -> [..., sum of the parts' outputs]. Parts are named 0, 1, ..."""
+    """y = part_0(x) ⊕ part_1(x) ⊕ ...: x [..., D] -> [..., sum of the parts' outputs]. Parts are named 0, 1, ...
+
+    While nothing is differentiated, plain and compact projections write to their columns of y at once.
+    """
 
     form = "concat"
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self], dim=-1)
+        widths = [_outputs(part) for part in self]
+        if not all(widths) or not x.numel() or self._watched(x):
+            return torch.cat([part(x) for part in self], dim=-1)
+        y, first = x.new_empty((*x.shape[:-1], sum(widths))), 0
+        for part, width in zip(self, widths, strict=True):
+            out, first = y.narrow(-1, first, width), first + width
+            if isinstance(part, GaugeProjection):
+                part.write(out, x)
+            else:
+                _write(out.view(-1, width), x.reshape(-1, x.shape[-1]), part)
+        return y
+
+    def _watched(self, x: Tensor) -> bool:
+        return (
+            recorded(x, *self.parameters())
+            or torch.is_autocast_enabled(x.device.type)
+            or transformed(x, *self.parameters())
+        )
+
+
+def _outputs(part: nn.Module) -> int:
+    """How wide the outputs of a part are that can write them to a wider tensor; 0 for any other, and for one on whose
+    call something hangs.
+    """
+    if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+        return 0
+    if type(part) is nn.Linear:
+        return part.out_features
+    if isinstance(part, GaugeProjection) and part.padded is None:
+        return part.heads * part.width
+    return 0
+
+
+def _write(out: Tensor, x: Tensor, part: nn.Linear) -> None:
+    if part.bias is None:
+        torch.mm(x, part.weight.t(), out=out)
+    else:
+        torch.addmm(part.bias, x, part.weight.t(), out=out)

@@ -75,16 +75,36 @@ class GaugeProjection(nn.Module):
     @property
     def product(self) -> tuple[str, str]:
         """("kernel" or "dense", why): how this projection is computed where it stands, outside autocast."""
-        return choice.plan(
-            self._processor, self.inputs, self.heads, self.width, self.free.dtype, self.free.device.type
-        )
+        return self._product(self.free)
+
+    def _product(self, free: Tensor) -> tuple[str, str]:
+        device = free.device.type
+        return choice.plan(self._processor, self.inputs, self.heads, self.width, free.dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.product[0] == "kernel" and not torch.is_autocast_enabled(x.device.type):
-            y = torch.ops.gaugekit.gauge_linear.default(x, self.free, self.rows, self.bias, None, None)
+        free, bias = self.free, self.bias
+        if not self._by_kernel(x, free):
+            y = linear(x, self._dense(), bias)
+        elif recorded(x, free) or (bias is not None and recorded(bias)):
+            y = torch.ops.gaugekit.gauge_linear.default(x, free, self.rows, bias, None, None)
         else:
-            y = linear(x, self._dense(), self.bias)
+            y = x.new_empty((*x.shape[:-1], self.heads * self.width))
+            torch.ops.gaugekit.gauge_linear_.default(y, x, free, self.rows, bias)
         return y if self.padded is None else widen(y, self.heads, self.padded)
+
+    def write(self, out: Tensor, x: Tensor) -> None:
+        """y to ``out`` [..., heads·width], part of a wider tensor; outside autograd, without ``padded``."""
+        if self._by_kernel(x, self.free):
+            torch.ops.gaugekit.gauge_linear_.default(out, x, self.free, self.rows, self.bias)
+        else:
+            out.copy_(linear(x, self._dense(), self.bias))
+
+    def _by_kernel(self, x: Tensor, free: Tensor) -> bool:
+        return (
+            self._product(free)[0] == "kernel"
+            and not torch.is_autocast_enabled(x.device.type)
+            and (torch.compiler.is_compiling() or not transformed(x, free))
+        )
 
     def _dense(self) -> Tensor:
         """``weight``, the one that is held where it may be and is that of today's numbers."""
@@ -115,6 +135,18 @@ class GaugeProjection(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Whether a graph takes down what is computed with them: autograd's or a compiler's."""
+    return torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    )
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether vmap or forward-mode differentiation is at work, which know torch's operators and not ours."""
+    return torch.autograd.forward_ad._current_level >= 0 or any(map(_wrapped, tensors))
 
 
 def _counts(x: Tensor) -> bool:
