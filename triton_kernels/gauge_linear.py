@@ -72,17 +72,18 @@ def _gauge_linear_bwd_x(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.arange(0, BLOCK_W)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    grad = GRAD + m.to(tl.int64)[:, None] * grad_row + c[None, :] * grad_last
     for h in range(heads):
         passed = _passed(ROWS, h, WIDTH, BLOCK_W)
         own = d[:, None] == passed[None, :]
         row = d - tl.sum((passed[None, :] < d[:, None]).to(tl.int32), 1)
         free = (d < inputs) & (tl.sum(own.to(tl.int32), 1) == 0)
-        f = F + h.to(tl.int64) * (inputs - WIDTH) * WIDTH + row[:, None] * WIDTH + c[None, :]
-        weight = tl.load(f, free[:, None] & (c < WIDTH)[None, :], 0.0)
+        weight = tl.load(F + row[:, None] * WIDTH + c[None, :], free[:, None] & (c < WIDTH)[None, :], 0.0)
         weight = tl.where(own, 1.0, weight).to(F.dtype.element_ty)
-        grad = GRAD + m.to(tl.int64)[:, None] * grad_row + (h * WIDTH + c)[None, :] * grad_last
         left = tl.load(grad, (m < count)[:, None] & (c < WIDTH)[None, :], 0.0)
         acc = tl.dot(left, tl.trans(weight), acc, input_precision="ieee")
+        F += (inputs - WIDTH) * WIDTH
+        grad += WIDTH * grad_last
     here = (m < count)[:, None] & (d < inputs)[None, :]
     tl.store(DX + m.to(tl.int64)[:, None] * inputs + d[None, :], acc.to(DX.dtype.element_ty), here)
 

@@ -22,8 +22,8 @@ struct Inputs {
   int64_t inputs, width;
 
   Inputs(const Tensor& rows, int64_t inputs) : inputs(inputs), width(rows.size(1)) {
-    const Tensor dense = torch::stable::contiguous(rows);
-    const int32_t* own = dense.const_data_ptr<int32_t>();
+    const Tensor held = rows.is_contiguous() ? rows : torch::stable::contiguous(rows);
+    const int32_t* own = held.const_data_ptr<int32_t>();
     const int64_t heads = rows.size(0);
     places.resize(heads * inputs + 1);
     std::vector<uint8_t> taken(inputs, 0);
@@ -66,16 +66,35 @@ struct Operands {
   }
 };
 
+// A tensor's rows, for all axes before the last: how far they stand apart, -1 where that is no one distance.
+int64_t row_distance(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  int64_t row = 0, count = 1;
+  if (x.size(last) > 1 && x.stride(last) != 1) return -1;
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (count == 1) row = x.stride(i);
+    if (x.stride(i) != row * count) return -1;
+    count *= x.size(i);
+  }
+  return row;
+}
+
+// Calls to torch cost as much as a token of a small head: none is made for what is dense already.
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // Writes every head's columns to `out`, whose rows are `out_row` apart.
 template <class S>
-void heads_into(const Operands& f, const Tensor& x, void* out, int64_t out_row) {
-  const Tensor free = torch::stable::contiguous(f.free);
-  const Optional bias = f.bias ? Optional(torch::stable::contiguous(*f.bias)) : std::nullopt;
+void heads_into(const Operands& f, void* out, int64_t out_row) {
+  int64_t x_row = row_distance(f.x);
+  const Tensor x = x_row < 0 ? torch::stable::contiguous(f.x) : f.x, free = dense(f.free);
+  if (x_row < 0) x_row = f.inputs;
+  const Optional bias = f.bias ? Optional(dense(*f.bias)) : std::nullopt;
   const Inputs inputs(f.rows, f.inputs);
   const int64_t depth = f.inputs - f.width, row_products = std::max<int64_t>(1, f.inputs * f.width);
-  const int64_t work = f.batch * f.heads * row_products;
-  const int64_t most =
-      std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, work / THREAD_PRODUCTS));
+  const int64_t work = f.batch * f.heads * row_products,
+                wanted = std::max<int64_t>(1, work / THREAD_PRODUCTS);
+  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), wanted);
   // Four pieces a thread, so that the last of them keeps nobody waiting for long.
   const int64_t share = f.batch * f.heads / (4 * most) / GAUGE_ROWS * GAUGE_ROWS;
   const int64_t step = std::clamp(share, LEAST_ROWS, MOST_ROWS);
@@ -85,9 +104,9 @@ void heads_into(const Operands& f, const Tensor& x, void* out, int64_t out_row) 
   const auto turns = [&](int64_t, int64_t) {
     std::vector<accumulator<S>> wide(std::is_same_v<S, accumulator<S>> ? 0 : 8 * f.inputs);
     for (int64_t piece; (piece = next++) < pieces;) {
-      const int64_t head = piece / blocks, first = piece % blocks * step;
+      const int64_t head = piece % f.heads, first = piece / f.heads * step;
       const GaugeHead<S> part{static_cast<const S*>(x.const_data_ptr()),
-                              x.stride(0),
+                              x_row,
                               f.inputs,
                               first,
                               std::min(first + step, f.batch),
@@ -106,16 +125,16 @@ void heads_into(const Operands& f, const Tensor& x, void* out, int64_t out_row) 
   parallel_for(0, threads, 1, turns);
 }
 
-void heads_into(const Operands& f, const Tensor& x, void* out, int64_t out_row) {
+void heads_into(const Operands& f, void* out, int64_t out_row) {
   switch (f.x.scalar_type()) {
     case ScalarType::Float:
-      return heads_into<float>(f, x, out, out_row);
+      return heads_into<float>(f, out, out_row);
     case ScalarType::Double:
-      return heads_into<double>(f, x, out, out_row);
+      return heads_into<double>(f, out, out_row);
     case ScalarType::BFloat16:
-      return heads_into<BFloat16>(f, x, out, out_row);
+      return heads_into<BFloat16>(f, out, out_row);
     case ScalarType::Half:
-      return heads_into<Float16>(f, x, out, out_row);
+      return heads_into<Float16>(f, out, out_row);
     default:
       STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
   }
@@ -128,19 +147,23 @@ Tensor gauge_linear(const Tensor& x, const Tensor& free, const Tensor& rows, con
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(columns);
-  Tensor out = torch::stable::new_empty(x, {f.batch, columns});
-  if (out.numel() == 0) return torch::stable::view(out, sizes);
-  const Tensor flat = with_contiguous_rows(torch::stable::reshape(x, {f.batch, f.inputs}));
+  Tensor out = torch::stable::new_empty(x, sizes);
+  if (out.numel() == 0) return out;
   char* to = static_cast<char*>(out.mutable_data_ptr());
   if (weight) {
     check_shape("weight", *weight, {before, f.inputs});
     check_dtype("weight", *weight, x.scalar_type());
     if (weight_bias) check_shape("weight_bias", *weight_bias, {before});
-    Tensor part = matrix(to, x.scalar_type(), f.batch, before, columns);
-    if (before > 0) linear_into(part, flat, *weight, weight_bias);
+    const Tensor flat = torch::stable::reshape(x, {f.batch, f.inputs});
+    if (before > 0)
+      linear_into(matrix(to, x.scalar_type(), f.batch, before, columns), flat, *weight, weight_bias);
   }
-  heads_into(f, flat, to + before * x.element_size(), columns);
-  return torch::stable::view(out, sizes);
+  heads_into(f, to + before * x.element_size(), columns);
+  return out;
+}
+
+Tensor gauge_linear_forward(const Tensor& x, const Tensor& free, const Tensor& rows, const Optional& bias) {
+  return gauge_linear(x, free, rows, bias, std::nullopt, std::nullopt);
 }
 
 // The heads' outputs, to rows of a matrix that may be wider.
@@ -149,20 +172,13 @@ void gauge_linear_in_place(const Tensor& out, const Tensor& x, const Tensor& fre
   const Operands f(x, free, rows, bias);
   const int64_t last = out.dim() - 1;
   check_dtype("out", out, x.scalar_type());
-  STD_TORCH_CHECK(out.dim() == x.dim() && out.size(last) == f.heads * f.width,
-                  "out: expected [..., heads * width] beside x [..., D]");
-  int64_t row = 0, count = 1;  // the rows' distance, once for all axes before the last
-  bool even = out.size(last) <= 1 || out.stride(last) == 1;
-  for (int64_t i = last - 1; i >= 0; --i) {
-    STD_TORCH_CHECK(out.size(i) == x.size(i), "out: expected the same rows as x");
-    if (out.size(i) != 1 && count == 1) row = out.stride(i);
-    even = even && (out.size(i) == 1 || out.stride(i) == row * count);
-    count *= out.size(i);
-  }
+  bool same = out.dim() == x.dim() && out.size(last) == f.heads * f.width;
+  for (int64_t i = 0; same && i < last; ++i) same = out.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, "out: expected [..., heads * width] beside x [..., D]");
   if (out.numel() == 0) return;
-  STD_TORCH_CHECK(even, "out: expected dense rows, one distance apart");
-  heads_into(f, with_contiguous_rows(torch::stable::reshape(x, {f.batch, f.inputs})),
-             const_cast<void*>(out.const_data_ptr()), row);
+  const int64_t row = row_distance(out);
+  STD_TORCH_CHECK(row > 0 || (row == 0 && f.batch == 1), "out: expected dense rows, one distance apart");
+  heads_into(f, const_cast<void*>(out.const_data_ptr()), row);
 }
 
 }  // namespace
@@ -170,5 +186,6 @@ void gauge_linear_in_place(const Tensor& out, const Tensor& x, const Tensor& fre
 
 STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) {
   m.impl("gauge_linear", TORCH_BOX(&gaugekit::gauge_linear));
+  m.impl("gauge_linear_forward", TORCH_BOX(&gaugekit::gauge_linear_forward));
   m.impl("gauge_linear_", TORCH_BOX(&gaugekit::gauge_linear_in_place));
 }

@@ -219,6 +219,9 @@ def test_in_place(batch, bias):
     assert torch.equal(whole[..., 3:15], gk.gauge_linear(x, free, rows, shift))
     assert (whole[..., :3] == 7).all() and (whole[..., 15:] == 7).all()
     torch.library.opcheck(op, (torch.zeros(*batch, 12), x, free, rows, shift))
+    forward = torch.ops.gaugekit.gauge_linear_forward.default
+    assert torch.equal(forward(x, free, rows, shift), whole[..., 3:15])
+    torch.library.opcheck(forward, (x, free, rows, shift))
 
 
 def test_in_place_refuses_what_does_not_fit():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gaugekit.nn.gauge_projection import GaugeProjection, recorded, transformed
+from gaugekit.nn.gauge_projection import GaugeProjection, watched
 
 
 class Concat(nn.ModuleList):
@@ -18,7 +18,7 @@ class Concat(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         widths = [_outputs(part) for part in self]
-        if not all(widths) or not x.numel() or self._watched(x):
+        if not all(widths) or not x.numel() or watched(x, *self.parameters()):
             return torch.cat([part(x) for part in self], dim=-1)
         y, first = x.new_empty((*x.shape[:-1], sum(widths))), 0
         for part, width in zip(self, widths, strict=True):
@@ -28,13 +28,6 @@ class Concat(nn.ModuleList):
             else:
                 _write(out.view(-1, width), x.reshape(-1, x.shape[-1]), part)
         return y
-
-    def _watched(self, x: Tensor) -> bool:
-        return (
-            recorded(x, *self.parameters())
-            or torch.is_autocast_enabled(x.device.type)
-            or transformed(x, *self.parameters())
-        )
 
 
 def _outputs(part: nn.Module) -> int:

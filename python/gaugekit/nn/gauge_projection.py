@@ -5,17 +5,24 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from gaugekit.ops.gauge_linear import choice
 from gaugekit.ops.gauge_linear.layout import dense
+from gaugekit.ops.gauge_linear.operator import DTYPES
 
 
 def widen(y: Tensor, heads: int, padded: int) -> Tensor:
     """y [..., heads·width] with zeros behind each head's outputs: [..., heads·padded]."""
     y = y.unflatten(-1, (heads, -1))
     return nn.functional.pad(y, (0, padded - y.shape[-1])).flatten(-2)
+
+
+_FORWARD = torch.ops.gaugekit.gauge_linear_forward.default  # looked up once: every token pays for it
 
 
 class Held(NamedTuple):
@@ -54,7 +61,7 @@ class GaugeProjection(nn.Module):
         if padded is not None and padded < width:
             raise ValueError(f"padded: expected at least width={width}, got {padded}")
         self.inputs, self.heads, self.width, self.padded = inputs, heads, width, padded
-        self._processor = choice.kind()
+        self._settle()
         self.free = nn.Parameter(torch.zeros(heads, inputs - width, width, device=device, dtype=dtype))
         first = torch.arange(width, dtype=torch.int32, device=device).repeat(heads, 1)
         self.register_buffer("rows", first)
@@ -75,42 +82,36 @@ class GaugeProjection(nn.Module):
     @property
     def product(self) -> tuple[str, str]:
         """("kernel" or "dense", why): how this projection is computed where it stands, outside autocast."""
-        return self._product(self.free)
+        return self._plan(self.free.dtype, self.free.device.type)
 
-    def _product(self, free: Tensor) -> tuple[str, str]:
-        device = free.device.type
-        return choice.plan(self._processor, self.inputs, self.heads, self.width, free.dtype, device)
+    def _plan(self, dtype: torch.dtype, device: str) -> tuple[str, str]:
+        return choice.plan(choice.kind(), self.inputs, self.heads, self.width, dtype, device)
+
+    def _settle(self) -> None:
+        """Keeps for which dtypes the kernel is taken here: ``forward`` asks at every call, a compiler's trace too."""
+        self._kernels = tuple(d for d in DTYPES if self._plan(d, "cpu")[0] == "kernel")
 
     def forward(self, x: Tensor) -> Tensor:
-        free, bias = self.free, self.bias
-        if not self._by_kernel(x, free):
-            y = linear(x, self._dense(), bias)
-        elif recorded(x, free) or (bias is not None and recorded(bias)):
-            y = torch.ops.gaugekit.gauge_linear.default(x, free, self.rows, bias, None, None)
-        else:
-            y = x.new_empty((*x.shape[:-1], self.heads * self.width))
-            torch.ops.gaugekit.gauge_linear_.default(y, x, free, self.rows, bias)
+        free = self.free
+        y = None
+        if free.is_cpu and free.dtype in self._kernels:
+            y = by_kernel(x, free, self.rows, self.bias)
+        if y is None:
+            y = linear(x, self._dense(), self.bias)
         return y if self.padded is None else widen(y, self.heads, self.padded)
 
     def write(self, out: Tensor, x: Tensor) -> None:
-        """y to ``out`` [..., heads·width], part of a wider tensor; outside autograd, without ``padded``."""
-        if self._by_kernel(x, self.free):
+        """y to ``out`` [..., heads·width], part of a wider tensor: where nothing is ``watched``, without ``padded``."""
+        if self.free.is_cpu and self.free.dtype in self._kernels:
             torch.ops.gaugekit.gauge_linear_.default(out, x, self.free, self.rows, self.bias)
         else:
             out.copy_(linear(x, self._dense(), self.bias))
 
-    def _by_kernel(self, x: Tensor, free: Tensor) -> bool:
-        return (
-            self._product(free)[0] == "kernel"
-            and not torch.is_autocast_enabled(x.device.type)
-            and (torch.compiler.is_compiling() or not transformed(x, free))
-        )
-
     def _dense(self) -> Tensor:
         """``weight``, the one that is held where it may be and is that of today's numbers."""
         sources = (self.free, self.rows)
-        learns = torch.is_grad_enabled() and self.free.requires_grad
-        if self.training or learns or torch.compiler.is_compiling() or not all(map(_counts, sources)):
+        learns = is_grad_enabled() and self.free.requires_grad
+        if self.training or learns or is_compiling() or not all(map(_counts, sources)):
             return self.weight
         versions = (self.free._version, self.rows._version)
         held = self._held
@@ -128,34 +129,47 @@ class GaugeProjection(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_processor")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_kernels")}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state | {"_processor": choice.kind()})
+        super().__setstate__(state)
+        self._settle()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
 
 
-def recorded(*tensors: Tensor) -> bool:
-    """Whether a graph takes down what is computed with them: autograd's or a compiler's."""
-    return torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    )
+def by_kernel(x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor | None:
+    """y on a CPU by the operator, the one without a gradient where none is wanted; None where torch has to do it."""
+    if is_autocast_enabled("cpu"):
+        return None
+    compiling = is_compiling()
+    if not compiling and transforms():
+        return None
+    learns = x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad)
+    if compiling or (learns and is_grad_enabled()):
+        return torch.ops.gaugekit.gauge_linear.default(x, free, rows, bias, None, None)
+    return _FORWARD(x, free, rows, bias)
 
 
-def transformed(*tensors: Tensor) -> bool:
+def transforms() -> bool:
     """Whether vmap or forward-mode differentiation is at work, which know torch's operators and not ours."""
-    return torch.autograd.forward_ad._current_level >= 0 or any(map(_wrapped, tensors))
+    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether what is computed with them is more than its numbers: differentiated, compiled, mapped, autocast."""
+    return (
+        is_compiling()
+        or transforms()
+        or is_autocast_enabled(tensors[0].device.type)
+        or (is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
 
 
 def _counts(x: Tensor) -> bool:
     """Whether the tensor has memory of its own and counts what is written to it."""
-    return type(x) in (Tensor, nn.Parameter) and not (x.is_meta or x.is_inference() or _wrapped(x))
-
-
-def _wrapped(x: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return type(x) in (Tensor, nn.Parameter) and not (x.is_meta or x.is_inference() or transforms())
 
 
 def _same(held: Tensor, now: Tensor) -> bool:

@@ -35,10 +35,6 @@ def forward(
     return out.view(*x.shape[:-1], -1)
 
 
-def in_place(out: Tensor, x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-    out.copy_(forward(x, free, rows, bias, None, None))
-
-
 def backward(
     grad: Tensor, x: Tensor, free: Tensor, rows: Tensor, of_x: bool, of_free: bool
 ) -> tuple[Tensor, Tensor]:
@@ -60,5 +56,4 @@ def backward(
 
 if importlib.util.find_spec("triton") is not None:
     _library.library.impl("gauge_linear", forward, "CUDA")
-    _library.library.impl("gauge_linear_", in_place, "CUDA")
     _library.library.impl("gauge_linear_backward", backward, "CUDA")

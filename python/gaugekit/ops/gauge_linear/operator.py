@@ -141,6 +141,11 @@ _library.define(
 )
 # Without a gradient, and so without the detour through Python that one costs: what modules call in evaluation.
 _library.define(
+    "gauge_linear_forward(Tensor x, Tensor free, Tensor rows, Tensor? bias) -> Tensor",
+    lambda x, free, rows, bias: composition(x, free, rows, bias, None, None),
+    lambda x, free, rows, bias: _fake(x, free, rows, bias, None, None),
+)
+_library.define(
     "gauge_linear_(Tensor(a!) out, Tensor x, Tensor free, Tensor rows, Tensor? bias) -> ()",
     composition_in_place,
     lambda *_: None,
