@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .shaped_combine_launch import interpretable
 
-FAR: tl.constexpr = 1 << 30  # behind every input: what pads the rows of a head
+FAR = tl.constexpr(1 << 30)  # behind every input: what pads the rows of a head
 ROWS_OF_A_SPLIT = 2048  # of x, that one program adds up for the gradient of F; a constant, whatever the card
 
 
