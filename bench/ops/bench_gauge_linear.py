@@ -24,6 +24,13 @@ MODELS = {
 }
 
 
+ROUNDS = 61
+
+
+def label(threads: int) -> str:
+    return "1 threads, processor time" if threads == 1 else f"{threads} threads"
+
+
 def rows_of(heads: int, inputs: int, width: int):
     return torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]).int()
 
@@ -93,8 +100,8 @@ def products(model: str, batch: str, threads: int, device: str) -> Case:
                 [linear(x, part) for part in layer["dense"][0].chunk(3)] for layer in held]),
         },
         without_us="torch linear, D to 3D", check=checked(few, lambda: linear(x[:, -3:], *held[0]["dense"]), exact),
-        flops=int(2 * x.numel() * inputs * 3 / limit) * count, threads=threads, label=f"{threads} threads",
-        extra={"layers": count, "limit": limit, "goal": 1 + 0.6 * (limit - 1)},
+        flops=int(2 * x.numel() * inputs * 3 / limit) * count, threads=threads, label=label(threads),
+        processor_time=threads == 1, rounds=ROUNDS, extra={"layers": count, "limit": limit, "goal": 1 + 0.6 * (limit - 1)},
     )  # fmt: skip
 
 
@@ -103,7 +110,8 @@ def keys_alone(model: str, batch: str, threads: int, device: str, step: bool) ->
     inputs, heads, count, _ = MODELS[model]
     x = torch.randn(*map(int, batch.split("x")), inputs, device=device)
     held, limit = layers(inputs, heads, count, device), 1 / (1 - 1 / heads)
-    op = torch.ops.gaugekit.gauge_linear.default
+    ops = torch.ops.gaugekit
+    op = ops.gauge_linear.default if step else ops.gauge_linear_forward.default  # as a module calls it
 
     def ours(x, free, rows):
         return op(x, free, rows, None, None, None)
@@ -138,7 +146,8 @@ def keys_alone(model: str, batch: str, threads: int, device: str, step: bool) ->
         device=device, ours=calls[0], rivals={"torch linear, D to D": calls[1]},
         without_us="torch linear, D to D", check=check,
         flops=int(2 * x.numel() * inputs / limit) * count * (3 if step else 1), threads=threads,
-        label=f"{threads} threads", extra={"layers": count, "limit": limit},
+        label=label(threads), processor_time=threads == 1, rounds=ROUNDS,
+        extra={"layers": count, "limit": limit},
     )  # fmt: skip
 
 
@@ -149,9 +158,9 @@ def cases(device: str, quick: bool):
         for batch in batches[:1] if quick else batches:
             for threads in (1, 2):
                 tail = f"{batch} D{inputs} H{heads}"
-                if wanted(f"{model} QKV {tail} float32 {threads} threads"):
+                if wanted(f"{model} QKV {tail} float32 {label(threads)}"):
                     yield products(model, batch, threads, device)
                 for step in (False, True):
                     kind = "forward+backward" if step else "forward"
-                    if wanted(f"{model} keys {tail} {kind} float32 {threads} threads"):
+                    if wanted(f"{model} keys {tail} {kind} float32 {label(threads)}"):
                         yield keys_alone(model, batch, threads, device, step)

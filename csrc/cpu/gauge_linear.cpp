@@ -162,10 +162,6 @@ Tensor gauge_linear(const Tensor& x, const Tensor& free, const Tensor& rows, con
   return out;
 }
 
-Tensor gauge_linear_forward(const Tensor& x, const Tensor& free, const Tensor& rows, const Optional& bias) {
-  return gauge_linear(x, free, rows, bias, std::nullopt, std::nullopt);
-}
-
 // The heads' outputs, to rows of a matrix that may be wider.
 void gauge_linear_in_place(const Tensor& out, const Tensor& x, const Tensor& free, const Tensor& rows,
                            const Optional& bias) {
@@ -186,6 +182,6 @@ void gauge_linear_in_place(const Tensor& out, const Tensor& x, const Tensor& fre
 
 STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) {
   m.impl("gauge_linear", TORCH_BOX(&gaugekit::gauge_linear));
-  m.impl("gauge_linear_forward", TORCH_BOX(&gaugekit::gauge_linear_forward));
+  m.impl("gauge_linear_forward", TORCH_BOX(&gaugekit::gauge_linear));
   m.impl("gauge_linear_", TORCH_BOX(&gaugekit::gauge_linear_in_place));
 }

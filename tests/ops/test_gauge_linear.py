@@ -220,8 +220,8 @@ def test_in_place(batch, bias):
     assert (whole[..., :3] == 7).all() and (whole[..., 15:] == 7).all()
     torch.library.opcheck(op, (torch.zeros(*batch, 12), x, free, rows, shift))
     forward = torch.ops.gaugekit.gauge_linear_forward.default
-    assert torch.equal(forward(x, free, rows, shift), whole[..., 3:15])
-    torch.library.opcheck(forward, (x, free, rows, shift))
+    assert torch.equal(forward(x, free, rows, shift, None, None), whole[..., 3:15])
+    torch.library.opcheck(forward, (x, free, rows, shift, None, None))
 
 
 def test_in_place_refuses_what_does_not_fit():

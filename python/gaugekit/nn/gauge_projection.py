@@ -149,7 +149,7 @@ def by_kernel(x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> Ten
     learns = x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad)
     if compiling or (learns and is_grad_enabled()):
         return torch.ops.gaugekit.gauge_linear.default(x, free, rows, bias, None, None)
-    return _FORWARD(x, free, rows, bias)
+    return _FORWARD(x, free, rows, bias, None, None)
 
 
 def transforms() -> bool:

@@ -15,6 +15,7 @@ from gaugekit import _library
 from gaugekit.ops.gauge_linear.layout import dense, free_of
 from gaugekit.ops.operands import check_tensors
 
+ARGUMENTS = "Tensor x, Tensor free, Tensor rows, Tensor? bias, Tensor? weight, Tensor? weight_bias"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +36,11 @@ def gauge_linear(
     """
     check_tensors(x=x, free=free, rows=rows, bias=bias, weight=weight, weight_bias=weight_bias)
     _check(x, free, rows, bias, weight, weight_bias)
-    return torch.ops.gaugekit.gauge_linear(x, free, rows, bias, weight, weight_bias)
+    given = (x, free, rows, bias, weight, weight_bias)
+    learns = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
+    if x.device.type == "cpu" and not learns and not torch.compiler.is_compiling():
+        return torch.ops.gaugekit.gauge_linear_forward(*given)
+    return torch.ops.gaugekit.gauge_linear(*given)
 
 
 def composition(
@@ -135,16 +140,12 @@ def _backward(ctx, grad):
 
 
 _library.define(
-    "gauge_linear(Tensor x, Tensor free, Tensor rows, Tensor? bias, Tensor? weight, Tensor? weight_bias) -> Tensor",
+    f"gauge_linear({ARGUMENTS}) -> Tensor",
     composition,
     _fake,
 )
-# Without a gradient, and so without the detour through Python that one costs: what modules call in evaluation.
-_library.define(
-    "gauge_linear_forward(Tensor x, Tensor free, Tensor rows, Tensor? bias) -> Tensor",
-    lambda x, free, rows, bias: composition(x, free, rows, bias, None, None),
-    lambda x, free, rows, bias: _fake(x, free, rows, bias, None, None),
-)
+# Without a gradient, and so without the detour through Python that one costs: what is called in evaluation.
+_library.define(f"gauge_linear_forward({ARGUMENTS}) -> Tensor", composition, _fake)
 _library.define(
     "gauge_linear_(Tensor(a!) out, Tensor x, Tensor free, Tensor rows, Tensor? bias) -> ()",
     composition_in_place,
