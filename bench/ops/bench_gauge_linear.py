@@ -101,7 +101,8 @@ def products(model: str, batch: str, threads: int, device: str) -> Case:
         },
         without_us="torch linear, D to 3D", check=checked(few, lambda: linear(x[:, -3:], *held[0]["dense"]), exact),
         flops=int(2 * x.numel() * inputs * 3 / limit) * count, threads=threads, label=label(threads),
-        processor_time=threads == 1, rounds=ROUNDS, extra={"layers": count, "limit": limit, "goal": 1 + 0.6 * (limit - 1)},
+        processor_time=threads == 1, rounds=ROUNDS,
+        extra={"layers": count, "limit": limit, "goal": 1 + 0.6 * (limit - 1)},
     )  # fmt: skip
 
 

@@ -40,6 +40,9 @@ GAUGEKIT_INLINE void gauge_tile(const GaugeHead<S>& f, const accumulator<S>* con
   using A = accumulator<S>;
   Vector<A, W> sum[MR][NV] = {};
   const S* b = f.free + column;
+  // What is written last is fetched first: stores that wait for their lines would hold up the next tile.
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) __builtin_prefetch(out + m * f.out_row + column, 1);
   for (int64_t p = 0; p < f.depth; ++p, b += f.width) {
     const int64_t i = f.others[p];
     __builtin_prefetch(b + AHEAD * f.width);
