@@ -100,24 +100,26 @@ void heads_into(const Operands& f, void* out, int64_t out_row) {
   const int64_t step = std::clamp(share, LEAST_ROWS, MOST_ROWS);
   const int64_t blocks = (f.batch + step - 1) / step, pieces = blocks * f.heads;
   const int64_t threads = std::min(pieces, most);
+  const S* weights = static_cast<const S*>(free.const_data_ptr());
   std::atomic<int64_t> next{0};
   const auto turns = [&](int64_t, int64_t) {
     std::vector<accumulator<S>> wide(std::is_same_v<S, accumulator<S>> ? 0 : 8 * f.inputs);
     for (int64_t piece; (piece = next++) < pieces;) {
-      const int64_t head = piece % f.heads, first = piece / f.heads * step;
+      const int64_t head = piece % f.heads, first = piece / f.heads * step, after = piece + threads;
       const GaugeHead<S> part{static_cast<const S*>(x.const_data_ptr()),
                               x_row,
                               f.inputs,
                               first,
                               std::min(first + step, f.batch),
-                              static_cast<const S*>(free.const_data_ptr()) + head * depth * f.width,
+                              weights + head * depth * f.width,
                               depth,
                               f.width,
                               inputs.others(head),
                               inputs.own(head),
                               bias ? static_cast<const S*>(bias->const_data_ptr()) + head * f.width : nullptr,
                               static_cast<S*>(out) + head * f.width,
-                              out_row};
+                              out_row,
+                              after < f.heads ? weights + after * depth * f.width : nullptr};
       gauge_head(part, wide.data());
     }
   };

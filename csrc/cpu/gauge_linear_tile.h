@@ -18,8 +18,11 @@
 namespace gaugekit {
 
 constexpr int64_t GAUGE_ROWS = 24;  // a multiple of every tile's rows
-constexpr int64_t AHEAD =
-    12;  // rows of F, fetched before they are needed: they come from the second-level cache
+constexpr int64_t LINE_BYTES = 64;
+
+// Rows of F that are fetched before they are needed. For many rows of x they come from the second-level
+// cache, for few from memory, and sooner.
+constexpr int64_t ahead(int rows) { return rows >= 4 ? 12 : 48; }
 
 template <class S>
 struct GaugeHead {
@@ -31,6 +34,7 @@ struct GaugeHead {
   const S* bias;                // [width], or null
   S* out;                       // the head's columns, rows out_row apart
   int64_t out_row;
+  const S* next;  // F of the piece after this one: fetched meanwhile
 };
 
 // Columns [column, column + NV W) of MR rows; line[m] is row m of x.
@@ -45,7 +49,9 @@ GAUGEKIT_INLINE void gauge_tile(const GaugeHead<S>& f, const accumulator<S>* con
   for (int m = 0; m < MR; ++m) __builtin_prefetch(out + m * f.out_row + column, 1);
   for (int64_t p = 0; p < f.depth; ++p, b += f.width) {
     const int64_t i = f.others[p];
-    __builtin_prefetch(b + AHEAD * f.width);
+#pragma GCC unroll 8
+    for (int64_t at = 0; at < (MR >= 4 ? 1 : NV * W); at += LINE_BYTES / sizeof(S))
+      __builtin_prefetch(b + ahead(MR) * f.width + at);
     Vector<A, W> right[NV];
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) right[n] = load<W>(b + n * W, W);
@@ -99,13 +105,26 @@ GAUGEKIT_INLINE void gauge_rows(const GaugeHead<S>& f, int64_t row, accumulator<
   gauge_columns<W, MR, MOST>(f, line, f.out + row * f.out_row, 0);
 }
 
+// A share of the next piece's F, of as many as there are tiles of rows: it has not been read yet, and the
+// products leave the memory idle.
+template <int MR, class S>
+GAUGEKIT_INLINE void fetch_next(const GaugeHead<S>& f, int64_t row) {
+  const int64_t size = f.depth * f.width, tiles = (f.last - f.first) / MR;
+  const int64_t share = (size + tiles - 1) / tiles, begin = (row - f.first) / MR * share;
+  for (int64_t at = begin; at < std::min(begin + share, size); at += LINE_BYTES / sizeof(S))
+    __builtin_prefetch(f.next + at, 0, 2);
+}
+
 // `wide`: room for eight rows of inputs, where they have 16 bits.
 template <class S, int W>
 GAUGEKIT_INLINE void gauge_head_body(const GaugeHead<S>& given, accumulator<S>* wide) {
   const GaugeHead<S> f = given;
   constexpr int BYTES = W * sizeof(accumulator<S>), MR = BYTES == 64 ? 8 : BYTES == 32 ? 6 : 4;
   int64_t row = f.first;
-  for (; row + MR <= f.last; row += MR) gauge_rows<W, MR, 2>(f, row, wide);
+  for (; row + MR <= f.last; row += MR) {
+    if (f.next) fetch_next<MR>(f, row);
+    gauge_rows<W, MR, 2>(f, row, wide);
+  }
   for (; row + 4 <= f.last; row += 4) gauge_rows<W, 4, 2>(f, row, wide);
   for (; row + 2 <= f.last; row += 2) gauge_rows<W, 2, 4>(f, row, wide);
   if (row < f.last) gauge_rows<W, 1, 8>(f, row, wide);
