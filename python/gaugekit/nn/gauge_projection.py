@@ -141,13 +141,12 @@ class GaugeProjection(nn.Module):
 
 def by_kernel(x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor | None:
     """y on a CPU by the operator, the one without a gradient where none is wanted; None where torch has to do it."""
-    if is_autocast_enabled("cpu"):
+    if is_autocast_enabled("cpu") or (not is_compiling() and transforms()):
         return None
-    compiling = is_compiling()
-    if not compiling and transforms():
-        return None
-    learns = x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad)
-    if compiling or (learns and is_grad_enabled()):
+    if is_compiling() or (
+        is_grad_enabled()
+        and (x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad))
+    ):
         return torch.ops.gaugekit.gauge_linear.default(x, free, rows, bias, None, None)
     return _FORWARD(x, free, rows, bias, None, None)
 

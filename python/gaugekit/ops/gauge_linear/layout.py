@@ -29,8 +29,7 @@ def dense(free: Tensor, rows: Tensor) -> Tensor:
 
 def free_of(weight: Tensor, rows: Tensor) -> Tensor:
     """What of ``weight`` [D, heads·width] is not the identity's: [heads, D − width, width]."""
-    heads, width = rows.shape
-    index = free_rows(rows, weight.shape[0])
-    return (
-        weight.unflatten(1, (heads, width)).transpose(0, 1).gather(1, index[..., None].expand(-1, -1, width))
-    )
+    (heads, width), inputs = rows.shape, weight.shape[0]
+    place = free_rows(rows, inputs) * heads + torch.arange(heads, device=rows.device)[:, None]
+    rows_of_heads = weight.reshape(inputs * heads, width)
+    return rows_of_heads.index_select(0, place.flatten()).view(heads, inputs - width, width)
