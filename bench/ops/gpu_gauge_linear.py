@@ -12,8 +12,7 @@ from rivals import assert_close, both_ways, compiled, forward, trained
 MODELS = {"DeiT-tiny": (192, 3, 197), "Whisper-tiny": (384, 6, 1500), "GPT-2": (768, 12, 1024)}
 
 
-def rows_of(heads, inputs, device):
-    width = inputs // heads
+def rows_of(heads, inputs, width, device):
     return torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]).int().to(device)
 
 
@@ -27,7 +26,7 @@ def projections(model, batch, length, kind, way, device):
         def random(*shape):
             return (torch.randn(*shape, device=device) / inputs**0.5).bfloat16()
 
-        free, rows = random(2 * heads, inputs - width, width), rows_of(2 * heads, inputs, device)
+        free, rows = random(2 * heads, inputs - width, width), rows_of(2 * heads, inputs, width, device)
         query = random(inputs, inputs)
         return random(batch, length, inputs), free, rows, query, torch.cat([query, dense(free, rows).mT])
 
