@@ -205,7 +205,9 @@ def test_the_plan_says_why():
         ("AVX512", sizes, torch.float32, "cpu", "dense", "float32 on AVX512"),
         ("", sizes, torch.float32, "cpu", "dense", "binary is missing"),
         ("AVX2", (100, 5, 20), torch.float32, "cpu", "dense", "heads of 20 numbers"),
-        ("AVX2", (8192, 64, 128), torch.float32, "cpu", "dense", "beyond"),
+        ("AVX2", (768, 2, 64), torch.float32, "cpu", "kernel", "Zen 3"),
+        ("AVX2", (768, 24, 32), torch.float32, "cpu", "dense", "narrower than a 12th"),
+        ("AVX2", (1024, 8, 128), torch.float32, "cpu", "dense", "beyond 768 inputs"),
     ):
         found, reason = choice.plan(processor, *size, dtype, device)
         assert found == product and why in reason
