@@ -206,7 +206,7 @@ def test_the_plan_says_why():
         ("", sizes, torch.float32, "cpu", "dense", "binary is missing"),
         ("AVX2", (100, 5, 20), torch.float32, "cpu", "dense", "heads of 20 numbers"),
         ("AVX2", (768, 2, 64), torch.float32, "cpu", "kernel", "Zen 3"),
-        ("AVX2", (768, 24, 32), torch.float32, "cpu", "dense", "narrower than a 12th"),
+        ("AVX2", (768, 24, 32), torch.float32, "cpu", "dense", "narrower than 1/12"),
         ("AVX2", (1024, 8, 128), torch.float32, "cpu", "dense", "beyond 768 inputs"),
     ):
         found, reason = choice.plan(processor, *size, dtype, device)

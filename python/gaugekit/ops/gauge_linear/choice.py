@@ -14,8 +14,8 @@ MEASURED = {("AVX2", torch.float32): (768, 12)}
 REGISTER = {"AVX2": 8}  # numbers of float32 that a head's width is a multiple of
 
 FASTER = {
-    "AVX2": "on an AMD EPYC (Zen 3, AVX2), one thread, the kernel ran at 1.05 to 1.5 times the speed of torch's product "
-    "with the dense weight, less where heads are many",
+    "AVX2": "on an AMD EPYC (Zen 3, AVX2), one thread, the kernel ran at 1.05 to 1.5 times the speed of the dense "
+    "product, less where heads are many",
 }
 
 
@@ -45,6 +45,6 @@ def plan(
     if width % REGISTER[processor]:
         return "dense", f"heads of {width} numbers do not fill the registers"
     if inputs > most[0] or inputs > most[1] * width:
-        limit = f"{most[0]} inputs, or for heads narrower than a {most[1]}th of them,"
+        limit = f"{most[0]} inputs, or for heads narrower than 1/{most[1]} of them,"
         return "dense", f"beyond {limit} the kernel has not been measured to be faster"
     return "kernel", FASTER[processor]
