@@ -57,9 +57,8 @@ def shipped():
     for batch in (1, 64, 128, 256):
         yield f"packed float16, batch {batch}", {"dtype": FP16, "batch": batch}
     yield "packed bfloat16, batch 128", {"dtype": BF16, "batch": 128}
-    for dtype in (BF16, FP32):
-        for width in (32, 64, 80, 128, 256):
-            yield f"gauge {dtype} {width}", {"dtype": dtype, "projection": width}
+    for width in (32, 80, 128):
+        yield f"gauge {BF16} {width}", {"dtype": BF16, "projection": width}
 
 
 def launch(batch=0, projection=0, **operands) -> None:
