@@ -73,6 +73,7 @@ def pieces(out: Path) -> list[Piece]:
         timed("shaped_combine", out, 20, "shaped_combine"),
         timed("nonlocal_energy", out, 15, "nonlocal_energy"),
         timed("ragged_attention", out, 15, "ragged_attention"),
+        timed("gauge_linear", out, 15, "gauge_linear"),
         timed("packed_linear_16", out, 12, "packed_linear", "batch 16,"),
         timed("packed_linear_256", out, 12, "packed_linear", "batch 256,"),
         program("tiles", out, 50),

@@ -12,12 +12,12 @@ import torch
 from registry import Case
 
 
-def clock(call, repeat: int = 1) -> float:
-    """Seconds one call takes."""
-    begin = time.perf_counter()
+def clock(call, repeat: int = 1, now=time.perf_counter) -> float:
+    """Seconds one call takes, by the clock ``now``."""
+    begin = now()
     for _ in range(repeat):
         call()
-    return (time.perf_counter() - begin) / repeat
+    return (now() - begin) / repeat
 
 
 def peak_rates(dtype: str, known: dict) -> tuple[float, float]:
@@ -131,8 +131,11 @@ def _rounds(case: Case, seconds: float) -> tuple[dict[str, list[float]], dict[st
     ):
         for name in order:
             before = of_others()
-            times[name].append(clock(calls[name], repeats[name]))
-            others[name].append(share_of_others(before))
+            if case.processor_time:
+                times[name].append(clock(calls[name], repeats[name], time.process_time))
+            else:
+                times[name].append(clock(calls[name], repeats[name]))
+            others[name].append(0.0 if case.processor_time else share_of_others(before))
         order.append(order.pop(0))  # so that no call always follows the same one
     return times, others
 

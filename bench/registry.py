@@ -80,6 +80,8 @@ class Case:
     ``rounds`` undisturbed rounds are enough, where they last ``seconds``; the end is at eight times that.
     ``control`` names two rivals, the same arithmetic on one thread and on two: a round in which either was clearly
     slower than it can be was disturbed, on a core that the system believes to be ours.
+    ``processor_time``: of one thread, what the processor spent on it is timed instead of the clock on the wall, and no
+    round counts as disturbed: waiting for a processor is left out then, what others do to the caches is not.
     ``label`` says what a reader must know to compare fairly (fresh or reused buffer, page size, ...).
     ``goal`` is what a GPU row should reach: a rival's name, or "share_of_peak", and the least ratio or share.
     """
@@ -99,6 +101,7 @@ class Case:
     rounds: int = 25
     seconds: float = 3.0
     control: tuple[str, str] | None = None
+    processor_time: bool = False
     goal: tuple[str, float] | None = None
     extra: dict = field(default_factory=dict)
 

@@ -50,6 +50,8 @@ def main():
 
         fixed = gk.symmetry.fix(original)
         print(f"in place, in float64: {(exact - embed(original, batch)).abs().max().item():.1e}")
+        fused = gk.fuse(AutoModel.from_pretrained(source))
+        print(f"fused: {fused['products'][0]['product']}, since {fused['products'][0]['reason']}")
         print(f"layer 0, head 0: inputs {fixed['layers'][0]['key_rows'][0][:6]}... pass through as they are")
 
 

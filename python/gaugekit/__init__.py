@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gaugekit import calibration as statistics
     from gaugekit import codec, models, nn, rank, rewrite, slicing, symmetry
     from gaugekit import text as samples
+    from gaugekit.ops.gauge_linear import gauge_linear
     from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
     from gaugekit.ops.ragged_attention import ragged_attention
     from gaugekit.report import Report
@@ -29,6 +30,7 @@ __all__ = [
     "codec",
     "convert",
     "fuse",
+    "gauge_linear",
     "heal",
     "inspect",
     "models",
@@ -61,6 +63,7 @@ _LAZY = {
     "codec": "gaugekit.codec",
     "convert": "gaugekit.verbs.convert:convert",
     "fuse": "gaugekit.verbs.fuse:fuse",
+    "gauge_linear": "gaugekit.ops.gauge_linear:gauge_linear",
     "heal": "gaugekit.verbs.heal:heal",
     "inspect": "gaugekit.verbs.inspect:inspect",
     "models": "gaugekit.models",

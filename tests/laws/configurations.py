@@ -30,6 +30,8 @@ def representatives():
     for batch in (1, 16, 64, 256):
         yield f"packed bfloat16, batch {batch}", {"dtype": BF16, "batch": batch}
     yield "packed float16, float32 rows, batch 16", {"dtype": FP16, "batch": 16, "rows": FP32}
+    for dtype, width in ((BF16, 64), (FP16, 128), (FP32, 32)):
+        yield f"gauge {dtype} {width}", {"dtype": dtype, "projection": width}
 
 
 def shipped():
@@ -55,12 +57,17 @@ def shipped():
     for batch in (1, 64, 128, 256):
         yield f"packed float16, batch {batch}", {"dtype": FP16, "batch": batch}
     yield "packed bfloat16, batch 128", {"dtype": BF16, "batch": 128}
+    for width in (32, 80, 128):
+        yield f"gauge {BF16} {width}", {"dtype": BF16, "projection": width}
 
 
-def launch(batch=0, **operands) -> None:
-    """One configuration: the product with packed weights where ``batch`` says how many rows, else an attention."""
+def launch(batch=0, projection=0, **operands) -> None:
+    """One configuration: the product with packed weights where ``batch`` says how many rows, a ``projection`` whose
+    heads are so wide, else an attention."""
     if batch:
         launch_packed(batch, **operands)
+    elif projection:
+        launch_gauge(projection, **operands)
     else:
         launch_attention(**operands)
 
@@ -73,6 +80,19 @@ def launch_packed(batch, dtype, rows=None):
     x = torch.empty(batch, 4096, dtype=getattr(torch, rows or dtype), device="cuda")
     packed = [part.cuda() for part in empty_weight(1024, 4096, getattr(torch, dtype))[:5]]
     packed_linear(x.new_empty(batch, 1024), x, *packed, x.new_empty(1024))
+
+
+def launch_gauge(width, dtype):
+    """A projection whose gauge is fixed, both ways: with a bias and without, with one split of the rows and two."""
+    from gaugekit.triton_kernels import gauge_linear as kernels
+
+    for count, biased in ((1024, False), (4096, True)):
+        x = torch.empty(count, 768, dtype=getattr(torch, dtype), device="cuda")
+        rows = torch.zeros(4, width, dtype=torch.int32).cuda()
+        free, out = x.new_empty(4, 768 - width, width), x.new_empty(count, 4 * width)
+        kernels.gauge_linear(out, x, free, rows, x.new_empty(4 * width) if biased else None)
+        kernels.gauge_linear_backward_x(x, out, free, rows)
+        kernels.gauge_linear_backward_free(free, out, x, rows)
 
 
 def launch_attention(

@@ -90,7 +90,10 @@ def takes_64_rows_of_16_bits(row: dict) -> bool:
 
     the sums of a combine are products with a mask, in tiles that fit its sweep.
     """
-    if "fp32" in (row["types"].get("Q"), row["types"].get("X")) or "_combine" in row["kernel"]:
+    if (
+        "fp32" in (row["types"].get("Q"), row["types"].get("X"), row["types"].get("F"))
+        or "_combine" in row["kernel"]
+    ):
         return False
     return row["kernel"] != "_packed_linear" or row["constants"]["BLOCK_M"] >= 64
 

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-OPERATORS = ["shaped_combine", "shaped_attention", "packed_linear", "nonlocal_energy", "ragged_attention"]
+OPERATORS = [
+    "shaped_combine",
+    "shaped_attention",
+    "packed_linear",
+    "nonlocal_energy",
+    "ragged_attention",
+    "gauge_linear",
+]
 CODES = ["rans", "canonical_qr", "bitsback"]
 
 FOLDERS = {
@@ -27,6 +34,7 @@ ABSENT = {
     ("shaped_attention", "cpu"): "its softmax core is torch's SDPA and the rest is shaped_combine",
     ("shaped_attention", "cuda"): "planned in Triton only",
     ("ragged_attention", "cuda"): "planned in Triton only",
+    ("gauge_linear", "cuda"): "one product with a gather, which Triton runs on the tensor cores",
     (
         "nonlocal_energy",
         "cpu",

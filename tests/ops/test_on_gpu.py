@@ -6,6 +6,7 @@ import torch
 import gaugekit as gk
 from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
 from gaugekit.ops.shaped_attention import use_core
+from gaugekit.reference.gauge_linear import gauge_linear as gauge_reference
 from gaugekit.reference.nonlocal_energy import nonlocal_energy as energy_reference
 from gaugekit.reference.ragged_attention import ragged_attention as ragged_reference
 from gaugekit.reference.shaped_attention import shaped_attention as attention_reference
@@ -115,6 +116,21 @@ def test_nonlocal_energy(dtype, length):
         return energy_reference(u - u.detach().mean(2, keepdim=True), q, k)
 
     assert_both_ways(gk.nonlocal_energy, plain, operands, "cuda:0")
+
+
+@DTYPES
+@LENGTHS
+def test_gauge_linear(dtype, length):
+    """gauge_linear and gauge_linear_backward, with a plain projection before the heads and a bias."""
+    rows = torch.stack([torch.randperm(96)[:24] for _ in range(3)]).int()
+    shapes = [(2, length, 96), (3, 72, 24), (72,), (40, 96), (40,)]
+    operands = [(torch.randn(shape) / 10).to(dtype) for shape in shapes]
+    assert_both_ways(
+        lambda x, free, *rest: gk.gauge_linear(x, free, rows.cuda(), *rest),
+        lambda x, free, *rest: gauge_reference(x, free, rows, *rest),
+        operands,
+        "cuda:0",
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

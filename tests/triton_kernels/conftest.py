@@ -10,7 +10,13 @@ from importlib.metadata import version
 import torch
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["test_shaped_*.py", "test_nonlocal_*.py", "test_ragged_*.py", "test_packed_*.py"]
+    collect_ignore_glob = [
+        "test_shaped_*.py",
+        "test_nonlocal_*.py",
+        "test_ragged_*.py",
+        "test_packed_*.py",
+        "test_gauge_*.py",
+    ]
 
 
 def _hasten() -> None:

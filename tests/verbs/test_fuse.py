@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 import gaugekit.integrations.transformers  # noqa: E402, F401
 from gaugekit.checkpoint.install import RECORD  # noqa: E402
 from gaugekit.nn import Concat, GaugeProjection  # noqa: E402
+from gaugekit.ops.gauge_linear import choice  # noqa: E402
 from gaugekit.verbs.fuse import fuse, unfuse  # noqa: E402
 from helpers import assert_accurate  # noqa: E402
 
@@ -182,3 +183,30 @@ def test_greedy_tokens_stay_equal():
     expected = model.generate(tokens, **arguments)
     fuse(model)
     assert torch.equal(model.generate(tokens, **arguments), expected)
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_the_report_says_how_compact_projections_are_multiplied_and_why(make):
+    report = fuse(make().float())
+    parts = ["attention.self.key", "attention.self.value"] if make is bert else ["c_attn.1", "c_attn.2"]
+    assert len(report["products"]) == 4
+    assert [entry["module"].endswith(part) for entry, part in zip(report["products"], parts * 2, strict=True)]
+    for entry in report["products"]:
+        expected = choice.plan(choice.kind(), 24, 3, 8, torch.float32, "cpu")
+        assert (entry["product"], entry["reason"]) == expected
+        assert entry["product"] in ("kernel", "dense") and entry["reason"] in str(report)
+    assert {entry["product"] for entry in fuse(make())["products"]} == {"dense"}  # float64
+
+
+@pytest.mark.parametrize("product", ["kernel", "dense"])
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_one_token_and_many_through_both_products(make, product, monkeypatch):
+    """float32: by our kernel or with a dense weight, the model computes the same to float32's own noise."""
+    monkeypatch.setattr(choice, "plan", lambda *_: (product, ""))
+    model = make()
+    plain, fused = copy.deepcopy(model).float(), copy.deepcopy(model).float()
+    fuse(fused, attention=False)
+    with torch.no_grad():
+        for count in (9, 1):
+            tokens = torch.randint(0, 60, (1, count))
+            assert_accurate(fused(tokens).logits, model(tokens).logits, plain(tokens).logits)

@@ -8,7 +8,7 @@ import torch
 
 from gaugekit.models import AttentionView, Compact, Projection
 from gaugekit.models.family import linear
-from gaugekit.nn.gauge_projection import free_rows
+from gaugekit.ops.gauge_linear.layout import free_rows
 
 
 def forms(view: AttentionView) -> dict[str, Compact]:

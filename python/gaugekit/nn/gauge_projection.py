@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn.functional import linear
 
-
-def free_rows(rows: Tensor, inputs: int) -> Tensor:
-    """The inputs not in ``rows`` [heads, width], ascending: [heads, inputs − width] int64."""
-    taken = torch.zeros(rows.shape[0], inputs, dtype=torch.uint8, device=rows.device).scatter(1, rows, 1)
-    return taken.argsort(dim=1, stable=True)[:, : inputs - rows.shape[1]]
+from gaugekit.ops.gauge_linear import choice
+from gaugekit.ops.gauge_linear.layout import dense
+from gaugekit.ops.gauge_linear.operator import DTYPES
 
 
 def widen(y: Tensor, heads: int, padded: int) -> Tensor:
@@ -18,17 +22,33 @@ def widen(y: Tensor, heads: int, padded: int) -> Tensor:
     return nn.functional.pad(y, (0, padded - y.shape[-1])).flatten(-2)
 
 
+_FORWARD = torch.ops.gaugekit.gauge_linear_forward.default  # looked up once: every token pays for it
+
+
+class Held(NamedTuple):
+    """A dense weight beside what it was made of; the aliases keep their memory from being given to other numbers."""
+
+    weight: Tensor
+    sources: tuple[Tensor, Tensor]
+    versions: tuple[int, int]
+
+
 class GaugeProjection(nn.Module):
     """y_h = x[..., P_h] + x[..., P̄_h] F_h (+ b): x [..., D] -> [..., heads·width].
 
     P_h, the ``rows`` [heads, width] int32, are the inputs that pass through; F_h, the parameter ``free``
-    [heads, D − width, width], takes the others in ascending order. A forward scatters both into a dense weight for one
-    matmul: smaller at rest, no faster. ``bias`` [heads·width] is there only on request: keys and values need none.
-    With ``padded`` each head's outputs are followed by zeros up to that width (keys of lower rank than their queries'
-    module expects).
+    [heads, D − width, width], takes the others in ascending order. ``bias`` [heads·width] is there only on request:
+    keys and values need none. With ``padded`` each head's outputs are followed by zeros up to that width (keys of lower
+    rank than their queries' module expects).
+
+    Where it was measured to be faster (``ops.gauge_linear.choice``) a kernel of ours multiplies ``free`` as it lies.
+    Elsewhere torch multiplies a dense weight: made anew at each call while gradients flow to ``free``, else kept in
+    evaluation mode until ``free`` or ``rows`` changes. Writes through ``.data``, which PyTorch does not count, are seen
+    after the next ``train()`` or ``eval()``.
     """
 
     form = "gauge_projection"
+    _held: Held | None = None
 
     def __init__(self, inputs: int, heads: int, width: int, bias: bool = False, padded: int | None = None,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):  # fmt: skip
@@ -41,6 +61,7 @@ class GaugeProjection(nn.Module):
         if padded is not None and padded < width:
             raise ValueError(f"padded: expected at least width={width}, got {padded}")
         self.inputs, self.heads, self.width, self.padded = inputs, heads, width, padded
+        self._settle()
         self.free = nn.Parameter(torch.zeros(heads, inputs - width, width, device=device, dtype=dtype))
         first = torch.arange(width, dtype=torch.int32, device=device).repeat(heads, 1)
         self.register_buffer("rows", first)
@@ -56,20 +77,99 @@ class GaugeProjection(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [heads·width, D], as nn.Linear has it (a transposed view)."""
-        rows = self.rows.long()
-        free = self.inputs - self.width
-        # Where each row of the weight stands in the list of all free rows followed by the identity's rows.
-        slot = torch.arange(self.width, device=rows.device).expand_as(rows) + self.heads * free
-        place = torch.full((self.heads, self.inputs), -1, device=rows.device).scatter(1, rows, slot)
-        rank = (place < 0).cumsum(1) - 1 + free * torch.arange(self.heads, device=rows.device)[:, None]
-        place = torch.where(place < 0, rank, place)
-        identity = torch.eye(self.width, dtype=self.free.dtype, device=self.free.device)
-        stacked = torch.cat([self.free.flatten(0, 1), identity])
-        return stacked.index_select(0, place.mT.flatten()).view(self.inputs, self.heads * self.width).mT
+        return dense(self.free, self.rows).mT
+
+    @property
+    def product(self) -> tuple[str, str]:
+        """("kernel" or "dense", why): how this projection is computed where it stands, outside autocast."""
+        return self._plan(self.free.dtype, self.free.device.type)
+
+    def _plan(self, dtype: torch.dtype, device: str) -> tuple[str, str]:
+        return choice.plan(choice.kind(), self.inputs, self.heads, self.width, dtype, device)
+
+    def _settle(self) -> None:
+        """Keeps for which dtypes the kernel is taken here: ``forward`` asks at every call, a compiler's trace too."""
+        self._kernels = tuple(d for d in DTYPES if self._plan(d, "cpu")[0] == "kernel")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x, self.weight, self.bias)
+        free = self.free
+        y = None
+        if free.is_cpu and free.dtype in self._kernels:
+            y = by_kernel(x, free, self.rows, self.bias)
+        if y is None:
+            y = linear(x, self._dense(), self.bias)
         return y if self.padded is None else widen(y, self.heads, self.padded)
+
+    def write(self, out: Tensor, x: Tensor) -> None:
+        """y to ``out`` [..., heads·width], part of a wider tensor: where nothing is ``watched``, without ``padded``."""
+        if self.free.is_cpu and self.free.dtype in self._kernels:
+            torch.ops.gaugekit.gauge_linear_.default(out, x, self.free, self.rows, self.bias)
+        else:
+            out.copy_(linear(x, self._dense(), self.bias))
+
+    def _dense(self) -> Tensor:
+        """``weight``, the one that is held where it may be and is that of today's numbers."""
+        sources = (self.free, self.rows)
+        learns = is_grad_enabled() and self.free.requires_grad
+        if self.training or learns or is_compiling() or not all(map(_counts, sources)):
+            return self.weight
+        versions = (self.free._version, self.rows._version)
+        held = self._held
+        if held is None or held.versions != versions or not all(map(_same, held.sources, sources)):
+            aliases = (self.free.detach(), self.rows.detach())
+            held = self._held = Held(self.weight.detach(), aliases, versions)
+        return held.weight
+
+    def train(self, mode: bool = True) -> GaugeProjection:
+        self._held = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> GaugeProjection:
+        self._held = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_kernels")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._settle()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+
+
+def by_kernel(x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor | None:
+    """y on a CPU by the operator, the one without a gradient where none is wanted; None where torch has to do it."""
+    if is_autocast_enabled("cpu") or (not is_compiling() and transforms()):
+        return None
+    if is_compiling() or (
+        is_grad_enabled()
+        and (x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        return torch.ops.gaugekit.gauge_linear.default(x, free, rows, bias, None, None)
+    return _FORWARD(x, free, rows, bias, None, None)
+
+
+def transforms() -> bool:
+    """Whether vmap or forward-mode differentiation is at work, which know torch's operators and not ours."""
+    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether what is computed with them is more than its numbers: differentiated, compiled, mapped, autocast."""
+    return (
+        is_compiling()
+        or transforms()
+        or is_autocast_enabled(tensors[0].device.type)
+        or (is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
+
+
+def _counts(x: Tensor) -> bool:
+    """Whether the tensor has memory of its own and counts what is written to it."""
+    return type(x) in (Tensor, nn.Parameter) and not (x.is_meta or x.is_inference() or transforms())
+
+
+def _same(held: Tensor, now: Tensor) -> bool:
+    return held.data_ptr() == now.data_ptr() and held.dtype == now.dtype and held.device == now.device

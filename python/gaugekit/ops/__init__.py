@@ -3,6 +3,7 @@
 from gaugekit.ops import (
     bitsback,
     canonical_qr,
+    gauge_linear,
     nonlocal_energy,
     packed_linear,
     ragged_attention,
@@ -14,6 +15,7 @@ from gaugekit.ops import (
 __all__ = [
     "bitsback",
     "canonical_qr",
+    "gauge_linear",
     "nonlocal_energy",
     "packed_linear",
     "ragged_attention",

@@ -15,6 +15,7 @@ from gaugekit.checkpoint.compact import forms as forms_of
 from gaugekit.checkpoint.version import VERSION
 from gaugekit.models import Live, Stored
 from gaugekit.nn import forms
+from gaugekit.nn.gauge_projection import GaugeProjection
 from gaugekit.nn.packed_layer import PackedLayer
 from gaugekit.ops.packed_linear.choice import speed_note
 from gaugekit.report import Report
@@ -58,7 +59,9 @@ def fuse(
     What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
     is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],
     ``rewritten`` [module: dense, new weights], ``attention`` (the implementation in use, None where not known),
-    ``left`` [{module, reason}], ``parameters_before``, ``parameters_after``. Raises ValueError where ``model`` is no
+    ``left`` [{module, reason}], ``products`` [{module, product, reason}]: whether a compact projection runs our kernel
+    ("kernel") or torch's product with its dense weight ("dense"), and why, ``parameters_before``,
+    ``parameters_after``. Raises ValueError where ``model`` is no
     nn.Module, for ``gauge`` and ``packed`` together, and for ``neutreno`` with ``gauge``, without ``attention`` or not
     finite numbers.
     """
@@ -86,6 +89,7 @@ def fuse(
         if steps := [step for step in steps if step.changed(model)]:
             install.remember(model, steps)
     fields["attention"] = _attention(model)
+    fields["products"] = _products(model)
     fields["parameters_after"] = _count(model)
     notes = _notes(model, fields["left"])
     if packed and not fields["replaced"]:
@@ -281,6 +285,15 @@ def _why_nothing(model: nn.Module) -> str:
         f"nothing was packed: packing takes bfloat16 and float16, and the matrices of this model are {names}; "
         "model.to(torch.bfloat16) first, where rounding them is acceptable"
     )
+
+
+def _products(model: nn.Module) -> list[dict[str, str]]:
+    """How every compact projection is multiplied, and why so."""
+    projections = ((name, m) for name, m in model.named_modules() if isinstance(m, GaugeProjection))
+    return [
+        {"module": name, "product": product, "reason": reason}
+        for name, (product, reason) in ((name, m.product) for name, m in projections)
+    ]
 
 
 def _attention(model: nn.Module) -> str | None:

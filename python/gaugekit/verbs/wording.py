@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,10 @@ def fused(report: Report, model: torch.nn.Module) -> Report:
         ("attention", fields["attention"] or "the model's own"),
         ("parameters", f"{counts[0]:,} before, {counts[1]:,} after"),
     ]
+    ways = Counter((entry["product"], entry["reason"]) for entry in fields["products"])
+    for (product, reason), times in ways.items():
+        name = "our kernel" if product == "kernel" else "torch, a dense weight"
+        report.lines.append(("compact products", f"{times} by {name}: {reason}"))
     if "bytes_before" in fields:
         sizes = (fields["bytes_before"], fields["bytes_after"])
         report.lines += [

@@ -1,0 +1,50 @@
+"""Where a projection whose gauge is fixed takes our kernel, by kind of processor, and what is known of its speed."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from gaugekit import _library
+
+# By the instructions torch takes on a processor and the dtype: the most inputs measured, and the most heads as wide as
+# these that would span them, each of which saves its part of the products.
+MEASURED = {("AVX2", torch.float32): (768, 12)}
+REGISTER = {"AVX2": 8}  # numbers of float32 that a head's width is a multiple of
+
+FASTER = {
+    "AVX2": "on an AMD EPYC (Zen 3, AVX2), one thread, the kernel ran at 1.05 to 1.5 times the speed of the dense "
+    "product, less where heads are many",
+}
+
+
+@functools.cache
+def kind() -> str:
+    """The kernel's kind of processor here: the instructions torch takes ("AVX2", "AVX512", ...), settled when first
+    asked; "" where the binary is missing.
+    """
+    return torch.backends.cpu.get_cpu_capability() if _library.implementation("gauge_linear") else ""
+
+
+def plan(
+    processor: str, inputs: int, heads: int, width: int, dtype: torch.dtype, device: str
+) -> tuple[str, str]:
+    """("kernel" or "dense", the reason): how a projection of these sizes is computed on a ``device`` ("cpu", ...).
+
+    ``processor`` is its ``kind()``. It does not depend on the rows of x, so it is the same under ``torch.compile``.
+    """
+    if device != "cpu":
+        return "dense", f"the kernel has not been measured on {device}"
+    if not processor:
+        return "dense", "the C++ binary is missing (gaugekit doctor says why)"
+    most = MEASURED.get((processor, dtype))
+    if most is None:
+        what = str(dtype).removeprefix("torch.")
+        return "dense", f"the kernel has not been measured to be faster for {what} on {processor} processors"
+    if width % REGISTER[processor]:
+        return "dense", f"heads of {width} numbers do not fill the registers"
+    if inputs > most[0] or inputs > most[1] * width:
+        limit = f"{most[0]} inputs, or for heads narrower than 1/{most[1]} of them,"
+        return "dense", f"beyond {limit} the kernel has not been measured to be faster"
+    return "kernel", FASTER[processor]

@@ -1,0 +1,250 @@
+"""Compact projections: by our kernel and by torch, the same numbers; in training the same step as the dense layer's."""
+
+import copy
+import io
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import linear
+
+from gaugekit.nn import Concat, GaugeProjection
+from gaugekit.ops.gauge_linear import choice
+from gaugekit.ops.gauge_linear.layout import free_rows
+from helpers import assert_accurate
+
+SIZES = (48, 3, 16)
+
+
+def projection(dtype=torch.float32, bias=False, padded=None):
+    inputs, heads, width = SIZES
+    module = GaugeProjection(inputs, heads, width, bias, padded, dtype=dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.2)
+    module.rows.copy_(torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]))
+    return module
+
+
+@pytest.fixture(params=["kernel", "dense"])
+def way(request, monkeypatch):
+    """Every projection takes the kernel, or none does, whatever was measured on this machine."""
+    monkeypatch.setattr(choice, "plan", lambda *_: (request.param, "the test says so"))
+    return request.param
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_and_gradients(way, dtype, bias):
+    module = projection(dtype, bias)
+    leaves = list(module.parameters())
+    x, seed = torch.randn(2, 7, 48).to(dtype).requires_grad_(), torch.randn(2, 7, 48).to(dtype)
+    wide = copy.deepcopy(module).double()
+    wide_x = x.detach().double().requires_grad_()
+    exact = linear(wide_x, wide.weight, wide.bias)
+    naive = linear(x, module.weight, module.bias)
+    out = module(x)
+    with torch.no_grad():
+        assert_accurate(module(x), exact.detach(), naive.detach())
+    found = torch.autograd.grad(out, [x, *leaves], seed)
+    expected = torch.autograd.grad(exact, [wide_x, *wide.parameters()], seed.double())
+    naives = torch.autograd.grad(naive, [x, *leaves], seed)
+    for mine, right, plain in zip(found, expected, naives, strict=True):
+        assert_accurate(mine, right, plain)
+
+
+def test_padding_and_no_rows(way):
+    module = projection(padded=20)
+    x = torch.randn(4, 48)
+    y = module(x).unflatten(-1, (3, 20))
+    assert not y[..., 16:].any() and y[..., :16].abs().min() > 0
+    assert module(x[:0]).shape == (0, 60)
+
+
+def test_compiled(way):
+    module = projection()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    x = torch.randn(6, 48)
+    torch.testing.assert_close(compiled(x), module(x))
+    assert counter.frame_count == 1
+    gradients = [torch.autograd.grad(run(x).square().sum(), module.free)[0] for run in (compiled, module)]
+    torch.testing.assert_close(*gradients)
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(module, fullgraph=True, backend=counter)(x), module(x))
+
+
+def test_autocast_is_that_of_a_linear(way):
+    module, x = projection(), torch.randn(5, 48)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(module(x), linear(x, module.weight))
+        assert module(x).dtype == torch.bfloat16
+
+
+def test_a_step_of_training_is_that_of_the_dense_layer_projected_on_it(way):
+    """Plain gradient descent on the dense weight, its identity block put back, is the step of the free part."""
+    module, x = projection(torch.float64), torch.randn(9, 48, dtype=torch.float64)
+    target = torch.randn(9, 48, dtype=torch.float64)
+    dense = torch.nn.Linear(48, 48, bias=False, dtype=torch.float64)
+    dense.weight.data.copy_(module.weight.detach())
+    for layer in (module, dense):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (layer(x) - target).square().sum().backward()
+            optimizer.step()
+            if layer is dense:
+                heads = dense.weight.data.unflatten(0, (3, 16))
+                for head, rows in zip(heads, module.rows.long(), strict=True):
+                    head[:, rows] = torch.eye(16, dtype=torch.float64)
+    index = free_rows(module.rows, 48)
+    free = torch.stack(
+        [w[:, i].T for w, i in zip(dense.weight.detach().unflatten(0, (3, 16)), index, strict=True)]
+    )
+    torch.testing.assert_close(module.free.detach(), free, rtol=1e-13, atol=1e-13)
+
+
+def test_what_is_written_to_it_is_seen(way):
+    """In evaluation mode too, where a dense weight is kept: writes, an optimizer, loading, another dtype and back."""
+    module, x = projection().eval(), torch.randn(4, 48)
+    other = projection()
+
+    def check():
+        with torch.no_grad():
+            found = module(x)
+            assert torch.equal(module(x), found)
+        naive = linear(x, module.weight).detach()
+        assert_accurate(found, linear(x.double(), module.weight.detach().double()), naive)
+        return found
+
+    seen = [check()]
+    with torch.no_grad():
+        module.free.mul_(2)
+    seen.append(check())
+    module.free.grad = torch.ones_like(module.free)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    seen.append(check())
+    module.load_state_dict(other.state_dict())
+    seen.append(check())
+    module.bfloat16().float()
+    seen.append(check())
+    module.rows.copy_(module.rows.flip(0))
+    seen.append(check())
+    module.free.data.neg_()
+    module.eval()
+    seen.append(check())
+    module.free = torch.nn.Parameter(other.free.detach() * 3)
+    seen.append(check())
+    module.free.data = other.free.detach() * 5
+    seen.append(check())
+    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
+
+
+def test_a_dense_weight_is_made_once_in_evaluation_mode(monkeypatch):
+    monkeypatch.setattr(choice, "plan", lambda *_: ("dense", ""))
+    calls = []
+    monkeypatch.setattr("gaugekit.nn.gauge_projection.dense", lambda *x: calls.append(x) or dense(*x))
+    from gaugekit.ops.gauge_linear.layout import dense
+
+    module, x = projection().eval(), torch.randn(4, 48)
+    with torch.no_grad():
+        for _ in range(3):
+            module(x)
+    assert len(calls) == 1
+    module(x)  # gradients flow
+    module.train()
+    with torch.no_grad():
+        module(x)
+        module(x)
+    assert len(calls) == 4 and module._held is None
+
+
+def test_copies_and_files_hold_only_what_is_its_own(way):
+    module, x = projection().eval(), torch.randn(4, 48)
+    with torch.no_grad():
+        expected = module(x)
+        copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        loaded = GaugeProjection(*SIZES)
+        loaded.load_state_dict(torch.load(file))
+        assert set(module.state_dict()) == {"free", "rows"}
+        for other in (*copies, loaded.eval()):
+            assert other._held is None and torch.equal(other(x), expected)
+            other.free.zero_()
+            assert not torch.equal(other(x), expected) and torch.equal(module(x), expected)
+
+
+def test_transformations_of_functions_get_a_weight_of_their_own(way):
+    module, x = projection().eval(), torch.randn(2, 4, 48)
+    frees = torch.stack([module.free.detach(), -module.free.detach()])
+    with torch.no_grad():
+        module(x[0])
+        for free, part in zip(frees, x, strict=True):
+            found = torch.func.functional_call(module, {"free": free}, part)
+            single = projection()
+            single.load_state_dict({"free": free, "rows": module.rows})
+            torch.testing.assert_close(found, single(part))
+    with torch.inference_mode():
+        inner = projection().eval()
+        torch.testing.assert_close(inner(x[0]), linear(x[0], inner.weight))
+        inner.free.mul_(2)
+        torch.testing.assert_close(inner(x[0]), linear(x[0], inner.weight))
+
+
+def test_the_plan_says_why():
+    sizes = (384, 6, 64)
+    for processor, size, dtype, device, product, why in (
+        ("AVX2", sizes, torch.float32, "cpu", "kernel", "Zen 3"),
+        ("AVX2", sizes, torch.float32, "cuda", "dense", "not been measured on cuda"),
+        ("AVX2", sizes, torch.float64, "cpu", "dense", "float64 on AVX2"),
+        ("AVX512", sizes, torch.float32, "cpu", "dense", "float32 on AVX512"),
+        ("", sizes, torch.float32, "cpu", "dense", "binary is missing"),
+        ("AVX2", (100, 5, 20), torch.float32, "cpu", "dense", "heads of 20 numbers"),
+        ("AVX2", (768, 2, 64), torch.float32, "cpu", "kernel", "Zen 3"),
+        ("AVX2", (768, 24, 32), torch.float32, "cpu", "dense", "narrower than 1/12"),
+        ("AVX2", (1024, 8, 128), torch.float32, "cpu", "dense", "beyond 768 inputs"),
+    ):
+        found, reason = choice.plan(processor, *size, dtype, device)
+        assert found == product and why in reason
+    here = GaugeProjection(384, 6, 64)
+    assert here.product == choice.plan(choice.kind(), 384, 6, 64, torch.float32, "cpu")
+
+
+def test_a_bias_alone_may_learn(way):
+    module = projection(bias=True)
+    module.free.requires_grad_(False)
+    module(torch.randn(3, 48)).sum().backward()
+    assert torch.equal(module.bias.grad, torch.full((48,), 3.0))
+
+
+def test_derivatives_by_forward_mode_and_vmap(way):
+    module, x = projection().eval(), torch.randn(4, 48)
+    with torch.no_grad():
+        expected = module(x)
+        rows = torch.func.vmap(module)(x)
+        value, tangent = torch.func.jvp(module, (x,), (x,))
+    for found in (rows, value, tangent):
+        torch.testing.assert_close(found, expected)
+
+
+def test_concat_writes_the_columns_of_its_parts(way):
+    """What the parts give side by side: without gradients, with them, under hooks, for one row and for none."""
+    parts = [torch.nn.Linear(48, 10), projection(), torch.nn.Linear(48, 5, bias=False), projection(bias=True)]
+    module, x = Concat(parts).eval(), torch.randn(2, 6, 48)
+    expected = torch.cat([part(x) for part in parts], -1)
+    assert module(x).requires_grad and torch.equal(module(x), expected)
+    seen = []
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected.detach())
+        torch.testing.assert_close(module(x[0, 0]), expected[0, 0].detach())
+        assert module(x[:, :0]).shape == (2, 0, 111)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(x).dtype == torch.bfloat16
+        torch.testing.assert_close(torch.func.vmap(module)(x), expected.detach())
+        parts[1].register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(module(x), expected) and seen == [1]

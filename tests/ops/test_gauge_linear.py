@@ -1,0 +1,236 @@
+"""A projection that skips its identity blocks: against the reference, in every layout, with every option."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import linear
+
+import gaugekit as gk
+from gaugekit.ops.gauge_linear.layout import dense, free_of, free_rows
+from gaugekit.reference.gauge_linear import gauge_linear as reference
+from helpers import assert_accurate
+
+# (inputs, heads, width): tiles of every size and their rests, no free input, one input, grouped heads
+SIZES = [(12, 3, 4), (40, 2, 20), (70, 2, 35), (48, 1, 48), (1, 1, 1), (96, 5, 16), (130, 2, 65)]
+BATCHES = [1, 2, 3, 5, 6, 7, 15, 31]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+NAMES = ("x", "free", "rows", "bias", "weight", "weight_bias")
+
+
+def operands(size=(12, 3, 4), batch=(5,), dtype=torch.float64, options="bwc", grad=False):
+    """x, free, rows, bias, weight, weight_bias; ``options`` names those of b, w, c (weight_bias) that are there."""
+    inputs, heads, width = size
+    rows = torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]).int()
+
+    def random(*shape):
+        return torch.randn(*shape).div(inputs**0.5).to(dtype).requires_grad_(grad)
+
+    return (
+        random(*batch, inputs),
+        random(heads, inputs - width, width),
+        rows,
+        random(heads * width) if "b" in options else None,
+        random(7, inputs) if "w" in options else None,
+        random(7) if "c" in options else None,
+    )
+
+
+def wide(given):
+    return [x.double() if x is not None and x.is_floating_point() else x for x in given]
+
+
+def plain(x, free, rows, bias, weight, weight_bias):
+    """What a good user would write: one dense product."""
+    y = linear(x, dense(free, rows).mT.contiguous(), bias)
+    return y if weight is None else torch.cat([linear(x, weight, weight_bias), y], -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_matches_the_reference(size, dtype):
+    for batch, options in zip(BATCHES, ("", "b", "w", "bwc", "wc", "bw", "", "bwc"), strict=True):
+        given = operands(size, (batch,), dtype, options)
+        assert_accurate(gk.gauge_linear(*given), reference(*wide(given)), plain(*given))
+
+
+def test_many_rows_are_the_few_rows_one_after_the_other():
+    """However the work is cut, an element is one sum in one order."""
+    given = operands((96, 3, 32), (1500,), torch.float32, "b")
+    whole = gk.gauge_linear(*given)
+    for step in (1, 7, 600):
+        parts = [gk.gauge_linear(part, *given[1:]) for part in given[0].split(step)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_threads_change_no_bit():
+    given = operands((96, 3, 32), (700,), torch.float32, "b")
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(gk.gauge_linear(*given))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_inputs_pass_through_untouched():
+    """With F = 0 the outputs are the inputs themselves, bit for bit."""
+    x, free, rows, *_ = operands((40, 2, 20), (9,), torch.float32, "")
+    out = gk.gauge_linear(x, torch.zeros_like(free), rows)
+    assert torch.equal(out, x[:, rows.flatten().long()])
+
+
+def test_layouts():
+    _, free, rows, *_ = operands((12, 3, 4))
+    weight = dense(free, rows)
+    assert torch.equal(free_of(weight, rows), free)
+    index = free_rows(rows, 12)
+    for head in range(3):
+        assert sorted(index[head].tolist() + rows[head].tolist()) == list(range(12))
+        assert torch.equal(weight[rows[head].long(), 4 * head : 4 * head + 4], torch.eye(4).double())
+
+
+@pytest.mark.parametrize("options", ["", "b", "bwc", "w"])
+def test_gradcheck(options):
+    given = operands((6, 2, 3), (2, 3), options=options, grad=True)
+    leaves = [x for x in given if x is not None]
+    places = [name for name, x in zip(NAMES, given, strict=True) if x is not None]
+    assert torch.autograd.gradcheck(
+        lambda *x: gk.gauge_linear(**dict(zip(places, x, strict=True))), leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_as_accurate_as_those_of_the_dense_product(dtype):
+    given = operands((48, 3, 16), (4, 9), dtype, "bwc", grad=True)
+    leaves = [x for x in given if x is not None and x.is_floating_point()]
+    seed = torch.randn(4, 9, 55).to(dtype)
+    double = [None if x is None else x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+              for x in given]  # fmt: skip
+    exact = torch.autograd.grad(
+        reference(*double), [x for x in double if x is not None and x.is_floating_point()], seed.double()
+    )
+    naive = torch.autograd.grad(plain(*given), leaves, seed)
+    found = torch.autograd.grad(gk.gauge_linear(*given), leaves, seed)
+    for mine, right, plains in zip(found, exact, naive, strict=True):
+        assert_accurate(mine, right, plains)
+
+
+def test_what_is_frozen_gets_no_gradient():
+    x, free, rows, bias, weight, weight_bias = operands(grad=True)
+    for leaf in (x, free, bias, weight, weight_bias):
+        given = [
+            y if y is None or y is leaf else y.detach() for y in (x, free, rows, bias, weight, weight_bias)
+        ]
+        (gradient,) = torch.autograd.grad(gk.gauge_linear(*given).square().sum(), leaf)
+        assert gradient.shape == leaf.shape and gradient.count_nonzero() == gradient.numel()
+
+
+@pytest.mark.parametrize("options", ["", "bwc"])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,), (2, 0, 3)], ids=str)
+def test_opcheck(batch, options):
+    op = torch.ops.gaugekit.gauge_linear.default
+    for dtype in (torch.float32, torch.bfloat16):
+        given = operands(batch=batch, dtype=dtype, options=options, grad=dtype == torch.float32)
+        torch.library.opcheck(op, given)
+        out = op(*given)
+        assert out.shape == (*batch, 12 + 7 * ("w" in options))
+        if dtype == torch.float32 and out.numel():
+            assert_accurate(out, reference(*wide(given)), plain(*given))
+    x, free, rows, *_ = operands(batch=batch, dtype=torch.float32)
+    grad = torch.randn(*batch, 12)
+    torch.library.opcheck(
+        torch.ops.gaugekit.gauge_linear_backward.default, (grad, x, free, rows, True, False)
+    )
+
+
+def test_strides():
+    """Operands that are views of wider ones give the bits of dense ones."""
+    given = operands(batch=(3, 5), dtype=torch.float32)
+    strided = [
+        None if x is None else torch.stack([x.detach(), torch.zeros_like(x)], -1)[..., 0] for x in given
+    ]
+    assert not any(x.is_contiguous() for x in strided if x.dim() > 1)
+    turned = [given[0].transpose(0, 1).contiguous().transpose(0, 1), *given[1:]]
+    rows_apart = [torch.cat([given[0], given[0]], -1)[..., :12], *given[1:]]
+    expected = gk.gauge_linear(*given)
+    for views in (turned, rows_apart):
+        assert torch.equal(gk.gauge_linear(*views), expected)
+    # a weight that is not dense goes to torch's product another way, and may be summed in another order
+    assert torch.equal(gk.gauge_linear(*strided)[..., 7:], expected[..., 7:])
+    torch.library.opcheck(torch.ops.gaugekit.gauge_linear.default, tuple(strided))
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_compile(public):
+    counter = CompileCounterWithBackend("aot_eager")
+    given = operands(dtype=torch.float32, grad=True)
+    run = gk.gauge_linear if public else torch.ops.gaugekit.gauge_linear.default
+    compiled = torch.compile(lambda *x: run(*x), fullgraph=True, backend=counter)
+    out = compiled(*given)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(out, run(*given))
+    out.sum().backward()
+    assert given[1].grad.abs().sum() > 0
+
+
+def test_bad_input():
+    x, free, rows, bias, weight, weight_bias = operands()
+    for changes, message in (
+        ({"x": x.long()}, "x: expected .* float16, got .* torch.int64"),
+        ({"x": 3.0}, "x: expected a torch.Tensor"),
+        ({"x": x[..., :3]}, "rows: expected a width of at most D = 3, got 4"),
+        ({"free": free[:, 1:]}, r"free: expected \[3, 8, 4\] of torch.float64, got \[3, 7, 4\]"),
+        ({"free": free.float()}, "free: expected .* torch.float64, got .* torch.float32"),
+        ({"rows": rows.long()}, "rows: expected .* torch.int32"),
+        ({"rows": rows[0]}, r"rows: expected \[heads, width\]"),
+        ({"rows": rows * 0}, "rows: expected different inputs"),
+        ({"rows": rows + 12}, "rows: expected different inputs for each head, 0 to 11"),
+        ({"rows": rows - 12}, "rows: expected different inputs"),
+        ({"bias": bias[1:]}, r"bias: expected \[12\]"),
+        ({"weight": weight[:, 1:]}, r"weight: expected \[7, 12\]"),
+        ({"weight_bias": weight_bias[1:]}, r"weight_bias: expected \[7\]"),
+        ({"weight": None}, r"weight_bias: expected \[0\]"),
+        ({"free": free.to("meta")}, "free: expected it on cpu"),
+    ):
+        given = dict(zip(NAMES, (x, free, rows, bias, weight, weight_bias), strict=True))
+        with pytest.raises(ValueError, match=message):
+            gk.gauge_linear(**given | changes)
+
+
+def test_a_direct_call_reads_nothing_outside():
+    """The operator itself refuses rows beside the inputs, as the public function does."""
+    x, free, rows, *_ = operands(dtype=torch.float32)
+    for bad in (rows + 12, rows - 12, rows * 0):
+        with pytest.raises((RuntimeError, IndexError)):
+            torch.ops.gaugekit.gauge_linear(x, free, bad, None, None, None)
+
+
+@pytest.mark.parametrize("batch", [(5,), (2, 3), (1, 4), (), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_place(batch, bias):
+    """Into columns of a wider tensor: the functional operator's bits there, and nothing beside them."""
+    op = torch.ops.gaugekit.gauge_linear_.default
+    x, free, rows, shift, *_ = operands(batch=batch, dtype=torch.float32, options="b" if bias else "")
+    whole = torch.full((*batch, 20), 7.0)
+    op(whole[..., 3:15], x, free, rows, shift)
+    assert torch.equal(whole[..., 3:15], gk.gauge_linear(x, free, rows, shift))
+    assert (whole[..., :3] == 7).all() and (whole[..., 15:] == 7).all()
+    torch.library.opcheck(op, (torch.zeros(*batch, 12), x, free, rows, shift))
+    forward = torch.ops.gaugekit.gauge_linear_forward.default
+    assert torch.equal(forward(x, free, rows, shift, None, None), whole[..., 3:15])
+    torch.library.opcheck(forward, (x, free, rows, shift, None, None))
+
+
+def test_in_place_refuses_what_does_not_fit():
+    x, free, rows, *_ = operands(batch=(2, 3), dtype=torch.float32, options="")
+    for out in (
+        torch.zeros(2, 3, 11),
+        torch.zeros(3, 3, 12),
+        torch.zeros(6, 12),
+        torch.zeros(2, 3, 12).double(),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.ops.gaugekit.gauge_linear_(out, x, free, rows, None)
