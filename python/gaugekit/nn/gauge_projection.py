@@ -140,13 +140,16 @@ class GaugeProjection(nn.Module):
 
 
 def by_kernel(x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor | None:
-    """y on a CPU by the operator, the one without a gradient where none is wanted; None where torch has to do it."""
+    """y on a CPU by the operator; None where torch has to do it: under autocast and vmap, and wherever something is
+    differentiated, since forward and backward together were measured slower than torch's.
+    """
     if is_autocast_enabled("cpu") or (not is_compiling() and transforms()):
         return None
-    if is_compiling() or (
-        is_grad_enabled()
-        and (x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad))
+    if is_grad_enabled() and (
+        x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        return None
+    if is_compiling():
         return torch.ops.gaugekit.gauge_linear.default(x, free, rows, bias, None, None)
     return _FORWARD(x, free, rows, bias, None, None)
 
