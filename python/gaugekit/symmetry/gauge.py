@@ -167,8 +167,8 @@ def fix(model: nn.Module, *, rows: str = "balanced") -> Report:
     """Fixes the gauge of a live model in place: the same classes, dense weights, the same function.
 
     The float64 result is rounded once to each parameter's dtype; the removed entries are exactly 0 or 1 afterwards.
-    ``rows`` is "balanced", "max_volume" or "shared_partition" (see ``GaugeFix``). Do it before training or saving, not
-    under an optimizer that already holds moments of these parameters: those belong to the old weights.
+    ``rows`` is "balanced", "max_volume" or "shared_partition" (see ``GaugeFix``). Do it once a model is trained: Adam
+    learns more slowly from here, and moments that an optimizer holds belong to the old weights.
 
     Returns a Report: ``parameters``; ``removed`` {group: count, total}; ``layers`` [{layer, value_rows, key_rows:
     [head][width] input indices, invariance_error (float64, before rounding)}]. Raises ValueError for a model that is
