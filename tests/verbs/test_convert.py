@@ -165,7 +165,7 @@ class Stops(GaugeFix):
 
 
 class Counts(GaugeFix):
-    def __init__(self, rows="max_volume"):
+    def __init__(self, rows="balanced"):
         super().__init__(rows)
         self.seen = 0
 
@@ -210,7 +210,7 @@ def test_another_job_is_refused_and_may_start_over(tmp_path, small_shards, monke
         assert file.stat().st_size == status.st_size
     elif change == "versions":
         monkeypatch.setattr(torch, "__version__", "2.0")
-    counts = Counts("shared_partition" if change == "arguments" else "max_volume")
+    counts = Counts("shared_partition" if change == "arguments" else "balanced")
     with pytest.raises(ValueError, match="another call .* differs.*; delete that folder"):
         convert(source, tmp_path / "out", [counts])
     assert counts.seen == 0 and contents(tmp_path / "out.partial") == before

@@ -189,7 +189,7 @@ def reads(kind: type) -> str:
 
 def positions(config: Any) -> int:
     """How many positions a model has for tokens; 512 where its config names no limit."""
-    text = config.get_text_config()
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limits = (getattr(text, name, None) for name in LIMITS)
     return min([limit - models.unused_positions(text.to_dict()) for limit in limits if limit] or [512])
 
