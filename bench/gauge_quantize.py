@@ -5,7 +5,9 @@
 
 Every gauge computes the same before it is rounded (``before``: 1 − cosine to the plain model's embeddings, float32).
 Then the weights of attention are rounded, groups of 32 inputs with an offset and a scale each, by round-to-nearest or
-by GPTQ (Frantar et al. 2022) with the second moments of the sentences. ``loss`` is the mean of 1 − cosine.
+by GPTQ (Frantar et al. 2022) with the second moments of the sentences. ``loss`` is the mean of 1 − cosine, over
+``--seeds`` draws of what is drawn in a gauge (Hadamard's signs, where a search for a rotation begins), ``spread`` the
+largest distance from that mean.
 
 Gauges: "as trained"; "hadamard", a random signed Hadamard matrix a head (QuaRot); "rotation", the one that minimises
 fourth powers (OptRot's objective, heads alone); "balanced rotation", ``gk.symmetry.QuantizationGauge()``.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +50,16 @@ def turned(view: AttentionView, generator: torch.Generator) -> AttentionView:
     return view
 
 
-def moved(model: nn.Module, gauge: str) -> nn.Module:
+def moved(model: nn.Module, gauge: str, seed: int) -> nn.Module:
     """A copy of ``model`` at another point of its orbit."""
     model = copy.deepcopy(model)
-    live, generator = Live(model), torch.Generator().manual_seed(0)
+    live, generator = Live(model), torch.Generator().manual_seed(seed)
     for layer in range(len(live) if gauge != "as trained" else 0):
         view = live.attention(layer)
         if gauge == "hadamard":
             view = turned(view, generator)
         else:
-            view = QuantizationGauge(balanced=gauge == "balanced rotation").layer(view)
+            view = QuantizationGauge(gauge == "balanced rotation", seed).layer(view)
         live.write(live.family.store(layer, view).tensors)
     return model
 
@@ -126,7 +129,7 @@ def attention_matrices(model: nn.Module) -> list[str]:
     return [live.prefix + path for path in dict.fromkeys(paths)]
 
 
-def rows(count: int):
+def rows(count: int, seeds: int):
     plain = AutoModel.from_pretrained(samples.minilm(), dtype=torch.float32).eval()
     embeddings = Embeddings(count)
     expected = embeddings.of(plain)
@@ -135,16 +138,22 @@ def rows(count: int):
         return float(1 - (embeddings.of(model).double() * expected.double()).sum(-1).mean())
 
     for gauge in GAUGES:
-        model = moved(plain, gauge)
-        moments, before = embeddings.moments(model), loss(model)
-        for method in ("round-to-nearest", "GPTQ"):
-            for bits in (4, 3):
-                student = copy.deepcopy(model)
-                for name, moment in moments.items():
-                    weight = student.get_submodule(name).weight
-                    weight.data = quantized(weight.data, bits, moment if method == "GPTQ" else None)
-                shape = f"{method}, {bits} bits"
-                yield {"shape": shape, "label": gauge, "before": before, "loss": loss(student)}
+        before, losses = [], {}
+        for seed in range(seeds if gauge != "as trained" else 1):
+            model = moved(plain, gauge, seed)
+            moments = embeddings.moments(model)
+            before.append(loss(model))
+            for method in ("round-to-nearest", "GPTQ"):
+                for bits in (4, 3):
+                    student = copy.deepcopy(model)
+                    for name, moment in moments.items():
+                        weight = student.get_submodule(name).weight
+                        weight.data = quantized(weight.data, bits, moment if method == "GPTQ" else None)
+                    losses.setdefault(f"{method}, {bits} bits", []).append(loss(student))
+        for shape, several in losses.items():
+            mean = statistics.mean(several)
+            spread = max(abs(each - mean) for each in several)
+            yield {"shape": shape, "label": gauge, "before": max(before), "loss": mean, "spread": spread}
 
 
 def main() -> None:
@@ -152,13 +161,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sentences", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
     options = parser.parse_args()
     where = {"op": "gauge_quantize", "dtype": "float32", "machine": machine("cpu"), "commit": commit()}
     kept = []
-    for row in rows(options.sentences):
-        kept.append(where | row | {"sentences": options.sentences})
-        print(f"{row['label']:20}{row['shape']:26}{row['before']:10.1e}{row['loss']:10.5f}", flush=True)
+    for row in rows(options.sentences, options.seeds):
+        kept.append(where | row | {"sentences": options.sentences, "seeds": options.seeds})
+        print(
+            f"{row['label']:20}{row['shape']:26}{row['before']:10.1e}{row['loss']:10.5f}{row['spread']:10.5f}",
+            flush=True,
+        )
     if options.save:
         save(kept, "gauge_quantize", "cpu")
 

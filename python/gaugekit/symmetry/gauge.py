@@ -74,17 +74,18 @@ class QuantizationGauge(Rewrite):
     verify, then quantise the result with any tool. Only weights decide, no text.
 
     balanced: whether ``balance`` comes first; without it this is OptRot's rotation of heads.
+    seed: of the rotation that the search starts from; another seed ends in another local minimum.
     """
 
     name = "quantization gauge"
     claim = "exact"
 
-    def __init__(self, balanced: bool = True):
-        self.balanced = balanced
+    def __init__(self, balanced: bool = True, seed: int = 0):
+        self.balanced, self.seed = balanced, seed
 
     @property
     def arguments(self) -> dict:
-        return {"balanced": self.balanced}
+        return {"balanced": self.balanced, "seed": self.seed}
 
     def plan(self, config: dict) -> dict[str, int]:
         return {"total": 0}
@@ -105,7 +106,7 @@ class QuantizationGauge(Rewrite):
             if self.balanced
             else torch.eye(left.shape[2]).to(left).expand(len(left), -1, -1)
         )
-        turn = rotation(left @ element, torch.linalg.solve(element, right))
+        turn = rotation(left @ element, torch.linalg.solve(element, right), self.seed)
         return SYMMETRIES[name].act(view, element @ turn)
 
 
@@ -125,12 +126,12 @@ def balance(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(whole[:, None, None], element, identity)
 
 
-def rotation(left: Tensor, right: Tensor) -> Tensor:
+def rotation(left: Tensor, right: Tensor, seed: int = 0) -> Tensor:
     """R [G, K, K] orthogonal for which the fourth powers of the entries of W R and Rᵀ B sum to least, each over the
     square of what their second powers sum to.
 
     A local minimum: 200 steps along the gradient on the orthogonal group, with momentum and in proportion to its size
-    as in Adam, from a rotation that mixes all channels. The same on every call.
+    as in Adam, from a rotation that mixes all channels. The same on every call with one ``seed``.
 
     left: W [G, n, K], float64.
     right: B [G, K, m], float64.
@@ -138,7 +139,7 @@ def rotation(left: Tensor, right: Tensor) -> Tensor:
     left, right = (
         part / part.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-300) for part in (left, right)
     )
-    turn = _mixing(left.shape[2]).to(left).expand(len(left), -1, -1)
+    turn = _mixing(left.shape[2], seed).to(left).expand(len(left), -1, -1)
     identity = torch.eye(left.shape[2], dtype=left.dtype)
     mean, square = torch.zeros_like(turn), torch.zeros_like(turn[:, :1, :1])
     for step in range(1, STEPS + 1):
@@ -154,9 +155,9 @@ def rotation(left: Tensor, right: Tensor) -> Tensor:
     return turn
 
 
-def _mixing(width: int) -> Tensor:
+def _mixing(width: int, seed: int) -> Tensor:
     """A rotation that spreads every channel over all others: the seeded Q of a random matrix."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q
 
 
