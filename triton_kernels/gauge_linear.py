@@ -114,10 +114,11 @@ def _gauge_linear_bwd_free(
 def tile(width: int, wide: bool) -> dict:
     """Columns, rows and warps of a tile; ``wide``: float32, which multiplies in registers."""
     columns = max(16, triton.next_power_of_2(width))
+    # Rows of F that are no power of two are loaded number by number: twice the warps hold the addresses.
+    warps = 8 if columns > 64 or columns > width > 16 else 4
     if wide:
-        return {"BLOCK_W": columns, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
-    rows = 128 if columns <= 64 else 64
-    return {"BLOCK_W": columns, "BLOCK_M": rows, "num_warps": 4 if columns <= 64 else 8, "num_stages": 3}
+        return {"BLOCK_W": columns, "BLOCK_M": 32, "num_warps": warps, "num_stages": 2}
+    return {"BLOCK_W": columns, "BLOCK_M": 128 if columns <= 64 else 64, "num_warps": warps, "num_stages": 3}
 
 
 @interpretable("out")
