@@ -12,21 +12,22 @@ from rivals import assert_close, both_ways, compiled, forward, trained
 MODELS = {"DeiT-tiny": (192, 3, 197), "Whisper-tiny": (384, 6, 1500), "GPT-2": (768, 12, 1024)}
 
 
-def rows_of(heads, inputs, width, device):
-    return torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]).int().to(device)
+def rows_of(heads, inputs, width):
+    """On the host, whose oracle reads them."""
+    return torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]).int()
 
 
 def projections(model, batch, length, kind, way, device):
     inputs, heads, _ = MODELS[model]
     width = inputs // heads
 
-    def operands(batch=batch, length=length):
-        """x, F, the rows, the queries' weight and the weight of all three as one."""
+    def operands(passed, batch=batch, length=length):
+        """x, F, the rows ``passed`` on the device, the queries' weight and the weight of all three as one."""
 
         def random(*shape):
             return (torch.randn(*shape, device=device) / inputs**0.5).bfloat16()
 
-        free, rows = random(2 * heads, inputs - width, width), rows_of(2 * heads, inputs, width, device)
+        free, rows = random(2 * heads, inputs - width, width), passed.to(device)
         query = random(inputs, inputs)
         return random(batch, length, inputs), free, rows, query, torch.cat([query, dense(free, rows).mT])
 
@@ -34,12 +35,13 @@ def projections(model, batch, length, kind, way, device):
         return gk.gauge_linear(x, free, rows, None, query)
 
     def check():
-        x, free, rows, query, weight = operands(1, 100)
-        exact = reference(x.double(), free.double(), rows, None, query.double())
+        passed = rows_of(2 * heads, inputs, width)
+        x, free, rows, query, weight = operands(passed, 1, 100)
+        exact = reference(x.double(), free.double(), passed, None, query.double())
         assert_close(ours(x, free, rows, query), linear(x, weight), exact)
 
     def make():
-        x, free, rows, query, weight = operands()
+        x, free, rows, query, weight = operands(rows_of(2 * heads, inputs, width))
         seed = [torch.randn(*x.shape[:-1], 3 * inputs, device=device).bfloat16()] if way is both_ways else []
         x, free, query, weight = trained(x, free, query, weight)
         limit = 1 / (1 - 2 / (3 * heads))
