@@ -232,20 +232,52 @@ def test_derivatives_by_forward_mode_and_vmap(way):
         torch.testing.assert_close(found, expected)
 
 
-def test_concat_writes_the_columns_of_its_parts(way):
-    """What the parts give side by side: without gradients, with them, under hooks, for one row and for none."""
+class Marked(torch.nn.Linear):
+    """A part that computes what it likes."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Doubled(torch.Tensor):
+    """A weight whose product is its own affair."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs)
+        return 2 * y if function is linear else y
+
+
+def test_concat_is_what_its_parts_give_side_by_side(way):
+    """With gradients and without, under hooks, for one row and for none, for parts and weights of other classes."""
     parts = [torch.nn.Linear(48, 10), projection(), torch.nn.Linear(48, 5, bias=False), projection(bias=True)]
+    doubled = torch.nn.Linear(48, 4)
+    doubled.weight = torch.nn.Parameter(doubled.weight.detach().as_subclass(Doubled))
+    parts += [Marked(48, 3), doubled]
     module, x = Concat(parts).eval(), torch.randn(2, 6, 48)
-    expected = torch.cat([part(x) for part in parts], -1)
-    assert module(x).requires_grad and torch.equal(module(x), expected)
+    assert module(x).requires_grad and torch.equal(module(x), torch.cat([part(x) for part in parts], -1))
     seen = []
     with torch.no_grad():
-        torch.testing.assert_close(module(x), expected.detach())
-        torch.testing.assert_close(module(x[0, 0]), expected[0, 0].detach())
-        assert module(x[:, :0]).shape == (2, 0, 111)
+        expected = torch.cat([part(x) for part in parts], -1)
+        once = linear(x, doubled.weight.as_subclass(torch.Tensor), doubled.bias)
+        assert torch.equal(expected[..., -4:], 2 * once)
+        assert torch.equal(module(x), expected)
+        torch.testing.assert_close(module(x[0, 0]), expected[0, 0])
+        assert module(x[:, :0]).shape == (2, 0, 118)
         with torch.autocast("cpu", torch.bfloat16):
             assert module(x).dtype == torch.bfloat16
-        torch.testing.assert_close(torch.func.vmap(module)(x), expected.detach())
+        torch.testing.assert_close(torch.func.vmap(Concat(parts[:5]))(x), expected[..., :-4])
         parts[1].register_forward_hook(lambda *_: seen.append(1))
-        torch.testing.assert_close(module(x), expected.detach())
-        assert seen == [1]
+        everywhere = torch.nn.modules.module.register_module_forward_hook(lambda part, *_: seen.append(part))
+        try:
+            assert torch.equal(module(x), expected)
+        finally:
+            everywhere.remove()
+        assert [part for part in seen if part != 1] == [*parts, module] and seen.count(1) == 1
+
+
+def test_concat_on_the_meta_device(way):
+    module, x = Concat([torch.nn.Linear(48, 10), projection()]).eval(), torch.randn(2, 48)
+    with torch.no_grad():
+        y = module.to("meta")(x.to("meta"))
+    assert y.is_meta and y.shape == (2, 58)

@@ -100,13 +100,6 @@ class GaugeProjection(nn.Module):
             y = linear(x, self._dense(), self.bias)
         return y if self.padded is None else widen(y, self.heads, self.padded)
 
-    def write(self, out: Tensor, x: Tensor) -> None:
-        """y to ``out`` [..., heads·width], part of a wider tensor: where nothing is ``watched``, without ``padded``."""
-        if self.free.is_cpu and self.free.dtype in self._kernels:
-            torch.ops.gaugekit.gauge_linear_.default(out, x, self.free, self.rows, self.bias)
-        else:
-            out.copy_(linear(x, self._dense(), self.bias))
-
     def _dense(self) -> Tensor:
         """``weight``, the one that is held where it may be and is that of today's numbers."""
         sources = (self.free, self.rows)
@@ -157,16 +150,6 @@ def by_kernel(x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> Ten
 def transforms() -> bool:
     """Whether vmap or forward-mode differentiation is at work, which know torch's operators and not ours."""
     return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
-
-
-def watched(*tensors: Tensor) -> bool:
-    """Whether what is computed with them is more than its numbers: differentiated, compiled, mapped, autocast."""
-    return (
-        is_compiling()
-        or transforms()
-        or is_autocast_enabled(tensors[0].device.type)
-        or (is_grad_enabled() and any(x.requires_grad for x in tensors))
-    )
 
 
 def _counts(x: Tensor) -> bool:

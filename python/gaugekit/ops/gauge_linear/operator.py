@@ -51,10 +51,6 @@ def composition(
     return y if weight is None else torch.cat([linear(x, weight, weight_bias), y], -1)
 
 
-def composition_in_place(out: Tensor, x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-    out.copy_(composition(x, free, rows, bias, None, None))
-
-
 def composition_backward(
     grad: Tensor, x: Tensor, free: Tensor, rows: Tensor, of_x: bool, of_free: bool
 ) -> tuple[Tensor, Tensor]:
@@ -146,11 +142,6 @@ _library.define(
 )
 # Without a gradient, and so without the detour through Python that one costs: what is called in evaluation.
 _library.define(f"gauge_linear_forward({ARGUMENTS}) -> Tensor", composition, _fake)
-_library.define(
-    "gauge_linear_(Tensor(a!) out, Tensor x, Tensor free, Tensor rows, Tensor? bias) -> ()",
-    composition_in_place,
-    lambda *_: None,
-)
 _library.define(
     "gauge_linear_backward(Tensor grad, Tensor x, Tensor free, Tensor rows, bool of_x, bool of_free)"
     " -> (Tensor, Tensor)",
