@@ -35,7 +35,7 @@ def _thresholds(ROWS, h, inputs, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def _others(thresholds, k):
-    """The inputs at places ``k`` of P̄_h, int64: k to k + WIDTH, whatever the thresholds (those of FAR count nothing)."""
+    """The inputs at places ``k`` of P̄_h, int64; k to k + WIDTH, whatever P_h is, since FAR adds nothing."""
     return (k + tl.sum((thresholds[None, :] <= k[:, None]).to(tl.int32), 1)).to(tl.int64)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gaugekit.nn.kept import Keeping
+
 
 class Shortcut(nn.Module):
     """``shortcut(y, x)`` [..., outputs] is ``y + x S − x``: y [..., outputs], x [..., inputs]."""
@@ -28,7 +30,7 @@ class DenseShortcut(Shortcut):
         return _add(y, x, self.matrix)
 
 
-class Unpacked(Shortcut, ABC):
+class Unpacked(Keeping, Shortcut, ABC):
     """A shortcut whose parameters are stored without their zeros; ``matrix()`` is made of them once, then kept.
 
     It is made anew after its parameters change, and in every call that trains them. A change past autograd's eyes
@@ -36,37 +38,15 @@ class Unpacked(Shortcut, ABC):
     It is no part of a state_dict, of a pickle or of a copy.
     """
 
-    def __init__(self):
-        super().__init__()
-        self._kept: tuple[tuple, Tensor] | None = None
-
-    def train(self, mode: bool = True) -> Unpacked:
-        self._kept = None
-        return super().train(mode)
-
-    def _apply(self, *arguments, **named) -> Unpacked:
-        self._kept = None  # moved or rounded numbers may come to lie where the old ones did
-        return super()._apply(*arguments, **named)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}
-
     @abstractmethod
     def unpack(self) -> Tensor:
         """The matrix of the parameters as they are now."""
 
     def matrix(self) -> Tensor:
         """``unpack()``, or what it gave last time."""
-        parameters = self._parameters.values()  # no walk over submodules: this runs at every token
-        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        if trained or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
-            return self.unpack()
-        key = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
-        kept = self._kept
-        if kept is None or kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = (key, self.unpack())
-        return kept[1]
+        return self.kept(
+            self.unpack, *self._parameters.values()
+        )  # no walk over submodules: every token pays for it
 
 
 class TriangularShortcut(Unpacked):
