@@ -84,9 +84,10 @@ def _gauge_linear_bwd_x(
         passed = _passed(ROWS, h, inputs, WIDTH, BLOCK_W)
         own = d[:, None] == passed[None, :]
         row = d - tl.sum((passed[None, :] < d[:, None]).to(tl.int32), 1)
-        free = (row >= 0) & (row < inputs - WIDTH) & (tl.sum(own.to(tl.int32), 1) == 0)
-        weight = tl.load(F + row[:, None] * WIDTH + c[None, :], free[:, None] & (c < WIDTH)[None, :], 0.0)
-        weight = tl.where(own, 1.0, weight).to(F.dtype.element_ty)
+        inside = row.to(tl.uint32, bitcast=True) < tl.cast(inputs - WIDTH, tl.uint32)  # and not negative
+        weight = tl.load(F + row[:, None] * WIDTH + c[None, :], inside[:, None] & (c < WIDTH)[None, :], 0.0)
+        passes = tl.sum(own.to(tl.int32), 1) > 0
+        weight = tl.where(passes[:, None], own.to(F.dtype.element_ty), weight)
         left = tl.load(grad, (m < count)[:, None] & (c < WIDTH)[None, :], 0.0)
         acc = tl.dot(left, tl.trans(weight), acc, input_precision="ieee")
         F += (inputs - WIDTH) * WIDTH
