@@ -57,7 +57,7 @@ def outside_autocast(implementation: Callable) -> Callable:
     @functools.wraps(implementation)
     def call(*args):
         device = next((x.device.type for x in args if isinstance(x, torch.Tensor)), "meta")
-        if not torch.amp.is_autocast_available(device):
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return implementation(*args)
         with torch.autocast(device, enabled=False):
             return implementation(*args)
