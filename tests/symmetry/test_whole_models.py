@@ -147,6 +147,69 @@ def test_a_random_element_leaves_the_logits_unchanged_and_one_outside_does_not(n
     assert not symmetry.contains(view, outside)
 
 
+@pytest.mark.parametrize("name, group", [(m, g) for m, g in ACTING if m in ("gpt2, untied", "opt", "phi")])
+def test_a_bias_of_what_reads_the_stream_is_no_freedom_by_itself(name, group):
+    """Of the way into the MLP, and of phi's head; without another change, and beside one of the group's."""
+    symmetry, model = STREAM_SYMMETRIES[group], build(name)
+    before, view = logits(model), stream_of(model)
+    moved = symmetry.act(view, symmetry.random(view, torch.Generator().manual_seed(2)))
+    for bias in [f"{view.junctions[-1].mlp.up}.bias"] + ["lm_head.bias"] * (name == "phi"):
+        for start in (view, moved):
+            outside = view.with_tensors({**start.tensors, bias: start.tensors[bias] + 1})
+            put_stream(model, outside)
+            assert (logits(model) - before).norm() > 1e-3 * before.norm()
+            assert not symmetry.contains(view, outside) and not symmetry.contains(outside, view)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2, untied", "phi", "llama, tied"])
+def test_channels_that_a_gain_of_zero_hides_turn_among_each_other(name):
+    """Of one norm two channels are hidden, so that each pair turns by itself: O(2), or ±1 where norms take the mean."""
+    rotation, model = STREAM_SYMMETRIES["stream_rotation"], build(name)
+    view = stream_of(model)
+    gain = torch.tensor([0.0, 1.3, 0.0, 0.8], dtype=torch.float64)
+    last = {"norm.weight": torch.tensor([1.0, 0.5, 1.0, 0.5]).double()} if name == "llama, tied" else {}
+    view = view.with_tensors({f"{view.junctions[-1].norm}.weight": gain} | last)
+    put_stream(model, view)
+    before = logits(model)
+    assert rotation.dimension(view) == (0 if view.stream.centred else 2)
+    if view.stream.centred:
+        turn = torch.eye(4, dtype=torch.float64)
+        turn[1], turn[3] = turn[3].clone(), turn[1].clone()
+        with pytest.raises(ValueError, match="this model has no such freedom .no two channels may be turned"):
+            rotation.act(view, turn)
+        return
+    moved, fixed = (
+        rotation.act(view, rotation.random(view, torch.Generator().manual_seed(2))),
+        rotation.fix(view),
+    )
+    for other in (moved, fixed):
+        put_stream(model, other)
+        assert (logits(model) - before).norm() <= 1e-12 * before.norm()
+        assert rotation.contains(view, other)
+    for path, tensor in rotation.fix(moved).tensors.items():
+        torch.testing.assert_close(tensor, fixed.tensors[path], rtol=1e-9, atol=1e-9)
+    mixed = torch.eye(4, dtype=torch.float64)
+    mixed[:2, :2] = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected zeros between .*channels that a norm's gain of 0 hides"):
+        rotation.act(view, mixed)
+
+
+def test_hidden_channels_of_layer_norms_keep_their_mean():
+    """Three channels seen, of which the mean stays; the hidden one's bias and its readers' weights stay in force."""
+    rotation, model = STREAM_SYMMETRIES["stream_rotation"], build("gpt2, untied")
+    view = stream_of(model)
+    gain = torch.tensor([0.7, 1.3, 0.0, 0.8], dtype=torch.float64)
+    view = view.with_tensors({"h.0.ln_1.weight": gain})
+    put_stream(model, view)
+    before = logits(model)
+    assert rotation.dimension(view) == 1
+    moved = rotation.act(view, rotation.random(view, torch.Generator().manual_seed(2)))
+    put_stream(model, moved)
+    assert not torch.equal(moved.tensors["wte.weight"], view.tensors["wte.weight"])
+    assert (logits(model) - before).norm() <= 1e-12 * before.norm()
+    assert rotation.contains(view, moved) and rotation.contains(view, rotation.fix(moved))
+
+
 @pytest.mark.parametrize("name, group", ACTING)
 def test_fix_is_one_point_of_the_orbit(name, group):
     symmetry, model = STREAM_SYMMETRIES[group], build(name)
