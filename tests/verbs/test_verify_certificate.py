@@ -138,19 +138,34 @@ def test_an_error_that_was_written_smaller_does_not_hold(checked):
     assert gk.check_certificate(b)["ok"] is False
 
 
+def test_a_noise_that_was_written_larger_does_not_hold(checked):
+    """It is no unit of its own: neither makes room for an error that was written smaller, nor holds by itself."""
+    _, b = checked
+    proof = json.loads((b / NAME).read_text())
+    proof["errors"]["noise"] = 1.0
+    for error in (proof["errors"]["relative_error"], 0.0):
+        proof["errors"]["relative_error"] = error
+        (b / NAME).write_text(json.dumps(proof))
+        report = gk.check_certificate(b)
+        assert report["ok"] is False and report["certified"]["noise"] == 1.0
+
+
 def test_errors_agree_within_half_the_noise():
     assert DRIFT == 0.5
     then = {"noise": 1e-6, "relative_error": 2e-6}
 
     def now(error):
-        return gk.Report("verify", {"relative_error": error})
+        return gk.Report("verify", {"noise": then["noise"], "relative_error": error})
 
     assert _agrees(then, now(2.49e-6)) and _agrees(then, now(1.51e-6))
     assert (
         not _agrees(then, now(2.51e-6)) and not _agrees(then, now(1.49e-6)) and not _agrees(then, now(None))
     )
-    exact = {"noise": 0.0, "relative_error": 1e-15}
-    assert _agrees(exact, now(9e-13)) and not _agrees(exact, now(2e-12))
+    for noise, agrees in ((1.49e-6, True), (1.51e-6, False), (0.51e-6, True), (0.49e-6, False), (1.0, False)):
+        claimed = {"noise": noise, "relative_error": 2e-6}
+        assert _agrees(claimed, now(2e-6)) is agrees
+    then = {"noise": 0.0, "relative_error": 1e-15}
+    assert _agrees(then, now(9e-13)) and not _agrees(then, now(2e-12))
 
 
 def test_the_text_of_then_is_asked_for(tmp_path):

@@ -140,8 +140,8 @@ def check_certificate(
     models as they were run then.
 
     Returns the Report of ``verify`` of now, with ``certified`` {noise, relative_error} of then (None in a certificate
-    of ``convert``, which has none); ``ok`` asks that then and now are both ok, and that the error of now lies within
-    half the noise of that of then.
+    of ``convert``, which has none); ``ok`` asks that then and now are both ok, and that error and noise of now lie
+    within half the noise of now of those of then.
 
     certificate: a file that ``verify`` wrote, or a directory with one, or with one that ``convert`` left
     a: the original, where it stands elsewhere than then; a certificate of ``convert`` does not say where it stood
@@ -169,11 +169,13 @@ def check_certificate(
 
 
 def _agrees(then: dict[str, float | None], report: Report) -> bool:
-    """Whether the error of now is that of then, to what another machine or version may round otherwise."""
-    errors = (then["relative_error"], then["noise"], report["relative_error"])
-    if not all(isinstance(error, int | float) for error in errors):
+    """Whether error and noise of now are those of then, to what another machine or version may round otherwise; the
+    noise of now is the unit, since that of then is what is held to it."""
+    pairs = [(then[name], report[name]) for name in ("noise", "relative_error")]
+    if not all(isinstance(value, int | float) for pair in pairs for value in pair):
         return False
-    return abs(errors[2] - errors[0]) <= DRIFT * errors[1] + FLOAT64_BOUND
+    room = DRIFT * report["noise"] + FLOAT64_BOUND
+    return all(abs(now - past) <= room for past, now in pairs)
 
 
 def allowed(noise: float, dtype: torch.dtype) -> float:
