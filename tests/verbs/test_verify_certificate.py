@@ -11,7 +11,7 @@ import gaugekit as gk
 from gaugekit.cli import main
 from gaugekit.rewrite.certificate import digests
 from gaugekit.symmetry import GaugeFix
-from gaugekit.verbs.verify import DRIFT, _agrees
+from gaugekit.verbs.verify import DRIFT, _agrees, _basis
 from helpers import contents
 from tiny import add_tokenizer, bert, copy_of, gpt2
 
@@ -198,6 +198,23 @@ def test_a_turned_stream_is_said(tmp_path):
     report = gk.verify(a, b, dtype="float64")
     assert report["hidden_states"] == "turned" and report["relative_error"] < 1e-6  # b is stored in float32
     assert gk.verify(a, copy_of(a))["hidden_states"] == "same"
+
+
+def test_a_wrong_result_is_not_said_to_be_turned():
+    torch.manual_seed(0)
+    a = gpt2()
+    b = copy_of(a)
+    with torch.no_grad():
+        b.transformer.h[0].mlp.c_proj.weight.normal_()
+        b.transformer.h[1].attn.c_proj.weight.normal_()
+    report = gk.verify(a, b, dtype="float64")
+    assert report["relative_error"] > 0.1 and report["hidden_states"] == "other"
+    assert [_basis([0.01, error], output) for error, output in ((0.099, 0.5), (0.1, 0.099), (0.1, 0.1))] == [
+        "same",
+        "turned",
+        "other",
+    ]
+    assert _basis([], 0.0) is _basis([None], 0.0) is _basis([0.2], None) is None
 
 
 def test_what_convert_certified_is_checked_by_its_files(pair, tmp_path):

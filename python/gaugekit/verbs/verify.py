@@ -78,8 +78,8 @@ def verify(
     ``certificate``: a new JSON file to write what was verified into (or a directory, usually ``b``, for a file
     ``gaugekit_verification.json``): digests of all tensors of both directories, the settings, the report with its
     errors by layer, the groups that ``convert`` removed, versions. ``check_certificate`` reads it. The report's
-    ``hidden_states`` says whether those of ``b`` are those of ``a`` ("same") or the stream was given another basis
-    ("turned"), which logits do not show but a draft model sees.
+    ``hidden_states`` says whether those of ``b`` are those of ``a`` ("same"), the stream was given another basis
+    ("turned"), which logits do not show but a draft model sees, or the output is another as well ("other").
 
     Raises ValueError for a directory without config.json, weights or a known architecture, for models of different
     vocabularies or output shapes, and for text without a tokenizer; ImportError where transformers is absent.
@@ -284,7 +284,7 @@ class _Comparison:
             "rows": self.output.rows,
             "tokens": tokens,
             "findings": findings,
-            "hidden_states": _basis([error.relative_error() for error in layers]),
+            "hidden_states": _basis([error.relative_error() for error in layers], relative_error),
             "layers": [
                 {"layer": index, "noise": error.noise(), "relative_error": error.relative_error()}
                 for index, error in enumerate(layers)
@@ -322,11 +322,14 @@ class _Comparison:
         return findings
 
 
-def _basis(errors: list[float | None]) -> str | None:
-    """ "same" where hidden states of both models agree, "turned" where they do not; None where nobody knows."""
-    if not errors or None in errors:
+def _basis(errors: list[float | None], output: float | None) -> str | None:
+    """ "same" where hidden states of both models agree, "turned" where the output alone does, "other" where neither
+    does; None where nobody knows. ``errors`` of the hidden states, and of the ``output``."""
+    if not errors or output is None or None in errors:
         return None
-    return "same" if max(errors) < SAME_BASIS else "turned"
+    if max(errors) < SAME_BASIS:
+        return "same"
+    return "turned" if output < SAME_BASIS else "other"
 
 
 @dataclass
