@@ -80,5 +80,25 @@ DECODERS = {
         {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, VALUES,
     ),
 }  # fmt: skip
+# Those whose queries and keys have norms.
+DECODER = {**SHARED, **{name: value for name, value in WIDE.items() if name != "max_position_embeddings"}}
+OLMO = {name: value for name, value in LLAMA.items() if name != "max_position_embeddings"}
+STABLE = {**OLMO, "use_qkv_bias": True}
+NORMED = {
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**DECODER, "attention_bias": True}, BIASES),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+        {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, {"value_output": 64},
+    ),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {**OLMO, "hidden_size": 32}, {"value_output": 64}),
+    "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", {**OLMO, "hidden_size": 32}, {"value_output": 64}),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", STABLE, {"value_output": 64}),
+    "stablelm with norms": (
+        "StableLmForCausalLM", "StableLmConfig", {**STABLE, "qk_layernorm": True}, {"value_output": 64}
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, "query_pre_attn_scalar": 8}, {"value_output": 64}
+    ),
+}  # fmt: skip
 # Classes that declare an attention interface and never ask it, or ask of it what ours does not cover.
 OWN_ATTENTION = ("Falcon", "Gemma2")

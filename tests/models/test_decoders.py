@@ -7,15 +7,15 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from decoder_rows import DECODERS  # noqa: E402
+from decoder_rows import DECODERS, LLAMA, NORMED  # noqa: E402
 from gaugekit import models  # noqa: E402
 from gaugekit.models.decoders.fused.alibi import slopes  # noqa: E402
 from gaugekit.symmetry import GaugeFix  # noqa: E402
 
 
 def made(name):
-    """A row of DECODERS as a model, every number random; and four tokens, as many as its windows let one see."""
-    kind, config, sizes, _ = DECODERS[name]
+    """A row as a model, every number random; and four tokens, as many as its windows let one see."""
+    kind, config, sizes, _ = {**DECODERS, **NORMED}[name]
     model = getattr(transformers, kind)(getattr(transformers, config)(**sizes)).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -25,7 +25,7 @@ def made(name):
     return model, torch.randint(3, 60, (2, 4))
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "cohere with norms"])
+@pytest.mark.parametrize("name", [*DECODERS, *NORMED])
 def test_a_decoders_view_computes_what_its_module_computes(name):
     """As deep in the model as it stands: what enters the module and what leaves it are caught."""
     model, ids = made(name)
@@ -107,6 +107,12 @@ PUBLISHED = {
         dict(model_type="bloom", n_embed=1024, num_attention_heads=16, n_layer=24, n_inner=None),
         0, 64**-0.5, 24 * 16 * (2 * 64**2 + 2 * 64),
     ),
+    "gemma-3-1b": (
+        dict(model_type="gemma3_text", hidden_size=1152, num_attention_heads=4, num_key_value_heads=1,
+             num_hidden_layers=26, head_dim=256, query_pre_attn_scalar=256, rope_theta=1000000.0,
+             rope_local_base_freq=10000.0, sliding_window=512, sliding_window_pattern=6),
+        256, 256**-0.5, 26 * 256**2,
+    ),
     "falcon-7b": (
         dict(model_type="falcon", hidden_size=4544, num_attention_heads=71, num_hidden_layers=32, multi_query=True,
              alibi=False, bias=False, new_decoder_architecture=False),
@@ -186,3 +192,50 @@ def test_published_shapes_by_their_formulas(name):
     view = models.family(config).outline(0)
     assert view.rotary == rotary and view.scale == pytest.approx(scale, rel=1e-15)
     assert GaugeFix().plan(config)["total"] == total
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(PUBLISHED) - {"phi-4-mini"})
+)  # transformers wants its factors, one a channel
+def test_published_configs_say_what_transformers_reads_from_them(name):
+    config = PUBLISHED[name][0]
+    ours = models.family(config)
+    theirs = models.family(transformers.AutoConfig.for_model(**config).to_dict())
+    assert ours.layers == theirs.layers
+    for layer in range(ours.layers):
+        own, other = ours.outline(layer), theirs.outline(layer)
+        for entry in (
+            "rotary",
+            "rotary_base",
+            "scale",
+            "causal",
+            "interleaved",
+            "slopes",
+            "softcap",
+            "barred",
+        ):
+            assert getattr(own, entry) == getattr(other, entry), (layer, entry)
+        assert own.q.weight.shape == other.q.weight.shape and own.k.weight.shape == other.k.weight.shape
+
+
+@pytest.mark.parametrize("name", ["mistral", "ministral", "mixtral", "qwen2"])
+def test_biases_that_a_family_does_not_switch_are_not_believed(name):
+    sizes = {**LLAMA, "head_dim": 8, "attention_bias": True}
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **sizes))
+    view = models.Live(model).attention(0)
+    biased = name == "qwen2"
+    assert [getattr(view, part).bias is not None for part in "qkvo"] == [biased, biased, biased, False]
+
+
+@pytest.mark.parametrize(("kind", "entry"), [("modernbert", "layer_types"), ("smollm3", "no_rope_layers")])
+def test_lists_that_are_too_short_are_refused(kind, entry):
+    config = {"model_type": kind, "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2}
+    with pytest.raises(ValueError, match=f"{entry}: expected one entry for each of 2 layers, got 1"):
+        models.family({**config, entry: ["full_attention"]})
+
+
+def test_gemma_2_is_causal_whatever_its_config_says():
+    config = dict(model_type="gemma2", hidden_size=24, num_attention_heads=3, num_hidden_layers=1, head_dim=8)
+    assert models.family({**config, "use_bidirectional_attention": True}).outline(0).causal
+    config["model_type"] = "gemma3_text"
+    assert not models.family({**config, "use_bidirectional_attention": True}).outline(0).causal

@@ -24,6 +24,9 @@ KIN = {
     "deberta-v2 shared": Kin(
         "DebertaV2Model", "DebertaV2Config", dict(DEBERTA, share_att_key=True), [{**BIASES, "query_key": 64}] * 2, None
     ),
+    "deberta-v2 c2p": Kin(
+        "DebertaV2Model", "DebertaV2Config", {**DEBERTA, "pos_att_type": ["c2p"]}, [{**BIASES, "key_bias": 8}] * 2, None
+    ),
     "deberta-v2 without positions": Kin("DebertaV2Model", "DebertaV2Config", TEXT, [ALL] * 2, None, 1e-6),
     "albert": Kin("AlbertForMaskedLM", "AlbertConfig", dict(ALBERT, num_hidden_layers=3), [ALL]),
     "albert in groups": Kin(
@@ -50,7 +53,7 @@ def test_an_adapter_names_the_tensors_there_are_and_stores_what_it_read(name):
     checks.check_adapter(KIN[name])
 
 
-@pytest.mark.parametrize("name", sorted(KIN.keys() - {"deberta-v2", "deberta-v2 shared"}))
+@pytest.mark.parametrize("name", sorted(KIN.keys() - {"deberta-v2", "deberta-v2 shared", "deberta-v2 c2p"}))
 def test_a_view_computes_what_the_module_computes(name):
     checks.check_view(KIN[name])
 

@@ -9,34 +9,23 @@ transformers = pytest.importorskip("transformers")
 
 import gaugekit as gk  # noqa: E402
 import gaugekit.integrations.transformers  # noqa: E402
-from decoder_rows import DECODERS, OWN_ATTENTION  # noqa: E402
+from decoder_rows import DECODERS, NORMED, OWN_ATTENTION  # noqa: E402
 from gaugekit.hf import loading  # noqa: E402
 from gaugekit.models import FAMILIES, Live, unused_positions  # noqa: E402
 from gaugekit.symmetry import REMOVED, SYMMETRIES  # noqa: E402
+from kin import ALL, BIASES, IMAGE, TEXT  # noqa: E402
 
-ENCODER = dict(hidden_size=24, num_attention_heads=3, num_hidden_layers=2, intermediate_size=32)
-TEXT = dict(ENCODER, vocab_size=60, max_position_embeddings=20)
-IMAGE = dict(ENCODER, image_size=16, patch_size=8)
-DECODER = dict(
-    vocab_size=60, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=2,
-    intermediate_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-OLMO = {name: value for name, value in DECODER.items() if name != "head_dim"}
-STABLE = {**OLMO, "hidden_size": 32, "use_qkv_bias": True}
 OPT = dict(
     vocab_size=60, hidden_size=24, word_embed_proj_dim=24, num_attention_heads=3, num_hidden_layers=2, ffn_dim=32,
     max_position_embeddings=20, dropout=0.0,
 )  # fmt: skip
-PHI = {
-    **{name: value for name, value in STABLE.items() if name not in ("num_key_value_heads", "use_qkv_bias")},
-    "max_position_embeddings": 20,
-}
-T5 = dict(vocab_size=60, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+PHI = dict(
+    vocab_size=60, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=32, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2, max_position_embeddings=20,
+)  # fmt: skip
 
 # name: (class, config class, sizes, the groups that are fixed and what each key/value head of width 8 has of them: in
 # every layer, or layer by layer)
-BIASES = {"value_output": 64, "value_bias": 8}
-ALL = {**BIASES, "query_key": 64, "key_bias": 8}
 KIN = {
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT, ALL),
     "xlm-roberta": ("XLMRobertaModel", "XLMRobertaConfig", TEXT, ALL),
@@ -44,23 +33,9 @@ KIN = {
     "vit": ("ViTForImageClassification", "ViTConfig", IMAGE, ALL),
     "vit bare": ("ViTModel", "ViTConfig", {**IMAGE, "qkv_bias": False}, {"value_output": 64, "query_key": 64}),
     "deit": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", IMAGE, ALL),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**DECODER, "attention_bias": True}, BIASES),
-    "qwen3_moe": (
-        "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
-        {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, {"value_output": 64},
-    ),
-    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {**OLMO, "hidden_size": 32}, {"value_output": 64}),
-    "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", {**OLMO, "hidden_size": 32}, {"value_output": 64}),
-    "stablelm": ("StableLmForCausalLM", "StableLmConfig", STABLE, {"value_output": 64}),
-    "stablelm with norms": (
-        "StableLmForCausalLM", "StableLmConfig", {**STABLE, "qk_layernorm": True}, {"value_output": 64}
-    ),
     "opt": ("OPTForCausalLM", "OPTConfig", OPT, ALL),
     "phi": ("PhiForCausalLM", "PhiConfig", PHI, BIASES),
-    "gemma3": (
-        "Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, "query_pre_attn_scalar": 8}, {"value_output": 64}
-    ),
-    "mpnet": ("MPNetModel", "MPNetConfig", TEXT, ALL),
+    "phi with norms": ("PhiForCausalLM", "PhiConfig", {**PHI, "qk_layernorm": True}, BIASES),
     "deberta-v2": (
         "DebertaV2Model", "DebertaV2Config", {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
         BIASES,
@@ -70,7 +45,7 @@ KIN = {
         {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True},
         {**BIASES, "query_key": 64},
     ),
-    "t5": ("T5EncoderModel", "T5Config", T5, {"value_output": 64, "query_key": 64}),
+    **NORMED,
     **DECODERS,
 }  # fmt: skip
 

@@ -132,3 +132,20 @@ def test_verify_sees_a_change_in_either_tower(name):
         report = gk.verify(model, other)
         assert not report["ok"] and report["output"] == "logits_per_image"
         assert len(report["layers"]) == 6  # three hidden states of each tower
+
+
+def test_what_old_files_say_of_a_tower_goes_before():
+    config = {
+        "model_type": "clip",
+        "text_config": {"hidden_size": 512, "num_attention_heads": 8},
+        "text_config_dict": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 3},
+        "vision_config_dict": {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 2},
+    }
+    theirs = transformers.CLIPConfig(
+        **{name: entry for name, entry in config.items() if name != "model_type"}
+    )
+    adapter = family(config)
+    assert (
+        adapter.layers == theirs.text_config.num_hidden_layers + theirs.vision_config.num_hidden_layers == 5
+    )
+    assert [adapter.outline(layer).q.weight.shape[1] for layer in (0, 4)] == [768, 1024]

@@ -100,6 +100,14 @@ class Family(ABC):
         if self.config.get("pruned_heads"):
             raise ValueError(f"pruned_heads: expected none, got {self.config['pruned_heads']}")
 
+    def refuse_short(self, entry: str) -> None:
+        """ValueError for a list with an entry a layer that is shorter than there are layers."""
+        listed = self.config.get(entry)
+        if listed is not None and len(listed) < self.layers:
+            raise ValueError(
+                f"{entry}: expected one entry for each of {self.layers} layers, got {len(listed)}"
+            )
+
     def named(self, names: Iterable[str]) -> Family:
         """The adapter that goes by ``names``: a family may call its tensors otherwise in files than in memory, or a
         model have only a part of what its config describes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from gaugekit.models import rope
 from gaugekit.models.decoders.llama import Llama
 from gaugekit.models.family import Read
 from gaugekit.models.view import CAPPED, AttentionView
@@ -28,9 +29,29 @@ class Gemma(Llama):
     def normed(self) -> bool:
         return self.name == "gemma3_text"
 
+    def kind(self, layer: int) -> str | None:
+        if self.name != "gemma3_text" or self.config.get("layer_types"):
+            return super().kind(layer)
+        every = self.config.get("sliding_window_pattern", 6)
+        return "sliding_attention" if (layer + 1) % every else "full_attention"
+
+    def rotary_base(self, layer: int) -> float:
+        """Gemma 3 turns by another base under its window, which no scaling of ``rope_scaling`` touches."""
+        if self.name != "gemma3_text":
+            return super().rotary_base(layer)
+        if self.kind(layer) == "full_attention":
+            return rope.base(self.config, 1_000_000.0, kind="full_attention")
+        parameters = self.config.get("rope_parameters") or {}
+        return float(
+            (parameters.get("sliding_attention") or {}).get("rope_theta")
+            or self.config.get("rope_local_base_freq")
+            or 10_000.0
+        )
+
     def attention(self, layer: int, read: Read) -> AttentionView:
         view = super().attention(layer, read)
-        causal = not self.config.get("use_bidirectional_attention")
+        # Gemma 2 has a causal mask whatever the entry says.
+        causal = self.name == "gemma2" or not self.config.get("use_bidirectional_attention")
         softcap = self.config.get("attn_logit_softcapping", 50.0) if self.name == "gemma2" else None
         if softcap is None:
             return replace(view, causal=causal)

@@ -20,7 +20,8 @@ STREAMS = (
     "qwen2",
     "qwen3",
 )  # one norm before attention, one before a plain gated MLP, no more
-BIASED = {"qwen2": "qkv"}  # the parts with biases where no config entry says so
+# The parts with biases where no config entry has a say
+BIASED = {"qwen2": "qkv", "mistral": "", "ministral": "", "mixtral": ""}
 # Of others (the entry that switches biases on, the parts that then have one, what holds where the entry is missing)
 SWITCHES = {"starcoder2": ("use_bias", "qkvo", True), "qwen2_moe": ("qkv_bias", "qkv", True)}
 SWITCH = ("attention_bias", "qkvo", False)
@@ -35,7 +36,7 @@ class Llama(Linears):
     @property
     def base(self) -> float:
         """That of the angles, where the config gives none."""
-        return 1_000_000.0 if self.name == "mixtral" else 10_000.0
+        return {"mixtral": 1_000_000.0, "olmo3": 500_000.0}.get(self.name, 10_000.0)
 
     def check(self) -> None:
         heads, groups, width = self.heads("q"), self.heads("k"), self.head_width
@@ -43,11 +44,7 @@ class Llama(Linears):
             raise ValueError(f"num_key_value_heads: expected a divisor of {heads} heads, got {groups}")
         if width % 2:
             raise ValueError(f"head_dim: expected an even number under rotary positions, got {width}")
-        kinds = self.config.get("layer_types")
-        if kinds and len(kinds) < self.layers:
-            raise ValueError(
-                f"layer_types: expected one entry for each of {self.layers} layers, got {len(kinds)}"
-            )
+        self.refuse_short("layer_types")
         if self.config.get("clip_qkv") is not None:
             raise ValueError(
                 f"clip_qkv: expected null, got {self.config['clip_qkv']}: queries, keys and values that are cut off "
@@ -65,8 +62,10 @@ class Llama(Linears):
         return (self.config.get("num_key_value_heads") or heads) if part in "kv" else heads
 
     def biased(self, part: str) -> bool:
+        if self.name in BIASED:
+            return part in BIASED[self.name]
         entry, parts, default = SWITCHES.get(self.name, SWITCH)
-        return part in BIASED.get(self.name, "") or (part in parts and bool(self.config.get(entry, default)))
+        return part in parts and bool(self.config.get(entry, default))
 
     @property
     def scale(self) -> float:
@@ -84,20 +83,23 @@ class Llama(Linears):
         """How many channels of a head turn in this layer."""
         return self.head_width
 
+    def rotary_base(self, layer: int) -> float:
+        """The base of the angles in this layer."""
+        return rope.base(self.config, self.base, kind=self.kind(layer))
+
     def kind(self, layer: int) -> str | None:
         """What the config calls the layer, where it has layers of several kinds."""
         kinds = self.config.get("layer_types")
         return kinds[layer] if kinds else None
 
     def attention(self, layer: int, read: Read) -> AttentionView:
-        base = rope.base(self.config, self.base, kind=self.kind(layer))
         barred = dict.fromkeys(("query_key", "key_bias"), NORMS) if self.normed else {}
         return AttentionView(
             **self.parts(layer, read),
             scale=self.scale,
             rotary=self.rotary(layer),
             causal=True,
-            rotary_base=base,
+            rotary_base=self.rotary_base(layer),
             barred=barred,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gaugekit.models.decoders.stablelm import StableLm
+from gaugekit.models.linears import NormLayout
 from gaugekit.models.stream import Junction, Mlp, Stream
 
 
@@ -19,6 +20,10 @@ class Phi(StableLm):
 
     def biased(self, part: str) -> bool:
         return True
+
+    def norms(self, layer: int) -> NormLayout | None:
+        """None: Phi's norms of queries and keys have biases, for which a view has no place."""
+        return None
 
     def stream(self) -> Stream:
         return Stream(

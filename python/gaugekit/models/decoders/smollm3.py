@@ -13,14 +13,10 @@ class SmolLm3(Llama):
 
     def check(self) -> None:
         super().check()
-        turning = self.config.get("no_rope_layers")
-        if turning is not None and len(turning) < self.layers:
-            raise ValueError(
-                f"no_rope_layers: expected one entry for each of {self.layers} layers, got {len(turning)}"
-            )
+        self.refuse_short("no_rope_layers")
 
     def rotary(self, layer: int) -> int:
         turning = self.config.get("no_rope_layers")  # the name notwithstanding, 1 is a layer that turns
         every = self.config.get("no_rope_layer_interval", 4)
-        turns = (layer + 1) % every != 0 if turning is None else turning[layer]
+        turns = turning[layer] if turning else (layer + 1) % every != 0
         return self.head_width if turns else 0

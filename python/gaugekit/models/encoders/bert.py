@@ -60,8 +60,10 @@ class Bert(Linears):
             self.config.get("relative_attention") and self.config.get("pos_att_type")
         ):
             return {}
-        shared = self.config.get("share_att_key")
-        return dict.fromkeys(("key_bias",) if shared else ("query_key", "key_bias"), POSITIONS)
+        groups = [] if self.config.get("share_att_key") else ["query_key"]
+        if "p2c" in self.config["pos_att_type"]:  # what positions ask of keys
+            groups.append("key_bias")
+        return dict.fromkeys(groups, POSITIONS)
 
     def _parts(self) -> dict[str, str]:
         return OTHER_PARTS.get(self.name, PARTS)

@@ -71,6 +71,14 @@ class Clip(Compound):
 
     names = ("clip", "siglip")
 
+    def __init__(self, config: dict):
+        """Old files say some of a tower in ``text_config_dict`` and ``vision_config_dict``, which go before."""
+        for tower in TOWERS:
+            entry = _entry_of(tower)
+            if given := config.get(f"{entry}_dict"):
+                config = {**config, entry: {**(config.get(entry) or {}), **given}}
+        super().__init__(config)
+
     @property
     def anchor(self) -> str:
         return f"{self._towers()[0]}_model.{Tower.anchor}"

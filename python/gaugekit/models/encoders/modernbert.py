@@ -27,6 +27,7 @@ class ModernBert(Fused):
         size, heads = self.size, self.heads("q")
         if size % heads or size // heads % 2:
             raise ValueError(f"hidden_size: expected {heads} heads of one even width, got {size}")
+        self.refuse_short("layer_types")
         for layer in range(self.layers):
             if self._kind(layer) not in BASES:
                 raise ValueError(f"layer_types: expected {' or '.join(BASES)}, got {self._kind(layer)!r}")

@@ -28,7 +28,7 @@ class Bloom(Fused):
 
     @property
     def size(self) -> int:
-        return self.entry("hidden_size", "n_embed")
+        return self.entry("n_embed", "hidden_size")
 
     def heads(self, part: str) -> int:
         return self.entry("n_head", "num_attention_heads")

@@ -32,7 +32,7 @@ class Falcon(Fused):
 
     @property
     def size(self) -> int:
-        return self.entry("hidden_size", "n_embed")
+        return self.entry("n_embed", "hidden_size")
 
     @property
     def head_width(self) -> int:
