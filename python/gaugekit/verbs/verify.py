@@ -77,9 +77,10 @@ def verify(
 
     ``certificate``: a new JSON file to write what was verified into (or a directory, usually ``b``, for a file
     ``gaugekit_verification.json``): digests of all tensors of both directories, the settings, the report with its
-    errors by layer, the groups that ``convert`` removed, versions. ``check_certificate`` reads it. The report's
-    ``hidden_states`` says whether those of ``b`` are those of ``a`` ("same"), the stream was given another basis
-    ("turned"), which logits do not show but a draft model sees, or the output is another as well ("other").
+    errors by layer, the groups that ``convert`` removed, versions. Written where ``ok`` alone; else a note says so.
+    ``check_certificate`` reads it. The report's ``hidden_states`` says whether those of ``b`` are those of ``a``
+    ("same"), the stream was given another basis ("turned"), which logits do not show but a draft model sees, or the
+    output is another as well ("other").
 
     Raises ValueError for a directory without config.json, weights or a known architecture, for models of different
     vocabularies or output shapes, and for text without a tokenizer; ImportError where transformers is absent.
@@ -89,6 +90,7 @@ def verify(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
     target = None if certificate is None else certificates.check_free(certificate, {"a": a, "b": b})
+    steps = [] if target is None else certificates.rewrites(Path(b))
     original, result = Subject(a, "a"), Subject(b, "b")
     working = floating(dtype) if dtype is not None else None
     notes: list[str] = []
@@ -121,10 +123,12 @@ def verify(
             reference, reference if working == highest else plain, passes.of(result.model(working))
         )
     report = comparison.report(passes.tokens, notes)
-    if target is not None:
+    if target is not None and not report["ok"]:
+        report.notes.append("certificate: none was written, since the result is not the original")
+    elif target is not None:
         strings = None if text is None else read(text)
         asked = {"dtype": name_of(working), "pool": pool, "batch_size": batch_size, "text": strings}
-        certificates.record(target, {"a": Path(a), "b": Path(b)}, asked, report.fields)
+        certificates.record(target, {"a": Path(a), "b": Path(b)}, asked, report.fields, steps)
         report.notes.append(f"certificate: written to {target}")
     return wording.verified(report, NOISE_FACTOR.get(working), a, b)
 
