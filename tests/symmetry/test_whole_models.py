@@ -63,17 +63,28 @@ MODELS = {
         {"value_output": 8, "value_bias": 4, "rotary_pairs": 4, "norm_gains": 8, "norm_biases": 8,
          "stream_means": 23 + 5 + 4 + 12 + 3 + 23, "stream_offsets": 3, "stream_rotation": 3},
     ),
+    # a classifier's head takes up the last norm, and leaves the table of tokens alone, whatever the config ties
+    "llama, classifier": (
+        "Llama", {**LLAMA, "tie_word_embeddings": True, "pad_token_id": 0, "num_labels": 4},
+        {"value_output": 4, "rotary_pairs": 2, "norm_gains": 12, "stream_rotation": 6, "neuron_scales": 3},
+    ),
+    "gpt2, tagger": (
+        "GPT2", {**GPT2, "num_labels": 4},
+        {**ATTENTION, "norm_gains": 12, "norm_biases": 12, "stream_means": 30 + 11 + 4, "stream_offsets": 3,
+         "stream_rotation": 3},
+    ),
 }  # fmt: skip
 # What is there beside the groups: an untied head without a bias lets its last norm's bias stand in the direction that
 # LayerNorms do not see (4); rows of OPT's positions that no token has (2 rows, less their means).
 BESIDE = {"gpt2, untied": 4, "opt": 2 * 3}
+KINDS = {"llama, classifier": "LlamaForSequenceClassification", "gpt2, tagger": "GPT2ForTokenClassification"}
 ACTING = [(m, g) for m, (_, _, groups) in MODELS.items() for g in groups if g in STREAM_SYMMETRIES]
 
 
 def build(name, seed=0):
     family, sizes, _ = MODELS[name]
     torch.manual_seed(seed)
-    kind = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    kind = KINDS.get(name) or {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
     model = getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**sizes))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -109,7 +120,7 @@ def test_no_freedom_of_the_model_is_missing(name, monkeypatch):
     model.set_attn_implementation("eager")
     parameters = {path: parameter.detach() for path, parameter in model.named_parameters()}
     sizes = [parameter.numel() for parameter in parameters.values()]
-    ids = sequences(model, rows=2 * sum(sizes) // 66 + 8)
+    ids = sequences(model, rows=2 * sum(sizes) // logits(model)[0].numel() + 8)
 
     def outputs(flat):
         pieces = zip(parameters, flat.split(sizes), parameters.values(), strict=True)
@@ -298,3 +309,13 @@ def test_a_model_whose_stream_is_its_output_keeps_its_basis():
 def test_norms_on_the_stream_itself_have_no_view():
     with pytest.raises(ValueError, match="residual stream of 'bert' models has no view"):
         stream_of(transformers.BertModel(transformers.BertConfig(hidden_size=8, num_attention_heads=2)))
+
+
+def test_a_stream_that_lacks_a_weight_has_no_view():
+    model = build("gpt2, tagger")
+    assert stream_of(model).stream.head == "classifier"
+    del model.transformer.h[0].ln_2.weight
+    with pytest.raises(
+        ValueError, match="its stream needs a tensor named 'transformer.h.0.ln_2.weight', and there"
+    ):
+        stream_of(model)

@@ -5,7 +5,7 @@ types, before anything is made of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def _check_entries(config: dict, where: str) -> None:
             raise ValueError(f"{where}: {name}: expected {expected}, got {shown(value)}")
 
 
-def stored_as(config: dict) -> str | None:
+def stored_as(config: Mapping) -> str | None:
     """The ``quant_method`` of weights that are not plain ("gaugekit", "gptq", ...); None where they are."""
     quantization = config.get("quantization_config")
     return None if quantization is None else quantization["quant_method"]
