@@ -36,6 +36,7 @@ def test_a_model_is_sliced_and_compared(tmp_path, capsys):
         (["--slice", "0.25", "--calibration", "x", "--dense"], "--slice: expected without --dense"),
         (["--gauge", "--rotation", "polar"], "--rotation: expected beside --slice, got it without"),
         (["--gauge", "--drop", "0.1"], "--drop: expected beside --slice, got it without"),
+        (["--slice", "0.25", "--drop", "some"], "--drop: expected a number from 0 to 1 or auto, got 'some'"),
         (["--gauge", "--slice-head"], "--slice-head: expected beside --slice, got it without"),
     ],
 )

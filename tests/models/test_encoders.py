@@ -1,5 +1,7 @@
 """DistilBERT, ELECTRA, MPNet, DeBERTa, ALBERT, ModernBERT and the towers that read text."""
 
+import math
+
 import pytest
 import torch
 
@@ -133,3 +135,11 @@ def test_a_calibration_that_runs_blocks_one_by_one_refuses_albert(tmp_path):
     report = gk.inspect(tmp_path, text=["abc", "de"])
     assert report["token_cosine"] is not None
     assert [row["token_cosine"] for row in report["layers"]] == [None]
+
+
+def test_heads_of_mpnet_share_one_table_of_positions():
+    """Their orders are those of one layer: the bias of a column is a head's in all of them."""
+    report = gk.inspect({"model_type": "mpnet", **TEXT})
+    assert report["permutation_bits"] == pytest.approx(math.log2(6), rel=1e-12)
+    report = gk.inspect({"model_type": "bert", **TEXT})
+    assert report["permutation_bits"] == pytest.approx(2 * math.log2(6), rel=1e-12)

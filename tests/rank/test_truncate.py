@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     DebertaV2Config,
+    DebertaV2Model,
     LlamaConfig,
     LlamaModel,
     Qwen2Config,
@@ -190,9 +191,9 @@ def test_what_is_refused(saved, tmp_path, capsys):
     for goal in ({"rank": 4}, {"energy": 0.9}):
         with pytest.raises(ValueError, match="rank: expected scores .* it normalises queries and keys"):
             gk.rank.truncate(normed, **goal)
-    positions = {"relative_attention": True, "pos_att_type": ["c2p"]}
-    for shared in (False, True):
-        deberta = DebertaV2Config(num_hidden_layers=1, share_att_key=shared, **positions).to_dict()
+    for shared, terms in ((False, ["c2p"]), (True, ["p2c"])):
+        positions = {"relative_attention": True, "pos_att_type": terms, "share_att_key": shared}
+        deberta = DebertaV2Config(num_hidden_layers=1, **positions).to_dict()
         with pytest.raises(ValueError, match="rank: expected scores .* with vectors of position"):
             Truncate(2).plan(deberta)
     source = saved("bert")
@@ -210,6 +211,26 @@ def test_what_is_refused(saved, tmp_path, capsys):
             assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert AutoConfig.from_pretrained(source).model_type == "bert"
+
+
+def test_positions_that_go_through_the_same_projections():
+    """What content asks of positions is a matter of W_Q W_Kᵀ where both share W_K: of rank 6, it loses nothing at 6."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 50}
+    positions = {"relative_attention": True, "pos_att_type": ["c2p"], "share_att_key": True}
+    model = DebertaV2Model(DebertaV2Config(num_hidden_layers=2, **sizes, **positions)).double().eval()
+    for layer in model.encoder.layer:
+        projections = layer.attention.self
+        torch.nn.init.normal_(projections.key_proj.bias)
+        projections.query_proj.weight.data.unflatten(0, (4, 8))[:, 5] = 0
+        projections.query_proj.weight.data.unflatten(0, (4, 8))[:, 2] = 0
+        projections.query_proj.bias.data.unflatten(0, (4, 8))[:, [2, 5]] = 0
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    expected = model(**inputs).last_hidden_state
+    gk.rank.truncate(model, rank=6)
+    torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=0, atol=1e-12)
+    gk.rank.truncate(model, rank=4)
+    assert (model(**inputs).last_hidden_state - expected).abs().max() > 1e-6
 
 
 def test_rank_then_gauge_through_the_engine(saved, tmp_path):

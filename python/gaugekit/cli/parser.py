@@ -103,9 +103,9 @@ def _convert(verb: Adder) -> None:
     )
     added.add_argument(
         "--drop",
-        type=float,
+        type=_threshold,
         metavar="T",
-        help="with --rotation polar: drop what turns the stream by less than T",
+        help="with --rotation polar: drop what turns the stream by less than T (auto: chosen by text held out)",
     )
     added.add_argument("--slice-head", action="store_true", help="slice what the head reads too")
     added.add_argument(
@@ -184,6 +184,15 @@ def _pack(verb: Adder) -> None:
                 "bits of the mantissa (smaller, slower)"
             )
             added.add_argument("--symbols", choices=SYMBOLS, help=what)
+
+
+def _threshold(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1 or auto, got {text!r}") from None
 
 
 def _bytes(size: str) -> int:

@@ -80,6 +80,8 @@ class AttentionView:
     although the parts are there, and only those: what comes between queries and keys says nothing of values.
     ``cross``: keys and values read another sequence than queries do, the encoder's output. ``norms``: what
     queries and keys go through before they are turned (None: nothing, or norms that no group here knows).
+    ``shared_bias`` names the table of biases of position that layers have in common, where there is one: each of its
+    columns is a head's in all of them, so that their heads can change places only in all of them at once.
     """
 
     q: Projection
@@ -98,6 +100,7 @@ class AttentionView:
     softcap: float | None = None
     cross: bool = False
     norms: Norms | None = None
+    shared_bias: str | None = None
 
     @property
     def heads(self) -> int:

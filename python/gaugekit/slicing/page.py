@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gaugekit.pages.charts import Bar, Series, bars, lines
 from gaugekit.pages.document import document, figure, section, table
 from gaugekit.pages.markup import Html, html
@@ -34,6 +36,8 @@ which hold {kept:.2%} of the stream’s energy on the calibration text, in the m
         after=after,
     )
     body = [_energy(certificate["layers"]), _forms(step, coded)]
+    if "trials" in step:
+        body.append(_trials(step))
     if coded is not None:
         body.append(_groups(coded))
     return {NAME: document("slicing", header, *body)}
@@ -78,6 +82,16 @@ def _forms(step: dict, coded: dict | None) -> Html:
     )
     return section("The forms of the rotations", figure("Weights in each form", drawing, f"Written here: {chosen}."),
                    table(head, cells, "23"), note)  # fmt: skip
+
+
+def _trials(step: dict) -> Html:
+    rows = [
+        [f"{row['drop']:g}" + (", taken" if row["drop"] == step["drop"] else ""), f"{row['rank']:.1f}",
+         f"{row['loss']:.4f}", f"{math.exp(row['loss']):.3f}"]
+        for row in step["trials"]
+    ]  # fmt: skip
+    head = ["Columns go below", "Columns left a shortcut, in the mean", "Loss, nats a token", "Perplexity"]
+    return section("The columns of Y that were dropped, by text that was held out", table(head, rows, "123"))
 
 
 def _groups(coded: dict) -> Html:

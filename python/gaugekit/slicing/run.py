@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import functools
-import math
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ import torch
 from gaugekit import report as words
 from gaugekit.checkpoint.dtypes import floating
 from gaugekit.checkpoint.reader import Checkpoint
-from gaugekit.files.durable import replacing, sha256
+from gaugekit.codec import bitsback
+from gaugekit.files.durable import dump, replacing, sha256
 from gaugekit.files.staging import free_bytes
 from gaugekit.hf.sliced import FORMS, Sliced
 from gaugekit.report import Report
 from gaugekit.rewrite import Later, engine
-from gaugekit.slicing import chain, gauges, page, principal
+from gaugekit.slicing import chain, gauges, page, principal, threshold
 from gaugekit.slicing.job import SlicedJob, Slices
 from gaugekit.text.batches import windows
 
-ROTATIONS = (*FORMS, "bits-back", "auto")
+AUTO = "auto"
+ROTATIONS = (*FORMS, "bits-back", AUTO)
 
 
 def slice(
@@ -33,7 +36,7 @@ def slice(
     *,
     calibration: str | Path,
     rotation: str = "auto",
-    drop: float = 0.0,
+    drop: float | str = 0.0,
     head: bool = False,
     multiple: int = 8,
     windows: int = 64,
@@ -64,14 +67,15 @@ def slice(
         "bits-back" (dense, in a packed file that hides bits of the model in its rotations; float16 or bfloat16), or
         "auto", the one of fewest bytes. That is never "bits-back", which gives back at most what "triangular" leaves
         out
-    drop: of "polar" only, and approximate: columns of Y go whose 1 − σ is below it
+    drop: of "polar" only, and approximate: columns of Y go whose 1 − σ is below it; "auto" tries thresholds from 0 to
+        0.4 and takes the one of least loss on the text's next 8 windows, which nothing was calibrated on
     head: whether the stream before the head is sliced too
     multiple: D′ is rounded to the nearest multiple of it
     work_directory: a new or empty folder for the bases, which take nearly all of the time: they stay there, and another
         call with the same source, text, width and head, in whatever form, reads them
     dtype, pack, resume: as ``gaugekit.convert`` has them
     progress: told (bytes done, bytes in all) of the rewriting; ``calibrating`` (batches done, in all) of the
-        text; ``coding`` (rotations done, in all) of bits-back
+        text, and then of the thresholds' trials; ``coding`` (rotations done, in all) of bits-back
 
     Raises ValueError for a source of another family, a fraction, rotation or text that does not fit, and as
     ``gaugekit.convert``; OSError where the disk is too small.
@@ -114,13 +118,14 @@ def sliced_width(size: int, fraction: float, multiple: int = 8) -> int:
     return min(max(nearest, min(multiple, size)), size)
 
 
-def _check(fraction: float, rotation: str, drop: float, multiple: int) -> None:
+def _check(fraction: float, rotation: str, drop: float | str, multiple: int) -> None:
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         raise ValueError(f"fraction: expected a share from 0 to less than 1, got {fraction!r}")
     if rotation not in ROTATIONS:
         raise ValueError(f"rotation: expected one of {', '.join(ROTATIONS)}; got {rotation!r}")
-    if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 <= drop <= 1:
-        raise ValueError(f"drop: expected a number from 0 to 1, got {drop!r}")
+    share = isinstance(drop, int | float) and not isinstance(drop, bool) and 0 <= drop <= 1
+    if not share and drop != AUTO:
+        raise ValueError(f"drop: expected a number from 0 to 1 or {AUTO!r}, got {drop!r}")
     if drop and rotation != "polar":
         raise ValueError(f"drop: expected beside rotation='polar', got it beside {rotation!r}")
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
@@ -160,31 +165,30 @@ class _Slicing:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Slices]:
         """The slicing, its frames kept in ``folder``, as its bases are where they have no folder of their own."""
-        sequences = self._sequences()
+        sequences, held_out = self._sequences()
         self._check_room(sum(map(len, sequences)))
         head = self.options["head"]
-        paths = principal.find(
-            self.checkpoint,
-            sequences,
-            self.width,
-            head=head,
-            work_directory=folder / "bases" if work_directory is None else Path(work_directory),
-            progress=progress,
-        )
+        work = folder / "bases" if work_directory is None else Path(work_directory)
+        options = {"head": head, "work_directory": work, "progress": progress}
+        paths = principal.find(self.checkpoint, sequences, self.width, **options)
+        drop, details = self.options["drop"], {}
+        if drop == AUTO:
+            rows = self._trials(folder, held_out, work, progress)
+            drop, details = threshold.best(rows), {"trials": rows}
         entries = [torch.load(path, weights_only=True, mmap=True) for path in paths]
         forms = self._forms()
         form = {"bits-back": "dense"}.get(self.options["rotation"], self.options["rotation"])
-        if form == "auto":
+        if form == AUTO:
             form = min(forms, key=lambda name: forms[name]["numbers"])
-        ranks, frames = self._frames(folder / "frames", [entry["basis"] for entry in entries], form)
+        ranks, frames = self._frames(folder / "frames", [entry["basis"] for entry in entries], form, drop)
         sliced = Sliced(self.width, form, tuple(ranks), head)
         numbers = self._numbers(form, ranks)
         kept = [entry["kept"] for entry in entries]
-        details = {
+        details |= {
             "fraction": self.options["fraction"],
             "width": self.width,
             "form": form,
-            "drop": self.options["drop"],
+            "drop": drop,
             "kept": sum(kept) / len(kept),
             "forms": forms,
             "permutation_bits": self._permutation_bits(),
@@ -206,7 +210,21 @@ class _Slicing:
             progress,
         )
 
-    def _sequences(self) -> list[list[int]]:
+    def _trials(self, folder: Path, held_out: list[list[int]], work: Path, progress) -> list[dict[str, Any]]:
+        """What ``threshold.trials`` found, kept in ``folder``."""
+        path, whole = folder / "trials.json", folder / "whole"
+        if not path.is_file():
+            if not whole.is_dir():  # else one that was stopped after this step
+                options = {**self.options, "drop": 0.0, "dtype": self.job.dtype, "work_directory": work}
+                slice(self.checkpoint.path, whole, calibration=self.text, **options)
+            rows = threshold.trials(whole, held_out, progress)
+            with replacing(path) as file:
+                file.write(dump({"trials": rows}))
+        shutil.rmtree(whole, ignore_errors=True)
+        return json.loads(path.read_text(encoding="utf-8"))["trials"]
+
+    def _sequences(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The windows to calibrate on, and those after them that a threshold is chosen by, if it is to be."""
         from gaugekit.hf import loading
 
         tokenizer = loading.tokenizer(self.checkpoint.path)
@@ -214,7 +232,15 @@ class _Slicing:
             raise ValueError(f"source: expected a tokenizer in {str(self.checkpoint.path)!r}, found none")
         longest = loading.positions(loading.config(self.checkpoint.path))
         length = min(self.options["window"], longest)
-        return windows(tokenizer, self.text, length, self.options["windows"], argument="calibration")
+        count = self.options["windows"]
+        extra = threshold.HELD_OUT if self.options["drop"] == AUTO else 0
+        sequences = windows(tokenizer, self.text, length, count + extra, argument="calibration")
+        if extra and len(sequences) < count + extra:
+            raise ValueError(
+                f"calibration: expected {count + extra} windows of {length} tokens beside drop='auto', which is chosen "
+                f"by the last {extra} of them, got {len(sequences)}: give a longer text, fewer windows or a number"
+            )
+        return sequences[:count], sequences[count:]
 
     def _check_room(self, tokens: int) -> None:
         """OSError where the bases, the frames and two copies of the stream have no room on the disk."""
@@ -224,16 +250,16 @@ class _Slicing:
             message = f"{needed:,} bytes are needed for the bases of {places} junctions, {free:,} are free"
             raise OSError(errno.ENOSPC, message, str(self.target.parent))
 
-    def _frames(self, folder: Path, bases: list[torch.Tensor], form: str) -> tuple[list[int], list[Path]]:
+    def _frames(
+        self, folder: Path, bases: list[torch.Tensor], form: str, drop: float
+    ) -> tuple[list[int], list[Path]]:
         """The ranks of a polar form, and the files of all frames; what is in ``folder`` was made by the same call."""
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / "ranks.pt"
         paths = [folder / f"{place}.pt" for place in range(self.stream.places + 1)]
         if not whole.is_file():
             ranks, frame = [], None
-            for path, frame in zip(
-                paths, gauges.frames(bases, form, drop=self.options["drop"]), strict=False
-            ):
+            for path, frame in zip(paths, gauges.frames(bases, form, drop=drop), strict=False):
                 _save(path, frame)
                 ranks += [] if frame.rank is None else [frame.rank]
             if not self.options["head"]:
@@ -274,7 +300,7 @@ class _Slicing:
         for layer in range(len(self.job.layers)):
             view = family.outline(layer)
             orders = [view.groups, *([view.repeats] * view.groups), self.job.neurons(layer)]
-            bits += sum(math.lgamma(count + 1) for count in orders) / math.log(2)
+            bits += sum(map(bitsback.permutation_bits, orders))
         return bits
 
 
@@ -302,6 +328,14 @@ def _told(report: Report, source: str | Path, target: str | Path) -> Report:
         ),
         ("time", f"{fields['seconds']:.1f} s"),
     ]
+    if "trials" in step:
+        first, taken = (
+            next(row for row in step["trials"] if row["drop"] == drop) for drop in (0.0, step["drop"])
+        )
+        held_out = f"{taken['loss']:.4f} nats a token of held-out text; {first['loss']:.4f} with all of them"
+        report.lines.insert(
+            3, ("columns dropped", f"those that turn the stream by less than {step['drop']:g}: {held_out}")
+        )
     if coded is not None:
         each = coded["realised_bits"] / max(1, coded["degrees_of_freedom"])
         hidden = f"{words.size(coded['realised_bits'] / 8)} hidden in {len(coded['groups'])} rotations"
