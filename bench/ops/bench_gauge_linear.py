@@ -14,10 +14,10 @@ from torch import nn
 
 from gaugekit.nn import Concat, GaugeProjection
 from gaugekit.reference.gauge_linear import gauge_linear as reference
-from registry import Case, benchmark, wanted
+from registry import Case, benchmark, own_shape, wanted
 
 # inputs, heads, layers, rows of x (sequences × tokens)
-MODELS = {
+MODELS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "DeiT-tiny": (192, 3, 12, ("1x197", "8x197", "1x1")),
     "Whisper-tiny": (384, 6, 4, ("1x1500", "1x1")),
     "MiniLM": (384, 12, 6, ("1x128", "1x256", "8x128", "1x1")),
@@ -25,6 +25,7 @@ MODELS = {
 }
 FUSED = ("GPT-2",)
 ROUNDS = 61
+LAYERS = 6  # of a shape of a user's own
 
 
 def label(threads: int) -> str:
@@ -158,6 +159,18 @@ def keys_alone(model: str, batch: str, threads: int, device: str, step: bool) ->
         label=label(threads), processor_time=threads == 1, rounds=ROUNDS,
         extra={"layers": count} | ({"product": "dense"} if step else {"limit": limit} | product(held)),
     )  # fmt: skip
+
+
+@own_shape("gauge_linear", "SEQUENCESxTOKENSxINPUTSxHEADS", "1x128x384x12", torch.float32)
+def own(sequences: int, tokens: int, inputs: int, heads: int, dtype: torch.dtype, threads: int):
+    if inputs % heads:
+        raise ValueError(f"--shape: expected INPUTS a multiple of HEADS, got {inputs} and {heads}")
+    name, batch = f"{LAYERS} layers", f"{sequences}x{tokens}"
+    MODELS[name] = (inputs, heads, LAYERS, (batch,))
+    layers.cache_clear()
+    yield products(name, batch, threads, "cpu")
+    for step in (False, True):
+        yield keys_alone(name, batch, threads, "cpu", step)
 
 
 @benchmark("gauge_linear")

@@ -34,7 +34,7 @@ Adder = Callable[[str, Callable[[argparse.Namespace], calls.Outcome], str], Pars
 def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     """The parser of ``gaugekit``, with a subparser for each verb.
 
-    ``argv``: the command line it is for; the options of ``bench``, which the source checkout's own program holds, are
+    ``argv``: the command line it is for; the options of ``bench``, which a program of its own holds, are
     there where it names that verb.
     """
     root = Parser(
@@ -55,7 +55,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     _heal(verb)
     _verify(verb)
     _pack(verb)
-    bench = verb("bench", calls.bench, "time every operator beside its rivals (needs a source checkout)")
+    bench = verb("bench", calls.bench, "time every operator beside its rivals, on our shapes or on yours")
     if argv and argv[0] == "bench" and calls.BENCH.is_file():
         calls.benchmarks().add_options(bench)
     verb("doctor", calls.doctor, "what is installed, what is missing, and the command that mends it")
