@@ -174,8 +174,11 @@ def test_what_a_truncation_left_of_the_keys_is_turned(tmp_path):
     spec = out.config["quantization_config"]["modules"][key]["arguments"]
     assert (spec["width"], spec["padded"]) == (6, 8) and out.shape(f"{key}.triangle") == (3, 21)
     convert(source, tmp_path / "rank", [truncate], dense=True)
-    models = [transformers.BertModel.from_pretrained(tmp_path / name) for name in ("rank", "out")]
-    assert gk.verify(*models)["ok"]
+    tokens = torch.randint(0, 40, (2, 9))
+    with torch.no_grad():
+        models = (transformers.BertModel.from_pretrained(tmp_path / name).eval() for name in ("rank", "out"))
+        expected, got = (model(tokens).last_hidden_state for model in models)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_dtype(tmp_path):
