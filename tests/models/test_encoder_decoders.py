@@ -67,6 +67,19 @@ def test_through_every_verb(name, tmp_path):
     checks.check_verbs(KIN[name], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_heads_are_turned_until_rows_are_triangular(name):
+    kin = KIN[name]
+    checks.check_turned(lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts)
+
+
+def test_turned_heads_are_stored_without_their_zeros(tmp_path):
+    kin = KIN["t5"]
+    checks.check_turned_files(
+        lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts, tmp_path
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "total"),
     [

@@ -65,6 +65,19 @@ def test_through_every_verb(name, tmp_path):
     checks.check_verbs(KIN[name], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["albert", "modernbert with biases", "deberta-v2 shared"])
+def test_heads_are_turned_until_rows_are_triangular(name):
+    kin = KIN[name]
+    checks.check_turned(lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts)
+
+
+def test_turned_heads_are_stored_without_their_zeros(tmp_path):
+    kin = KIN["modernbert with biases"]
+    checks.check_turned_files(
+        lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts, tmp_path
+    )
+
+
 def test_a_layer_that_albert_runs_again_and_again_counts_once():
     model = KIN["albert"].model()
     assert len(Live(model)) == 1 and len(gk.inspect(model)["layers"]) == 1

@@ -81,9 +81,10 @@ def _convert(verb: Adder) -> None:
     added.add_argument("--gauge", action="store_true", help="remove the parameters that no output depends on")
     added.add_argument(
         "--rows",
-        choices=("balanced", "max_volume", "shared_partition"),
+        choices=("balanced", "max_volume", "shared_partition", "triangular"),
         help="which rows become the identity: for each head those that rounding harms least (balanced, the default) or "
-        "that leave no entry above 1.02 (max_volume), or one partition for a layer",
+        "that leave no entry above 1.02 (max_volume), or one partition for a layer; or turn each head until rows are "
+        "triangular, which removes half as much (triangular)",
     )
     ranks = added.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=int, metavar="R", help="keep R query/key channels of every head")

@@ -16,7 +16,8 @@ class Projection:
 
     q, k, v: ``y_h = x @ weight[h] + bias[h]`` with ``weight`` [heads, D, width] and ``bias`` [heads, width] or None.
     o: ``y = sum_h x_h @ weight[h] + bias`` with ``weight`` [H, V, D] and ``bias`` [D] or None.
-    ``rows`` [heads, width] int64, where a gauge has been fixed: ``weight[h, rows[h]]`` is the identity, exactly.
+    ``rows`` [heads, width] int64, where a gauge has been fixed: ``weight[h, rows[h]]`` is the identity, exactly, or
+    lower triangular where ``triangular``.
     ``dtype`` is the one the numbers were rounded to where they are stored: what tells a small singular value from
     rounding (``rank.spectra.rounding_norm``).
     """
@@ -25,6 +26,7 @@ class Projection:
     bias: Tensor | None = None
     rows: Tensor | None = None
     dtype: torch.dtype = torch.float64
+    triangular: bool = False
 
 
 @dataclass(frozen=True)

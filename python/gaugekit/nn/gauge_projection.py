@@ -64,7 +64,15 @@ class GaugeProjection(Keeping):
     @property
     def weight(self) -> Tensor:
         """The dense weight [heads·width, D], as nn.Linear has it (a transposed view)."""
-        return dense(self.free, self.rows).mT
+        return dense(self.free, self.rows, self._block()).mT
+
+    def _block(self) -> Tensor | None:
+        """What stands in the ``rows`` of each head; None for the identity."""
+        return None
+
+    def _made_of(self) -> tuple[Tensor, ...]:
+        """What ``weight`` is made of."""
+        return self.free, self.rows
 
     @property
     def product(self) -> tuple[str, str]:
@@ -91,7 +99,7 @@ class GaugeProjection(Keeping):
         """``weight``, in evaluation mode the one that is kept where it may be."""
         if self.training:
             return self.weight
-        return self.kept(lambda: self.weight, self.free, self.rows)
+        return self.kept(lambda: self.weight, *self._made_of())
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in super().__getstate__().items() if name != "_kernels"}

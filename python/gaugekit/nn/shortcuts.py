@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gaugekit.nn.kept import Keeping
+from gaugekit.nn.triangle import triangle_size, unpack_triangle
 
 
 class Shortcut(nn.Module):
@@ -88,23 +89,6 @@ class PolarShortcut(Unpacked):
         factor = self.matrix()
         inner = functional.linear(x.flatten(0, -2), factor)
         return torch.addmm(y.flatten(0, -2), inner, factor, alpha=-1).view(y.shape)
-
-
-def triangle_size(size: int) -> int:
-    """How many numbers a triangle of ``size`` rows has, its diagonal included."""
-    return size * (size + 1) // 2
-
-
-def pack_triangle(matrix: Tensor) -> Tensor:
-    """The rows of a lower triangular matrix [size, size], one after the other, without their zeros."""
-    rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
-    return matrix[rows, columns]
-
-
-def unpack_triangle(packed: Tensor, size: int) -> Tensor:
-    """The inverse of ``pack_triangle``: [size, size]."""
-    rows, columns = torch.tril_indices(size, size, device=packed.device)
-    return packed.new_zeros(size, size).index_put((rows, columns), packed)
 
 
 def _add(y: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
