@@ -45,6 +45,11 @@ class Kin:
                 counts[group] += 3 * size
         return {**counts, "total": sum(counts.values())}
 
+    def case(self, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        """The model and what it reads."""
+        model = self.model(dtype)
+        return model, inputs_of(model)
+
     def model(self, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
         """The tiny model, its weights and biases random, so that no zero hides an error."""
         torch.manual_seed(0)
@@ -297,3 +302,23 @@ def greedy(model: torch.nn.Module, inputs: dict) -> torch.Tensor | None:
         return None
     first = inputs.get("input_ids", inputs.get("input_features"))
     return model.generate(first, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+
+class Families:
+    """The tests that every family of a module's ``KIN`` has to pass; ``no_view`` names those whose scores are more than
+    a view can compute.
+    """
+
+    no_view: tuple[str, ...] = ()
+
+    def test_every_group_that_holds_is_fixed_and_no_output_moves(self, kin):
+        check_groups(kin)
+
+    def test_an_adapter_names_the_tensors_there_are_and_stores_what_it_read(self, kin):
+        check_adapter(kin)
+
+    def test_a_view_computes_what_the_module_computes(self, kin):
+        check_view(kin)
+
+    def test_through_every_verb(self, kin, tmp_path):
+        check_verbs(kin, tmp_path)

@@ -47,37 +47,17 @@ KIN = {
 }
 
 
-@pytest.mark.parametrize("name", KIN)
-def test_every_group_that_holds_is_fixed_and_no_output_moves(name):
-    checks.check_groups(KIN[name])
-
-
-@pytest.mark.parametrize("name", KIN)
-def test_an_adapter_names_the_tensors_there_are_and_stores_what_it_read(name):
-    checks.check_adapter(KIN[name])
-
-
-@pytest.mark.parametrize("name", KIN)
-def test_a_view_computes_what_the_module_computes(name):
-    checks.check_view(KIN[name])
-
-
-@pytest.mark.parametrize("name", KIN)
-def test_through_every_verb(name, tmp_path):
-    checks.check_verbs(KIN[name], tmp_path)
+class TestFamilies(checks.Families):
+    pass
 
 
 @pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_heads_are_turned_until_rows_are_triangular(name):
-    kin = KIN[name]
-    checks.check_turned(lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts)
+    checks.check_turned(KIN[name].case, KIN[name].counts)
 
 
 def test_turned_heads_are_stored_without_their_zeros(tmp_path):
-    kin = KIN["t5"]
-    checks.check_turned_files(
-        lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts, tmp_path
-    )
+    checks.check_turned_files(KIN["t5"].case, KIN["t5"].counts, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gaugekit.nn import Concat, GaugeProjection, forms
+from projections import randomised
 
 SIZES = [(12, 3, 4), (12, 2, 3), (5, 1, 5), (7, 2, 1)]
 
 
 def projection(inputs, heads, width, bias=False, dtype=torch.float64):
-    module = GaugeProjection(inputs, heads, width, bias, dtype=dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-    module.rows.copy_(torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]))
-    return module
+    return randomised(GaugeProjection(inputs, heads, width, bias, dtype=dtype))
 
 
 def dense(module):

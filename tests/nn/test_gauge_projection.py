@@ -17,18 +17,14 @@ from gaugekit.nn.shortcuts import TriangularShortcut
 from gaugekit.ops.gauge_linear import choice
 from gaugekit.ops.gauge_linear.layout import free_rows
 from helpers import assert_accurate
+from projections import randomised, trained_beside_dense
 
 SIZES = (48, 3, 16)
 
 
 def projection(dtype=torch.float32, bias=False, padded=None):
     inputs, heads, width = SIZES
-    module = GaugeProjection(inputs, heads, width, bias, padded, dtype=dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0, 0.2)
-    module.rows.copy_(torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]))
-    return module
+    return randomised(GaugeProjection(inputs, heads, width, bias, padded, dtype=dtype), 0.2)
 
 
 @pytest.fixture(params=["kernel", "dense"])
@@ -89,24 +85,10 @@ def test_autocast_is_that_of_a_linear(way):
 
 def test_a_step_of_training_is_that_of_the_dense_layer_projected_on_it(way):
     """Plain gradient descent on the dense weight, its identity block put back, is the step of the free part."""
-    module, x = projection(torch.float64), torch.randn(9, 48, dtype=torch.float64)
-    target = torch.randn(9, 48, dtype=torch.float64)
-    dense = torch.nn.Linear(48, 48, bias=False, dtype=torch.float64)
-    dense.weight.data.copy_(module.weight.detach())
-    for layer in (module, dense):
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-        for _ in range(2):
-            optimizer.zero_grad()
-            (layer(x) - target).square().sum().backward()
-            optimizer.step()
-            if layer is dense:
-                heads = dense.weight.data.unflatten(0, (3, 16))
-                for head, rows in zip(heads, module.rows.long(), strict=True):
-                    head[:, rows] = torch.eye(16, dtype=torch.float64)
+    module = projection(torch.float64)
+    heads = trained_beside_dense(module, lambda block: torch.eye(16, dtype=torch.float64), rate=0.1)
     index = free_rows(module.rows, 48)
-    free = torch.stack(
-        [w[:, i].T for w, i in zip(dense.weight.detach().unflatten(0, (3, 16)), index, strict=True)]
-    )
+    free = torch.stack([w[:, i].T for w, i in zip(heads, index, strict=True)])
     torch.testing.assert_close(module.free.detach(), free, rtol=1e-13, atol=1e-13)
 
 

@@ -11,17 +11,13 @@ from torch.nn.functional import linear
 from gaugekit.nn import GaugeProjection, TriangularProjection, forms
 from gaugekit.nn.triangle import pack_triangle, triangle_size, unpack_triangle
 from gaugekit.ops.gauge_linear.layout import free_rows
+from projections import randomised, trained_beside_dense
 
 SIZES = [(12, 3, 4), (12, 2, 3), (5, 1, 5), (7, 2, 1)]
 
 
 def projection(inputs, heads, width, bias=False, padded=None, dtype=torch.float64):
-    module = TriangularProjection(inputs, heads, width, bias, padded, dtype=dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-    module.rows.copy_(torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]))
-    return module
+    return randomised(TriangularProjection(inputs, heads, width, bias, padded, dtype=dtype))
 
 
 def dense(module):
@@ -86,22 +82,10 @@ def test_padding_is_zeros_behind_each_head():
 
 def test_a_step_of_training_is_that_of_the_dense_layer_projected_on_it():
     """Plain gradient descent on the dense weight, its zeros put back, is the step of what is stored."""
-    module, x = projection(12, 3, 4), torch.randn(9, 12, dtype=torch.float64)
-    target = torch.randn(9, 12, dtype=torch.float64)
-    plain = torch.nn.Linear(12, 12, bias=False, dtype=torch.float64)
-    plain.weight.data.copy_(module.weight.detach())
-    for layer in (module, plain):
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9)
-        for _ in range(3):
-            optimizer.zero_grad()
-            (layer(x) - target).square().sum().backward()
-            optimizer.step()
-            if layer is plain:
-                for head, rows in zip(
-                    plain.weight.data.unflatten(0, (3, 4)), module.rows.long(), strict=True
-                ):
-                    head[:, rows] = head[:, rows].triu()  # outputs by inputs: the triangle lies on its side
-    torch.testing.assert_close(module.weight.detach(), plain.weight.detach(), rtol=1e-12, atol=1e-12)
+    module = projection(12, 3, 4)
+    # outputs by inputs: the triangle lies on its side
+    heads = trained_beside_dense(module, torch.triu, rate=0.05)
+    torch.testing.assert_close(module.weight.detach(), heads.flatten(0, 1), rtol=1e-12, atol=1e-12)
 
 
 def test_what_is_written_to_it_is_seen():

@@ -98,3 +98,20 @@ class Fused(Linears):
     def _together(self, parts: list[Tensor]) -> Tensor:
         """The inverse of ``_apart``."""
         return torch.cat([part.unflatten(1, (self.groups, -1)) for part in parts], 2).flatten(1)
+
+
+class HeadByHead(Fused):
+    """Those that hold query, key and value of one head after another as query_key_value, beside dense.
+
+    A family says which module of a block its attention is.
+    """
+
+    attention_name: str
+
+    @property
+    def groups(self) -> int:
+        return self.heads("k")
+
+    def projections(self, layer: int) -> dict[str, str]:
+        path = f"{self.block(layer)}.{self.attention_name}"
+        return {**dict.fromkeys("qkv", f"{path}.query_key_value"), "o": f"{path}.dense"}

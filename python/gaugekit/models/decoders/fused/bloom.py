@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from gaugekit.models.decoders.fused.alibi import slopes
 from gaugekit.models.family import Read
-from gaugekit.models.fused import Fused
+from gaugekit.models.fused import HeadByHead
 from gaugekit.models.view import AttentionView
 
 
-class Bloom(Fused):
+class Bloom(HeadByHead):
     """Decoders of model_type "bloom".
 
     What ALiBi adds to a score says nothing of query and key: their product is all the weights give, and every group
@@ -17,6 +17,7 @@ class Bloom(Fused):
 
     names = ("bloom",)
     anchor = "h.0.self_attention.dense.weight"
+    attention_name = "self_attention"
 
     def check(self) -> None:
         if self.size % self.heads("q"):
@@ -33,16 +34,8 @@ class Bloom(Fused):
     def heads(self, part: str) -> int:
         return self.entry("n_head", "num_attention_heads")
 
-    @property
-    def groups(self) -> int:
-        return self.heads("k")
-
     def block(self, layer: int) -> str:
         return f"h.{layer}"
-
-    def projections(self, layer: int) -> dict[str, str]:
-        path = f"{self.block(layer)}.self_attention"
-        return {**dict.fromkeys("qkv", f"{path}.query_key_value"), "o": f"{path}.dense"}
 
     def biased(self, part: str) -> bool:
         return True

@@ -5,11 +5,11 @@ from __future__ import annotations
 from gaugekit.models import rope
 from gaugekit.models.decoders.fused.alibi import slopes
 from gaugekit.models.family import Read
-from gaugekit.models.fused import Fused
+from gaugekit.models.fused import HeadByHead
 from gaugekit.models.view import AttentionView
 
 
-class Falcon(Fused):
+class Falcon(HeadByHead):
     """Decoders of model_type "falcon".
 
     Each key/value head stands behind its queries in the newer architecture, in the older one one key/value head behind
@@ -18,6 +18,7 @@ class Falcon(Fused):
 
     names = ("falcon",)
     anchor = "h.0.self_attention.dense.weight"
+    attention_name = "self_attention"
 
     def check(self) -> None:
         heads, groups = self.heads("q"), self.heads("k")
@@ -46,16 +47,8 @@ class Falcon(Fused):
             return self.config.get("num_kv_heads") or heads
         return 1 if self.config.get("multi_query", True) else heads
 
-    @property
-    def groups(self) -> int:
-        return self.heads("k")
-
     def block(self, layer: int) -> str:
         return f"h.{layer}"
-
-    def projections(self, layer: int) -> dict[str, str]:
-        path = f"{self.block(layer)}.self_attention"
-        return {**dict.fromkeys("qkv", f"{path}.query_key_value"), "o": f"{path}.dense"}
 
     def biased(self, part: str) -> bool:
         return bool(self.config.get("bias", False))

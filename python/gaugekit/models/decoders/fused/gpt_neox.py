@@ -6,15 +6,16 @@ import re
 
 from gaugekit.models import rope
 from gaugekit.models.family import Read
-from gaugekit.models.fused import Fused
+from gaugekit.models.fused import HeadByHead
 from gaugekit.models.view import AttentionView
 
 
-class GptNeoX(Fused):
+class GptNeoX(HeadByHead):
     """Decoders of model_type "gpt_neox"."""
 
     names = ("gpt_neox",)
     anchor = "layers.0.attention.dense.weight"
+    attention_name = "attention"
 
     def check(self) -> None:
         heads = self.heads("q")
@@ -27,16 +28,8 @@ class GptNeoX(Fused):
     def head_width(self) -> int:
         return self.size // self.heads("q")
 
-    @property
-    def groups(self) -> int:
-        return self.heads("k")
-
     def block(self, layer: int) -> str:
         return f"layers.{layer}"
-
-    def projections(self, layer: int) -> dict[str, str]:
-        path = f"{self.block(layer)}.attention"
-        return {**dict.fromkeys("qkv", f"{path}.query_key_value"), "o": f"{path}.dense"}
 
     def biased(self, part: str) -> bool:
         return bool(self.config.get("attention_bias", True))
