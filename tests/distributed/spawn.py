@@ -30,6 +30,11 @@ def on_two_ranks(functions, folder: Path) -> None:
 
 
 def rank(number: int, module, folder: Path, names: list[str]) -> None:
+    os.environ |= {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(SIZE),
+    }  # as torchrun sets them
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",

@@ -1,0 +1,99 @@
+"""How transformers' tensor parallelism cuts what is ours: styles for its plans, and the plans of SAS models.
+
+``from_pretrained(..., distributed_config=DistributedConfig(tp_plan="auto"))`` reads ``base_model_tp_plan``. A converted
+model keeps its family's plan; where that says "colwise" and a form of ours stands there, the form's style takes its
+place, or one that refuses with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gaugekit.hf.upstream import unfit
+
+try:
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
+    from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer
+except ImportError as error:
+    raise unfit(__name__, error) from error
+
+from gaugekit.nn import GaugeProjection, IdentityLinear
+from gaugekit.nn.parallel import Share, SharedHeads, SharedIdentity, SharedProjection
+
+HEADS, IDENTITY, PROJECTION = "gaugekit_heads", "gaugekit_identity", "gaugekit_projection"
+UNEVEN, PACKED = "gaugekit_uneven", "gaugekit_packed"
+
+
+class Shared(TensorParallelLayer):
+    """A ``Share`` as a style of transformers; of modules of other kinds than ``kind``, identities are left alone and
+    matrices are cut by outputs, as "colwise"."""
+
+    def __init__(self, share: Share, kind: type[nn.Module] = nn.Module):
+        self.share, self.kind, self.plain = share, kind, ColwiseParallel()
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        if not isinstance(module, self.kind):
+            return self.plain.shard_param(module, param, mesh)
+        if (dim := self.share.cuts.get(param)) is not None and module._parameters[param] is not None:
+            from torch.distributed.tensor import Shard, distribute_tensor
+
+            whole = module._parameters[param]
+            cut = distribute_tensor(whole, mesh, [Shard(dim)], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(cut, requires_grad=whole.requires_grad)
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        if isinstance(module, nn.Identity):
+            return module
+        if not isinstance(module, self.kind):
+            return self.plain.install_forward(module, mesh)
+        self.share.install(module, mesh)
+        return module
+
+
+class Refused(TensorParallelLayer):
+    """Stands in a plan for a module that no rank can have a part of, and says why."""
+
+    def __init__(self, why: str):
+        self.why = why
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        self.install_forward(module, mesh)
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        raise ValueError(
+            f"tp_plan: {self.why}, got a {type(module).__name__}; load the model without tp_plan"
+        )
+
+
+def adapt(model: nn.Module, plan: dict[str, str], packed: bool) -> None:
+    """Puts our styles in ``plan`` for the modules of ``model`` that are forms of ours; ``packed`` ones will be."""
+    for name, module in model.named_modules():
+        key = replace_layer_number_by_wildcard(name)
+        if key not in plan or plan[key] in (UNEVEN, PACKED):
+            continue
+        if packed:
+            plan[key] = PACKED
+        elif getattr(module, "form", None) is not None:
+            cut = isinstance(module, GaugeProjection) and plan[key] in ("colwise", PROJECTION)
+            plan[key] = PROJECTION if cut else UNEVEN
+
+
+def plan_of_blocks(*, value: bool, output: bool, gated: bool) -> dict[str, str]:
+    """The plan of models made of our blocks: whether some layer has a value matrix, an output matrix, a gated MLP."""
+    plan = {"attention": HEADS, "attention.query": IDENTITY, "attention.key": IDENTITY,
+            "mlp.up": "colwise", "mlp.down": "rowwise"}  # fmt: skip
+    plan |= {"attention.value": IDENTITY} if value else {}
+    plan |= {"attention.output": "rowwise"} if output else {}
+    plan |= {"mlp.gate": "colwise"} if gated else {}
+    return {f"layers.*.{name}": style for name, style in plan.items()}
+
+
+def register() -> None:
+    """Enters our styles in transformers' registry; doing it again changes nothing."""
+    ALL_PARALLEL_STYLES.register(HEADS, Shared(SharedHeads()))
+    ALL_PARALLEL_STYLES.register(IDENTITY, Shared(SharedIdentity(), IdentityLinear))
+    ALL_PARALLEL_STYLES.register(PROJECTION, Shared(SharedProjection(), GaugeProjection))
+    ALL_PARALLEL_STYLES.register(UNEVEN, Refused("expected projections that can be cut by heads"))
+    ALL_PARALLEL_STYLES.register(PACKED, Refused("expected plain weights, since packed ones cannot be cut"))
