@@ -9,6 +9,7 @@ import gaugekit as gk
 from gaugekit import distributed
 from gaugekit.checkpoint import resident
 from gaugekit.nn.packed_matrix import PackedMatrix
+from gaugekit.nn.shortcuts import PolarShortcut, TriangularShortcut
 
 STEPS = 3
 
@@ -101,6 +102,42 @@ def blocks_by_heads(_):
         distributed.tensor_parallel_plan(nn.Linear(3, 3))
 
 
+class Compact(nn.Module):
+    """Projections whose gauge is fixed, and shortcuts of a sliced stream: what makes one matrix of what is stored."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(gk.nn.GaugeProjection(24, 3, 8, bias=True) for _ in range(2))
+        self.turns = nn.ModuleList([TriangularShortcut(24), PolarShortcut(24, 5)])
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3)
+        self.double()
+
+    def forward(self, x):
+        for layer, turn in zip(self.layers, self.turns, strict=True):
+            x = turn(layer(x), x)
+        return x
+
+
+def compact_by_fully_shard(_):
+    """Also where a model that learns stays in evaluation mode: no weight is kept that has changed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    alone, shared = Compact(), Compact()
+    shared.load_state_dict(alone.state_dict())
+    for unit in distributed.units(shared):
+        fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+    batches = [torch.randn(4, 24, dtype=torch.float64) for _ in range(STEPS)]
+    for mode in (True, False):
+        alone.train(mode), shared.train(mode)
+        for _ in range(2):
+            with torch.no_grad():
+                outputs = [model(batches[0]) for model in (alone, shared)]
+            assert (outputs[0] - outputs[1]).norm() <= 1e-12 * outputs[0].norm(), mode
+            agree(alone, learn(alone, batches), shared, learn(shared, halves(batches)), 1e-9)
+
+
 class Packed(nn.Module):
     """Packed layers, frozen, and a plain one behind them that learns."""
 
@@ -157,6 +194,15 @@ def packed_by_ddp(_):
     agree(alone, losses[0], inner, losses[1], 1e-9)
 
 
+CHECKS = (
+    blocks_by_fully_shard,
+    blocks_by_heads,
+    compact_by_fully_shard,
+    packed_by_fully_shard,
+    packed_by_ddp,
+)
+
+
 @pytest.mark.slow
 def test_training_on_two_ranks(tmp_path):
-    on_two_ranks((blocks_by_fully_shard, blocks_by_heads, packed_by_fully_shard, packed_by_ddp), tmp_path)
+    on_two_ranks(CHECKS, tmp_path)

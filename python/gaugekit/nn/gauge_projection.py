@@ -120,6 +120,12 @@ class GaugeProjection(nn.Module):
             held = self._held = Held(self.weight.detach(), aliases, versions)
         return held.weight
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard puts other numbers into the same memory, and counts no version; it sets the parameter before.
+        if name == "free":
+            self._held = None
+        super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> GaugeProjection:
         self._held = None
         return super().train(mode)

@@ -40,6 +40,12 @@ class Unpacked(Shortcut, ABC):
         super().__init__()
         self._kept: tuple[tuple, Tensor] | None = None
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # fully_shard puts other numbers into the same memory, and counts no version; it sets the parameter before.
+        if name in self.__dict__.get("_parameters", ()):
+            self._kept = None
+        super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> Unpacked:
         self._kept = None
         return super().train(mode)
