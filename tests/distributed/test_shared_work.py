@@ -199,11 +199,14 @@ def llama(tmp_path_factory):
     return path
 
 
-def test_converted_by_several_ranks(llama, tmp_path):
-    alone = gk.convert(llama, tmp_path / "one", [gk.symmetry.GaugeFix()])
-    reports = shared(
-        lambda ranks: gk.convert(llama, tmp_path / "many", [gk.symmetry.GaugeFix()], ranks=ranks), 3
-    )
+@pytest.mark.parametrize("pack", [False, True])
+def test_converted_by_several_ranks(llama, tmp_path, pack):
+    def convert(target, ranks=None):
+        return gk.convert(llama, target, [gk.symmetry.GaugeFix()], dtype="bfloat16", pack=pack, ranks=ranks)
+
+    alone = convert(tmp_path / "one")
+    reports = shared(lambda ranks: convert(tmp_path / "many", ranks), 3)
+    assert not any(isinstance(report, BaseException) for report in reports), reports
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     for report in reports:
         assert report.fields | {"seconds": 0} == alone.fields | {"seconds": 0}
@@ -263,6 +266,23 @@ def test_an_error_in_a_layer_of_another_rank(llama, tmp_path):
     errors = shared(lambda ranks: gk.convert(llama, tmp_path / "many", [Failing()], ranks=ranks))
     assert all("layer 3 does not please me" in str(error) for error in errors)
     assert isinstance(errors[0], ValueError) and not list(tmp_path.glob("many*"))
+
+
+def test_a_conversion_that_broke_off_is_finished(llama, tmp_path):
+    """As by a disk that fails on one rank: what is there stays, and the same call on other ranks goes on."""
+
+    class Broken(gk.symmetry.GaugeFix):
+        def layer(self, view, statistics=None):
+            if view.layer == 4:
+                raise OSError("the disk is gone")
+            return super().layer(view, statistics)
+
+    errors = shared(lambda ranks: gk.convert(llama, tmp_path / "many", [Broken()], ranks=ranks))
+    assert all(isinstance(error, OSError) and "the disk is gone" in str(error) for error in errors)
+    assert (tmp_path / "many.partial").is_dir() and not (tmp_path / "many").exists()
+    shared(lambda ranks: gk.convert(llama, tmp_path / "many", [gk.symmetry.GaugeFix()], ranks=ranks), 3)
+    gk.convert(llama, tmp_path / "one", [gk.symmetry.GaugeFix()])
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 KILLED = """

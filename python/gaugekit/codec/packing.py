@@ -106,10 +106,10 @@ def _run(job: Job, source, target, resume: bool, progress: Progress, ranks: Rank
         return _told(_lead(job, source, target, resume, progress, None))
     if ranks.leads:
         report = _lead(job, source, target, resume, progress, ranks)
-        ranks.tell("report", [report.fields, report.notes])
+        ranks.tell(f"{job.verb} report", [report.fields, report.notes])
     else:
         assist(job, Path(os.path.realpath(source)), placed(Path(target)), ranks)
-        fields, notes = ranks.hear("report")
+        fields, notes = ranks.hear(f"{job.verb} report")
         report = Report(job.verb, fields, notes=notes)
     return _told(report)
 
@@ -133,7 +133,7 @@ def _lead(job: Job, source, target, resume: bool, progress: Progress, ranks: Ran
         raise ValueError(f"target: expected a file name, got the directory {target}")
     check_space(place, job.plan(whole))
     if ranks is not None:
-        ranks.tell("shares", None)  # a file is one piece of work
+        ranks.tell(f"{job.verb} shares", None)  # a file is one piece of work
     counts = job.work(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
     return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})

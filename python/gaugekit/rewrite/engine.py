@@ -28,15 +28,24 @@ from gaugekit.rewrite.job import Job
 from gaugekit.rewrite.rewrite import Calibration, Later, Step
 
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
+UNPACKED, PACKED = "unpacked", "packed"  # in the scratch of a conversion that packs
 Pages = Callable[[dict], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """``pack(source, target)`` makes a packed directory of a plain one; ``name`` is what a report calls it."""
+    """``pack(source, target)`` makes a packed directory of a plain one; ``name`` is what a report calls it. ``shared``:
+    it takes ``ranks``, too.
+    """
 
     name: str = "pack"
-    pack: Callable[[Path, Path], Report] = field(default_factory=lambda: codec.pack)
+    pack: Callable[..., Report] = field(default_factory=lambda: codec.pack)
+    shared: bool = True
+
+    def run(self, folder: Path, ranks: Ranks | None) -> Report:
+        """Packs what stands in the scratch ``folder`` of a conversion."""
+        options = {"ranks": ranks} if self.shared and ranks is not None else {}
+        return self.pack(folder / UNPACKED, folder / PACKED, **options)
 
 
 def run(
@@ -57,7 +66,8 @@ def run(
     packed. ``ranks`` share the layers; rank 0 does all else.
     """
     if ranks is not None and not ranks.leads:
-        return sharing.assist(job, target, rewrites, calibration, ranks)
+        pack = (lambda folder: packing.run(folder, ranks)) if packing and packing.shared else None
+        return sharing.assist(job, target, rewrites, calibration, pack, ranks)
     start = time.perf_counter()
     work = _Conversion(job, target, calibration, packing, progress, ranks)
     check_target(job.checkpoint.path, target)
@@ -78,14 +88,14 @@ def run(
     ):
         if not staged.published:
             work.run(staged, rewrites, pages)
-        if ranks is not None and not work.offered:
-            ranks.tell("work", None)
+        for name in {"work", "packing"} - work.offered if ranks is not None else ():
+            ranks.tell(name, None)
         fields = staged.state["report"]
         staged.publish()
     work.advance(work.total_bytes)  # the files' headers count too
     fields["seconds"] += time.perf_counter() - start
     if ranks is not None:
-        ranks.tell("report", [fields, work.notes])
+        ranks.tell("convert report", [fields, work.notes])
     return Report("convert", fields, work.notes)
 
 
@@ -97,7 +107,7 @@ class _Conversion:
     ):
         checkpoint = job.checkpoint
         self.checkpoint, self.target, self.job = checkpoint, target, job
-        self.ranks, self.offered = ranks, False  # whether the other ranks were given work
+        self.ranks, self.offered = ranks, set()  # what the other ranks were given to do
         self.calibration, self.packing, self.progress = calibration, packing, progress
         self.copies, self.notes = _copies(checkpoint)
         self.total_bytes, self.done_bytes = 2 * checkpoint.size_bytes(), 0
@@ -171,7 +181,7 @@ class _Conversion:
             staged.state["report"] = fields
             staged.save()
         if self.packing:
-            _pack(staged, self.packing)
+            self._pack(staged, self.packing)
         shutil.rmtree(scratch, ignore_errors=True)
 
     def _first(self, name: str) -> contextlib.AbstractContextManager:
@@ -184,7 +194,7 @@ class _Conversion:
         if done == len(job.units):
             return
         if self.ranks is not None:
-            self.offered = True
+            self.offered.add("work")
             others = sharing.offer(staged, done, self.ranks)
         with self._first("statistics"):
             statistics = job.statistics(self.calibration, folder / "statistics")
@@ -230,6 +240,31 @@ class _Conversion:
         writer.finish(job.config(records), certificate, self.copies, pages)
         return fields
 
+    def _pack(self, staged: Staging, packing: Packing) -> None:
+        """Packs the result, and moves what that gives into its place; each step can be gone on from."""
+        packed = staged.folder / SCRATCH / PACKED
+        fields = staged.state["report"]
+        if staged.state["packed"] is None:
+            if packed.is_dir() and not (packed / MANIFEST).is_file():
+                shutil.rmtree(packed)  # whole, but a kill lost its report
+            if self.ranks is not None and packing.shared:
+                self.offered.add("packing")
+                self.ranks.tell("packing", {"inside": staged.folder == staged.target})
+            report = packing.run(staged.folder / SCRATCH, self.ranks)
+            staged.state["packed"] = report.fields
+            fields["bytes_after"] = report["bytes_after"]
+            told = ("bytes_before", "bytes_after", "ratio", "verified", "seconds")
+            step = {
+                "rewrite": packing.name,
+                "claim": "exact",
+                **{k: v for k, v in report.fields.items() if k not in told},
+            }
+            fields["steps"] = [*fields["steps"], step]
+            staged.save()
+        if packed.is_dir():
+            for path in sorted(packed.iterdir()):
+                _move(path, staged.folder)
+
 
 def _beyond_the_plan(fields: dict[str, Any], dense: bool) -> list[dict[str, Any]]:
     """A step for the numbers that went although no plan could see them in the config: query and key channels that an
@@ -251,30 +286,7 @@ def _largest(errors: Iterable[float | None]) -> float | None:
 
 def _unpacked(folder: Path) -> Path:
     """Where the result of a conversion stands until it is packed."""
-    return folder / SCRATCH / "unpacked"
-
-
-def _pack(staged: Staging, packing: Packing) -> None:
-    """Packs the result, and moves what that gives into its place; each step can be gone on from."""
-    packed = staged.folder / SCRATCH / "packed"
-    fields = staged.state["report"]
-    if staged.state["packed"] is None:
-        if packed.is_dir() and not (packed / MANIFEST).is_file():
-            shutil.rmtree(packed)  # whole, but a kill lost its report
-        report = packing.pack(_unpacked(staged.folder), packed)
-        staged.state["packed"] = report.fields
-        fields["bytes_after"] = report["bytes_after"]
-        told = ("bytes_before", "bytes_after", "ratio", "verified", "seconds")
-        step = {
-            "rewrite": packing.name,
-            "claim": "exact",
-            **{k: v for k, v in report.fields.items() if k not in told},
-        }
-        fields["steps"] = [*fields["steps"], step]
-        staged.save()
-    if packed.is_dir():
-        for path in sorted(packed.iterdir()):
-            _move(path, staged.folder)
+    return folder / SCRATCH / UNPACKED
 
 
 def _move(path: Path, folder: Path) -> None:

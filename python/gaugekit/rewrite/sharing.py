@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,21 @@ def results(
 
 
 def assist(
-    job: Job, target: Path, rewrites: Sequence[Step] | Later, calibration: Calibration | None, ranks: Ranks
+    job: Job,
+    target: Path,
+    rewrites: Sequence[Step] | Later,
+    calibration: Calibration | None,
+    pack: Callable[[Path], object] | None,
+    ranks: Ranks,
 ) -> Report:
     """What ``engine.run`` on rank 0 leaves to this rank; its Report, once the target stands.
 
-    What rank 0 found out of text stands in its folder, where this rank reads it in its turn.
+    What rank 0 found out of text stands in its folder, where this rank reads it in its turn. ``pack(folder)`` is this
+    rank's part in the packing of what stands in the scratch ``folder``, where the ranks share that.
     """
     order = ranks.hear("work")
     if order is not None:
-        folder = (target if order["inside"] else partial(placed(target))) / SCRATCH
-        if not (folder.parent / MANIFEST).is_file():
-            raise ValueError(
-                f"target: expected a disk that all ranks see, but rank 0 works in {str(folder.parent)!r}"
-            )
+        folder = _scratch(target, order)
         if isinstance(rewrites, Later):
             with ranks.in_turn("rewrites"):
                 rewrites = rewrites.find(folder / "rewrites")
@@ -68,8 +70,18 @@ def assist(
         with ranks.in_turn("statistics"):
             statistics = job.statistics(calibration, folder / "statistics")
         _compute(job, order["done"], statistics, folder / "ranks", ranks)
-    fields, notes = ranks.hear("report")
+    if pack is not None and (order := ranks.hear("packing")) is not None:
+        pack(_scratch(target, order))
+    fields, notes = ranks.hear("convert report")
     return Report("convert", fields, notes)
+
+
+def _scratch(target: Path, order: dict[str, Any]) -> Path:
+    """Where rank 0 works; ValueError where this rank does not see it."""
+    folder = target if order["inside"] else partial(placed(target))
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"target: expected a disk that all ranks see, but rank 0 works in {str(folder)!r}")
+    return folder / SCRATCH
 
 
 def _compute(job: Job, done: int, statistics: Sequence[dict] | None, folder: Path, ranks: Ranks) -> None:

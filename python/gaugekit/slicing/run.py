@@ -100,7 +100,7 @@ def slice(
             raise ValueError(
                 "pack: expected False beside rotation='bits-back', whose file is packed; got True"
             )
-        packing = engine.Packing("bits-back", functools.partial(work.chain, progress=coding))
+        packing = engine.Packing("bits-back", functools.partial(work.chain, progress=coding), shared=False)
     depends = {**options, "calibration": sha256(Path(calibration)), "dtype": str(work.dtype)}
     report = engine.run(
         work.job,

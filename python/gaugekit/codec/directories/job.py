@@ -108,7 +108,7 @@ def convert(
         if not staged.published:
             _fill(job, contents, staged, advance, ranks)
         elif ranks is not None:
-            ranks.tell("shares", None)
+            ranks.tell(f"{job.verb} shares", None)
         staged.publish(contents.modes())
     done = staged.state["done"]
     totals = [sum(counts[i] for counts in done.values()) for i in range(3)]
@@ -176,7 +176,7 @@ def _share(
     """Every file that is not done yet, by this rank or another; the manifest names it once it is on the disk."""
     done = staged.state["done"]
     shares = ranks.shares({name: contents.bytes[name] for name in contents.weights if name not in done})
-    ranks.tell("shares", {"inside": staged.folder == staged.target, "names": shares})
+    ranks.tell(f"{job.verb} shares", {"inside": staged.folder == staged.target, "names": shares})
     waiting = {name: rank for rank, names in enumerate(shares) for name in names}
 
     def finished(name: str, counts: list[int]) -> None:
@@ -201,7 +201,7 @@ def _share(
 
 def assist(job: Job, source: Path, target: Path, ranks: Ranks) -> None:
     """What ``convert`` on rank 0 leaves to this rank; returns when its files are on the disk."""
-    order = ranks.hear("shares")
+    order = ranks.hear(f"{job.verb} shares")
     if order is None:
         return
     folder = target if order["inside"] else partial(placed(target))
