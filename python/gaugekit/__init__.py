@@ -9,7 +9,7 @@ from gaugekit.ops.shaped_attention.operator import shaped_attention
 
 if TYPE_CHECKING:
     from gaugekit import calibration as statistics
-    from gaugekit import codec, models, nn, rank, rewrite, slicing, symmetry
+    from gaugekit import codec, distributed, models, nn, rank, rewrite, slicing, symmetry
     from gaugekit import text as samples
     from gaugekit.ops.gauge_linear import gauge_linear
     from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
@@ -29,6 +29,7 @@ __all__ = [
     "check_certificate",
     "codec",
     "convert",
+    "distributed",
     "fuse",
     "gauge_linear",
     "heal",
@@ -62,6 +63,7 @@ _LAZY = {
     "check_certificate": "gaugekit.verbs.verify:check_certificate",
     "codec": "gaugekit.codec",
     "convert": "gaugekit.verbs.convert:convert",
+    "distributed": "gaugekit.distributed",
     "fuse": "gaugekit.verbs.fuse:fuse",
     "gauge_linear": "gaugekit.ops.gauge_linear:gauge_linear",
     "heal": "gaugekit.verbs.heal:heal",

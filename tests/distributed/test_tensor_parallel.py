@@ -102,6 +102,7 @@ def llama(folder: Path, **options) -> Path:
     if torch.distributed.get_rank() == 0:
         model.save_pretrained(folder / "llama")
         gk.convert(folder / "llama", folder / "converted", [gk.symmetry.GaugeFix()])
+        gk.codec.pack(folder / "converted", folder / "packed")
         gk.convert(folder / "llama", folder / "truncated", [gk.rank.Truncate(6)])
     torch.distributed.barrier()
     return folder / "converted"
@@ -110,7 +111,31 @@ def llama(folder: Path, **options) -> Path:
 def converted_models(folder):
     path = llama(folder)
     compact = {"model.layers.0.self_attn.v_proj.free", "model.layers.1.self_attn.v_proj.free"}
-    agree(path, compact | {"model.layers.0.self_attn.q_proj.weight"}, torch.randint(1, 50, (2, 9)))
+    compact.add("model.layers.0.self_attn.q_proj.weight")
+    ids = torch.randint(1, 50, (2, 9))
+    agree(path, compact, ids)
+    agree(folder / "packed", compact, ids)  # each rank decodes what it reads of a packed file
+
+
+def fully_sharded_by_transformers(folder):
+    """DistributedConfig(fsdp_size=2): a SAS model whose ranks each hold half of every parameter."""
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    path = sas(folder, "whole")
+    alone, shared = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **more).train()
+        for more in ({}, {"distributed_config": DistributedConfig(fsdp_size=2)})
+    )
+    ids = torch.randint(1, 50, (4, 9))
+    assert all(isinstance(p, DTensor) for p in shared.parameters())
+    alone(ids, labels=ids).loss.backward()
+    mine = ids.chunk(2)[torch.distributed.get_rank()]
+    shared(mine, labels=mine).loss.backward()
+    for name, p in alone.named_parameters():
+        gradient = shared.get_parameter(name).grad.full_tensor()
+        assert (gradient - p.grad).norm() <= 1e-10 * p.grad.norm(), name
 
 
 def what_cannot_be_cut_is_refused(folder):
@@ -138,4 +163,13 @@ def is_saved_whole(folder):
 
 @pytest.mark.slow
 def test_tensor_parallel_models(tmp_path):
-    on_two_ranks((sas_models, converted_models, what_cannot_be_cut_is_refused, is_saved_whole), tmp_path)
+    on_two_ranks(
+        (
+            sas_models,
+            converted_models,
+            fully_sharded_by_transformers,
+            what_cannot_be_cut_is_refused,
+            is_saved_whole,
+        ),
+        tmp_path,
+    )
