@@ -32,7 +32,9 @@ def make(folder: Path, quick: bool) -> Path:
         if quick
         else {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12}
     )
-    model = SASForCausalLM(SASConfig(vocab_size=4096, rope=True, beta_ff=0.3, **sizes))
+    model = SASForCausalLM(
+        SASConfig(vocab_size=4096, rope=True, beta_ff=0.3, tie_word_embeddings=False, **sizes)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("query.weight"):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from spawn import on_two_ranks
 
 import gaugekit as gk
 import gaugekit.integrations.transformers
+from two_ranks import on_two_ranks
 
 
 def whole_gradients(model) -> dict[str, torch.Tensor]:

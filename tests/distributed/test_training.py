@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from spawn import on_two_ranks
 from torch import nn
 
 import gaugekit as gk
@@ -10,6 +9,7 @@ from gaugekit import distributed
 from gaugekit.checkpoint import resident
 from gaugekit.nn.packed_matrix import PackedMatrix
 from gaugekit.nn.shortcuts import PolarShortcut, TriangularShortcut
+from two_ranks import on_two_ranks
 
 STEPS = 3
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from warm import python  # noqa: E402 - run as a program, this file has only its own folder on the path
+from warm import python
 
 SIZE = 2
 
