@@ -4,6 +4,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from gaugekit import _library, ops
+from gaugekit.ops import sharding as _sharding
 from gaugekit.ops.nonlocal_energy.operator import nonlocal_energy
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 _library.load()
+_sharding.register_beside()
 
 # Public names that are found when first asked for, so that importing gaugekit stays light: name -> module[:attribute].
 # Type checkers and editors, which do not run this, read the imports above instead.

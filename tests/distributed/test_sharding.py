@@ -179,6 +179,48 @@ def multiplies_packed(_):
     agree(operator, given, dict.fromkeys(given) | {"x": 1}, Shard(1))
 
 
+def cut_both_ways(_):
+    """Sequences on one dim of a mesh, heads on the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tensors = {name: x for name, x in attention_operands().items() if name != "key_lengths"}
+    expected = shaped(**tensors)
+    slope = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, list(tensors.values()), slope)
+    for shape in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", shape)
+        given = dict(tensors)
+        for name in HEADS:
+            given[name] = distribute_tensor(
+                tensors[name].detach(), mesh, [Shard(0), Shard(1)]
+            ).requires_grad_()
+        result = shaped(**given)
+        assert result.placements == (Shard(0), Shard(1)) and result.shape == expected.shape
+        torch.testing.assert_close(result.full_tensor(), expected, rtol=1e-12, atol=1e-12)
+        cut = torch.autograd.grad(result.full_tensor(), list(given.values()), slope)
+        for gradient, reference in zip(cut, gradients, strict=True):
+            whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            torch.testing.assert_close(whole, reference, rtol=1e-12, atol=1e-12)
+
+
+def compiles_in_one_graph(_):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    mesh, tensors = init_device_mesh("cpu", (2,)), attention_operands()
+    q, k, v = (placed(mesh, Shard(1), tensors[name][:2]) for name in "qkv")
+
+    def call(q, k, v):
+        return gk.shaped_attention(q, k, v, gamma=[0.1, 0.2, 0.3, 0.4], causal=True)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    result = torch.compile(call, fullgraph=True, backend=counter)(q, k, v)
+    assert counter.frame_count == 1 and result.placements == (Shard(1),)
+    torch.testing.assert_close(result.full_tensor(), call(q, k, v).full_tensor())
+
+
 def refuses_uneven_heads(_):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
@@ -190,7 +232,7 @@ def refuses_uneven_heads(_):
 
 
 CHECKS = (attends, operators_of_attention, attends_with_ranks_of_their_own, measures_energy, projects,
-          multiplies_packed, refuses_uneven_heads)  # fmt: skip
+          multiplies_packed, cut_both_ways, compiles_in_one_graph, refuses_uneven_heads)  # fmt: skip
 
 
 @pytest.mark.slow

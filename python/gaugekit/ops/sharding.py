@@ -2,13 +2,12 @@
 
 An operator given DTensors runs by the rules that ``register`` hands to torch. A public function is composed of several,
 torch's attention among them, which has no rule on every device; so it runs whole on each rank's own part (``local``),
-by the same rules. torch.distributed.tensor takes seconds to import: nothing here does so before a DTensor comes.
+by the same rules. torch.distributed.tensor takes seconds to import: nothing here does so before somebody else has.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,6 +93,12 @@ def register() -> None:
         register_sharding(operator)(functools.partial(_acceptable, operator, rules))
 
 
+def register_beside() -> None:
+    """``register``, where torch.distributed.tensor is imported by now."""
+    if hasattr(torch.distributed, "tensor"):
+        register()
+
+
 def _acceptable(operator, rules: Rules, *arguments: Any) -> list[tuple[list, list]]:
     """The placements of outputs and inputs that torch may choose among, whole ones first."""
     from torch.distributed.tensor import Replicate
@@ -149,7 +154,8 @@ def local(function: Callable[..., Tensor], rules: Rules, given: dict[str, Any]) 
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    register()
+    if not torch.compiler.is_compiling():
+        register()
     beside = next(x for x in given.values() if isinstance(x, DTensor))
     mesh = beside.device_mesh
     for name, value in given.items():
@@ -163,7 +169,9 @@ def local(function: Callable[..., Tensor], rules: Rules, given: dict[str, Any]) 
     tensors = {name: x for name, x in given.items() if isinstance(x, DTensor)}
     chosen = [_asked(dim, rules(given), tensors) for dim in range(mesh.ndim)]
     for rule in chosen:
-        ranks = math.prod(mesh.size(dim) for dim, other in enumerate(chosen) if other == rule)
+        ranks = 1
+        for dim, other in enumerate(chosen):
+            ranks *= mesh.size(dim) if other == rule else 1
         if rule is not None and rule.even is not None and (heads := _cut(rule, tensors)) % ranks:
             raise ValueError(
                 f"{rule.even}: expected heads that {ranks} ranks share evenly, got {heads} of them"
