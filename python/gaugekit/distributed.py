@@ -18,10 +18,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from gaugekit.nn import MLP, GaugeProjection, IdentityLinear, ShapedAttention
+from gaugekit.nn import MLP, ShapedAttention
 from gaugekit.nn.block import Block
 from gaugekit.nn.packed_matrix import PackedMatrix
-from gaugekit.nn.parallel import Share, SharedHeads, SharedIdentity, SharedProjection
+from gaugekit.nn.parallel import SHARES, Share
 from gaugekit.ops import sharding
 
 sharding.register()
@@ -64,7 +64,9 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
             style = _style(getattr(module, name), name in ("output", "down"), f"{path}.{name}")
             plan |= {f"{path}.{name}".lstrip("."): style} if style else {}
         if type(module) is ShapedAttention:
-            plan[path] = Shared(SharedHeads())  # after its parts: an identity among them is exchanged
+            plan[path] = Shared(
+                SHARES[ShapedAttention]
+            )  # after its parts: an identity among them is exchanged
     if not plan:
         raise ValueError(
             f"model: expected ShapedAttention or MLP modules, got a {type(model).__name__} without any"
@@ -78,12 +80,11 @@ def _style(part: nn.Module | None, adds_up: bool, path: str) -> ParallelStyle | 
         return None
     if type(part) is nn.Linear:
         return RowwiseParallel() if adds_up else ColwiseParallel()
-    shares = {IdentityLinear: SharedIdentity, GaugeProjection: SharedProjection}
-    if adds_up or type(part) not in shares:
+    if adds_up or type(part) not in SHARES:
         raise ValueError(
             f"model: expected a plain matrix at {path}, got a {type(part).__name__}, which cannot be cut"
         )
-    return Shared(shares[type(part)]())
+    return Shared(SHARES[type(part)])
 
 
 def units(model: nn.Module) -> list[nn.Module]:

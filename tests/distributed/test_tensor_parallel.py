@@ -103,7 +103,11 @@ def llama(folder: Path, **options) -> Path:
         model.save_pretrained(folder / "llama")
         gk.convert(folder / "llama", folder / "converted", [gk.symmetry.GaugeFix()])
         gk.codec.pack(folder / "converted", folder / "packed")
-        gk.convert(folder / "llama", folder / "truncated", [gk.rank.Truncate(6)])
+        gk.convert(
+            folder / "llama",
+            folder / "truncated",
+            [gk.rank.Truncate([[6, 4], [8, 2]]), gk.symmetry.GaugeFix()],
+        )
     torch.distributed.barrier()
     return folder / "converted"
 
@@ -114,6 +118,7 @@ def converted_models(folder):
     compact.add("model.layers.0.self_attn.q_proj.weight")
     ids = torch.randint(1, 50, (2, 9))
     agree(path, compact, ids)
+    agree(folder / "truncated", {"model.layers.1.self_attn.v_proj.free"}, ids)  # heads of different ranks
     agree(folder / "packed", compact, ids)  # each rank decodes what it reads of a packed file
 
 
@@ -138,11 +143,24 @@ def fully_sharded_by_transformers(folder):
         assert (gradient - p.grad).norm() <= 1e-10 * p.grad.norm(), name
 
 
+def phi(folder: Path) -> Path:
+    """A converted model whose queries, keys and values are one projection."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    if torch.distributed.get_rank() == 0:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "vocab_size": 50, "pad_token_id": 0}  # fmt: skip
+        Phi3ForCausalLM(Phi3Config(**sizes)).save_pretrained(folder / "phi")
+        gk.convert(folder / "phi", folder / "fused", [gk.symmetry.GaugeFix()])
+    torch.distributed.barrier()
+    return folder / "fused"
+
+
 def what_cannot_be_cut_is_refused(folder):
     from gaugekit.integrations.transformers import GaugekitConfig
 
-    with pytest.raises(ValueError, match="cut by heads, got a LowRankProjection"):
-        cut(folder / "truncated")
+    with pytest.raises(ValueError, match="projections that can be cut by heads, got a Concat"):
+        cut(phi(folder))
     with pytest.raises(ValueError, match="packed ones cannot be cut"):
         cut(folder / "llama", dtype=torch.bfloat16, quantization_config=GaugekitConfig(packed=True))
     odd = sas(folder, "odd", num_key_value_heads=1)

@@ -19,24 +19,22 @@ try:
 except ImportError as error:
     raise unfit(__name__, error) from error
 
-from gaugekit.nn import GaugeProjection, IdentityLinear
-from gaugekit.nn.parallel import Share, SharedHeads, SharedIdentity, SharedProjection
+from gaugekit.nn.parallel import SHARES
 
-HEADS, IDENTITY, PROJECTION = "gaugekit_heads", "gaugekit_identity", "gaugekit_projection"
-UNEVEN, PACKED = "gaugekit_uneven", "gaugekit_packed"
+OURS, FUSED, PACKED = "gaugekit", "gaugekit_fused", "gaugekit_packed"
 
 
 class Shared(TensorParallelLayer):
-    """A ``Share`` as a style of transformers; of modules of other kinds than ``kind``, identities are left alone and
-    matrices are cut by outputs, as "colwise"."""
+    """Cuts a module of ours as ``nn.parallel`` does; an identity not at all, and a matrix by outputs, as "colwise"."""
 
-    def __init__(self, share: Share, kind: type[nn.Module] = nn.Module):
-        self.share, self.kind, self.plain = share, kind, ColwiseParallel()
+    def __init__(self):
+        self.plain = ColwiseParallel()
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
-        if not isinstance(module, self.kind):
+        share = SHARES.get(type(module))
+        if share is None:
             return self.plain.shard_param(module, param, mesh)
-        if (dim := self.share.cuts.get(param)) is not None and module._parameters[param] is not None:
+        if (dim := share.cuts.get(param)) is not None and module._parameters[param] is not None:
             from torch.distributed.tensor import Shard, distribute_tensor
 
             whole = module._parameters[param]
@@ -46,9 +44,10 @@ class Shared(TensorParallelLayer):
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
         if isinstance(module, nn.Identity):
             return module
-        if not isinstance(module, self.kind):
+        share = SHARES.get(type(module))
+        if share is None:
             return self.plain.install_forward(module, mesh)
-        self.share.install(module, mesh)
+        share.install(module, mesh)
         return module
 
 
@@ -71,20 +70,19 @@ def adapt(model: nn.Module, plan: dict[str, str], packed: bool) -> None:
     """Puts our styles in ``plan`` for the modules of ``model`` that are forms of ours; ``packed`` ones will be."""
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
-        if key not in plan or plan[key] in (UNEVEN, PACKED):
+        if key not in plan or plan[key] in (FUSED, PACKED):
             continue
         if packed:
             plan[key] = PACKED
         elif getattr(module, "form", None) is not None:
-            cut = isinstance(module, GaugeProjection) and plan[key] in ("colwise", PROJECTION)
-            plan[key] = PROJECTION if cut else UNEVEN
+            plan[key] = OURS if type(module) in SHARES and plan[key] in ("colwise", OURS) else FUSED
 
 
 def plan_of_blocks(*, value: bool, output: bool, gated: bool) -> dict[str, str]:
     """The plan of models made of our blocks: whether some layer has a value matrix, an output matrix, a gated MLP."""
-    plan = {"attention": HEADS, "attention.query": IDENTITY, "attention.key": IDENTITY,
-            "mlp.up": "colwise", "mlp.down": "rowwise"}  # fmt: skip
-    plan |= {"attention.value": IDENTITY} if value else {}
+    plan = {"attention": OURS, "attention.query": OURS, "attention.key": OURS}
+    plan |= {"mlp.up": "colwise", "mlp.down": "rowwise"}
+    plan |= {"attention.value": OURS} if value else {}
     plan |= {"attention.output": "rowwise"} if output else {}
     plan |= {"mlp.gate": "colwise"} if gated else {}
     return {f"layers.*.{name}": style for name, style in plan.items()}
@@ -92,8 +90,6 @@ def plan_of_blocks(*, value: bool, output: bool, gated: bool) -> dict[str, str]:
 
 def register() -> None:
     """Enters our styles in transformers' registry; doing it again changes nothing."""
-    ALL_PARALLEL_STYLES.register(HEADS, Shared(SharedHeads()))
-    ALL_PARALLEL_STYLES.register(IDENTITY, Shared(SharedIdentity(), IdentityLinear))
-    ALL_PARALLEL_STYLES.register(PROJECTION, Shared(SharedProjection(), GaugeProjection))
-    ALL_PARALLEL_STYLES.register(UNEVEN, Refused("expected projections that can be cut by heads"))
+    ALL_PARALLEL_STYLES.register(OURS, Shared())
+    ALL_PARALLEL_STYLES.register(FUSED, Refused("expected projections that can be cut by heads"))
     ALL_PARALLEL_STYLES.register(PACKED, Refused("expected plain weights, since packed ones cannot be cut"))

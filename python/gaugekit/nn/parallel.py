@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gaugekit.nn.gauge_projection import GaugeProjection
 from gaugekit.nn.identity_linear import IdentityLinear
+from gaugekit.nn.low_rank_projection import LowRankProjection
 from gaugekit.nn.shaped_attention import ShapedAttention
 
 
@@ -96,6 +97,45 @@ class SharedProjection(Share):
                 module.heads, module._buffers["rows"] = rows.shape[0], rows
 
         self.replaced(module, run)
+
+
+class SharedRanks(Share):
+    """A ``LowRankProjection``, by heads: as these differ in rank, every rank of the mesh keeps the whole weight, and
+    multiplies the rows of its own heads.
+    """
+
+    cuts: dict[str, int] = {}  # noqa: RUF012
+
+    def install(self, module: LowRankProjection, mesh: Any) -> None:
+        heads = _even("heads", len(module.ranks), mesh)
+        first = heads * mesh.get_local_rank()
+        ranks = module.ranks
+        rows = slice(sum(ranks[:first]), sum(ranks[: first + heads]))
+        forward = module.forward
+
+        def run(x: Tensor) -> Tensor:
+            whole, places = dict(module._parameters), module._buffers["places"]
+            parts = {name: y if y is None else entering(y, mesh)[rows] for name, y in whole.items()}
+            module._parameters.update(parts)
+            module.ranks, module._buffers["places"] = (
+                ranks[first : first + heads],
+                places[rows] - first * module.width,
+            )
+            try:
+                return forward(entering(x, mesh))
+            finally:
+                module._parameters.update(whole)
+                module.ranks, module._buffers["places"] = ranks, places
+
+        self.replaced(module, run)
+
+
+SHARES: dict[type[nn.Module], Share] = {
+    ShapedAttention: SharedHeads(),
+    IdentityLinear: SharedIdentity(),
+    GaugeProjection: SharedProjection(),
+    LowRankProjection: SharedRanks(),
+}
 
 
 class LocalColumns(nn.Module):
