@@ -7,6 +7,7 @@ import torch
 
 import gaugekit as gk
 import gaugekit.integrations.transformers
+from tiny import add_tokenizer
 from two_ranks import on_two_ranks
 
 
@@ -156,6 +157,16 @@ def phi(folder: Path) -> Path:
     return folder / "fused"
 
 
+def sliced(folder: Path) -> Path:
+    if torch.distributed.get_rank() == 0:
+        add_tokenizer(folder / "llama")
+        (folder / "text.txt").write_text("Every reader learns a little from each of these lines. " * 40)
+        sizes = {"windows": 8, "window": 32}
+        gk.slicing.slice(folder / "llama", folder / "sliced", 0.25, calibration=folder / "text.txt", **sizes)
+    torch.distributed.barrier()
+    return folder / "sliced"
+
+
 def what_cannot_be_cut_is_refused(folder):
     from gaugekit.integrations.transformers import GaugekitConfig
 
@@ -163,6 +174,8 @@ def what_cannot_be_cut_is_refused(folder):
         cut(phi(folder))
     with pytest.raises(ValueError, match="packed ones cannot be cut"):
         cut(folder / "llama", dtype=torch.bfloat16, quantization_config=GaugekitConfig(packed=True))
+    with pytest.raises(ValueError, match="expected a model whose stream is not sliced"):
+        cut(sliced(folder))
     odd = sas(folder, "odd", num_key_value_heads=1)
     with pytest.raises(ValueError, match="groups: expected a multiple of the 2 ranks that share them, got 1"):
         cut(odd)

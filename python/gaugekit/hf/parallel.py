@@ -21,7 +21,8 @@ except ImportError as error:
 
 from gaugekit.nn.parallel import SHARES
 
-OURS, FUSED, PACKED = "gaugekit", "gaugekit_fused", "gaugekit_packed"
+OURS = "gaugekit"
+FUSED, PACKED, SLICED = "gaugekit_fused", "gaugekit_packed", "gaugekit_sliced"
 
 
 class Shared(TensorParallelLayer):
@@ -66,14 +67,16 @@ class Refused(TensorParallelLayer):
         )
 
 
-def adapt(model: nn.Module, plan: dict[str, str], packed: bool) -> None:
-    """Puts our styles in ``plan`` for the modules of ``model`` that are forms of ours; ``packed`` ones will be."""
+def adapt(model: nn.Module, plan: dict[str, str], refused: str | None) -> None:
+    """Puts our styles in ``plan`` for the modules of ``model`` that are forms of ours; or, where no part of the model
+    can be cut, ``refused``, the style that says why.
+    """
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
-        if key not in plan or plan[key] in (FUSED, PACKED):
+        if key not in plan or plan[key] == FUSED:
             continue
-        if packed:
-            plan[key] = PACKED
+        if refused is not None:
+            plan[key] = refused
         elif getattr(module, "form", None) is not None:
             plan[key] = OURS if type(module) in SHARES and plan[key] in ("colwise", OURS) else FUSED
 
@@ -93,3 +96,6 @@ def register() -> None:
     ALL_PARALLEL_STYLES.register(OURS, Shared())
     ALL_PARALLEL_STYLES.register(FUSED, Refused("expected projections that can be cut by heads"))
     ALL_PARALLEL_STYLES.register(PACKED, Refused("expected plain weights, since packed ones cannot be cut"))
+    ALL_PARALLEL_STYLES.register(
+        SLICED, Refused("expected a model whose stream is not sliced, since bases cannot be cut")
+    )

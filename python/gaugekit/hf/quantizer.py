@@ -110,7 +110,8 @@ class GaugekitQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         super().update_parallel_plan(model, plan)
-        parallel.adapt(model, plan, self.packing is not None)
+        sliced = parallel.SLICED if self.quantization_config.sliced is not None else None
+        parallel.adapt(model, plan, parallel.PACKED if self.packing is not None else sliced)
 
     def update_attn_implementation(self, config: Any) -> Any:
         self.attention_asked = getattr(config, "_attn_implementation_internal", None) is not None
