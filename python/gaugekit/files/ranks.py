@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-PATIENCE = 60.0  # seconds without a sign of life after which a rank counts as gone
+PATIENCE = 300.0  # seconds without a sign of life until a rank counts as gone: some writes let no thread run
 BEAT = 2.0  # seconds between two signs of life
 PAUSE = 0.02  # seconds between two looks at the store
 
@@ -104,11 +104,6 @@ class Ranks:
         """What rank ``of`` tells under ``key``, once it does."""
         self._wait(lambda: self._has(key), {of})
         return self._value(key)
-
-    def heard(self, key: str) -> bool:
-        """Whether anything was told under ``key`` yet."""
-        self.check()
-        return self._has(key)
 
     def report(self, value: Any) -> None:
         """Puts ``value`` (JSON) among the news."""
