@@ -64,6 +64,8 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
             style = _style(getattr(module, name), name in ("output", "down"), f"{path}.{name}")
             plan |= {f"{path}.{name}".lstrip("."): style} if style else {}
         if type(module) is ShapedAttention:
+            if not path:  # parallelize_module looks among children
+                raise ValueError("model: expected one that holds its attention, got a bare ShapedAttention")
             plan[path] = Shared(
                 SHARES[ShapedAttention]
             )  # after its parts: an identity among them is exchanged
@@ -98,7 +100,9 @@ def units(model: nn.Module) -> list[nn.Module]:
     blocks = [
         module
         for module in model.modules()
-        if (isinstance(module, Block) or id(module) in listed) and any(True for _ in module.parameters())
+        if (isinstance(module, Block) or id(module) in listed)
+        and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        and any(True for _ in module.parameters())
     ]
     return [*(block for block in reversed(blocks) if block is not model), model]
 

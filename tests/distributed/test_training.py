@@ -96,6 +96,8 @@ def blocks_by_heads(_):
     assert shared.layers[0].attention.query.weight.to_local().shape == (8, 16)
     batches = [torch.randn(4, 6, 16, dtype=torch.float64) for _ in range(STEPS)]
     agree(alone, learn(alone, batches), shared, learn(shared, batches), 1e-9)
+    with pytest.raises(ValueError, match="got a bare ShapedAttention"):
+        distributed.tensor_parallel_plan(gk.nn.ShapedAttention(16, 4))
     with pytest.raises(
         ValueError, match="model: expected ShapedAttention or MLP modules, got a Linear without any"
     ):

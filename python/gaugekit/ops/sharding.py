@@ -140,7 +140,10 @@ def _placement(cut: int | str | None):
 
 def shared(*tensors: Tensor | None) -> bool:
     """Whether a DTensor is among them."""
-    if all(type(x) in PLAIN for x in tensors):
+    for x in tensors:  # no generator: this stands in every call
+        if type(x) not in PLAIN:
+            break
+    else:
         return False
     module = getattr(torch.distributed, "tensor", None)  # None: nobody imported it, so nobody has a DTensor
     return module is not None and any(isinstance(x, module.DTensor) for x in tensors)
