@@ -4,6 +4,7 @@ Run in an environment of its own, away from the checkout: python -I smoke.py
 """
 
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
@@ -47,7 +48,13 @@ def main() -> None:
     command = Path(sys.executable).with_name("gaugekit")
     done = subprocess.run([command, "doctor"], capture_output=True, text=True, check=True)
     assert "gaugekit" in done.stdout and "loaded" in done.stdout
-    print(f"{place.parent.name} {gk.__version__}: {len(names)} modules, operator, packing and doctor answer")
+    options = {"--op": "canonical_qr", "--shape": "32", "--threads": "1", "--budget": "0.01"}
+    line = [command, "bench", "--json", *sum(options.items(), ())]
+    rows = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    assert [row["commit"] for row in rows] == [f"gaugekit {gk.__version__}"], f"expected one row, got {rows}"
+    print(
+        f"{place.parent.name} {gk.__version__}: {len(names)} modules, operator, packing, doctor and bench answer"
+    )
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def moved(model: nn.Module, gauge: str) -> nn.Module:
         view = live.attention(layer)
         if gauge == "identity block":
             view = GaugeFix().layer(view)
+        elif gauge == "turned heads":
+            view = GaugeFix("triangular").layer(view)
         elif gauge == "random element":
             view = GROUP.act(view, GROUP.random(view, generator))
         elif gauge != "as drawn":
@@ -160,7 +162,7 @@ def rows(steps: int, seeds: int):
         train(student, learnt, steps, kind=kind, decay=decay, seed=0)
         label = f"{kind}, {decay if decay != 'none' else 'no'} decay"
         yield {"shape": "drift", "label": label, "before": before, "after": imbalance(student)}
-    for gauge in ("as drawn", "random element", "identity block"):
+    for gauge in ("as drawn", "random element", "identity block", "turned heads"):
         for decay in ("none", "plain", "quotient"):
             losses, elsewhere = [], []
             for seed in range(seeds):

@@ -156,6 +156,56 @@ BENCHMARKS: dict[str, Callable[[str, bool], Iterator[Case]]] = {}
 GPU_BENCHMARKS: dict[str, Callable[[str, bool], Iterator[Planned]]] = {}
 
 
+@dataclass
+class OwnShape:
+    """How a user's own shape of an operator is written, "ROWSxINPUTS", for example "1x4096"; ``make`` (numbers...,
+    dtype, threads) gives its cases, and raises ValueError for numbers that do not go together. ``dtypes``: the first is
+    taken where none is named.
+    """
+
+    pattern: str
+    example: str
+    dtypes: tuple[torch.dtype, ...]
+    make: Callable[..., Iterator[Case]]
+
+    def read(self, op: str, text: str, dtype: str | None) -> tuple[list[int], torch.dtype]:
+        """The numbers of the shape ``text``, and the dtype; ValueError for what is none."""
+        names = self.pattern.split("x")
+        parts = text.lower().split("x")
+        if len(parts) != len(names) or not all(
+            part.isascii() and part.isdigit() and int(part) for part in parts
+        ):
+            raise ValueError(
+                f"--shape: expected {self.pattern} for {op}, whole numbers such as {self.example}, got {text!r}"
+            )
+        known = {str(kind).removeprefix("torch."): kind for kind in self.dtypes}
+        if dtype is not None and dtype not in known:
+            raise ValueError(f"--dtype: expected one of {', '.join(known)} for {op}, got {dtype!r}")
+        return list(map(int, parts)), self.dtypes[0] if dtype is None else known[dtype]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a user asks for: shapes, dtype (None: the operator's first) and threads (None: as many as torch takes)."""
+
+    shapes: tuple[str, ...]
+    dtype: str | None = None
+    threads: int | None = None
+
+
+OWN_SHAPES: dict[str, OwnShape] = {}
+
+
+def own_shape(op: str, pattern: str, example: str, *dtypes: torch.dtype):
+    """Registers a generator of cases for shapes that users name, on a CPU; see ``OwnShape``."""
+
+    def register(make):
+        OWN_SHAPES[op] = OwnShape(pattern, example, dtypes, make)
+        return make
+
+    return register
+
+
 def benchmark(op: str, device: str = "cpu"):
     """Registers a generator ``(device, quick) -> cases`` under the operator's name."""
 

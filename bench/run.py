@@ -5,6 +5,7 @@
     python bench/run.py --device cuda --save   # GPU rows, kept under bench/results/
     python bench/run.py --op packed_linear --only 4096x4096 --only "1 threads" --save   # some cases of one operator
     python bench/run.py --device cuda --op rans --rows FILE   # one line a case in FILE the moment it is measured
+    python bench/run.py --op packed_linear --shape 1x4096x11008 --dtype bfloat16 --threads 2    # a shape of your own
 
 ``ratio`` is the rival's time over ours, the median of interleaved pairs: above 1 we are faster. ``without_us`` is that
 ratio against the rival a good user would write today.
@@ -26,14 +27,17 @@ from pathlib import Path
 
 import torch
 
+import gaugekit
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import device_rows  # noqa: E402
 import host_rows  # noqa: E402
 from backends import CudaBackend, one_line  # noqa: E402
-from registry import BENCHMARKS, GPU_BENCHMARKS, ONLY, name_of, wanted  # noqa: E402
+from registry import BENCHMARKS, GPU_BENCHMARKS, ONLY, OWN_SHAPES, Own, name_of, wanted  # noqa: E402
 
+CHECKOUT = (HERE.parent / "setup.py").is_file()  # else these files came with an installed wheel
 GPU_SECONDS = 0.5  # of measuring a case, after what it compiles
 COLUMNS = ["op", "shape", "dtype", "baseline", "median_ms", "baseline_ms", "ratio", "share_of_peak", "label"]
 
@@ -52,9 +56,11 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    """This checkout's commit, marked when files differ from it; GAUGEKIT_COMMIT where there is no checkout."""
+    """This checkout's commit, marked when files differ from it; else GAUGEKIT_COMMIT, or the installed version."""
     if os.environ.get("GAUGEKIT_COMMIT"):
         return os.environ["GAUGEKIT_COMMIT"]
+    if not CHECKOUT:
+        return f"gaugekit {gaugekit.__version__}"
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=HERE, capture_output=True, text=True
@@ -74,9 +80,19 @@ def load_benchmarks() -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def chosen(ops: list[str] | None, device: str, quick: bool):
-    """The cases of the named operators (all if None) that ``--case`` leaves, each as its generator comes to it."""
+def chosen(ops: list[str] | None, device: str, quick: bool, own: Own | None = None):
+    """The cases of the named operators (all if None) that ``--case`` leaves, each as its generator comes to it; or
+    those of the shapes that ``own`` names, of one operator.
+    """
     load_benchmarks()
+    if own is not None:
+        (op,) = ops
+        if op not in OWN_SHAPES:
+            raise ValueError(f"--shape: expected --op one of {', '.join(sorted(OWN_SHAPES))}; got {op}")
+        asked = [OWN_SHAPES[op].read(op, text, own.dtype) for text in own.shapes]
+        threads = own.threads or torch.get_num_threads()
+        make = OWN_SHAPES[op].make
+        return (case for numbers, dtype in asked for case in make(*numbers, dtype, threads))
     known = GPU_BENCHMARKS if device == "cuda" else BENCHMARKS
     unknown = [op for op in ops or [] if op not in known]
     if unknown:
@@ -122,13 +138,13 @@ def measurer(device: str, quick: bool, budget: float | None, once: bool):
 
 def run(
     ops: list[str] | None, device: str, quick: bool, log=sys.stderr, budget: float | None = None,
-    record: Path | None = None, once: bool = False,
+    record: Path | None = None, once: bool = False, own: Own | None = None,
 ) -> tuple[list[dict], int]:  # fmt: skip
-    """All rows of the named operators (all if None), and how many cases failed.
+    """All rows of the named operators (all if None), or of a user's ``own`` shapes, and how many cases failed.
 
     A wrong result has no row. With a ``record``, or on a GPU, no exception of a case stops those that follow.
     """
-    cases = chosen(ops, device, quick)
+    cases = chosen(ops, device, quick, own)
     lines, rows, failed = Record(record), [], 0
     where = {"machine": machine(device), "commit": commit()}
     passed_by = Exception if record is not None or device == "cuda" else AssertionError
@@ -206,6 +222,15 @@ def add_options(options: argparse.ArgumentParser) -> None:
     """What this program takes, but ``--json``; ``gaugekit bench`` takes the same."""
     options.add_argument("--op", action="append", help="an operator to measure (repeatable); default all")
     options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options.add_argument(
+        "--shape",
+        action="append",
+        help="with one --op, on a CPU: a shape of your own instead of ours (repeatable); --list says how it is written",
+    )
+    options.add_argument(
+        "--dtype", help="with --shape: such as float32 or bf16; default the operator's first"
+    )
+    options.add_argument("--threads", type=int, help="with --shape: default as many as torch takes")
     options.add_argument("--quick", action="store_true", help="small shapes and short runs")
     options.add_argument(
         "--only",
@@ -234,9 +259,14 @@ def measure(arguments: argparse.Namespace) -> tuple[int, list[dict], Callable[[]
     if arguments.commit:
         os.environ["GAUGEKIT_COMMIT"] = arguments.commit
     ONLY[:] = arguments.only
+    own = _own(arguments)
     if arguments.list:
-        cases = [(case.op, name_of(case)) for case in chosen(arguments.op, arguments.device, arguments.quick)]
-        return 0, [{"op": op, "case": name} for op, name in cases], lambda: "\n".join(map(" ".join, cases))
+        cases = [(c.op, name_of(c)) for c in chosen(arguments.op, arguments.device, arguments.quick, own)]
+        return 0, [{"op": op, "case": name} for op, name in cases], lambda: _listing(cases)
+    if arguments.save and not CHECKOUT:
+        raise ValueError(
+            "--save: expected a source checkout, whose bench/results/ keeps rows; use --rows FILE here"
+        )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected a GPU that torch can see for cuda; there is none here")
     if arguments.once and arguments.device == "cpu":
@@ -248,6 +278,7 @@ def measure(arguments: argparse.Namespace) -> tuple[int, list[dict], Callable[[]
         budget=arguments.budget,
         record=arguments.rows,
         once=arguments.once,
+        own=own,
     )
     if arguments.save:
         for op in sorted({row["op"] for row in rows}):
@@ -259,6 +290,30 @@ def measure(arguments: argparse.Namespace) -> tuple[int, list[dict], Callable[[]
         "docs/pack.md and its neighbours say what they mean" if arguments.save else "--save keeps the rows"
     )
     return (1 if failed else 0), rows, lambda: f"{table(rows)}\n\n{done}\nnext: {again}"
+
+
+def _own(arguments: argparse.Namespace) -> Own | None:
+    """The shapes that the options name, if any; ValueError for options that lack their partner."""
+    for name in ("dtype", "threads"):
+        if getattr(arguments, name) is not None and not arguments.shape:
+            raise ValueError(f"--{name}: expected beside --shape, got it without")
+    if not arguments.shape:
+        return None
+    if len(arguments.op or []) != 1:
+        raise ValueError(f"--shape: expected with one --op, got {len(arguments.op or [])} of them")
+    if arguments.device != "cpu":
+        raise ValueError(f"--shape: expected with --device cpu, got {arguments.device}")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads: expected a positive number, got {arguments.threads}")
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(arguments.dtype, arguments.dtype)
+    return Own(tuple(arguments.shape), dtype, arguments.threads)
+
+
+def _listing(cases: list[tuple[str, str]]) -> str:
+    own = [
+        f"{op} --shape {shape.pattern}, such as {shape.example}" for op, shape in sorted(OWN_SHAPES.items())
+    ]
+    return "\n".join([*map(" ".join, cases), "", "shapes of your own, one operator at a time:", *own])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 import host_rows
-from gaugekit.nn.shortcuts import PolarShortcut, TriangularShortcut, pack_triangle
+from gaugekit.nn.shortcuts import PolarShortcut, TriangularShortcut
+from gaugekit.nn.triangle import pack_triangle
 from gaugekit.slicing import sliced_width
 from registry import ONLY, Case, name_of, wanted
 from run import commit, machine, save, table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -121,10 +122,10 @@ def check_groups(kin: Kin) -> None:
     check_fixed(model)
 
 
-def check_fixed(model: torch.nn.Module) -> None:
+def check_fixed(model: torch.nn.Module, rows: str = "balanced") -> None:
     """A second fix changes nothing."""
     fixed = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    gk.symmetry.fix(model)
+    gk.symmetry.fix(model, rows=rows)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, fixed[name]), name
 
@@ -238,6 +239,52 @@ def check_fuse(kin: Kin, model: torch.nn.Module, inputs: dict, output: torch.Ten
     packed = gk.fuse(half, packed=True, attention=False)
     assert packed["bytes_after"] <= packed["bytes_before"]
     assert torch.equal(run(half, cast), before)
+
+
+Make = Callable[
+    [torch.dtype], tuple[torch.nn.Module, dict]
+]  # a model whose heads are of width 8, and its inputs
+
+
+def turned(counts: dict[str, int]) -> dict[str, int]:
+    """What goes where heads are turned: V (V − 1)/2 numbers in place of the V² in ``counts``."""
+    parts = {name: count * 28 // 64 if name in ("value_output", "query_key") else count
+             for name, count in counts.items() if name != "total"}  # fmt: skip
+    return {**parts, "total": sum(parts.values())}
+
+
+def check_turned(make: Make, counts: dict[str, int], near: float = 1e-12) -> None:
+    """Turned heads are triangular without an output moving, and stay as they are under a second fix."""
+    model, inputs = make(torch.float64)
+    before = run(model, inputs)
+    report = gk.symmetry.fix(model, rows="triangular")
+    assert (run(model, inputs) - before).norm() < near * before.norm()
+    assert report["removed"] == turned(counts)
+    assert all(layer["invariance_error"] < 1e-13 for layer in report["layers"])
+    check_fixed(model, "triangular")
+    check_fixed(model.bfloat16(), "triangular")
+
+
+def check_turned_files(make: Make, counts: dict[str, int], folder: Any) -> None:
+    """What is written has no zeros, loads, and computes and generates the same; fused it is as small."""
+    model, inputs = make(torch.float32)
+    model.save_pretrained(folder / "model")
+    output, tokens = run(model, inputs), greedy(model, inputs)
+    rewrite, gone = gk.symmetry.GaugeFix(rows="triangular"), turned(counts)
+    report = gk.convert(folder / "model", folder / "turned", [rewrite], pack=True)
+    assert report["steps"][0]["removed"] == gone
+    assert report["parameters_before"] - report["parameters_after"] == gone["total"]
+    loaded, info = type(model).from_pretrained(folder / "turned", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert "triangular_projection" in str(loaded.config.quantization_config)
+    assert close(run(loaded.eval(), inputs), output)
+    assert tokens is None or torch.equal(greedy(loaded, inputs), tokens)
+    assert gk.verify(model, loaded)["ok"]
+    report = gk.fuse(model, rows="triangular", attention=False)
+    assert report["parameters_before"] - report["parameters_after"] == gone["total"]
+    assert close(run(model, inputs), output)
+    gk.unfuse(model)
+    assert torch.equal(run(model, inputs), output)
 
 
 def close(result: torch.Tensor, expected: torch.Tensor) -> bool:

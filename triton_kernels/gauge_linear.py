@@ -2,6 +2,9 @@
 
 No list of the inputs P̄_h is needed: the k-th of them is k + #{j : p_j − #{i : p_i < p_j} ≤ k}, and an input d that is
 not in P_h stands at row d − #{j : p_j < d} of F_h. Both are comparisons with the few numbers of P_h, in registers.
+
+P_h is not checked: reading it on the host would stop the stream. Its numbers are clamped to the inputs and what is
+derived from them stays inside, so that rows out of range, or repeated, give wrong numbers and read nothing outside.
 """
 
 import torch
@@ -15,24 +18,25 @@ ROWS_OF_A_SPLIT = 2048  # of x, that one program adds up for the gradient of F; 
 
 
 @triton.jit
-def _passed(ROWS, h, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
-    """P_h, FAR behind its end."""
+def _passed(ROWS, h, inputs, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """P_h, clamped to the inputs, FAR behind its end."""
     c = tl.arange(0, BLOCK_W)
-    return tl.load(ROWS + h * WIDTH + c, mask=c < WIDTH, other=FAR)
+    passed = tl.load(ROWS + h * WIDTH + c, mask=c < WIDTH, other=0)
+    return tl.where(c < WIDTH, tl.minimum(tl.maximum(passed, 0), inputs - 1), FAR)
 
 
 @triton.jit
-def _thresholds(ROWS, h, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+def _thresholds(ROWS, h, inputs, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """p − #{i : p_i < p} for each p of P_h: the free inputs before it."""
-    passed = _passed(ROWS, h, WIDTH, BLOCK_W)
+    passed = _passed(ROWS, h, inputs, WIDTH, BLOCK_W)
     smaller = passed[:, None] < passed[None, :]
     return passed - tl.sum(smaller.to(tl.int32), 0)
 
 
 @triton.jit
 def _others(thresholds, k):
-    """The inputs at places ``k`` of P̄_h."""
-    return k + tl.sum((thresholds[None, :] <= k[:, None]).to(tl.int32), 1)
+    """The inputs at places ``k`` of P̄_h, int64; k to k + WIDTH, whatever P_h is, since FAR adds nothing."""
+    return (k + tl.sum((thresholds[None, :] <= k[:, None]).to(tl.int32), 1)).to(tl.int64)
 
 
 @triton.jit
@@ -44,7 +48,7 @@ def _gauge_linear_fwd(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_W)
     x = X + m.to(tl.int64)[:, None] * x_row
-    thresholds = _thresholds(ROWS, h, WIDTH, BLOCK_W)
+    thresholds = _thresholds(ROWS, h, depth + WIDTH, WIDTH, BLOCK_W)
     f = F + h.to(tl.int64) * depth * WIDTH + c[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for first in range(0, depth, BLOCK_K):
@@ -56,9 +60,12 @@ def _gauge_linear_fwd(
         right = tl.load(f + k[:, None] * WIDTH, inside[:, None] & (c < WIDTH)[None, :], 0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
     here = (m < count)[:, None] & (c < WIDTH)[None, :]
-    acc += tl.load(x + _passed(ROWS, h, WIDTH, BLOCK_W)[None, :] * x_last, here, 0.0).to(tl.float32)
+    own = _passed(ROWS, h, depth + WIDTH, WIDTH, BLOCK_W).to(tl.int64)
+    acc += tl.load(x + own[None, :] * x_last, here, 0.0).to(tl.float32)
     if BIAS is not None:
-        acc += tl.load(BIAS + (h * WIDTH + c) * bias_stride, c < WIDTH, 0.0).to(tl.float32)[None, :]
+        acc += tl.load(BIAS + (h * WIDTH + c).to(tl.int64) * bias_stride, c < WIDTH, 0.0).to(tl.float32)[
+            None, :
+        ]
     out = OUT + m.to(tl.int64)[:, None] * out_row + (h * WIDTH + c)[None, :]
     tl.store(out, acc.to(OUT.dtype.element_ty), here)
 
@@ -72,18 +79,19 @@ def _gauge_linear_bwd_x(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.arange(0, BLOCK_W)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    grad = GRAD + m.to(tl.int64)[:, None] * grad_row + c[None, :] * grad_last
+    grad = GRAD + m.to(tl.int64)[:, None] * grad_row + c.to(tl.int64)[None, :] * grad_last
     for h in range(heads):
-        passed = _passed(ROWS, h, WIDTH, BLOCK_W)
+        passed = _passed(ROWS, h, inputs, WIDTH, BLOCK_W)
         own = d[:, None] == passed[None, :]
         row = d - tl.sum((passed[None, :] < d[:, None]).to(tl.int32), 1)
-        free = (d < inputs) & (tl.sum(own.to(tl.int32), 1) == 0)
-        weight = tl.load(F + row[:, None] * WIDTH + c[None, :], free[:, None] & (c < WIDTH)[None, :], 0.0)
-        weight = tl.where(own, 1.0, weight).to(F.dtype.element_ty)
+        inside = row.to(tl.uint32, bitcast=True) < tl.cast(inputs - WIDTH, tl.uint32)  # and not negative
+        weight = tl.load(F + row[:, None] * WIDTH + c[None, :], inside[:, None] & (c < WIDTH)[None, :], 0.0)
+        passes = tl.sum(own.to(tl.int32), 1) > 0
+        weight = tl.where(passes[:, None], own.to(F.dtype.element_ty), weight)
         left = tl.load(grad, (m < count)[:, None] & (c < WIDTH)[None, :], 0.0)
         acc = tl.dot(left, tl.trans(weight), acc, input_precision="ieee")
         F += (inputs - WIDTH) * WIDTH
-        grad += WIDTH * grad_last
+        grad += tl.cast(WIDTH, tl.int64) * grad_last
     here = (m < count)[:, None] & (d < inputs)[None, :]
     tl.store(DX + m.to(tl.int64)[:, None] * inputs + d[None, :], acc.to(DX.dtype.element_ty), here)
 
@@ -98,8 +106,8 @@ def _gauge_linear_bwd_free(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = tl.arange(0, BLOCK_W)
     inside = k < depth
-    x = X + _others(_thresholds(ROWS, h, WIDTH, BLOCK_W), k)[None, :] * x_last
-    grad = GRAD + (h * WIDTH + c)[None, :] * grad_last
+    x = X + _others(_thresholds(ROWS, h, depth + WIDTH, WIDTH, BLOCK_W), k)[None, :] * x_last
+    grad = GRAD + (h * WIDTH + c).to(tl.int64)[None, :] * grad_last
     acc = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     for first in range(split * rows_each, tl.minimum((split + 1) * rows_each, count), BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
@@ -126,7 +134,8 @@ def gauge_linear(out, x, free, rows, bias) -> None:
     """Writes y [M, heads·width] to ``out``, whose last axis is dense and whose rows may stand apart.
 
     x [M, D] of any strides, ``free`` [heads, D − width, width] and ``rows`` [heads, width] int32 dense, ``bias``
-    [heads·width] or None; float32, bfloat16 or float16, at least one row. As in ``gaugekit.gauge_linear``.
+    [heads·width] or None; float32, bfloat16 or float16, at least one row. As in ``gaugekit.gauge_linear``; ``rows`` are
+    not checked, here and below.
     """
     (heads, depth, width), count = free.shape, x.shape[0]
     sizes = tile(width, x.dtype == torch.float32)

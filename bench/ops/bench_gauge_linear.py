@@ -1,66 +1,78 @@
-"""Queries, keys and values of gauge-fixed layers in one call, beside one dense product of the same three.
+"""Queries, keys and values of gauge-fixed layers, run by the modules that ``fuse`` puts there, beside dense ones.
 
-A case runs through all layers of the model it is named after, weights of their own, as the model does. The rival is
-what a good user writes today: the three projections as one torch linear, D to 3D. Projections by themselves are the
-case of models whose keys and values are modules of their own; there the rival is a linear from D to D.
+A case runs through all layers of the model it is named after, weights of their own, as the model does. Queries stay an
+``nn.Linear``, keys and values are ``gk.nn.GaugeProjection``: three modules in DeiT, Whisper and MiniLM, in GPT-2, whose
+projection is fused, one ``Concat`` of the three. The rival is what a good user writes today: the three projections as
+one linear, D to 3D. Keys by themselves, forward and in training, are held against a linear from D to D.
 """
 
+import copy
 import functools
 
 import torch
-from torch.nn.functional import linear
+from torch import nn
 
-import gaugekit as gk
-from gaugekit.ops.gauge_linear.layout import dense
+from gaugekit.nn import Concat, GaugeProjection
 from gaugekit.reference.gauge_linear import gauge_linear as reference
-from registry import Case, benchmark, wanted
+from registry import Case, benchmark, own_shape, wanted
 
 # inputs, heads, layers, rows of x (sequences × tokens)
-MODELS = {
+MODELS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "DeiT-tiny": (192, 3, 12, ("1x197", "8x197", "1x1")),
     "Whisper-tiny": (384, 6, 4, ("1x1500", "1x1")),
     "MiniLM": (384, 12, 6, ("1x128", "1x256", "8x128", "1x1")),
     "GPT-2": (768, 12, 12, ("1x128", "1x1024", "1x1")),
 }
-
-
+FUSED = ("GPT-2",)
 ROUNDS = 61
+LAYERS = 6  # of a shape of a user's own
 
 
 def label(threads: int) -> str:
     return "1 threads, processor time" if threads == 1 else f"{threads} threads"
 
 
-def rows_of(heads: int, inputs: int, width: int):
-    return torch.stack([torch.randperm(inputs)[:width] for _ in range(heads)]).int()
+def projection(inputs: int, heads: int) -> GaugeProjection:
+    module = GaugeProjection(inputs, heads, inputs // heads)
+    nn.init.normal_(module.free, std=inputs**-0.5)
+    module.rows.copy_(torch.stack([torch.randperm(inputs)[: inputs // heads] for _ in range(heads)]))
+    return module.eval()
+
+
+def holding(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """The dense module of this weight [outputs, inputs]."""
+    module = nn.Linear(*weight.mT.shape, bias=bias is not None)
+    module.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return module.eval()
 
 
 @functools.lru_cache(maxsize=2)
-def layers(inputs: int, heads: int, count: int, device: str) -> list[dict]:
-    """Weights of ``count`` layers: queries dense, keys and values (2·heads) compact, and all three as one matrix."""
-    width, torch_layers = inputs // heads, []
-    for _ in range(count):
-        query, bias = (
-            torch.randn(inputs, inputs, device=device) / inputs**0.5,
-            torch.randn(inputs, device=device),
-        )
-        free = torch.randn(2 * heads, inputs - width, width, device=device) / inputs**0.5
-        rows = rows_of(2 * heads, inputs, width).to(device)
-        both = dense(free, rows).mT
-        weight = torch.cat([query, both]).contiguous()
-        zeros = torch.zeros(2 * inputs, device=device)
-        torch_layers.append({
-            "ours": (free, rows, None, query, bias), "dense": (weight, torch.cat([bias, zeros])),
-            "keys": (free[:heads].clone(), rows[:heads].clone()), "dense keys": both[:inputs].contiguous(),
-        })  # fmt: skip
-    return torch_layers
+def layers(model: str, device: str) -> list[dict]:
+    """The modules of every layer: what ``fuse`` puts there, and the dense ones of the same numbers."""
+    inputs, heads, count, _ = MODELS[model]
+    held = []
+    with torch.no_grad(), torch.device(device):
+        for _ in range(count):
+            parts = [nn.Linear(inputs, inputs).eval(), projection(inputs, heads), projection(inputs, heads)]
+            query, bias = parts[0], torch.cat([parts[0].bias, torch.zeros(2 * inputs)])
+            held.append({
+                "ours": [Concat(parts)] if model in FUSED else parts,
+                "fused": holding(torch.cat([part.weight for part in parts]), bias),
+                "three": [query, *(holding(part.weight) for part in parts[1:])],
+            })  # fmt: skip
+    return held
+
+
+def outputs(modules, x) -> torch.Tensor:
+    return torch.cat([module(x) for module in modules], -1)
 
 
 def checked(ours, naive, exact):
     @functools.cache
     def call():
-        wide = exact()
-        error, allowed = ((f().double().cpu() - wide).abs().max() for f in (ours, naive))
+        with torch.no_grad():
+            wide = exact()
+            error, allowed = ((f().double().cpu() - wide).abs().max() for f in (ours, naive))
         assert error <= 2 * allowed + 1e-6, f"error {error:.2e}, plain torch's {allowed:.2e}"
 
     return call
@@ -74,82 +86,91 @@ def quiet(function):
     return call
 
 
+def of_projection(x: torch.Tensor, module: GaugeProjection) -> torch.Tensor:
+    return reference(x.double().cpu(), module.free.double().cpu(), module.rows.cpu())
+
+
 def products(model: str, batch: str, threads: int, device: str) -> Case:
     """Queries, keys and values of every layer."""
     inputs, heads, count, _ = MODELS[model]
     x = torch.randn(*map(int, batch.split("x")), inputs, device=device)
-    held, limit = layers(inputs, heads, count, device), 1 / (1 - 2 / (3 * heads))
+    held, limit = layers(model, device), 1 / (1 - 2 / (3 * heads))
+    first, some = held[0], x[:, -3:]
 
-    def few(layer=held[0]):
-        return gk.gauge_linear(x[:, -3:], *layer["ours"])
+    def exact():
+        query, *compact = first["ours"][0] if model in FUSED else first["ours"]
+        weight, bias = query.weight.double().cpu(), query.bias.double().cpu()
+        return torch.cat(
+            [some.double().cpu() @ weight.mT + bias] + [of_projection(some, part) for part in compact], -1
+        )
 
-    def exact(layer=held[0]):
-        free, rows, _, query, bias = layer["ours"]
-        some = x[:, -3:].double().cpu()
-        return reference(some, free.double().cpu(), rows, None, query.double().cpu(), bias.double().cpu())
-
-    op = (
-        torch.ops.gaugekit.gauge_linear.default
-    )  # as a module calls it: its rows were checked when they were set
     return Case(
         op="gauge_linear", shape=f"{model} QKV {batch} D{inputs} H{heads}", dtype="float32", device=device,
-        ours=quiet(lambda: [op(x, *layer["ours"]) for layer in held]),
+        ours=quiet(lambda: [[module(x) for module in layer["ours"]] for layer in held]),
         rivals={
-            "torch linear, D to 3D": quiet(lambda: [linear(x, *layer["dense"]) for layer in held]),
-            "three torch linears": quiet(lambda: [
-                [linear(x, part) for part in layer["dense"][0].chunk(3)] for layer in held]),
+            "torch linear, D to 3D": quiet(lambda: [layer["fused"](x) for layer in held]),
+            "three torch linears": quiet(lambda: [[module(x) for module in layer["three"]] for layer in held]),
         },
-        without_us="torch linear, D to 3D", check=checked(few, lambda: linear(x[:, -3:], *held[0]["dense"]), exact),
+        without_us="torch linear, D to 3D",
+        check=checked(lambda: outputs(first["ours"], some), lambda: first["fused"](some), exact),
         flops=int(2 * x.numel() * inputs * 3 / limit) * count, threads=threads, label=label(threads),
         processor_time=threads == 1, rounds=ROUNDS,
-        extra={"layers": count, "limit": limit, "goal": 1 + 0.6 * (limit - 1)},
+        extra={"layers": count, "limit": limit, "goal": 1 + 0.6 * (limit - 1)} | product(held),
     )  # fmt: skip
 
 
+def product(held: list[dict]) -> dict:
+    """How the compact modules multiply on this machine outside training."""
+    parts = [part for layer in held for module in layer["ours"] for part in module.modules()]
+    chosen = {part.product[0] for part in parts if isinstance(part, GaugeProjection)}
+    return {"product": " and ".join(sorted(chosen))}
+
+
 def keys_alone(model: str, batch: str, threads: int, device: str, step: bool) -> Case:
-    """Keys of every layer, as a module of their own; ``step``: and the gradients of x and the weight."""
+    """Keys of every layer, as a module of their own; ``step``: in training, with the gradients of x and the weight."""
     inputs, heads, count, _ = MODELS[model]
     x = torch.randn(*map(int, batch.split("x")), inputs, device=device)
-    held, limit = layers(inputs, heads, count, device), 1 / (1 - 1 / heads)
-    ops = torch.ops.gaugekit
-    op = ops.gauge_linear.default if step else ops.gauge_linear_forward.default  # as a module calls it
+    held, limit = layers(model, device), 1 / (1 - 1 / heads)
+    keys = [(layer["ours"][0] if model in FUSED else layer["ours"])[1] for layer in held]
+    dense_keys = [layer["three"][1] for layer in held]
+    seed, some = torch.randn_like(x), x[:, -3:]
 
-    def ours(x, free, rows):
-        return op(x, free, rows, None, None, None)
-
-    def exact():
-        free, rows = held[0]["keys"]
-        return reference(x[:, -3:].double().cpu(), free.double().cpu(), rows)
-
-    seed = torch.randn_like(x)
-
-    def both_ways(function, weights):
-        leaves = [w.clone().requires_grad_(w.is_floating_point()) for w in weights]
-        given = x.clone().requires_grad_()
-        wanted_ones = [given, leaves[0]]
-        return lambda: torch.autograd.grad(function(given, *leaves), wanted_ones, seed)
+    def both_ways(module, name):
+        given, learning = x.clone().requires_grad_(), copy.deepcopy(module).train()
+        operands = [given, getattr(learning, name)]
+        return lambda: torch.autograd.grad(learning(given), operands, seed)
 
     if step:
-        compact = [both_ways(ours, layer["keys"]) for layer in held]
-        plain = [both_ways(linear, (layer["dense keys"],)) for layer in held]
+        compact = [both_ways(module, "free") for module in keys]
+        plain = [both_ways(module, "weight") for module in dense_keys]
         calls = (lambda: [call() for call in compact], lambda: [call() for call in plain])
     else:
         calls = (
-            quiet(lambda: [ours(x, *layer["keys"]) for layer in held]),
-            quiet(lambda: [linear(x, layer["dense keys"]) for layer in held]),
+            quiet(lambda: [module(x) for module in keys]),
+            quiet(lambda: [module(x) for module in dense_keys]),
         )
     kind = "forward+backward" if step else "forward"
-    check = checked(
-        lambda: ours(x[:, -3:], *held[0]["keys"]), lambda: linear(x[:, -3:], held[0]["dense keys"]), exact
-    )
+    check = checked(lambda: keys[0](some), lambda: dense_keys[0](some), lambda: of_projection(some, keys[0]))
     return Case(
         op="gauge_linear", shape=f"{model} keys {batch} D{inputs} H{heads} {kind}", dtype="float32",
         device=device, ours=calls[0], rivals={"torch linear, D to D": calls[1]},
         without_us="torch linear, D to D", check=check,
         flops=int(2 * x.numel() * inputs / limit) * count * (3 if step else 1), threads=threads,
         label=label(threads), processor_time=threads == 1, rounds=ROUNDS,
-        extra={"layers": count, "limit": limit},
+        extra={"layers": count} | ({"product": "dense"} if step else {"limit": limit} | product(held)),
     )  # fmt: skip
+
+
+@own_shape("gauge_linear", "SEQUENCESxTOKENSxINPUTSxHEADS", "1x128x384x12", torch.float32)
+def own(sequences: int, tokens: int, inputs: int, heads: int, dtype: torch.dtype, threads: int):
+    if inputs % heads:
+        raise ValueError(f"--shape: expected INPUTS a multiple of HEADS, got {inputs} and {heads}")
+    name, batch = f"{LAYERS} layers", f"{sequences}x{tokens}"
+    MODELS[name] = (inputs, heads, LAYERS, (batch,))
+    layers.cache_clear()
+    yield products(name, batch, threads, "cpu")
+    for step in (False, True):
+        yield keys_alone(name, batch, threads, "cpu", step)
 
 
 @benchmark("gauge_linear")

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 
 import gaugekit as gk
 from gaugekit.reference.nonlocal_energy import nonlocal_energy as reference
-from registry import Case, benchmark
+from registry import Case, benchmark, own_shape
 
 EAGER = "eager, T×T"
 PLAIN = "plain attention"
@@ -51,11 +51,10 @@ def check(operands, found):
     return call
 
 
-@benchmark("nonlocal_energy")
-def cases(device: str, quick: bool):
-    batch, heads, tokens, width = (1, 12, 256, 64) if quick else (1, 12, 2048, 64)
+def energies(batch, heads, tokens, width, dtype, device, threads=None):
+    """Forward and both ways."""
     operands = [
-        torch.randn(batch, tokens, heads, width, device=device).transpose(1, 2).requires_grad_()
+        torch.randn(batch, tokens, heads, width, device=device).to(dtype).transpose(1, 2).requires_grad_()
         for _ in range(3)
     ]
     u, q, k = operands
@@ -64,14 +63,26 @@ def cases(device: str, quick: bool):
         yield Case(
             op="nonlocal_energy",
             shape=f"B{batch} T{tokens} H{heads} K{width} {name}",
-            dtype="float32",
+            dtype=str(dtype).removeprefix("torch."),
             device=device,
+            threads=threads,
             ours=way(gk.nonlocal_energy, operands),
             rivals={PLAIN: way(attention, [q, k, u]), EAGER: way(eager, operands)},
             without_us=EAGER,
             check=check(operands, way(gk.nonlocal_energy, operands)),
             flops=count * products,
         )
+
+
+@own_shape("nonlocal_energy", "BATCHxTOKENSxHEADSxWIDTH", "1x2048x12x64", torch.float32, torch.bfloat16)
+def own(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype, threads: int):
+    yield from energies(batch, heads, tokens, width, dtype, "cpu", threads)
+
+
+@benchmark("nonlocal_energy")
+def cases(device: str, quick: bool):
+    batch, heads, tokens, width = (1, 12, 256, 64) if quick else (1, 12, 2048, 64)
+    yield from energies(batch, heads, tokens, width, torch.float32, device)
     if not quick:
         operands = [torch.randn(1, 12, 16384, 8).requires_grad_() for _ in range(3)]
         yield Case(

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from gaugekit.ops.packed_linear import pack_weight, packed_linear
-from registry import Case, benchmark, wanted
+from registry import Case, benchmark, own_shape, wanted
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336)]
 FROM_MEMORY = ", weights from memory, ordinary pages on both sides"
@@ -73,6 +73,11 @@ def packing(device: str, rows: int, threads: int | None) -> Case:
         bytes_moved=weight.nbytes + pack_weight(weight).bytes, threads=threads,
         label=f"{threads} threads, fresh output", extra={"bytes_before": weight.nbytes},
     )  # fmt: skip
+
+
+@own_shape("packed_linear", "ROWSxINPUTSxOUTPUTS", "1x4096x11008", torch.bfloat16, torch.float16)
+def own(rows: int, inputs: int, outputs: int, dtype: torch.dtype, threads: int):
+    yield product(outputs, inputs, rows, threads, dtype, "cpu", TOTAL_BYTES if rows <= 4 else FEWER_BYTES)
 
 
 @benchmark("packed_linear")

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention
 import gaugekit as gk
 from gaugekit.ops.shaped_attention import plan, use_core
 from gaugekit.reference.ragged_attention import ragged_attention as reference
-from registry import Case, benchmark
+from registry import Case, benchmark, own_shape
 
 HEADS, VALUES = 12, 64
 ROUNDS = {"forward": 25, "forward+backward": 11}  # the latter take up to 0.7 s each
@@ -29,9 +29,10 @@ def joined(x):
 
 
 def padded(q, k, v, scale):
-    """q and k [B, H, T, K], zeros behind them up to V."""
-    q, k = (pad(x, (0, v.shape[3] - x.shape[3])) for x in (q, k))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    """q and k [B, H, T, K], zeros behind them or behind the values to one width."""
+    width, values = max(q.shape[3], v.shape[3]), v.shape[3]
+    q, k, v = (pad(x, (0, width - x.shape[3])) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :values]
 
 
 def checked(found, naive, exact):
@@ -67,74 +68,98 @@ def ways(weight):
     yield "forward+backward", lambda f, o: both_ways(f, [y.clone().requires_grad_() for y in o], weight)
 
 
+def common_of(dtype, device, threads=None) -> dict:
+    name = str(dtype).removeprefix("torch.")
+    return {"op": "ragged_attention", "dtype": name, "device": device, "threads": threads}
+
+
+def alone(batch, length, ranks, values, dtype, device, threads=None):
+    """Heads of their ``ranks``, no projections, forward and both ways."""
+    count = len(ranks)
+
+    def random(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    v = random(batch, count, length, values)
+    q, k = (random(batch, length, sum(ranks)) for _ in range(2))
+
+    def ours(q, k, v):
+        return gk.ragged_attention(q, k, v, ranks, scale=0.125, causal=True)
+
+    def rival(q, k, v):
+        wide = max(values, *ranks)
+        parts = [[x[:, None] for x in y.split(ranks, -1)] for y in (q, k)]
+        q, k = (torch.cat([pad(x, (0, wide - x.shape[3])) for x in y], 1) for y in parts)
+        return padded(q, k, v, 0.125)
+
+    def exact():
+        return reference(*(x.double().cpu() for x in (q, k, v)), ranks, scale=0.125, causal=True)
+
+    name = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}..{max(ranks)}"
+    operands = (q, k, v)
+    right = checked(*(quiet(lambda f=f: f(*operands)) for f in (ours, rival)), exact)
+    for kind, run in ways(random(batch, count, length, values)):
+        yield Case(
+            shape=f"B{batch} T{length} H{count} K{name} V{values} causal {kind}",
+            ours=run(ours, operands), rivals={"padded SDPA": run(rival, operands)},
+            without_us="padded SDPA",
+            check=right,
+            flops=batch * length**2 * (sum(ranks) + count * values) * (1 if kind == "forward" else 3.5),
+            label="no projections", rounds=ROUNDS[kind], **common_of(dtype, device, threads),
+        )  # fmt: skip
+
+
+@own_shape(
+    "ragged_attention", "BATCHxTOKENSxHEADSxRANKxVALUES", "1x1024x12x16x64", torch.float32, torch.bfloat16
+)
+def own(batch: int, length: int, count: int, rank: int, values: int, dtype: torch.dtype, threads: int):
+    yield from alone(batch, length, [rank] * count, values, dtype, "cpu", threads)
+
+
 @benchmark("ragged_attention")
 def cases(device: str, quick: bool):
     batch, length = (1, 128) if quick else (1, 1024)
-    tokens, width = batch * length, HEADS * VALUES
     for dtype in (torch.float32, torch.bfloat16):
-        common = {"op": "ragged_attention", "dtype": str(dtype).removeprefix("torch."), "device": device}
-
-        def random(*shape, dtype=dtype):
-            return torch.randn(*shape, device=device).to(dtype)
-
-        v = random(batch, HEADS, length, VALUES)
         for ranks in ([16] * HEADS, [32] * HEADS, [8, 16, 16, 24, 24, 32, 32, 32, 40, 40, 48, 56]):
-            q, k = (random(batch, length, sum(ranks)) for _ in range(2))
+            yield from alone(batch, length, ranks, VALUES, dtype, device)
+        yield from sub_blocks(batch, length, dtype, device)
 
-            def ours(q, k, v, ranks=ranks):
-                return gk.ragged_attention(q, k, v, ranks, scale=0.125, causal=True)
 
-            def rival(q, k, v, ranks=ranks):
-                parts = [[x[:, None] for x in y.split(ranks, -1)] for y in (q, k)]
-                q, k = (torch.cat([pad(x, (0, VALUES - x.shape[3])) for x in y], 1) for y in parts)
-                return padded(q, k, v, 0.125)
+def sub_blocks(batch, length, dtype, device):
+    """A SAS sub-block with narrow keys beside one of keys as wide as its values."""
+    tokens, width = batch * length, HEADS * VALUES
 
-            def exact(q=q, k=k, v=v, ranks=ranks):
-                q, k, v = (x.double().cpu() for x in (q, k, v))
-                return reference(q, k, v, ranks, scale=0.125, causal=True)
+    def random(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
 
-            name = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}..{max(ranks)}"
-            operands = (q, k, v)
-            right = checked(*(quiet(lambda f=f, o=operands: f(*o)) for f in (ours, rival)), exact)
-            for kind, run in ways(random(batch, HEADS, length, VALUES)):
-                yield Case(
-                    shape=f"B{batch} T{length} H{HEADS} K{name} V{VALUES} causal {kind}",
-                    ours=run(ours, operands), rivals={"padded SDPA": run(rival, operands)},
-                    without_us="padded SDPA",
-                    check=right,
-                    flops=batch * length**2 * (sum(ranks) + HEADS * VALUES) * (1 if kind == "forward" else 3.5),
-                    label="no projections", rounds=ROUNDS[kind], **common,
-                )  # fmt: skip
+    x, weight = random(batch, length, width), random(batch, length, width)
+    gains = {name: torch.ones(HEADS, device=device) for name in ("alpha", "beta", "gamma")}
+    full = [random(width, width) / width**0.5 for _ in range(2)]
+    for rank in (16, 32):
+        narrow = [random(HEADS * rank, width) / width**0.5 for _ in range(2)]
 
-        x, weight = random(batch, length, width), random(batch, length, width)
-        gains = {name: torch.ones(HEADS, device=device) for name in ("alpha", "beta", "gamma")}
-        full = [random(width, width) / width**0.5 for _ in range(2)]
-        for rank in (16, 32):
-            narrow = [random(HEADS * rank, width) / width**0.5 for _ in range(2)]
+        def ours(*operands, rank=rank):
+            return block(*operands, gains, rank)
 
-            def ours(*operands, rank=rank, gains=gains):
-                return block(*operands, gains, rank)
+        def wide(*operands):
+            return block(*operands, gains, VALUES)
 
-            def wide(*operands, gains=gains):
+        def torchs(*operands):
+            with use_core("torch"):
                 return block(*operands, gains, VALUES)
 
-            def torchs(*operands, gains=gains):
-                with use_core("torch"):
-                    return block(*operands, gains, VALUES)
+        def finite(operands=(x, *narrow), ours=ours):
+            assert ours(*operands).isfinite().all()
 
-            def finite(operands=(x, *narrow), ours=ours):
-                assert ours(*operands).isfinite().all()
-
-            for kind, run in ways(weight):
-                rivals = {"K64": run(wide, [x, *full])}
-                if plan(*(heads(x, VALUES),) * 3, causal=True).core.startswith(
-                    "ragged"
-                ):  # else they are the same
-                    rivals["K64, torch's attention"] = run(torchs, [x, *full])
-                yield Case(
-                    shape=f"SAS sub-block B{batch} T{length} D{width} H{HEADS} K{rank} {kind}",
-                    ours=run(ours, [x, *narrow]), rivals=rivals,
-                    without_us="K64", rounds=ROUNDS[kind],
-                    check=finite, flops=4 * tokens * width * HEADS * rank * (3 if kind != "forward" else 1),
-                    label="another model: narrower keys, projections included", **common,
-                )  # fmt: skip
+        for kind, run in ways(weight):
+            rivals = {"K64": run(wide, [x, *full])}
+            # else they are the same
+            if plan(*(heads(x, VALUES),) * 3, causal=True).core.startswith("ragged"):
+                rivals["K64, torch's attention"] = run(torchs, [x, *full])
+            yield Case(
+                shape=f"SAS sub-block B{batch} T{length} D{width} H{HEADS} K{rank} {kind}",
+                ours=run(ours, [x, *narrow]), rivals=rivals,
+                without_us="K64", rounds=ROUNDS[kind],
+                check=finite, flops=4 * tokens * width * HEADS * rank * (3 if kind != "forward" else 1),
+                label="another model: narrower keys, projections included", **common_of(dtype, device),
+            )  # fmt: skip

@@ -15,7 +15,7 @@ import gaugekit as gk
 from gaugekit.codec.tensors.blob import encode_bytes
 from gaugekit.ops.rans import operator as rans
 from htscodecs import Htscodecs
-from registry import Case, benchmark
+from registry import Case, benchmark, own_shape
 
 SECONDS = 0.4  # a case; all of them take two minutes on a machine that nobody else uses
 TWO_THREADS_SECONDS = 1.0  # and up to eight times that where others share the cores
@@ -54,7 +54,7 @@ def sample_sizes(tensor: torch.Tensor) -> dict[str, int]:
     return sizes
 
 
-def coding(name: str, tensor: torch.Tensor, device: str, quick: bool):
+def coding(name: str, tensor: torch.Tensor, device: str, quick: bool, threads: int = 1):
     """Encoding, decoding into a fresh tensor, decoding into a reused one."""
     raw = tensor.view(torch.uint8).numpy().tobytes()
     blob, out = encode_bytes(tensor), torch.empty_like(tensor)
@@ -107,7 +107,7 @@ def coding(name: str, tensor: torch.Tensor, device: str, quick: bool):
             dtype="bfloat16",
             device=device,
             check=check,
-            threads=1,
+            threads=threads,
             seconds=SECONDS,
             shape=f"{what.split()[0]} {name}",
             ours=ours,
@@ -295,6 +295,12 @@ def files(tensors: dict[str, torch.Tensor], device: str, folder: Path):
             bytes_moved=sum(sizes[name] for name in ("coded_bytes", "bytes_before")),
             **common,
         )
+
+
+@own_shape("rans", "MEBIBYTES", "64", torch.bfloat16)
+def own(mebibytes: int, dtype: torch.dtype, threads: int):
+    normal = (torch.randn(mebibytes << 19, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    yield from coding(f"N(0,0.02²) {mebibytes} MiB", normal, "cpu", False, threads)
 
 
 @benchmark("rans")

@@ -11,12 +11,12 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 import gaugekit as gk
 from gaugekit.reference.shaped_attention import shaped_attention as reference
-from registry import Case, benchmark
+from registry import Case, benchmark, own_shape
 
 HEADS = 12
 
 
-def heads(x, count=HEADS):
+def heads(x, count):
     return x.unflatten(2, (count, -1)).transpose(1, 2)
 
 
@@ -25,12 +25,12 @@ def joined(x):
 
 
 def ours(x, query, key, alpha, beta, gamma):
-    q, k, v = heads(linear(x, query)), heads(linear(x, key)), heads(x)
+    q, k, v = (heads(y, len(alpha)) for y in (linear(x, query), linear(x, key), x))
     return joined(gk.shaped_attention(q, k, v, alpha=alpha, beta=beta, gamma=gamma, causal=True))
 
 
 def plain(x, query, key, alpha, beta, gamma):
-    q, k, v = heads(linear(x, query)), heads(linear(x, key)), heads(x)
+    q, k, v = (heads(y, len(alpha)) for y in (linear(x, query), linear(x, key), x))
     a = scaled_dot_product_attention(q, k, v, is_causal=True)
     count = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=torch.float32)
     mean = v.float().cumsum(2) / count[:, None]
@@ -38,15 +38,20 @@ def plain(x, query, key, alpha, beta, gamma):
     return joined((beta * a.float() + alpha * v.float() - gamma * mean).to(x.dtype))
 
 
-def bare(x, query, key):
-    return joined(
-        scaled_dot_product_attention(heads(linear(x, query)), heads(linear(x, key)), heads(x), is_causal=True)
-    )
+def bare(count):
+    def call(x, query, key):
+        q, k, v = (heads(y, count) for y in (linear(x, query), linear(x, key), x))
+        return joined(scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    return call
 
 
-def standard(x, query, key, value, output):
-    q, k, v = (heads(linear(x, weight)) for weight in (query, key, value))
-    return linear(joined(scaled_dot_product_attention(q, k, v, is_causal=True)), output)
+def standard(count):
+    def call(x, query, key, value, output):
+        q, k, v = (heads(linear(x, weight), count) for weight in (query, key, value))
+        return linear(joined(scaled_dot_product_attention(q, k, v, is_causal=True)), output)
+
+    return call
 
 
 def both_ways(function, operands, weight):
@@ -69,7 +74,7 @@ def check(operands):
 
     def call():
         x, query, key, *gains = (y.detach().double().cpu() for y in operands)
-        q, k, v = heads(linear(x, query)), heads(linear(x, key)), heads(x)
+        q, k, v = (heads(y, len(gains[0])) for y in (linear(x, query), linear(x, key), x))
         exact = joined(
             reference(q, k, v, **dict(zip(("alpha", "beta", "gamma"), gains, strict=True)), causal=True)
         )
@@ -80,49 +85,61 @@ def check(operands):
     return call
 
 
+def sub_block(batch, length, width, count, dtype, device, threads=None):
+    """The sub-block forward, and both ways."""
+    x = torch.randn(batch, length, width, device=device).to(dtype)
+    weights = [(torch.randn(width, width, device=device) / width**0.5).to(dtype) for _ in range(4)]
+    gains = [torch.ones(count, device=device) for _ in range(3)]
+    operands = [x, *weights[:2], *gains]
+    wanted = [y.clone().requires_grad_() for y in [x, *weights, *gains]]
+    block, four = [*wanted[:3], *wanted[5:]], wanted[:5]
+    weight = torch.randn_like(x)
+    compiled = torch.compile(plain) if shutil.which("g++") or shutil.which("clang++") else None
+    tokens = batch * length
+    flops = 2 * 2 * tokens * width**2 + 2 * 2 * tokens * length * width // 2
+    common = {
+        "op": "shaped_attention",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "threads": threads,
+        "without_us": "torch.compile, cumsum",
+        "check": check(operands),
+        "label": "projections included",
+    }
+    name = f"B{batch} T{length} D{width} H{count} causal"
+    yield Case(
+        shape=f"{name} forward",
+        ours=forward(ours, operands),
+        rivals={
+            "standard block": forward(standard(count), [x, *weights]),
+            "bare minimum": forward(bare(count), operands[:3]),
+            "torch.compile, cumsum": compiled and forward(compiled, operands),
+        },
+        flops=flops,
+        **common,
+    )
+    yield Case(
+        shape=f"{name} forward+backward",
+        ours=both_ways(ours, block, weight),
+        rivals={
+            "standard block": both_ways(standard(count), four, weight),
+            "bare minimum": both_ways(bare(count), wanted[:3], weight),
+            "torch.compile, cumsum": compiled and both_ways(compiled, block, weight),
+        },
+        flops=3 * flops,
+        **common,
+    )
+
+
+@own_shape("shaped_attention", "BATCHxTOKENSxWIDTHxHEADS", "4x512x768x12", torch.float32, torch.bfloat16)
+def own(batch: int, length: int, width: int, count: int, dtype: torch.dtype, threads: int):
+    if width % count:
+        raise ValueError(f"--shape: expected WIDTH a multiple of HEADS, got {width} and {count}")
+    yield from sub_block(batch, length, width, count, dtype, "cpu", threads)
+
+
 @benchmark("shaped_attention")
 def cases(device: str, quick: bool):
     batch, length, width = (1, 256, 768) if quick else (4, 512, 768)
-    can_compile = shutil.which("g++") or shutil.which("clang++")
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(batch, length, width, device=device).to(dtype)
-        weights = [(torch.randn(width, width, device=device) / width**0.5).to(dtype) for _ in range(4)]
-        gains = [torch.ones(HEADS, device=device) for _ in range(3)]
-        operands = [x, *weights[:2], *gains]
-        wanted = [y.clone().requires_grad_() for y in [x, *weights, *gains]]
-        block, four = [*wanted[:3], *wanted[5:]], wanted[:5]
-        weight = torch.randn_like(x)
-        compiled = torch.compile(plain) if can_compile else None
-        tokens = batch * length
-        flops = 2 * 2 * tokens * width**2 + 2 * 2 * tokens * length * width // 2
-        common = {
-            "op": "shaped_attention",
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device,
-            "without_us": "torch.compile, cumsum",
-            "check": check(operands),
-            "label": "projections included",
-        }
-        name = f"B{batch} T{length} D{width} H{HEADS} causal"
-        yield Case(
-            shape=f"{name} forward",
-            ours=forward(ours, operands),
-            rivals={
-                "standard block": forward(standard, [x, *weights]),
-                "bare minimum": forward(bare, operands[:3]),
-                "torch.compile, cumsum": compiled and forward(compiled, operands),
-            },
-            flops=flops,
-            **common,
-        )
-        yield Case(
-            shape=f"{name} forward+backward",
-            ours=both_ways(ours, block, weight),
-            rivals={
-                "standard block": both_ways(standard, four, weight),
-                "bare minimum": both_ways(bare, wanted[:3], weight),
-                "torch.compile, cumsum": compiled and both_ways(compiled, block, weight),
-            },
-            flops=3 * flops,
-            **common,
-        )
+        yield from sub_block(batch, length, width, HEADS, dtype, device)

@@ -8,7 +8,7 @@ import shutil
 import torch
 
 from gaugekit.reference.shaped_combine import shaped_combine as reference
-from registry import Case, benchmark
+from registry import Case, benchmark, own_shape
 
 SHAPE = (4, 12, 512, 64)
 
@@ -57,48 +57,61 @@ def check(found, operands, weight):
     return call
 
 
+def combined(batch, length, heads, width, dtype, device, threads=None):
+    """Forward over the core's output, and both ways into new tensors."""
+
+    def rows():
+        return torch.randn(batch, length, heads, width, device=device).to(dtype).transpose(1, 2)
+
+    operands = [rows(), rows(), *(torch.rand(heads, device=device) for _ in range(3))]
+    wanted = [x.clone().requires_grad_() for x in operands]
+    weight, scratch = rows(), operands[0].clone()
+    compiled = compiler() and compiler()(plain)
+    size = operands[0].numel() * dtype.itemsize
+    common = {
+        "op": "shaped_combine",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "threads": threads,
+        "without_us": "torch.compile, cumsum",
+    }
+    name = f"B{batch} T{length} D{heads * width} H{heads} causal"
+    yield Case(
+        shape=f"{name} forward",
+        ours=lambda: in_place(scratch, *operands[1:]),
+        rivals={
+            "torch.compile, cumsum": compiled and (lambda: compiled(*operands)),
+            "eager, cumsum": lambda: plain(*operands),
+            "copy": lambda: scratch.copy_(operands[1]),
+        },
+        check=check(lambda: [ours(*operands)], operands, None),
+        bytes_moved=3 * size,
+        label="over the core's output",
+        **common,
+    )
+    yield Case(
+        shape=f"{name} forward+backward",
+        ours=both_ways(ours, wanted, weight),
+        rivals={
+            "torch.compile, cumsum": compiled and both_ways(compiled, wanted, weight),
+            "eager, cumsum": both_ways(plain, wanted, weight),
+        },
+        check=check(both_ways(ours, wanted, weight), wanted, weight),
+        bytes_moved=8 * size,
+        label="new tensors",
+        **common,
+    )
+
+
+@own_shape(
+    "shaped_combine", "BATCHxTOKENSxHEADSxVALUES", "4x512x12x64", torch.float32, torch.bfloat16, torch.float16
+)
+def own(batch: int, length: int, heads: int, width: int, dtype: torch.dtype, threads: int):
+    yield from combined(batch, length, heads, width, dtype, "cpu", threads)
+
+
 @benchmark("shaped_combine")
 def cases(device: str, quick: bool):
     batch, heads, length, width = (1, 12, 512, 64) if quick else SHAPE
     for dtype in (torch.float32, torch.bfloat16):
-
-        def rows(kind=dtype):
-            return torch.randn(batch, length, heads, width, device=device).to(kind).transpose(1, 2)
-
-        operands = [rows(), rows(), *(torch.rand(heads, device=device) for _ in range(3))]
-        wanted = [x.clone().requires_grad_() for x in operands]
-        weight, scratch = rows(), operands[0].clone()
-        compiled = compiler() and compiler()(plain)
-        size = operands[0].numel() * dtype.itemsize
-        common = {
-            "op": "shaped_combine",
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device,
-            "without_us": "torch.compile, cumsum",
-        }
-        name = f"B{batch} T{length} D{heads * width} H{heads} causal"
-        yield Case(
-            shape=f"{name} forward",
-            ours=lambda scratch=scratch, operands=operands: in_place(scratch, *operands[1:]),
-            rivals={
-                "torch.compile, cumsum": compiled and (lambda c=compiled, o=operands: c(*o)),
-                "eager, cumsum": lambda o=operands: plain(*o),
-                "copy": lambda scratch=scratch, o=operands: scratch.copy_(o[1]),
-            },
-            check=check(lambda o=operands: [ours(*o)], operands, None),
-            bytes_moved=3 * size,
-            label="over the core's output",
-            **common,
-        )
-        yield Case(
-            shape=f"{name} forward+backward",
-            ours=both_ways(ours, wanted, weight),
-            rivals={
-                "torch.compile, cumsum": compiled and both_ways(compiled, wanted, weight),
-                "eager, cumsum": both_ways(plain, wanted, weight),
-            },
-            check=check(both_ways(ours, wanted, weight), wanted, weight),
-            bytes_moved=8 * size,
-            label="new tensors",
-            **common,
-        )
+        yield from combined(batch, length, heads, width, dtype, device)

@@ -1,4 +1,7 @@
-"""On a GPU: queries, keys and values of gauge-fixed layers in one call, beside one dense product, both ways."""
+"""On a GPU: the operator itself, queries, keys and values in one call beside one dense product, both ways.
+
+No module takes it there so far; whether one should is what these rows are for.
+"""
 
 import torch
 from torch.nn.functional import linear

@@ -164,26 +164,10 @@ Tensor gauge_linear(const Tensor& x, const Tensor& free, const Tensor& rows, con
   return out;
 }
 
-// The heads' outputs, to rows of a matrix that may be wider.
-void gauge_linear_in_place(const Tensor& out, const Tensor& x, const Tensor& free, const Tensor& rows,
-                           const Optional& bias) {
-  const Operands f(x, free, rows, bias);
-  const int64_t last = out.dim() - 1;
-  check_dtype("out", out, x.scalar_type());
-  bool same = out.dim() == x.dim() && out.size(last) == f.heads * f.width;
-  for (int64_t i = 0; same && i < last; ++i) same = out.size(i) == x.size(i);
-  STD_TORCH_CHECK(same, "out: expected [..., heads * width] beside x [..., D]");
-  if (out.numel() == 0) return;
-  const int64_t row = row_distance(out);
-  STD_TORCH_CHECK(row > 0 || (row == 0 && f.batch == 1), "out: expected dense rows, one distance apart");
-  heads_into(f, const_cast<void*>(out.const_data_ptr()), row);
-}
-
 }  // namespace
 }  // namespace gaugekit
 
 STABLE_TORCH_LIBRARY_IMPL(gaugekit, CPU, m) {
   m.impl("gauge_linear", TORCH_BOX(&gaugekit::gauge_linear));
   m.impl("gauge_linear_forward", TORCH_BOX(&gaugekit::gauge_linear));
-  m.impl("gauge_linear_", TORCH_BOX(&gaugekit::gauge_linear_in_place));
 }

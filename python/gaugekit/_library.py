@@ -47,20 +47,20 @@ _backends: dict[str, Backend] = {}
 def define(schema: str, composition: Callable, fake: Callable) -> None:
     """Defines ``gaugekit::<name>`` from ``schema`` with its composition (any device) and its fake (shapes only)."""
     name = library.define(schema)
-    library.impl(name, _outside_autocast(composition), "CompositeExplicitAutograd")
+    library.impl(name, outside_autocast(composition), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
 
 
-def _outside_autocast(composition: Callable) -> Callable:
+def outside_autocast(implementation: Callable) -> Callable:
     """In the dtypes it is given, as the binaries compute: whoever calls an operator has chosen them by then."""
 
-    @functools.wraps(composition)
+    @functools.wraps(implementation)
     def call(*args):
         device = next((x.device.type for x in args if isinstance(x, torch.Tensor)), "meta")
-        if not torch.amp.is_autocast_available(device):
-            return composition(*args)
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return implementation(*args)
         with torch.autocast(device, enabled=False):
-            return composition(*args)
+            return implementation(*args)
 
     return call
 

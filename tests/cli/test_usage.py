@@ -141,9 +141,58 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
     assert "pip install gaugekit[hf]" in refused(capsys, "verify", tmp_path, tmp_path)
 
 
-def test_bench_without_a_source_checkout_says_so(capsys, monkeypatch, tmp_path):
+def test_bench_without_its_program_says_so(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("gaugekit.cli.calls.BENCH", tmp_path / "bench" / "run.py")
-    assert "source checkout" in refused(capsys, "bench")
+    assert "install gaugekit anew" in refused(capsys, "bench")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--shape 1x2x3", "--shape: expected with one --op, got 0 of them"),
+        ("--op rans --op bitsback --shape 8", "--shape: expected with one --op, got 2 of them"),
+        ("--op rans --shape 8 --device cuda", "--shape: expected with --device cpu, got cuda"),
+        ("--op packed_linear --shape 1x64", "expected ROWSxINPUTSxOUTPUTS for packed_linear, whole numbers such as"),
+        ("--op canonical_qr --shape 0", "--shape: expected SIZE for canonical_qr"),
+        ("--op shaped_attention --shape 1x2x30x4", "--shape: expected WIDTH a multiple of HEADS, got 30 and 4"),
+        ("--op rans --shape 1 --dtype fp32", "--dtype: expected one of bfloat16 for rans, got 'float32'"),
+        ("--op rans --threads 1", "--threads: expected beside --shape, got it without"),
+        ("--op rans --shape 1 --threads 0", "--threads: expected a positive number, got 0"),
+    ],
+)  # fmt: skip
+def test_bench_of_a_shape_that_is_none(capsys, line, message):
+    assert message in refused(capsys, "bench", *line.split())
+
+
+def test_bench_of_a_shape_of_ones_own(capsys):
+    line = "bench --op canonical_qr --shape 24 --shape 8 --threads 1 --budget 0.01 --json"
+    assert main(line.split()) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["shape"], row["dtype"], row["threads"]) for row in rows] == [
+        (f"{size}x{size}, Q and R", "float64", 1) for size in (24, 8)
+    ]
+    assert all(row["without_us"] > 0 for row in rows)
+    assert main(["bench", "--list", "--only", "nothing at all"]) == 0
+    listed = capsys.readouterr().out
+    from registry import BENCHMARKS, OWN_SHAPES
+
+    assert BENCHMARKS.keys() == OWN_SHAPES.keys()
+    assert all(
+        f"{op} --shape {own.pattern}, such as {own.example}" in listed for op, own in OWN_SHAPES.items()
+    )
+    for op, own in OWN_SHAPES.items():
+        assert len(own.read(op, own.example, None)[0]) == own.pattern.count("x") + 1
+
+
+def test_an_installed_bench_keeps_no_rows(capsys, monkeypatch):
+    """A wheel has no bench/results; its rows name the version that was measured."""
+    import run
+
+    monkeypatch.setattr(run, "CHECKOUT", False)
+    monkeypatch.delenv("GAUGEKIT_COMMIT", raising=False)
+    assert run.commit() == f"gaugekit {gk.__version__}"
+    monkeypatch.setattr("gaugekit.cli.calls.benchmarks", lambda: run)
+    assert "--save: expected a source checkout" in refused(capsys, "bench", "--save")
 
 
 def test_bench_names_the_operators_it_knows(capsys):

@@ -25,6 +25,8 @@ REMOVED = {
     "value_bias": BIAS,
     "total": 2 * (SQUARE + BIAS),
 }
+TRIANGLE = SQUARE * 7 // 16  # d (d − 1)/2 in place of d² for heads of width d = 8
+TURNED = REMOVED | {"value_output": TRIANGLE, "query_key": TRIANGLE, "total": 2 * (TRIANGLE + BIAS)}
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,17 @@ def test_inspect_reads_text(run, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--dense"], ["--rows", "shared_partition"], ["--dtype", "bfloat16"]]
+    "options",
+    [[], ["--dense"], ["--rows", "shared_partition"], ["--rows", "triangular"], ["--dtype", "bfloat16"]],
 )
 def test_convert_then_verify(run, model, tmp_path, options):
     out = tmp_path / "out"
     status, found = run("convert", model, out, "--gauge", *options)
     assert status == 0
-    assert found["parameters_before"] - found["parameters_after"] == (
-        0 if "--dense" in options else REMOVED["total"]
-    )
-    assert found["steps"][0]["removed"] == REMOVED
+    removed = TURNED if "triangular" in options else REMOVED
+    gone = found["parameters_before"] - found["parameters_after"]
+    assert gone == (0 if "--dense" in options else removed["total"])
+    assert found["steps"][0]["removed"] == removed
     assert found["bytes_before"] == (model / "model.safetensors").stat().st_size
     assert found["bytes_after"] == (out / "model.safetensors").stat().st_size
     status, proof = run("verify", model, out, "--pool", "mean", *(options if "--dtype" in options else []))

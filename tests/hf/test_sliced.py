@@ -13,8 +13,9 @@ pytest.importorskip("tokenizers")
 
 import gaugekit as gk  # noqa: E402
 import gaugekit.integrations.transformers  # noqa: E402
-from gaugekit.nn.shortcuts import PolarShortcut, TriangularShortcut, unpack_triangle  # noqa: E402
+from gaugekit.nn.shortcuts import PolarShortcut, TriangularShortcut  # noqa: E402
 from gaugekit.nn.sliced import Carry, SlicedNorm, SlicedWriter  # noqa: E402
+from gaugekit.nn.triangle import unpack_triangle  # noqa: E402
 from sliceable import ids, save  # noqa: E402
 
 SIZES = dict(window=32, windows=8)

@@ -1,5 +1,7 @@
 """Whisper, BART and its kin, T5: self-attention on both sides, and cross-attention with groups of its own."""
 
+import math
+
 import pytest
 import torch
 
@@ -65,6 +67,19 @@ def test_through_every_verb(name, tmp_path):
     checks.check_verbs(KIN[name], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_heads_are_turned_until_rows_are_triangular(name):
+    kin = KIN[name]
+    checks.check_turned(lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts)
+
+
+def test_turned_heads_are_stored_without_their_zeros(tmp_path):
+    kin = KIN["t5"]
+    checks.check_turned_files(
+        lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts, tmp_path
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "total"),
     [
@@ -94,6 +109,36 @@ def test_a_decoder_s_block_holds_two_layers():
     assert [view.causal for view in views] == [False, True, False, True, False]
     rows = gk.inspect(model)["layers"]
     assert rows[1]["exponent_entropy_bits"] == rows[2]["exponent_entropy_bits"]
+
+
+@pytest.mark.parametrize(("kind", "tables"), [("t5", 2 + 2), ("mt5", 2 + 2), ("umt5", 6)])
+def test_heads_that_share_a_bias_change_places_in_all_layers_at_once(kind, tables):
+    """One table for the encoder, one for the decoder, none in cross-attention; UMT5 has one for each layer."""
+    bits = tables * math.log2(math.factorial(3))
+    assert gk.inspect({"model_type": kind, **T5})["permutation_bits"] == pytest.approx(bits, rel=1e-12)
+    if kind == "t5":
+        assert gk.inspect(KIN["t5"].model())["permutation_bits"] == pytest.approx(bits, rel=1e-12)
+
+
+def test_heads_of_one_layer_alone_cannot_change_places_under_a_shared_bias():
+    model = KIN["t5's encoder"].model()
+    order = [1, 0, 2]
+    ids = torch.arange(3, 11)[None]
+
+    def permute(layer):
+        attention = model.encoder.block[layer].layer[0].SelfAttention
+        for part in (attention.q, attention.k, attention.v):
+            part.weight.copy_(part.weight.unflatten(0, (3, -1))[order].flatten(0, 1))
+        attention.o.weight.copy_(attention.o.weight.unflatten(1, (3, -1))[:, order].flatten(1))
+
+    with torch.no_grad():
+        before = model(input_ids=ids).last_hidden_state
+        permute(1)
+        assert (model(input_ids=ids).last_hidden_state - before).norm() > 1e-3 * before.norm()
+        permute(0)
+        table = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        table.weight.copy_(table.weight[:, order])
+        assert (model(input_ids=ids).last_hidden_state - before).norm() < 1e-12 * before.norm()
 
 
 def test_cross_attention_reads_two_sequences():

@@ -1,5 +1,7 @@
 """DistilBERT, ELECTRA, MPNet, DeBERTa, ALBERT, ModernBERT and the towers that read text."""
 
+import math
+
 import pytest
 import torch
 
@@ -61,6 +63,19 @@ def test_a_view_computes_what_the_module_computes(name):
 @pytest.mark.parametrize("name", KIN)
 def test_through_every_verb(name, tmp_path):
     checks.check_verbs(KIN[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["albert", "modernbert with biases", "deberta-v2 shared"])
+def test_heads_are_turned_until_rows_are_triangular(name):
+    kin = KIN[name]
+    checks.check_turned(lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts)
+
+
+def test_turned_heads_are_stored_without_their_zeros(tmp_path):
+    kin = KIN["modernbert with biases"]
+    checks.check_turned_files(
+        lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts, tmp_path
+    )
 
 
 def test_a_layer_that_albert_runs_again_and_again_counts_once():
@@ -133,3 +148,11 @@ def test_a_calibration_that_runs_blocks_one_by_one_refuses_albert(tmp_path):
     report = gk.inspect(tmp_path, text=["abc", "de"])
     assert report["token_cosine"] is not None
     assert [row["token_cosine"] for row in report["layers"]] == [None]
+
+
+def test_heads_of_mpnet_share_one_table_of_positions():
+    """Their orders are those of one layer: the bias of a column is a head's in all of them."""
+    report = gk.inspect({"model_type": "mpnet", **TEXT})
+    assert report["permutation_bits"] == pytest.approx(math.log2(6), rel=1e-12)
+    report = gk.inspect({"model_type": "bert", **TEXT})
+    assert report["permutation_bits"] == pytest.approx(2 * math.log2(6), rel=1e-12)

@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 import gaugekit as gk  # noqa: E402
 import gaugekit.integrations.transformers  # noqa: E402
+import kin as checks  # noqa: E402
 from decoder_rows import DECODERS, NORMED, OWN_ATTENTION  # noqa: E402
 from gaugekit.hf import loading  # noqa: E402
 from gaugekit.models import FAMILIES, Live, unused_positions  # noqa: E402
@@ -188,6 +189,18 @@ def test_through_every_verb(name, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     again = type(model).from_pretrained(tmp_path / "again").eval()
     assert torch.equal(again(**inputs)[0], loaded(**inputs)[0])
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen3", "gpt_neox", "smollm3", "gpt_bigcode", "falcon of few keys"])
+def test_heads_are_turned_until_rows_are_triangular(name):
+    counts = expected(name, Live(made(name)[0]).attention(0).groups)
+    checks.check_turned(lambda dtype: made(name, dtype), counts, SINGLE.get(name, 1e-12))
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt_neox", "smollm3"])
+def test_turned_heads_are_stored_without_their_zeros(name, tmp_path):
+    counts = expected(name, Live(made(name)[0]).attention(0).groups)
+    checks.check_turned_files(lambda dtype: made(name, dtype), counts, tmp_path)
 
 
 @VERBS

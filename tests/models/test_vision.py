@@ -50,6 +50,12 @@ def test_through_every_verb(name, tmp_path):
     checks.check_verbs(KIN[name], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+def test_heads_are_turned_until_rows_are_triangular(name):
+    kin = KIN[name]
+    checks.check_turned(lambda dtype: (model := kin.model(dtype), checks.inputs_of(model)), kin.counts)
+
+
 def test_a_text_tower_is_causal_in_clip_alone():
     for name, causal in (("clip", True), ("siglip", False)):
         live = Live(KIN[name].model())

@@ -8,9 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaugekit.nn import Concat, GaugeProjection
+from gaugekit.nn.shortcuts import TriangularShortcut
 from gaugekit.ops.gauge_linear import choice
 from gaugekit.ops.gauge_linear.layout import free_rows
 from helpers import assert_accurate
@@ -159,7 +162,7 @@ def test_a_dense_weight_is_made_once_in_evaluation_mode(monkeypatch):
     with torch.no_grad():
         module(x)
         module(x)
-    assert len(calls) == 4 and module._held is None
+    assert len(calls) == 4 and module._kept is None
 
 
 def test_copies_and_files_hold_only_what_is_its_own(way):
@@ -174,7 +177,7 @@ def test_copies_and_files_hold_only_what_is_its_own(way):
         loaded.load_state_dict(torch.load(file))
         assert set(module.state_dict()) == {"free", "rows"}
         for other in (*copies, loaded.eval()):
-            assert other._held is None and torch.equal(other(x), expected)
+            assert other._kept is None and torch.equal(other(x), expected)
             other.free.zero_()
             assert not torch.equal(other(x), expected) and torch.equal(module(x), expected)
 
@@ -232,20 +235,144 @@ def test_derivatives_by_forward_mode_and_vmap(way):
         torch.testing.assert_close(found, expected)
 
 
-def test_concat_writes_the_columns_of_its_parts(way):
-    """What the parts give side by side: without gradients, with them, under hooks, for one row and for none."""
+class Marked(torch.nn.Linear):
+    """A part that computes what it likes."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Doubled(torch.Tensor):
+    """A weight whose product is its own affair."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs)
+        return 2 * y if function is linear else y
+
+
+class Operators(TorchDispatchMode):
+    """The names of ours that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "gaugekit":
+            self.names.append(function._schema.name.removeprefix("gaugekit::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_kernel_is_taken_where_it_is_to_be(way, bias):
+    module, x = projection(bias=bias), torch.randn(5, 48)
+
+    def operators(x):
+        with Operators() as seen:
+            module(x)
+        return seen.names
+
+    expected = ["gauge_linear_forward"] if way == "kernel" else []
+    for _ in range(2):
+        assert operators(x) == []  # gradients flow
+        with torch.no_grad():
+            assert operators(x) == operators(x[0]) == expected
+            with torch.autocast("cpu", torch.bfloat16):
+                assert operators(x) == []
+            with Operators() as seen:
+                torch.func.vmap(module)(x)
+                torch.func.jvp(module, (x,), (x,))
+            assert seen.names == []
+        module.eval()
+    module.requires_grad_(False)
+    assert operators(x) == expected
+    assert operators(x.clone().requires_grad_()) == []
+
+
+def test_compiled_without_gradients_the_kernel_is_in_the_graph(way):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    module, x = projection().eval().requires_grad_(False), torch.randn(5, 48)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend=backend)(x), module(x))
+    torch.compile(torch.func.vmap(module), fullgraph=True, backend=backend)(x)
+    kernel = torch.ops.gaugekit.gauge_linear_forward.default
+    taken = [any(node.target is kernel for node in graph.graph.nodes) for graph in graphs]
+    assert taken == [way == "kernel", False]
+
+
+def shortcut():
+    module = TriangularShortcut(48)
+    torch.nn.init.normal_(module.packed)
+    return module
+
+
+@pytest.mark.parametrize("build", [projection, shortcut])
+def test_what_is_kept_is_good_for_a_later_backward(build, monkeypatch):
+    monkeypatch.setattr(choice, "plan", lambda *_: ("dense", ""))
+    module = build().eval().requires_grad_(False)
+    x, rest = torch.randn(4, 48), () if build is projection else (torch.randn(4, 48),)
+    with torch.inference_mode():
+        expected = module(*rest, x)
+        assert torch.equal(module(*rest, x), expected)
+    assert module._kept is not None
+    leaf = x.clone().requires_grad_()
+    y = module(*rest, leaf)
+    assert torch.equal(y, expected)
+    (gradient,) = torch.autograd.grad(y.sum(), leaf)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda x: module(*rest, x).sum())(x))
+
+
+@pytest.mark.parametrize("build", [projection, shortcut])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_trace_leaves_nothing_behind(build, before, monkeypatch):
+    monkeypatch.setattr(choice, "plan", lambda *_: ("dense", ""))
+    module = build().eval().requires_grad_(False)
+    given = [torch.randn(4, 48) for _ in range(1 if build is projection else 2)]
+    expected = copy.deepcopy(module)(*given)
+    if before:
+        module(*given)
+    for mode in ("fake", "real"):
+        graph = make_fx(module, tracing_mode=mode, _allow_non_fake_inputs=True)(*given)
+        assert torch.equal(module(*given), expected)
+        torch.testing.assert_close(graph(*given), expected)
+    assert type(module._kept.tensor) is torch.Tensor
+
+
+def test_concat_is_what_its_parts_give_side_by_side(way):
+    """With gradients and without, under hooks, for one row and for none, for parts and weights of other classes."""
     parts = [torch.nn.Linear(48, 10), projection(), torch.nn.Linear(48, 5, bias=False), projection(bias=True)]
+    doubled = torch.nn.Linear(48, 4)
+    doubled.weight = torch.nn.Parameter(doubled.weight.detach().as_subclass(Doubled))
+    parts += [Marked(48, 3), doubled]
     module, x = Concat(parts).eval(), torch.randn(2, 6, 48)
-    expected = torch.cat([part(x) for part in parts], -1)
-    assert module(x).requires_grad and torch.equal(module(x), expected)
+    assert module(x).requires_grad and torch.equal(module(x), torch.cat([part(x) for part in parts], -1))
     seen = []
     with torch.no_grad():
-        torch.testing.assert_close(module(x), expected.detach())
-        torch.testing.assert_close(module(x[0, 0]), expected[0, 0].detach())
-        assert module(x[:, :0]).shape == (2, 0, 111)
+        expected = torch.cat([part(x) for part in parts], -1)
+        once = linear(x, doubled.weight.as_subclass(torch.Tensor), doubled.bias)
+        assert torch.equal(expected[..., -4:], 2 * once)
+        assert torch.equal(module(x), expected)
+        torch.testing.assert_close(module(x[0, 0]), expected[0, 0])
+        assert module(x[:, :0]).shape == (2, 0, 118)
         with torch.autocast("cpu", torch.bfloat16):
             assert module(x).dtype == torch.bfloat16
-        torch.testing.assert_close(torch.func.vmap(module)(x), expected.detach())
+        torch.testing.assert_close(torch.func.vmap(Concat(parts[:5]))(x), expected[..., :-4])
         parts[1].register_forward_hook(lambda *_: seen.append(1))
-        torch.testing.assert_close(module(x), expected.detach())
-        assert seen == [1]
+        everywhere = torch.nn.modules.module.register_module_forward_hook(lambda part, *_: seen.append(part))
+        try:
+            assert torch.equal(module(x), expected)
+        finally:
+            everywhere.remove()
+        assert [part for part in seen if part != 1] == [*parts, module] and seen.count(1) == 1
+
+
+def test_concat_on_the_meta_device(way):
+    module, x = Concat([torch.nn.Linear(48, 10), projection()]).eval(), torch.randn(2, 48)
+    with torch.no_grad():
+        y = module.to("meta")(x.to("meta"))
+    assert y.is_meta and y.shape == (2, 58)

@@ -6,6 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 
 import gaugekit as gk
+from gaugekit import _library
+from gaugekit.ops.gauge_linear import cuda, operator
 from gaugekit.ops.gauge_linear.layout import dense, free_of, free_rows
 from gaugekit.reference.gauge_linear import gauge_linear as reference
 from helpers import assert_accurate
@@ -171,9 +173,108 @@ def test_compile(public):
     compiled = torch.compile(lambda *x: run(*x), fullgraph=True, backend=counter)
     out = compiled(*given)
     assert counter.frame_count == 1
+    assert any(str(node.target).startswith("gaugekit.gauge_linear") for node in counter.graphs[0].graph.nodes)
     torch.testing.assert_close(out, run(*given))
     out.sum().backward()
     assert given[1].grad.abs().sum() > 0
+
+
+def of_floats(function, given):
+    """``function`` of those operands that are there and not integers, in their order; and these."""
+    places = [i for i, x in enumerate(given) if x is not None and x.is_floating_point()]
+
+    def call(*floats):
+        return function(*(floats[places.index(i)] if i in places else x for i, x in enumerate(given)))
+
+    return call, tuple(given[i] for i in places)
+
+
+@pytest.mark.parametrize("options", ["", "bwc"])
+def test_derivatives_by_forward_mode(options):
+    given = operands(batch=(2, 5), options=options)
+    (ours, floats), (torchs, _) = (of_floats(run, given) for run in (gk.gauge_linear, plain))
+    tangents = tuple(map(torch.randn_like, floats))
+    expected = torch.func.jvp(torchs, floats, tangents)
+    assert expected[1].abs().min() > 0
+    compiled = torch.compile(
+        lambda *x: torch.func.jvp(ours, *x), fullgraph=True, backend=CompileCounterWithBackend("aot_eager")
+    )
+    torch.testing.assert_close(torch.func.jvp(ours, floats, tangents), expected)
+    torch.testing.assert_close(compiled(floats, tangents), expected)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(floats, tangents, strict=True)]
+        torch.testing.assert_close(tuple(torch.autograd.forward_ad.unpack_dual(ours(*duals))), expected)
+
+
+def test_transformations_of_functions():
+    """vmap over every operand, the rows too; func.grad, and one inside the other; what autocast asks is not heard."""
+    given = operands(batch=(5,))
+    many = tuple(torch.stack([x, -x.flip(-1) if x.is_floating_point() else x.flip(0)]) for x in given)
+    expected = torch.stack([plain(*(x[i] for x in many)) for i in range(2)])
+    torch.testing.assert_close(torch.func.vmap(gk.gauge_linear)(*many), expected)
+    alone = torch.func.vmap(gk.gauge_linear, in_dims=(1, None, None), out_dims=1)
+    rows_alone = [plain(x, *given[1:3], None, None, None) for x in many[0].unbind(1)]
+    torch.testing.assert_close(alone(many[0], *given[1:3]), torch.stack(rows_alone, 1))
+    (ours, floats), (torchs, _) = (of_floats(run, given) for run in (gk.gauge_linear, plain))
+    places = tuple(range(len(floats)))
+    losses = [lambda *x, run=run: run(*x).pow(3).sum() for run in (ours, torchs)]
+    torch.testing.assert_close(*(torch.func.grad(loss, places)(*floats) for loss in losses))
+    rows = [
+        torch.func.vmap(torch.func.grad(loss, 1), (0, None, None, None, None))(*floats) for loss in losses
+    ]
+    torch.testing.assert_close(*rows)
+    torch.testing.assert_close(*(torch.func.hessian(loss, 1)(*floats) for loss in losses))
+    narrow = [None if x is None else x.float() if x.is_floating_point() else x for x in given]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.vmap(gk.gauge_linear, (0, None, None, None))(*narrow[:4])
+    assert_accurate(found, reference(*wide(narrow[:4])), plain(*narrow[:4], None, None))
+
+
+def public(*given):
+    return gk.gauge_linear(*given)
+
+
+def learning(x, *rest):
+    return gk.gauge_linear(x.clone().requires_grad_(), *rest)
+
+
+def mapped(x, *rest):
+    return torch.func.vmap(lambda row: gk.gauge_linear(row, *rest))(x)
+
+
+def mapped_rows(x, free, rows):
+    return torch.func.vmap(gk.gauge_linear, (None, None, 0))(x, free, torch.stack([rows, rows]))
+
+
+def tangents(x, *rest):
+    return torch.func.jvp(lambda x: gk.gauge_linear(x, *rest), (x,), (x,))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("run", [public, learning, mapped, mapped_rows, tangents])
+def test_rows_that_do_not_fit(run, binary, monkeypatch):
+    """Whoever computes it refuses them, with the same words; where there is nothing to compute, too."""
+    x, free, rows, *_ = operands(options="")
+    if not binary:
+        monkeypatch.setattr("gaugekit._library.implementation", lambda *_: False)
+    for bad in (rows + 12, rows - 12, rows * 0):
+        with pytest.raises(ValueError, match="^rows: expected different inputs for each head, 0 to 11$"):
+            run(x, free, bad)
+    with pytest.raises(ValueError, match="^rows: expected different inputs for each head, 0 to 11$"):
+        gk.gauge_linear(x[:0], free, rows * 0)
+    run(x, free, rows)
+
+
+def test_rows_are_looked_at_once(monkeypatch):
+    """By the C++ operator where there is one, at a fraction of what the same in Python costs."""
+    calls = []
+    monkeypatch.setattr(operator, "_check_values", lambda *_: calls.append(1))
+    x, free, rows, *_ = operands(options="")
+    gk.gauge_linear(x, free, rows)
+    there = _library.implementation("gauge_linear")
+    assert len(calls) == (0 if there else 1)
+    mapped(x, free, rows)
+    assert len(calls) == (1 if there else 2)
 
 
 def test_bad_input():
@@ -210,27 +311,23 @@ def test_a_direct_call_reads_nothing_outside():
 
 @pytest.mark.parametrize("batch", [(5,), (2, 3), (1, 4), (), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_in_place(batch, bias):
-    """Into columns of a wider tensor: the functional operator's bits there, and nothing beside them."""
-    op = torch.ops.gaugekit.gauge_linear_.default
+def test_the_operator_without_gradients(batch, bias):
+    """It gives the bits of the one that has them."""
     x, free, rows, shift, *_ = operands(batch=batch, dtype=torch.float32, options="b" if bias else "")
-    whole = torch.full((*batch, 20), 7.0)
-    op(whole[..., 3:15], x, free, rows, shift)
-    assert torch.equal(whole[..., 3:15], gk.gauge_linear(x, free, rows, shift))
-    assert (whole[..., :3] == 7).all() and (whole[..., 15:] == 7).all()
-    torch.library.opcheck(op, (torch.zeros(*batch, 12), x, free, rows, shift))
     forward = torch.ops.gaugekit.gauge_linear_forward.default
-    assert torch.equal(forward(x, free, rows, shift, None, None), whole[..., 3:15])
+    expected = torch.ops.gaugekit.gauge_linear(x, free, rows, shift, None, None)
+    assert torch.equal(forward(x, free, rows, shift, None, None), expected)
     torch.library.opcheck(forward, (x, free, rows, shift, None, None))
 
 
-def test_in_place_refuses_what_does_not_fit():
-    x, free, rows, *_ = operands(batch=(2, 3), dtype=torch.float32, options="")
-    for out in (
-        torch.zeros(2, 3, 11),
-        torch.zeros(3, 3, 12),
-        torch.zeros(6, 12),
-        torch.zeros(2, 3, 12).double(),
-    ):
-        with pytest.raises(RuntimeError):
-            torch.ops.gaugekit.gauge_linear_(out, x, free, rows, None)
+@pytest.mark.parametrize("options", ["", "bwc"])
+def test_autocast_changes_nothing_where_the_triton_kernels_do_not_fit(options):
+    """Heads too wide for them: what is registered for GPUs computes as the C++ operator does, in the dtypes given."""
+    given = operands((300, 2, 200), (5,), torch.float32, options)
+    assert not cuda.fits(*given[:2])
+    grad = torch.randn(5, 400)
+    runs = (lambda: cuda.forward(*given), lambda: cuda.backward(grad, *given[:3], True, True))
+    expected = [run() for run in runs]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [run() for run in runs]
+    assert torch.equal(found[0], expected[0]) and all(map(torch.equal, found[1], expected[1]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gaugekit.nn.shortcuts import pack_triangle, unpack_triangle
+from gaugekit.nn.triangle import pack_triangle, unpack_triangle
 from gaugekit.slicing import gauges
 
 SIZES = [(12, 9), (12, 8), (12, 6), (12, 4), (12, 12), (5, 1)]

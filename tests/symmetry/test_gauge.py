@@ -80,7 +80,7 @@ def test_fix_keeps_gradients_flowing_and_parameters_the_same_objects():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="balanced, max_volume, shared_partition; got 'first'"):
+    with pytest.raises(ValueError, match="balanced, max_volume, shared_partition, triangular; got 'first'"):
         symmetry.fix(bert(), rows="first")
     with pytest.raises(ValueError, match="transformers model"):
         symmetry.fix(torch.nn.Linear(2, 2))

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from gaugekit.symmetry import balanced, coordinates, max_volume, shared_partition
 from gaugekit.symmetry.rows import CHOICES, choose
 
+BLOCKS = [how for how in CHOICES if how != "triangular"]  # of an identity
+
 
 def heads(count, inputs, width, condition=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +116,7 @@ def test_one_head_as_wide_as_the_model():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", CHOICES)
+@pytest.mark.parametrize("how", BLOCKS)
 def test_what_was_fixed_so_before_keeps_its_rows(how, dtype):
     weight = heads(3, 24, 8)
     partner = heads(3, 24, 1, seed=1)[..., 0].square()
@@ -128,7 +130,7 @@ def test_what_was_fixed_so_before_keeps_its_rows(how, dtype):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="balanced, max_volume, shared_partition; got 'first'"):
+    with pytest.raises(ValueError, match="balanced, max_volume, shared_partition, triangular; got 'first'"):
         choose(heads(1, 4, 2), "first", torch.ones(1, 4))
     with pytest.raises(ValueError, match="heads·width = inputs, got 2·3 and 12"):
         shared_partition(heads(2, 12, 3))

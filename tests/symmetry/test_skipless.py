@@ -172,6 +172,83 @@ def test_what_cannot_be_absorbed_says_why():
         JointBasis().act(build("skipless"), torch.zeros(2, 4, 4))
 
 
+def states(*models):
+    return [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+
+
+def same(before, *models):
+    pairs = zip(before, states(*models), strict=True)
+    return all(torch.equal(tensor, now[name]) for state, now in pairs for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("kind", ["skipless", "sas_p"])
+@pytest.mark.parametrize("damage", ["zero row", "equal rows", "infinity"])
+def test_what_cannot_be_fixed_stays_as_it_is(kind, damage):
+    """Nothing is written before the last layer is known to be invertible."""
+    group, model, sound = JointBasis(), build(kind), build(kind)
+    weight = model.model.layers[2].attention.value.weight
+    with torch.no_grad():
+        weight[0] = weight[1] if damage == "equal rows" else 0.0
+        weight[0, 0] = float("inf") if damage == "infinity" else weight[0, 0]
+    before = states(model, sound)
+    message = "expected an invertible value matrix in layer 2, got a singular one"
+    if damage == "infinity":
+        message = "expected finite numbers in the value matrix in layer 2, got NaN or infinity"
+    for call in (lambda: group.fix(model), lambda: group.contains(model, sound), lambda: absorb(model)):
+        with pytest.raises(ValueError, match=f"matrix: {message}"):
+            call()
+        assert same(before, model, sound)
+    assert group.contains(sound, model) is False and same(before, model, sound)
+    singular = torch.eye(8, dtype=torch.float64).repeat(2, 1, 1)
+    singular[1, 0] = singular[1, 1]
+    with pytest.raises(
+        ValueError,
+        match="element of joint_basis: expected an invertible matrix before layer 2, got a singular one",
+    ):
+        group.act(sound, singular)
+    assert same(before, model, sound)
+
+
+def test_what_has_no_such_matrix_is_refused_by_all_of_the_group():
+    group, model = JointBasis(), build("skipless")
+    small, before = absorb(model), states(model)[0]
+    with pytest.raises(ValueError, match="model: expected a value matrix in every layer, got none in some"):
+        group.fix(small)
+    with pytest.raises(
+        ValueError, match="joint_basis: expected matrices for queries, keys and values, got none for"
+    ):
+        group.fix(small, "query")
+    with pytest.raises(ValueError, match="it is no skipless model of gaugekit's"):
+        group.fix(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="matrix: expected one of value, query, key, output; got 'foo'"):
+        group.fix(model, "foo")
+    with pytest.raises(ValueError, match="matrix: expected one of value, query, key; got 'output'"):
+        group.fix(model, "output")
+    with pytest.raises(ValueError, match=r"expected a square key matrix, got \(8, 4\) in layer 1"):
+        group.fix(build("skipless, shared keys"), "key")
+    assert group.contains(model, small) is False and group.contains(model, torch.nn.Linear(2, 2)) is False
+    with pytest.raises(ValueError, match="model: expected a value matrix in every layer, got none in some"):
+        group.contains(small, model)
+    assert same([before], model)
+    single = build("skipless", n_layer=1)
+    group.fix(single)
+    assert same(states(build("skipless", n_layer=1)), single)
+
+
+@pytest.mark.gpu
+def test_a_result_stays_on_the_device():
+    model = build("sas_p").cuda()
+    result = absorb(model)
+    assert {parameter.device for parameter in result.parameters()} == {next(model.parameters()).device}
+    with torch.no_grad():
+        expected = model(input_ids=IDS.cuda())[0]
+        assert (result(input_ids=IDS.cuda())[0] - expected).norm() <= 1e-12 * expected.norm()
+        group, moved = JointBasis(), build("sas_p").cuda()
+        group.act(moved, group.random(moved))
+        assert (moved(input_ids=IDS.cuda())[0] - expected).norm() <= 1e-12 * expected.norm()
+    assert group.contains(model, moved)
+
+
 def test_configs_of_the_matrices():
     with pytest.raises(ValueError, match="query: expected True unless 4 · 6 is width = 8, got False"):
         SASConfig(**SIZES, queries=False, key_width=6)

@@ -63,17 +63,28 @@ MODELS = {
         {"value_output": 8, "value_bias": 4, "rotary_pairs": 4, "norm_gains": 8, "norm_biases": 8,
          "stream_means": 23 + 5 + 4 + 12 + 3 + 23, "stream_offsets": 3, "stream_rotation": 3},
     ),
+    # a classifier's head takes up the last norm, and leaves the table of tokens alone, whatever the config ties
+    "llama, classifier": (
+        "Llama", {**LLAMA, "tie_word_embeddings": True, "pad_token_id": 0, "num_labels": 4},
+        {"value_output": 4, "rotary_pairs": 2, "norm_gains": 12, "stream_rotation": 6, "neuron_scales": 3},
+    ),
+    "gpt2, tagger": (
+        "GPT2", {**GPT2, "num_labels": 4},
+        {**ATTENTION, "norm_gains": 12, "norm_biases": 12, "stream_means": 30 + 11 + 4, "stream_offsets": 3,
+         "stream_rotation": 3},
+    ),
 }  # fmt: skip
 # What is there beside the groups: an untied head without a bias lets its last norm's bias stand in the direction that
 # LayerNorms do not see (4); rows of OPT's positions that no token has (2 rows, less their means).
 BESIDE = {"gpt2, untied": 4, "opt": 2 * 3}
+KINDS = {"llama, classifier": "LlamaForSequenceClassification", "gpt2, tagger": "GPT2ForTokenClassification"}
 ACTING = [(m, g) for m, (_, _, groups) in MODELS.items() for g in groups if g in STREAM_SYMMETRIES]
 
 
 def build(name, seed=0):
     family, sizes, _ = MODELS[name]
     torch.manual_seed(seed)
-    kind = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    kind = KINDS.get(name) or {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
     model = getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**sizes))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -109,7 +120,7 @@ def test_no_freedom_of_the_model_is_missing(name, monkeypatch):
     model.set_attn_implementation("eager")
     parameters = {path: parameter.detach() for path, parameter in model.named_parameters()}
     sizes = [parameter.numel() for parameter in parameters.values()]
-    ids = sequences(model, rows=2 * sum(sizes) // 66 + 8)
+    ids = sequences(model, rows=2 * sum(sizes) // logits(model)[0].numel() + 8)
 
     def outputs(flat):
         pieces = zip(parameters, flat.split(sizes), parameters.values(), strict=True)
@@ -145,6 +156,69 @@ def test_a_random_element_leaves_the_logits_unchanged_and_one_outside_does_not(n
     put_stream(model, outside)
     assert (logits(model) - before).norm() > 1e-3 * before.norm()
     assert not symmetry.contains(view, outside)
+
+
+@pytest.mark.parametrize("name, group", [(m, g) for m, g in ACTING if m in ("gpt2, untied", "opt", "phi")])
+def test_a_bias_of_what_reads_the_stream_is_no_freedom_by_itself(name, group):
+    """Of the way into the MLP, and of phi's head; without another change, and beside one of the group's."""
+    symmetry, model = STREAM_SYMMETRIES[group], build(name)
+    before, view = logits(model), stream_of(model)
+    moved = symmetry.act(view, symmetry.random(view, torch.Generator().manual_seed(2)))
+    for bias in [f"{view.junctions[-1].mlp.up}.bias"] + ["lm_head.bias"] * (name == "phi"):
+        for start in (view, moved):
+            outside = view.with_tensors({**start.tensors, bias: start.tensors[bias] + 1})
+            put_stream(model, outside)
+            assert (logits(model) - before).norm() > 1e-3 * before.norm()
+            assert not symmetry.contains(view, outside) and not symmetry.contains(outside, view)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2, untied", "phi", "llama, tied"])
+def test_channels_that_a_gain_of_zero_hides_turn_among_each_other(name):
+    """Of one norm two channels are hidden, so that each pair turns by itself: O(2), or ±1 where norms take the mean."""
+    rotation, model = STREAM_SYMMETRIES["stream_rotation"], build(name)
+    view = stream_of(model)
+    gain = torch.tensor([0.0, 1.3, 0.0, 0.8], dtype=torch.float64)
+    last = {"norm.weight": torch.tensor([1.0, 0.5, 1.0, 0.5]).double()} if name == "llama, tied" else {}
+    view = view.with_tensors({f"{view.junctions[-1].norm}.weight": gain} | last)
+    put_stream(model, view)
+    before = logits(model)
+    assert rotation.dimension(view) == (0 if view.stream.centred else 2)
+    if view.stream.centred:
+        turn = torch.eye(4, dtype=torch.float64)
+        turn[1], turn[3] = turn[3].clone(), turn[1].clone()
+        with pytest.raises(ValueError, match="this model has no such freedom .no two channels may be turned"):
+            rotation.act(view, turn)
+        return
+    moved, fixed = (
+        rotation.act(view, rotation.random(view, torch.Generator().manual_seed(2))),
+        rotation.fix(view),
+    )
+    for other in (moved, fixed):
+        put_stream(model, other)
+        assert (logits(model) - before).norm() <= 1e-12 * before.norm()
+        assert rotation.contains(view, other)
+    for path, tensor in rotation.fix(moved).tensors.items():
+        torch.testing.assert_close(tensor, fixed.tensors[path], rtol=1e-9, atol=1e-9)
+    mixed = torch.eye(4, dtype=torch.float64)
+    mixed[:2, :2] = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected zeros between .*channels that a norm's gain of 0 hides"):
+        rotation.act(view, mixed)
+
+
+def test_hidden_channels_of_layer_norms_keep_their_mean():
+    """Three channels seen, of which the mean stays; the hidden one's bias and its readers' weights stay in force."""
+    rotation, model = STREAM_SYMMETRIES["stream_rotation"], build("gpt2, untied")
+    view = stream_of(model)
+    gain = torch.tensor([0.7, 1.3, 0.0, 0.8], dtype=torch.float64)
+    view = view.with_tensors({"h.0.ln_1.weight": gain})
+    put_stream(model, view)
+    before = logits(model)
+    assert rotation.dimension(view) == 1
+    moved = rotation.act(view, rotation.random(view, torch.Generator().manual_seed(2)))
+    put_stream(model, moved)
+    assert not torch.equal(moved.tensors["wte.weight"], view.tensors["wte.weight"])
+    assert (logits(model) - before).norm() <= 1e-12 * before.norm()
+    assert rotation.contains(view, moved) and rotation.contains(view, rotation.fix(moved))
 
 
 @pytest.mark.parametrize("name, group", ACTING)
@@ -235,3 +309,13 @@ def test_a_model_whose_stream_is_its_output_keeps_its_basis():
 def test_norms_on_the_stream_itself_have_no_view():
     with pytest.raises(ValueError, match="residual stream of 'bert' models has no view"):
         stream_of(transformers.BertModel(transformers.BertConfig(hidden_size=8, num_attention_heads=2)))
+
+
+def test_a_stream_that_lacks_a_weight_has_no_view():
+    model = build("gpt2, tagger")
+    assert stream_of(model).stream.head == "classifier"
+    del model.transformer.h[0].ln_2.weight
+    with pytest.raises(
+        ValueError, match="its stream needs a tensor named 'transformer.h.0.ln_2.weight', and there"
+    ):
+        stream_of(model)

@@ -70,3 +70,58 @@ def test_strides():
     kernels.gauge_linear(first, x, free, rows, bias)
     kernels.gauge_linear(second, apart[0], free, rows, apart[1])
     assert torch.equal(first, second)
+
+
+def inside_nans(x):
+    """The numbers of ``x`` [rows, columns], with NaN before and behind every row and around them all."""
+    wide = x.new_full((len(x) + 4, x.shape[1] + 80), float("nan"), device=DEVICE)
+    inner = wide[2:-2, 40:-40]
+    return inner.copy_(x)
+
+
+def between_nans(x):
+    """The numbers of ``x``, dense, with NaN before and behind them."""
+    pad = 64 * x.shape[-1]
+    return x.new_full((x.numel() + 2 * pad,), float("nan"), device=DEVICE)[pad:-pad].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("wrong", [-1, -9, 20, 29, 2**31 - 1, -(2**31), "first", "last"])
+def test_damaged_rows_read_nothing_outside(wrong):
+    """Rows out of range act as the nearest that is in it, repeated ones give some numbers; no neighbour is read."""
+    x, free, rows, _ = operands(SIZES["small"], torch.float32)
+    if isinstance(wrong, str):
+        rows.fill_(0 if wrong == "first" else 19)
+    else:
+        rows[:, 1] = wrong
+    grad = torch.randn(5, 6)
+    results = []
+    for given in (rows, rows.clamp(0, 19)):
+        out, dx, dfree = (torch.empty(*shape, device=DEVICE) for shape in ((5, 6), (5, 20), (2, 17, 3)))
+        kernels.gauge_linear(out, inside_nans(x), between_nans(free), given.to(DEVICE), None)
+        kernels.gauge_linear_backward_x(dx, inside_nans(grad), between_nans(free), given.to(DEVICE))
+        kernels.gauge_linear_backward_free(dfree, inside_nans(grad), inside_nans(x), given.to(DEVICE))
+        results.append((out, dx, dfree))
+    for damaged, clamped in zip(*results, strict=True):
+        assert damaged.isfinite().all() and torch.equal(damaged, clamped)
+
+
+def test_addresses_beyond_32_bits(tmp_path):
+    """Columns whose distance times their number is past 2³¹ elements, in a sparse file on the CPU."""
+    apart, columns = 2**27, 20
+    size = apart * (columns - 1) + 2**16
+    if DEVICE == "cuda":
+        far = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    else:
+        path = tmp_path / "sparse"
+        with open(path, "wb") as file:
+            file.truncate(2 * size)
+        far = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
+    x, free, rows, _ = here(*operands((2, columns, 2, 10), torch.float16))
+    outputs = []
+    for given in (x, far.as_strided((2, columns), (1, apart)).copy_(x)):
+        out, dx, dfree = torch.empty_like(x), torch.empty_like(x), torch.empty_like(free)
+        kernels.gauge_linear(out, given, free, rows, None)
+        kernels.gauge_linear_backward_x(dx, given, free, rows)
+        kernels.gauge_linear_backward_free(dfree, given, given, rows)
+        outputs.append((out, dx, dfree))
+    assert all(map(torch.equal, *outputs))

@@ -13,11 +13,14 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 import gaugekit as gk  # noqa: E402
+import gaugekit.integrations.transformers  # noqa: E402
 import tiny  # noqa: E402
 from gaugekit.checkpoint.reader import Checkpoint  # noqa: E402
 from gaugekit.checkpoint.writer import CERTIFICATE, Writer  # noqa: E402
 from gaugekit.files.durable import sha256  # noqa: E402
 from gaugekit.files.staging import MANIFEST  # noqa: E402
+from gaugekit.nn.triangle import unpack_triangle  # noqa: E402
+from gaugekit.ops.gauge_linear.layout import free_rows  # noqa: E402
 from gaugekit.symmetry import GaugeFix  # noqa: E402
 from gaugekit.verbs.convert import convert  # noqa: E402
 from warm import python  # noqa: E402
@@ -120,6 +123,62 @@ def test_dense_is_the_plain_layout(tmp_path):
     )
     a, b = a(tokens).last_hidden_state, b(tokens).last_hidden_state
     assert (a - b).norm() < 1e-5 * a.norm()  # weights were rounded once more to float32
+
+
+def test_turned_heads_are_written_without_their_zeros(tmp_path):
+    source = bert(tmp_path / "m")
+    report = convert(source, tmp_path / "out", [GaugeFix(rows="triangular")])
+    removed = {"value_output": 252, "query_key": 252, "key_bias": 72, "value_bias": 72, "total": 648}
+    assert report["steps"] == [
+        {"rewrite": "gauge", "claim": "exact", "rows": "triangular", "removed": removed}
+    ]
+    assert report["parameters_before"] - report["parameters_after"] == 648
+    out = Checkpoint(tmp_path / "out")
+    key = "encoder.layer.1.attention.self.key"
+    assert [out.shape(f"{key}.{name}") for name in ("free", "rows", "triangle")] == [
+        (3, 16, 8),
+        (3, 8),
+        (3, 36),
+    ]
+    assert f"{key}.bias" not in out.names() and f"{key}.weight" not in out.names()
+    spec = out.config["quantization_config"]["modules"][key]
+    arguments = {"heads": 3, "inputs": 24, "width": 8, "bias": False}
+    assert spec == {"form": "triangular_projection", "arguments": arguments}
+    convert(source, tmp_path / "dense", [GaugeFix(rows="triangular")], dense=True)
+    dense = Checkpoint(tmp_path / "dense")
+    assert dense.names() == Checkpoint(source).names() and dense.config == Checkpoint(source).config
+    heads, rows = dense.read(f"{key}.weight").unflatten(0, (3, 8)).mT, out.read(f"{key}.rows")
+
+    def taken(index):
+        return heads.gather(1, index.long()[..., None].expand(-1, -1, 8))
+
+    assert torch.equal(taken(free_rows(rows, 24)), out.read(f"{key}.free"))
+    assert torch.equal(taken(rows), unpack_triangle(out.read(f"{key}.triangle"), 8))
+    again = convert(tmp_path / "dense", tmp_path / "again", [GaugeFix(rows="triangular")], dense=True)
+    assert again["invariance_error"] == 0
+    assert all(
+        torch.equal(Checkpoint(tmp_path / "again").read(name), dense.read(name)) for name in dense.names()
+    )
+
+
+def test_what_a_truncation_left_of_the_keys_is_turned(tmp_path):
+    """R (R − 1)/2 numbers go from keys of rank R; their queries keep the channels in use alone."""
+    source = bert(tmp_path / "m")
+    truncate = gk.rank.Truncate(6)
+    fix = GaugeFix(rows="triangular", key_ranks=truncate.of(Checkpoint(source).config))
+    report = convert(source, tmp_path / "out", [truncate, fix])
+    assert report["steps"][1]["removed"]["query_key"] == 3 * 3 * 15
+    gone = sum(step["removed"]["total"] for step in report["steps"])
+    assert report["parameters_before"] - report["parameters_after"] == gone
+    out, key = Checkpoint(tmp_path / "out"), "encoder.layer.0.attention.self.key"
+    spec = out.config["quantization_config"]["modules"][key]["arguments"]
+    assert (spec["width"], spec["padded"]) == (6, 8) and out.shape(f"{key}.triangle") == (3, 21)
+    convert(source, tmp_path / "rank", [truncate], dense=True)
+    tokens = torch.randint(0, 40, (2, 9))
+    with torch.no_grad():
+        models = (transformers.BertModel.from_pretrained(tmp_path / name).eval() for name in ("rank", "out"))
+        expected, got = (model(tokens).last_hidden_state for model in models)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_dtype(tmp_path):

@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 import gaugekit.integrations.transformers  # noqa: E402, F401
 from gaugekit.checkpoint.install import RECORD  # noqa: E402
-from gaugekit.nn import Concat, GaugeProjection  # noqa: E402
+from gaugekit.nn import Concat, GaugeProjection, TriangularProjection  # noqa: E402
 from gaugekit.ops.gauge_linear import choice  # noqa: E402
 from gaugekit.verbs.fuse import fuse, unfuse  # noqa: E402
 from helpers import assert_accurate  # noqa: E402
@@ -94,6 +94,43 @@ def test_a_fused_model_saves_and_loads(make, tmp_path):
     assert_accurate(again(tokens).logits, model(tokens).logits.double(), copy.deepcopy(model)(tokens).logits)
     report = fuse(again)
     assert report["replaced"] == [] and "stored as 'gaugekit' already" in report["left"][0]["reason"]
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_turned_heads_compute_train_and_save_the_same(make, tmp_path):
+    model = make()
+    tokens = torch.randint(0, 60, (2, 11))
+    expected, state = model(tokens).logits, {name: x.clone() for name, x in model.state_dict().items()}
+    report = fuse(model, rows="triangular")
+    got = model(tokens).logits
+    assert (got - expected).norm() <= 1e-12 * expected.norm()
+    assert report["parameters_before"] - report["parameters_after"] == 2 * (2 * 3 * 28 + 2 * 24)
+    forms = [module for module in model.modules() if isinstance(module, GaugeProjection)]
+    assert len(forms) == 4 and {type(module) for module in forms} == {TriangularProjection}
+    assert {entry["product"] for entry in report["products"]} == {"dense"} and len(report["products"]) == 4
+    got.square().sum().backward()
+    assert all(
+        p.grad.isfinite().all() and p.grad.count_nonzero() for form in forms for p in form.parameters()
+    )
+    model.save_pretrained(tmp_path / "m")
+    again = type(model).from_pretrained(tmp_path / "m", dtype=torch.float64)
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+    unfuse(model)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+def test_rows_are_checked_before_anything_is_touched():
+    model = bert()
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match="shared_partition, triangular; got 'first'"):
+        fuse(model, rows="first")
+    for other in ({"gauge": False}, {"packed": True}, {"neutreno": 0.5}):
+        with pytest.raises(ValueError, match="rows: expected beside gauge, got 'triangular' without it"):
+            fuse(model, rows="triangular", **other)
+    assert dict(model.named_modules()) == modules and RECORD not in model.__dict__
+    report = fuse(model, rows="shared_partition")
+    rows = model.bert.encoder.layer[0].attention.self.key.rows
+    assert report["left"] == [] and sorted(rows.flatten().tolist()) == list(range(24))
 
 
 def test_gradients_reach_the_forms_and_frozen_stays_frozen():

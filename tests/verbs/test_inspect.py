@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from transformers import DebertaConfig, DebertaModel
+from safetensors.torch import load_file, save_file
+from transformers import DebertaConfig, DebertaModel, GPT2Config, GPT2ForSequenceClassification
 
 import gaugekit.verbs.inspect
 from gaugekit import samples
@@ -191,6 +192,55 @@ def test_what_cannot_be_inspected_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="model_type: 'deberta' is not covered: its fused projection"):
         gaugekit.inspect(deberta)
+
+
+@pytest.mark.parametrize("method", ["gaugekit", "gptq"])
+def test_stored_weights_are_not_counted_as_plain_ones(saved, method):
+    """From a folder with weights, without them, a file and a dict; but λ of NeuTRENO alone leaves weights plain."""
+    plain = json.loads((saved / "config.json").read_text())
+    stored = {"quant_method": method, "version": 1, "modules": {"h.0.attn.c_attn": {"form": "linear"}}}
+    (saved / "config.json").write_text(json.dumps({**plain, "quantization_config": stored}))
+    bare = saved / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((saved / "config.json").read_text())
+    for source in (saved, bare, bare / "config.json", {**plain, "quantization_config": stored}):
+        with pytest.raises(ValueError, match=f"model: expected plain weights, got ones stored as '{method}'"):
+            gaugekit.inspect(source)
+    for lam, told in ((0.1, True), ([0.0, 0.2], True), ([0.0, 0.0], False)):
+        fused = {"quant_method": "gaugekit", "version": 1, "modules": {}, "neutreno": lam}
+        (saved / "config.json").write_text(json.dumps({**plain, "quantization_config": fused}))
+        notes = gaugekit.inspect(saved, text=TEXT[:1]).notes
+        assert any(note.startswith("counts: of the model without NeuTRENO") for note in notes) is told
+
+
+@pytest.mark.parametrize("missing", ["wte", "ln_f", "h.0.ln_1", "h.1.mlp.c_fc"])
+def test_a_checkpoint_without_its_whole_stream_is_counted_by_its_attention(tmp_path, missing):
+    gpt2().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = f"transformer.{missing}.weight"
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors")
+    report = gaugekit.inspect(tmp_path)
+    assert report["unobservable"]["total"] == report["removable"] == 2 * (2 * 4 * 8**2 + 2 * 32)
+    (note,) = (note for note in report.notes if "not counted" in note)
+    assert note.endswith(f"since its stream needs a tensor named {name!r}, and there is none")
+
+
+def test_a_classifier_s_head_takes_up_the_last_norm(tmp_path):
+    """Live, from its directory and from the config alone, where the last norm's gains of a tied model would stay."""
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=90, n_positions=48, num_labels=3, pad_token_id=0
+    )
+    model = GPT2ForSequenceClassification(config)
+    model.save_pretrained(tmp_path)
+    reports = [gaugekit.inspect(model), gaugekit.inspect(tmp_path)]
+    (tmp_path / "model.safetensors").unlink()
+    reports.append(gaugekit.inspect(tmp_path))
+    for report in reports:
+        assert report["unobservable"]["norm_gains"] == (2 * 2 + 1) * 32
+        assert report["unobservable"]["norm_biases"] == 2 * 2 * 32  # this head has no bias
+        assert report["unobservable"]["stream_rotation"] == 31 * 30 // 2
+        assert not any("table" in note for note in report.notes)
 
 
 @minilm

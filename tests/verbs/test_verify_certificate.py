@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import gaugekit as gk
 from gaugekit.cli import main
-from gaugekit.rewrite.certificate import digests
+from gaugekit.rewrite.certificate import digests, record
 from gaugekit.symmetry import GaugeFix
-from gaugekit.verbs.verify import DRIFT, _agrees
+from gaugekit.verbs.verify import DRIFT, _agrees, _basis
 from helpers import contents
 from tiny import add_tokenizer, bert, copy_of, gpt2
 
@@ -138,19 +138,34 @@ def test_an_error_that_was_written_smaller_does_not_hold(checked):
     assert gk.check_certificate(b)["ok"] is False
 
 
+def test_a_noise_that_was_written_larger_does_not_hold(checked):
+    """It is no unit of its own: neither makes room for an error that was written smaller, nor holds by itself."""
+    _, b = checked
+    proof = json.loads((b / NAME).read_text())
+    proof["errors"]["noise"] = 1.0
+    for error in (proof["errors"]["relative_error"], 0.0):
+        proof["errors"]["relative_error"] = error
+        (b / NAME).write_text(json.dumps(proof))
+        report = gk.check_certificate(b)
+        assert report["ok"] is False and report["certified"]["noise"] == 1.0
+
+
 def test_errors_agree_within_half_the_noise():
     assert DRIFT == 0.5
     then = {"noise": 1e-6, "relative_error": 2e-6}
 
     def now(error):
-        return gk.Report("verify", {"relative_error": error})
+        return gk.Report("verify", {"noise": then["noise"], "relative_error": error})
 
     assert _agrees(then, now(2.49e-6)) and _agrees(then, now(1.51e-6))
     assert (
         not _agrees(then, now(2.51e-6)) and not _agrees(then, now(1.49e-6)) and not _agrees(then, now(None))
     )
-    exact = {"noise": 0.0, "relative_error": 1e-15}
-    assert _agrees(exact, now(9e-13)) and not _agrees(exact, now(2e-12))
+    for noise, agrees in ((1.49e-6, True), (1.51e-6, False), (0.51e-6, True), (0.49e-6, False), (1.0, False)):
+        claimed = {"noise": noise, "relative_error": 2e-6}
+        assert _agrees(claimed, now(2e-6)) is agrees
+    then = {"noise": 0.0, "relative_error": 1e-15}
+    assert _agrees(then, now(9e-13)) and not _agrees(then, now(2e-12))
 
 
 def test_the_text_of_then_is_asked_for(tmp_path):
@@ -183,6 +198,23 @@ def test_a_turned_stream_is_said(tmp_path):
     report = gk.verify(a, b, dtype="float64")
     assert report["hidden_states"] == "turned" and report["relative_error"] < 1e-6  # b is stored in float32
     assert gk.verify(a, copy_of(a))["hidden_states"] == "same"
+
+
+def test_a_wrong_result_is_not_said_to_be_turned():
+    torch.manual_seed(0)
+    a = gpt2()
+    b = copy_of(a)
+    with torch.no_grad():
+        b.transformer.h[0].mlp.c_proj.weight.normal_()
+        b.transformer.h[1].attn.c_proj.weight.normal_()
+    report = gk.verify(a, b, dtype="float64")
+    assert report["relative_error"] > 0.1 and report["hidden_states"] == "other"
+    assert [_basis([0.01, error], output) for error, output in ((0.099, 0.5), (0.1, 0.099), (0.1, 0.1))] == [
+        "same",
+        "turned",
+        "other",
+    ]
+    assert _basis([], 0.0) is _basis([None], 0.0) is _basis([0.2], None) is None
 
 
 def test_what_convert_certified_is_checked_by_its_files(pair, tmp_path):
@@ -226,8 +258,10 @@ def test_where_no_certificate_can_be_written(pair, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"gaugekit_verification": 2}', '{"gaugekit_verification": 1}', "\xff"]
-)
+    "content",
+    ["", "[]", "{}", '{"gaugekit_verification": 2}', '{"gaugekit_verification": 1}', "\xff", "[" * 100_000,
+     '{"gaugekit_verification": 1e999, "a": ' + "9" * 5000 + "}"],
+)  # fmt: skip
 def test_what_is_no_certificate_is_refused(tmp_path, content):
     (tmp_path / "proof.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(
@@ -238,6 +272,109 @@ def test_what_is_no_certificate_is_refused(tmp_path, content):
         ValueError, match="certificate: expected a file, or a directory with gaugekit_verification.json"
     ):
         gk.check_certificate(tmp_path)
+
+
+SOUND = {
+    "gaugekit_verification": 1,
+    "a": {"place": "a", "sha256": {}},
+    "b": {"place": "b", "sha256": {}},
+    "settings": {"dtype": "float32", "pool": None, "batch_size": 32, "text": None},
+    "errors": {"ok": True, "noise": 1e-7, "relative_error": 1e-7},
+}
+
+
+@pytest.mark.parametrize(
+    "way, value, got",
+    [
+        ("settings.text", 5, "null or a SHA-256 sum at settings.text, got 5"),
+        ("settings.batch_size", True, "a positive whole number at settings.batch_size, got true"),
+        ("settings.batch_size", "32", 'a positive whole number at settings.batch_size, got "32"'),
+        ("settings.dtype", None, "a string at settings.dtype, got null"),
+        ("settings.pool", ["mean"], 'null or a string at settings.pool, got ["mean"]'),
+        ("settings", [], "a string at settings.dtype, got none"),
+        ("errors.noise", "abc", 'null or a finite number at errors.noise, got "abc"'),
+        ("errors.noise", [1], "null or a finite number at errors.noise, got [1]"),
+        ("errors.relative_error", float("nan"), "null or a finite number at errors.relative_error, got NaN"),
+        ("errors.relative_error", 10**400, "a finite number at errors.relative_error, got a number of many"),
+        ("errors.ok", 1, "true or false at errors.ok, got 1"),
+        ("a.place", "x" * 5000, "a path at a.place, got a long string"),
+        ("b.place", 7, "a path at b.place, got 7"),
+        ("a.sha256", "abc", 'an object of SHA-256 sums at a.sha256, got "abc"'),
+        ("b.sha256", {"x": 5}, 'an object of SHA-256 sums at b.sha256, got {"x": 5}'),
+        ("b", None, "an object of SHA-256 sums at b.sha256, got none"),
+    ],
+)
+def test_entries_of_odd_types_are_refused_by_name(tmp_path, way, value, got):
+    content = json.loads(json.dumps(SOUND))
+    *parents, last = way.split(".")
+    entry = content
+    for name in parents:
+        entry = entry[name]
+    entry[last] = value
+    (tmp_path / "proof.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError) as refusal:
+        gk.check_certificate(tmp_path / "proof.json")
+    told = str(refusal.value)
+    assert told.startswith("certificate: proof.json is no certificate of gaugekit's: ") and got in told
+    assert len(told) < 300
+
+
+def test_other_damage_is_refused_as_well(tmp_path):
+    path = tmp_path / "proof.json"
+    path.write_text(json.dumps(SOUND))
+    with pytest.raises(
+        ValueError, match="a: expected the original at"
+    ):  # sound, of models that are not there
+        gk.check_certificate(path)
+    path.write_text(json.dumps(SOUND).replace("32", "3" * 5000))
+    with pytest.raises(
+        ValueError, match="certificate: proof.json is no certificate of gaugekit's: .*not JSON"
+    ):
+        gk.check_certificate(path)
+    path.write_text(json.dumps({"source_sha256": {}, "output_sha256": "abc"}))
+    with pytest.raises(ValueError, match="expected an object of SHA-256 sums at output_sha256, got .abc."):
+        gk.check_certificate(path)
+    path.write_text(json.dumps({**SOUND, "a": {"place": "x" * 4000, "sha256": {}}}))
+    with pytest.raises(ValueError, match="a: expected the original at .*found no directory there"):
+        gk.check_certificate(path)
+    with pytest.raises(ValueError, match="certificate: expected a file, or a directory with"):
+        gk.check_certificate("x" * 5000)
+
+
+@pytest.mark.parametrize(
+    "content, got",
+    [
+        ("{", "is not JSON"),
+        ('{"steps": [5]}', r"expected a list of objects at steps, got \[5\]"),
+        ('{"steps": 5}', "expected a list of objects at steps, got 5"),
+    ],
+)
+def test_a_damaged_certificate_of_convert_is_refused_before_any_run(pair, tmp_path, content, got):
+    a, b = pair
+    (b / "gaugekit_certificate.json").write_text(content)
+    told = []
+    with pytest.raises(ValueError, match=f"certificate: gaugekit_certificate.json is no certificate .*{got}"):
+        gk.verify(a, b, certificate=tmp_path / "proof.json", progress=lambda *now: told.append(now))
+    assert not told and not (tmp_path / "proof.json").exists()
+
+
+def test_what_is_not_the_original_is_not_certified(pair, tmp_path, capsys):
+    a, b = pair
+    change(b, "transformer.wpe.weight")
+    assert main(["verify", str(a), str(b), "--certificate", str(tmp_path / "proof.json")]) == 1
+    assert not (tmp_path / "proof.json").exists()
+    assert "certificate: none was written, since the result is not the original" in capsys.readouterr().out
+
+
+def test_a_certificate_behind_a_link_finds_its_models(certified, tmp_path):
+    """A way up from a linked folder leads out of the folder it links to."""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    shutil.copytree(certified[0], tmp_path / "deep" / "er", dirs_exist_ok=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "b", target_is_directory=True)
+    assert gk.check_certificate(tmp_path / "link")["ok"]
+    models = {"a": tmp_path / "link" / ".." / "a", "b": tmp_path / "link"}
+    proof = record(tmp_path / "link" / "other.json", models, {"text": None}, {}, [])
+    assert (proof["a"]["place"], proof["b"]["place"]) == ("../a", ".")
 
 
 def test_the_command_line_writes_and_checks(pair, capsys):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from gaugekit.models import AttentionView, Compact, Projection
 from gaugekit.models.family import linear
+from gaugekit.nn.triangle import pack_triangle
 from gaugekit.ops.gauge_linear.layout import free_rows
 
 
@@ -15,7 +17,8 @@ def forms(view: AttentionView) -> dict[str, Compact]:
     """The parts ("q", "k", "v") that are stored otherwise than dense, read off the view.
 
     Queries and keys of which some channels are idle as "low_rank_projection"; keys and values whose gauge is fixed as
-    "gauge_projection"; keys that have lost their bias, the rest of their gauge barred, as "linear".
+    "gauge_projection", or as "triangular_projection" where a triangle stands in the rows; keys that have lost their
+    bias, the rest of their gauge barred, as "linear".
     """
     compact = low_rank(view)
     compact |= {name: gauge(part) for name, part in (("k", view.k), ("v", view.v)) if part.rows is not None}
@@ -25,23 +28,27 @@ def forms(view: AttentionView) -> dict[str, Compact]:
 
 
 def gauge(part: Projection) -> Compact:
-    """A fixed projection as the form "gauge_projection": ``free`` [heads, D − K, K], ``rows`` [heads, K].
+    """A fixed projection as the form "gauge_projection": ``free`` [heads, D − K, K], ``rows`` [heads, K]; or as
+    "triangular_projection", with ``triangle`` [heads, K (K + 1) / 2] beside them.
 
     K is the number of rows; channels of the view beyond it are zero and become the form's padding.
     """
     heads, inputs, padded = part.weight.shape
     width = part.rows.shape[1]
-    index = free_rows(part.rows, inputs)
-    tensors = {
-        "free": part.weight[..., :width].gather(1, index[..., None].expand(-1, -1, width)),
-        "rows": part.rows.to(torch.int32),
-    }
+    weight = part.weight[..., :width]
+
+    def taken(rows: Tensor) -> Tensor:
+        return weight.gather(1, rows[..., None].expand(-1, -1, width))
+
+    tensors = {"free": taken(free_rows(part.rows, inputs)), "rows": part.rows.to(torch.int32)}
+    if part.triangular:
+        tensors["triangle"] = pack_triangle(taken(part.rows))
     if part.bias is not None:
         tensors["bias"] = part.bias.flatten()
     arguments = {"heads": heads, "inputs": inputs, "width": width, "bias": part.bias is not None}
     if padded != width:
         arguments["padded"] = padded
-    return Compact("gauge_projection", arguments, tensors)
+    return Compact("triangular_projection" if part.triangular else "gauge_projection", arguments, tensors)
 
 
 def low_rank(view: AttentionView) -> dict[str, Compact]:

@@ -5,7 +5,7 @@ types, before anything is made of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict:
     except RecursionError:
         raise ValueError(f"checkpoint: {path.name} nests more deeply than can be read") from None
     if not isinstance(content, dict):
-        raise ValueError(f"checkpoint: expected a JSON object in {path.name}, got {_shown(content)}")
+        raise ValueError(f"checkpoint: expected a JSON object in {path.name}, got {shown(content)}")
     return content
 
 
@@ -89,28 +89,28 @@ def _check_entries(config: dict, where: str) -> None:
     for name, (expected, fits) in _EXPECTED.items():
         value = config.get(name)
         if value is not None and not fits(value):
-            raise ValueError(f"{where}: {name}: expected {expected}, got {_shown(value)}")
+            raise ValueError(f"{where}: {name}: expected {expected}, got {shown(value)}")
 
 
-def stored_as(config: dict) -> str | None:
+def stored_as(config: Mapping) -> str | None:
     """The ``quant_method`` of weights that are not plain ("gaugekit", "gptq", ...); None where they are."""
     quantization = config.get("quantization_config")
     return None if quantization is None else quantization["quant_method"]
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
 
 
 def _is_size(value: Any) -> bool:
-    return all(map(_is_count, value)) if isinstance(value, list) else _is_count(value)
+    return all(map(is_count, value)) if isinstance(value, list) else is_count(value)
 
 
 def _is_depth(value: Any) -> bool:
     return _is_size(value) and (isinstance(value, list) or value <= DEEPEST)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e308 < value < 1e308
 
 
@@ -157,7 +157,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "rms_norm_eps",
             "initializer_range",
         ),
-        ("a finite number", _is_number),
+        ("a finite number", is_number),
     ),
     **dict.fromkeys(
         (
@@ -168,7 +168,6 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "qk_layernorm",
             "use_qk_norm",
             "use_bias",
-            "qkv_bias",
             "multi_query",
             "new_decoder_architecture",
             "alibi",
@@ -184,7 +183,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in an error: as JSON has it, or its kind where that would be long."""
     try:
         text = json.dumps(value)
@@ -196,4 +195,13 @@ def _shown(value: Any) -> str:
     return kinds.get(type(value), "a number of many digits")
 
 
-__all__ = ["CONFIG", "check_config", "read_config", "read_json", "stored_as"]
+__all__ = [
+    "CONFIG",
+    "check_config",
+    "is_count",
+    "is_number",
+    "read_config",
+    "read_json",
+    "shown",
+    "stored_as",
+]

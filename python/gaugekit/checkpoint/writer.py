@@ -42,7 +42,7 @@ class Writer:
     manifest speaks of it.
     """
 
-    def __init__(self, staged: Staging, folder: Path, *, shard_bytes: int = 10**9):
+    def __init__(self, staged: Staging, folder: Path, *, shard_bytes: int = 5 * 10**8):
         self.folder, self.shard_bytes = folder, shard_bytes
         self._staged = staged
         self._tensors: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from gaugekit.files.ranks import Ranks
 from gaugekit.progress import bar
 from gaugekit.report import Report
 
-BENCH = Path(__file__).resolve().parents[3] / "bench" / "run.py"
+BENCH = Path(__file__).resolve().parents[1] / "bench" / "run.py"
 Outcome = tuple[int, Any, Callable[[], str]]  # exit status, what --json prints, what is printed without it
 
 if TYPE_CHECKING:
@@ -234,9 +234,9 @@ def unpack(arguments: argparse.Namespace) -> Outcome:
 
 
 def benchmarks() -> ModuleType:
-    """``bench/run.py`` of the source checkout that gaugekit was installed from."""
+    """``bench/run.py``, of the source checkout or as the wheel brings it."""
     if not BENCH.is_file():
-        raise ValueError(f"expected a source checkout, with its bench folder; {BENCH} does not exist")
+        raise ValueError(f"expected gaugekit's own benchmarks, got no {BENCH}: install gaugekit anew")
     spec = importlib.util.spec_from_file_location("gaugekit_bench", BENCH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -35,7 +35,7 @@ Adder = Callable[[str, Callable[[argparse.Namespace], calls.Outcome], str], Pars
 def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     """The parser of ``gaugekit``, with a subparser for each verb.
 
-    ``argv``: the command line it is for; the options of ``bench``, which the source checkout's own program holds, are
+    ``argv``: the command line it is for; the options of ``bench``, which a program of its own holds, are
     there where it names that verb.
     """
     root = Parser(
@@ -56,7 +56,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     _heal(verb)
     _verify(verb)
     _pack(verb)
-    bench = verb("bench", calls.bench, "time every operator beside its rivals (needs a source checkout)")
+    bench = verb("bench", calls.bench, "time every operator beside its rivals, on our shapes or on yours")
     if argv and argv[0] == "bench" and calls.BENCH.is_file():
         calls.benchmarks().add_options(bench)
     verb("doctor", calls.doctor, "what is installed, what is missing, and the command that mends it")
@@ -82,9 +82,10 @@ def _convert(verb: Adder) -> None:
     added.add_argument("--gauge", action="store_true", help="remove the parameters that no output depends on")
     added.add_argument(
         "--rows",
-        choices=("balanced", "max_volume", "shared_partition"),
+        choices=("balanced", "max_volume", "shared_partition", "triangular"),
         help="which rows become the identity: for each head those that rounding harms least (balanced, the default) or "
-        "that leave no entry above 1.02 (max_volume), or one partition for a layer",
+        "that leave no entry above 1.02 (max_volume), or one partition for a layer; or turn each head until rows are "
+        "triangular, which removes half as much (triangular)",
     )
     ranks = added.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=int, metavar="R", help="keep R query/key channels of every head")

@@ -8,6 +8,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+CLASSIFIERS = (
+    "score",
+    "classifier",
+    "qa_outputs",
+)  # what transformers calls heads that read the stream, logits aside
+
 
 @dataclass(frozen=True)
 class Mlp:
@@ -73,6 +79,7 @@ class StreamView:
 
     float64; meta tensors where only shapes are known. ``head`` says what makes logits of the stream: "own", a matrix of
     its own; "tied", the table of ``tokens``; "none" in a model that returns the stream, whose last norm everybody sees.
+    Of a classifier ``stream.head`` is the module that makes its scores, "own".
     """
 
     stream: Stream
@@ -83,13 +90,18 @@ class StreamView:
     def of(cls, stream: Stream, prefix: str, tensors: Mapping[str, Tensor], headed: bool) -> StreamView:
         """The view in ``tensors`` by their full names; ``prefix`` stands before the base model's.
 
-        ``headed``: whether the model makes logits of its stream, by the module ``stream.head``.
+        ``headed``: whether the model makes logits of its stream, by the module ``stream.head``; where it does not, it
+        may have the head of a classifier. ValueError, with its name, for a weight that is missing.
         """
+        if not headed and (classifier := _classifier(stream, tensors)) is not None:
+            stream, headed = replace(stream, head=classifier, tied=False), True
         taken, own = {}, f"{stream.head}."
         for name in _names(stream):
             stored = name if name.startswith(own) else prefix + name
             if stored in tensors:
                 taken[name] = tensors[stored]
+            elif name.endswith(".weight") and (not name.startswith(own) or (headed and not stream.tied)):
+                raise ValueError(f"model: its stream needs a tensor named {stored!r}, and there is none")
         if not headed:
             return cls(
                 stream, {name: tensor for name, tensor in taken.items() if not name.startswith(own)}, "none"
@@ -137,6 +149,15 @@ class StreamView:
 
     def _transposed(self, path: str) -> bool:
         return self.stream.transposed and path != self.stream.head
+
+
+def _classifier(stream: Stream, tensors: Mapping[str, Tensor]) -> str | None:
+    """The module that makes a classifier's scores of the stream, by its matrix [labels, D]; None without one."""
+    for path in CLASSIFIERS:
+        weight = tensors.get(f"{path}.weight")
+        if weight is not None and weight.dim() == 2 and weight.shape[1] == stream.size:
+            return path
+    return None
 
 
 def _names(stream: Stream) -> Iterator[str]:

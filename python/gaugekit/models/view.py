@@ -16,7 +16,8 @@ class Projection:
 
     q, k, v: ``y_h = x @ weight[h] + bias[h]`` with ``weight`` [heads, D, width] and ``bias`` [heads, width] or None.
     o: ``y = sum_h x_h @ weight[h] + bias`` with ``weight`` [H, V, D] and ``bias`` [D] or None.
-    ``rows`` [heads, width] int64, where a gauge has been fixed: ``weight[h, rows[h]]`` is the identity, exactly.
+    ``rows`` [heads, width] int64, where a gauge has been fixed: ``weight[h, rows[h]]`` is the identity, exactly, or
+    lower triangular where ``triangular``.
     ``dtype`` is the one the numbers were rounded to where they are stored: what tells a small singular value from
     rounding (``rank.spectra.rounding_norm``).
     """
@@ -25,6 +26,7 @@ class Projection:
     bias: Tensor | None = None
     rows: Tensor | None = None
     dtype: torch.dtype = torch.float64
+    triangular: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class AttentionView:
     although the parts are there, and only those: what comes between queries and keys says nothing of values.
     ``cross``: keys and values read another sequence than queries do, the encoder's output. ``norms``: what
     queries and keys go through before they are turned (None: nothing, or norms that no group here knows).
+    ``shared_bias`` names the table of biases of position that layers have in common, where there is one: each of its
+    columns is a head's in all of them, so that their heads can change places only in all of them at once.
     """
 
     q: Projection
@@ -98,6 +102,7 @@ class AttentionView:
     softcap: float | None = None
     cross: bool = False
     norms: Norms | None = None
+    shared_bias: str | None = None
 
     @property
     def heads(self) -> int:

@@ -18,6 +18,7 @@ from gaugekit.nn.packed_linear import PackedLinear
 from gaugekit.nn.parameter_groups import parameter_groups
 from gaugekit.nn.shaped_attention import ShapedAttention
 from gaugekit.nn.tap import Tap
+from gaugekit.nn.triangular_projection import TriangularProjection
 
 __all__ = [
     "MLP",
@@ -39,6 +40,7 @@ __all__ = [
     "ShapedAttention",
     "SkiplessBlock",
     "Tap",
+    "TriangularProjection",
     "ValueSharing",
     "forms",
     "parameter_groups",

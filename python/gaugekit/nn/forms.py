@@ -15,6 +15,7 @@ from gaugekit.nn.gauge_projection import GaugeProjection
 from gaugekit.nn.low_rank_projection import LowRankProjection
 from gaugekit.nn.packed_embedding import PackedEmbedding
 from gaugekit.nn.packed_linear import PackedLinear
+from gaugekit.nn.triangular_projection import TriangularProjection
 
 
 def _linear(
@@ -43,6 +44,7 @@ FORMS: dict[str, Callable[..., nn.Module]] = {
     "low_rank_projection": LowRankProjection,
     "packed_embedding": PackedEmbedding,
     "packed_linear": PackedLinear,
+    "triangular_projection": TriangularProjection,
 }
 
 

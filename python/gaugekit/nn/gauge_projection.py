@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
-from torch._C import _functorch
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
+from gaugekit.nn.kept import Keeping
 from gaugekit.ops.gauge_linear import choice
 from gaugekit.ops.gauge_linear.layout import dense
-from gaugekit.ops.gauge_linear.operator import DTYPES
+from gaugekit.ops.gauge_linear.operator import DTYPES, transforms
 
 
 def widen(y: Tensor, heads: int, padded: int) -> Tensor:
@@ -25,15 +21,7 @@ def widen(y: Tensor, heads: int, padded: int) -> Tensor:
 _FORWARD = torch.ops.gaugekit.gauge_linear_forward.default  # looked up once: every token pays for it
 
 
-class Held(NamedTuple):
-    """A dense weight beside what it was made of; the aliases keep their memory from being given to other numbers."""
-
-    weight: Tensor
-    sources: tuple[Tensor, Tensor]
-    versions: tuple[int, int]
-
-
-class GaugeProjection(nn.Module):
+class GaugeProjection(Keeping):
     """y_h = x[..., P_h] + x[..., P̄_h] F_h (+ b): x [..., D] -> [..., heads·width].
 
     P_h, the ``rows`` [heads, width] int32, are the inputs that pass through; F_h, the parameter ``free``
@@ -48,7 +36,6 @@ class GaugeProjection(nn.Module):
     """
 
     form = "gauge_projection"
-    _held: Held | None = None
 
     def __init__(self, inputs: int, heads: int, width: int, bias: bool = False, padded: int | None = None,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):  # fmt: skip
@@ -77,7 +64,15 @@ class GaugeProjection(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [heads·width, D], as nn.Linear has it (a transposed view)."""
-        return dense(self.free, self.rows).mT
+        return dense(self.free, self.rows, self._block()).mT
+
+    def _block(self) -> Tensor | None:
+        """What stands in the ``rows`` of each head; None for the identity."""
+        return None
+
+    def _made_of(self) -> tuple[Tensor, ...]:
+        """What ``weight`` is made of."""
+        return self.free, self.rows
 
     @property
     def product(self) -> tuple[str, str]:
@@ -100,42 +95,14 @@ class GaugeProjection(nn.Module):
             y = linear(x, self._dense(), self.bias)
         return y if self.padded is None else widen(y, self.heads, self.padded)
 
-    def write(self, out: Tensor, x: Tensor) -> None:
-        """y to ``out`` [..., heads·width], part of a wider tensor: where nothing is ``watched``, without ``padded``."""
-        if self.free.is_cpu and self.free.dtype in self._kernels:
-            torch.ops.gaugekit.gauge_linear_.default(out, x, self.free, self.rows, self.bias)
-        else:
-            out.copy_(linear(x, self._dense(), self.bias))
-
     def _dense(self) -> Tensor:
-        """``weight``, the one that is held where it may be and is that of today's numbers."""
-        sources = (self.free, self.rows)
-        learns = is_grad_enabled() and self.free.requires_grad
-        if self.training or learns or is_compiling() or not all(map(_counts, sources)):
+        """``weight``, in evaluation mode the one that is kept where it may be."""
+        if self.training:
             return self.weight
-        versions = (self.free._version, self.rows._version)
-        held = self._held
-        if held is None or held.versions != versions or not all(map(_same, held.sources, sources)):
-            aliases = (self.free.detach(), self.rows.detach())
-            held = self._held = Held(self.weight.detach(), aliases, versions)
-        return held.weight
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # fully_shard puts other numbers into the same memory, and counts no version; it sets the parameter before.
-        if name == "free":
-            self._held = None
-        super().__setattr__(name, value)
-
-    def train(self, mode: bool = True) -> GaugeProjection:
-        self._held = None
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> GaugeProjection:
-        self._held = None
-        return super()._apply(*args, **kwargs)
+        return self.kept(lambda: self.weight, *self._made_of())
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_kernels")}
+        return {name: value for name, value in super().__getstate__().items() if name != "_kernels"}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -149,36 +116,10 @@ def by_kernel(x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> Ten
     """y on a CPU by the operator; None where torch has to do it: under autocast and vmap, and wherever something is
     differentiated, since forward and backward together were measured slower than torch's.
     """
-    if is_autocast_enabled("cpu") or (not is_compiling() and transforms()):
+    if is_autocast_enabled("cpu") or transforms():
         return None
     if is_grad_enabled() and (
         x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return None
-    if is_compiling():
-        return torch.ops.gaugekit.gauge_linear.default(x, free, rows, bias, None, None)
     return _FORWARD(x, free, rows, bias, None, None)
-
-
-def transforms() -> bool:
-    """Whether vmap or forward-mode differentiation is at work, which know torch's operators and not ours."""
-    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
-
-
-def watched(*tensors: Tensor) -> bool:
-    """Whether what is computed with them is more than its numbers: differentiated, compiled, mapped, autocast."""
-    return (
-        is_compiling()
-        or transforms()
-        or is_autocast_enabled(tensors[0].device.type)
-        or (is_grad_enabled() and any(x.requires_grad for x in tensors))
-    )
-
-
-def _counts(x: Tensor) -> bool:
-    """Whether the tensor has memory of its own and counts what is written to it."""
-    return type(x) in (Tensor, nn.Parameter) and not (x.is_meta or x.is_inference() or transforms())
-
-
-def _same(held: Tensor, now: Tensor) -> bool:
-    return held.data_ptr() == now.data_ptr() and held.dtype == now.dtype and held.device == now.device

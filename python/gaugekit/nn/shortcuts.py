@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gaugekit.nn.kept import Keeping
+from gaugekit.nn.triangle import triangle_size, unpack_triangle
+
 
 class Shortcut(nn.Module):
     """``shortcut(y, x)`` [..., outputs] is ``y + x S − x``: y [..., outputs], x [..., inputs]."""
@@ -28,7 +31,7 @@ class DenseShortcut(Shortcut):
         return _add(y, x, self.matrix)
 
 
-class Unpacked(Shortcut, ABC):
+class Unpacked(Keeping, Shortcut, ABC):
     """A shortcut whose parameters are stored without their zeros; ``matrix()`` is made of them once, then kept.
 
     It is made anew after its parameters change, and in every call that trains them. A change past autograd's eyes
@@ -36,43 +39,15 @@ class Unpacked(Shortcut, ABC):
     It is no part of a state_dict, of a pickle or of a copy.
     """
 
-    def __init__(self):
-        super().__init__()
-        self._kept: tuple[tuple, Tensor] | None = None
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # fully_shard puts other numbers into the same memory, and counts no version; it sets the parameter before.
-        if name in self.__dict__.get("_parameters", ()):
-            self._kept = None
-        super().__setattr__(name, value)
-
-    def train(self, mode: bool = True) -> Unpacked:
-        self._kept = None
-        return super().train(mode)
-
-    def _apply(self, *arguments, **named) -> Unpacked:
-        self._kept = None  # moved or rounded numbers may come to lie where the old ones did
-        return super()._apply(*arguments, **named)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}
-
     @abstractmethod
     def unpack(self) -> Tensor:
         """The matrix of the parameters as they are now."""
 
     def matrix(self) -> Tensor:
         """``unpack()``, or what it gave last time."""
-        parameters = self._parameters.values()  # no walk over submodules: this runs at every token
-        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        if trained or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
-            return self.unpack()
-        key = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
-        kept = self._kept
-        if kept is None or kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = (key, self.unpack())
-        return kept[1]
+        return self.kept(
+            self.unpack, *self._parameters.values()
+        )  # no walk over submodules: every token pays for it
 
 
 class TriangularShortcut(Unpacked):
@@ -114,23 +89,6 @@ class PolarShortcut(Unpacked):
         factor = self.matrix()
         inner = functional.linear(x.flatten(0, -2), factor)
         return torch.addmm(y.flatten(0, -2), inner, factor, alpha=-1).view(y.shape)
-
-
-def triangle_size(size: int) -> int:
-    """How many numbers a triangle of ``size`` rows has, its diagonal included."""
-    return size * (size + 1) // 2
-
-
-def pack_triangle(matrix: Tensor) -> Tensor:
-    """The rows of a lower triangular matrix [size, size], one after the other, without their zeros."""
-    rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
-    return matrix[rows, columns]
-
-
-def unpack_triangle(packed: Tensor, size: int) -> Tensor:
-    """The inverse of ``pack_triangle``: [size, size]."""
-    rows, columns = torch.tril_indices(size, size, device=packed.device)
-    return packed.new_zeros(size, size).index_put((rows, columns), packed)
 
 
 def _add(y: Tensor, x: Tensor, matrix: Tensor) -> Tensor:

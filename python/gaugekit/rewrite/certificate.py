@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gaugekit.checkpoint.config import CONFIG, read_json
+from gaugekit.checkpoint.config import CONFIG, is_count, is_number, read_json, shown
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.checkpoint.writer import CERTIFICATE, VERIFICATION, versions
 from gaugekit.codec.files.container import seems_packed
@@ -24,7 +24,44 @@ from gaugekit.files.durable import digest_of, dump, write
 
 FORMAT = 1
 ROLES = {"a": "the original", "b": "the result"}
-SETTINGS = ("dtype", "pool", "batch_size", "text")
+LONGEST = 4096  # characters of a path: no file system knows longer ones
+
+
+def _is_sums(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST and "\0" not in value
+
+
+def _is_steps(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(step, dict) for step in value)
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What is read of a certificate, and of what kind: (in words, whether a value is).
+SUMS = ("an object of SHA-256 sums", _is_sums)
+PLACE = ("a path", _is_place)
+STEPS = ("a list of objects", _is_steps)
+SETTINGS = {
+    "dtype": ("a string", _is_text),
+    "pool": ("null or a string", _or_none(_is_text)),
+    "batch_size": ("a positive whole number", is_count),
+    "text": ("null or a SHA-256 sum", _or_none(_is_text)),
+}
+ERRORS = {
+    "ok": ("true or false", lambda value: isinstance(value, bool)),
+    "noise": ("null or a finite number", _or_none(is_number)),
+    "relative_error": ("null or a finite number", _or_none(is_number)),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +83,8 @@ class Certificate:
         if given is None and role == "b" and self.by_file:
             return self.path.parent
         if given is None and role in self.places:
-            place = self.path.parent / self.places[role]
-            if place.is_dir():
+            place = Path(os.path.realpath(self.path)).parent / self.places[role]
+            if os.path.isdir(place):
                 return place
             raise ValueError(
                 f"{role}: expected {ROLES[role]} at {str(place)!r}, where the certificate saw it, found no directory "
@@ -108,7 +145,7 @@ def digests(path: Path) -> dict[str, str]:
 def place(certificate: str | Path) -> Path:
     """The file of a certificate: ``certificate`` itself, or the usual name in that directory."""
     path = Path(certificate)
-    return path / VERIFICATION if path.is_dir() else path
+    return path / VERIFICATION if os.path.isdir(path) else path
 
 
 def check_free(certificate: str | Path, models: Mapping[str, object]) -> Path:
@@ -124,7 +161,7 @@ def check_free(certificate: str | Path, models: Mapping[str, object]) -> Path:
             )
     if os.path.lexists(path):
         raise ValueError(f"certificate: expected a new file, got {str(path)!r}, which exists")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ValueError(
             f"certificate: expected a folder to write it in, got {str(path.parent)!r}, which is none"
         )
@@ -132,24 +169,29 @@ def check_free(certificate: str | Path, models: Mapping[str, object]) -> Path:
 
 
 def record(
-    path: Path, models: Mapping[str, Path], settings: Mapping[str, Any], errors: Mapping[str, Any]
+    path: Path,
+    models: Mapping[str, Path],
+    settings: Mapping[str, Any],
+    errors: Mapping[str, Any],
+    steps: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Writes the certificate of a verification into the new file ``path``, and returns it.
 
     models: the directories "a" and "b"
     settings: what ``verify`` was asked, by the names of ``SETTINGS``; "text" is its strings or None
     errors: the fields of its report
+    steps: what ``rewrites`` says of the result
     """
-    text = settings["text"]
+    text, folder = settings["text"], os.path.realpath(path.parent)
     proof = {
         "gaugekit_verification": FORMAT,
         **{
-            role: {"place": os.path.relpath(model, path.parent), "sha256": digests(model)}
+            role: {"place": os.path.relpath(os.path.realpath(model), folder), "sha256": digests(model)}
             for role, model in models.items()
         },
         "settings": {**settings, "text": None if text is None else digest_of(text)},
         "errors": dict(errors),
-        "rewrites": _rewrites(models["b"]),
+        "rewrites": steps,
         "versions": versions("transformers"),
     }
     write(path, dump(proof))
@@ -162,50 +204,69 @@ def read(certificate: str | Path) -> Certificate:
     ValueError where there is none, or what is there is none.
     """
     path = place(certificate)
-    if Path(certificate).is_dir() and not path.is_file() and (path.parent / CERTIFICATE).is_file():
+    if os.path.isdir(certificate) and not os.path.isfile(path) and os.path.isfile(path.parent / CERTIFICATE):
         path = path.parent / CERTIFICATE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(
             f"certificate: expected a file, or a directory with {VERIFICATION}; got {str(certificate)!r}"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            isinstance(content, dict)
-            and "gaugekit_verification" not in content
-            and "output_sha256" in content
-        ):
-            models = {"a": content["source_sha256"], "b": content["output_sha256"]}
-            return Certificate(path, {role: dict(sums) for role, sums in models.items()}, True)
-        if content["gaugekit_verification"] != FORMAT:
-            raise ValueError(
-                f"certificate: {path.name} has format {content['gaugekit_verification']!r}, not {FORMAT}"
-            )
+    content = _content(path)
+    if "gaugekit_verification" not in content and "output_sha256" in content:
+        sums = {"a": "source_sha256", "b": "output_sha256"}
         return Certificate(
-            path,
-            {role: dict(content[role]["sha256"]) for role in ROLES},
-            False,
-            {role: str(content[role]["place"]) for role in ROLES},
-            {name: content["settings"][name] for name in SETTINGS},
-            dict(content["errors"]),
+            path, {role: _entry(path, content, name, SUMS) for role, name in sums.items()}, True
         )
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        RecursionError,
-    ) as odd:
-        raise ValueError(f"certificate: {path.name} is no certificate of gaugekit's: {odd}") from odd
+    if content.get("gaugekit_verification", FORMAT) != FORMAT:
+        raise ValueError(
+            f"certificate: {path.name} has format {shown(content['gaugekit_verification'])}, not {FORMAT}"
+        )
+    settings, errors = (
+        {name: _entry(path, content, f"{part}.{name}", kind) for name, kind in kinds.items()}
+        for part, kinds in (("settings", SETTINGS), ("errors", ERRORS))
+    )
+    return Certificate(
+        path,
+        {role: _entry(path, content, f"{role}.sha256", SUMS) for role in ROLES},
+        False,
+        {role: _entry(path, content, f"{role}.place", PLACE) for role in ROLES},
+        settings,
+        errors,
+    )
 
 
-def _rewrites(path: Path) -> list[dict[str, Any]]:
-    """What ``convert`` did to the result, group by group, where its certificate stands there."""
-    if not (path / CERTIFICATE).is_file():
+def rewrites(folder: Path) -> list[dict[str, Any]]:
+    """What ``convert`` did to the result in ``folder``, group by group, where its certificate stands there.
+
+    ValueError where that is none.
+    """
+    path = folder / CERTIFICATE
+    if not os.path.isfile(path):
         return []
-    steps = read_json(path / CERTIFICATE).get("steps", [])
+    steps = _entry(path, {"steps": [], **_content(path)}, "steps", STEPS)
     return [{name: step[name] for name in ("rewrite", "claim", "removed") if name in step} for step in steps]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The JSON object in a certificate; ValueError, naming it, where there is none."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as odd:
+        reason = str(odd).removeprefix("checkpoint: ")
+        raise ValueError(f"certificate: {path.name} is no certificate of gaugekit's: {reason}") from None
+
+
+def _entry(path: Path, content: dict[str, Any], way: str, kind: tuple[str, Callable[[Any], bool]]) -> Any:
+    """The entry of a certificate at ``way``, names with dots between, of that ``kind``; ValueError for another."""
+    expected, fits = kind
+    what = f"certificate: {path.name} is no certificate of gaugekit's: expected {expected} at {way}"
+    value: Any = content
+    for name in way.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise ValueError(f"{what}, got none")
+        value = value[name]
+    if not fits(value):
+        raise ValueError(f"{what}, got {shown(value)}")
+    return value
 
 
 def _flat(value: Any, path: str = "") -> list[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaugekit.nn.shortcuts import pack_triangle, triangle_size
+from gaugekit.nn.triangle import pack_triangle, triangle_size
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from gaugekit import report as words
 from gaugekit.checkpoint.dtypes import floating
 from gaugekit.checkpoint.reader import Checkpoint
+from gaugekit.codec import bitsback
 from gaugekit.files.durable import dump, replacing, sha256
 from gaugekit.files.ranks import Ranks
 from gaugekit.files.staging import free_bytes
@@ -304,7 +304,7 @@ class _Slicing:
         for layer in range(len(self.job.layers)):
             view = family.outline(layer)
             orders = [view.groups, *([view.repeats] * view.groups), self.job.neurons(layer)]
-            bits += sum(math.lgamma(count + 1) for count in orders) / math.log(2)
+            bits += sum(map(bitsback.permutation_bits, orders))
         return bits
 
 

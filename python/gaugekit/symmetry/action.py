@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -40,7 +41,11 @@ class Symmetry(ABC):
 
     @abstractmethod
     def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
-        """The point of the orbit with ``dimension`` entries exactly 0 or 1."""
+        """The point of the orbit with ``removed`` entries exactly 0 or 1."""
+
+    def removed(self, view: AttentionView, rows: str = "balanced") -> int:
+        """How many numbers ``fix`` with these ``rows`` leaves exactly 0 or 1: ``dimension``, or fewer."""
+        return self.dimension(view)
 
     @abstractmethod
     def invariant(self, view: AttentionView, probe: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +113,7 @@ def widen(part: Projection, width: int) -> Projection:
     """Zero channels behind those of ``part``, ``width`` in all."""
     more = (0, width - part.weight.shape[2])
     bias = None if part.bias is None else torch.nn.functional.pad(part.bias, more)
-    return Projection(torch.nn.functional.pad(part.weight, more), bias, part.rows)
+    return replace(part, weight=torch.nn.functional.pad(part.weight, more), bias=bias)
 
 
 def shared(tensor: Tensor, view: AttentionView) -> Tensor:
@@ -122,12 +127,17 @@ def through(bias: Tensor, view: AttentionView) -> Tensor:
 
 
 def fix_rows(part: Projection, partner: Tensor, rows: str, name: str) -> tuple[Projection, Tensor]:
-    """(the projection with the identity in ``rows``, the block M that stood there).
+    """(the projection C with the identity in ``rows``, the block M that stood there), or with rows "triangular" (the
+    turned projection C with a triangle in them, the M that turns it back): the projection was C M.
 
     ``partner`` [G, V, n] is what is multiplied by M: its n columns stand for all heads that share the part.
     """
     gram = partner @ partner.mT  # ‖(W B)[i]‖² = W[i] (B Bᵀ) W[i]ᵀ, without making W B
     chosen = choice.choose(part.weight, rows, (part.weight @ gram * part.weight).sum(2))
+    if rows == "triangular":
+        weight, turn = choice.turned(part.weight, chosen)
+        bias = None if part.bias is None else (part.bias[:, None] @ turn)[:, 0]
+        return Projection(weight, bias, chosen, triangular=True), turn.mT
     basis = choice.take(part.weight, chosen)
     if part.bias is None:
         return Projection(choice.coordinates(part.weight, chosen), None, chosen), basis

@@ -39,6 +39,7 @@ from gaugekit.symmetry.action import (
     widen,
     with_bias,
 )
+from gaugekit.symmetry.rows import removed
 
 
 class ValueOutput(Symmetry):
@@ -59,8 +60,13 @@ class ValueOutput(Symmetry):
         out = torch.linalg.solve(per_head(element, view), view.o.weight)
         return replace(view, v=times(view.v, element), o=Projection(out, view.o.bias))
 
+    def removed(self, view: AttentionView, rows: str = "balanced") -> int:
+        return view.groups * removed(view.v.weight.shape[2], rows)
+
     def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
-        """W_V[P] = I; the chosen block M = W_V[P] goes into W_O."""
+        """W_V[P] = I; the chosen block M = W_V[P] goes into W_O. With rows "triangular" W_V[P] is lower triangular; the
+        rotation that made it so goes into W_O, turned back.
+        """
         fixed, basis = fix_rows(view.v, shared(view.o.weight, view), rows, self.name)
         return replace(view, v=fixed, o=Projection(per_head(basis, view) @ view.o.weight, view.o.bias))
 
@@ -96,8 +102,13 @@ class QueryKey(Symmetry):
         q, k = times(view.q, per_head(element, view)), times(view.k, inverse)
         return replace(view, q=q, k=k, channels=None)
 
+    def removed(self, view: AttentionView, rows: str = "balanced") -> int:
+        return view.groups * removed(view.ranks[0], rows) if self.dimension(view) else 0
+
     def fix(self, view: AttentionView, rows: str = "balanced") -> AttentionView:
-        """W_K[P] = I; the chosen block M = W_K[P] goes into W_Q and b_Q as Mᵀ. Channels in use come to the front."""
+        """W_K[P] = I; the chosen block M = W_K[P] goes into W_Q and b_Q as Mᵀ. Channels in use come to the front. With
+        rows "triangular" W_K[P] is lower triangular, and W_Q and b_Q turn as W_K does.
+        """
         if self.dimension(view) == 0:
             return view
         queries = shared(with_bias(view.q).mT, view)

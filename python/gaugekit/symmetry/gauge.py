@@ -24,9 +24,11 @@ class GaugeFix(Rewrite):
     Keys lose their bias and W_K[P] = I, values theirs and W_V[P] = I; queries, output and output bias take it up.
     Counts are exact: (V² + K² + K + V) numbers a key/value head (without rotary positions, with biases).
     ``rows`` chooses P: "balanced" (per head, the least that rounding does to what leaves it), "max_volume" (per head,
-    entries ≤ 1.02) or "shared_partition" (one partition of the inputs a layer; needs heads·width = D). After a
-    truncation of the keys to rank R (``rank.Truncate``) the freedom is R², not K², a head; ``key_ranks`` [L][G] tells
-    the plan so. Source: arXiv 2412.14543; rows: see ``symmetry.rows``.
+    entries ≤ 1.02) or "shared_partition" (one partition of the inputs a layer; needs heads·width = D). With
+    "triangular" W_K[P] and W_V[P] are lower triangular instead: every head is only turned, by which no rounding error
+    grows, and V(V − 1)/2 and K(K − 1)/2 numbers go in place of V² and K². After a truncation of the keys to rank R
+    (``rank.Truncate``) read R for K; ``key_ranks`` [L][G] tells the plan so. Source: arXiv 2412.14543; rows: see
+    ``symmetry.rows``.
     """
 
     name = "gauge"
@@ -51,7 +53,7 @@ class GaugeFix(Rewrite):
                 bias = None if self.key_ranks[layer] != view.ranks else view.k.bias
                 view = replace(view, k=replace(view.k, bias=bias), channels=kept)
             for name in REMOVED:
-                removed[name] += SYMMETRIES[name].dimension(view)
+                removed[name] += SYMMETRIES[name].removed(view, self.rows)
         return {**removed, "total": sum(removed.values())}
 
     def layer(self, view: AttentionView, statistics: object = None) -> AttentionView:
@@ -166,8 +168,8 @@ def fix(model: nn.Module, *, rows: str = "balanced") -> Report:
     """Fixes the gauge of a live model in place: the same classes, dense weights, the same function.
 
     The float64 result is rounded once to each parameter's dtype; the removed entries are exactly 0 or 1 afterwards.
-    ``rows`` is "balanced", "max_volume" or "shared_partition" (see ``GaugeFix``). Do it once a model is trained: Adam
-    learns more slowly from here, and moments that an optimizer holds belong to the old weights.
+    ``rows`` is "balanced", "max_volume", "shared_partition" or "triangular" (see ``GaugeFix``). Do it once a
+    model is trained: Adam learns more slowly from here, and moments that an optimizer holds belong to the old weights.
 
     Returns a Report: ``parameters``; ``removed`` {group: count, total}; ``layers`` [{layer, value_rows, key_rows:
     [head][width] input indices, invariance_error (float64, before rounding)}]. Raises ValueError for a model that is

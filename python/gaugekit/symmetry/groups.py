@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
+from gaugekit.codec import bitsback
 from gaugekit.models import AttentionView, StreamView
 from gaugekit.symmetry.action import Symmetry
 from gaugekit.symmetry.attention import KeyBias, QueryKey, ValueBias, ValueOutput
@@ -56,12 +56,12 @@ def count_stream(view: StreamView) -> dict[str, int]:
 def permutation_bits(heads: Iterable[tuple[int, int]], stream: StreamView | None = None) -> float:
     """log₂ of how many orders the heads of every layer, and the hidden units of every MLP, could stand in.
 
-    ``heads``: of each layer, how many key/value heads it has, and how many query heads share one. Without a ``stream``
-    the MLPs are not counted. Permutations are finitely many: they free no number, but an order says that much which
-    nobody can observe.
+    ``heads``: of each layer, how many key/value heads it has, and how many query heads share one; layers whose heads
+    change places only together count as one (``AttentionView.shared_bias``). Without a ``stream`` the MLPs are not
+    counted. Permutations are finitely many: they free no number, but an order says that much which nobody can observe.
     """
     orders = [count for groups, repeats in heads for count in (groups, *[repeats] * groups)]
     if stream is not None:
         mlps = [junction.mlp for junction in stream.junctions if junction.mlp is not None]
         orders += [stream.linear(mlp.up)[0].shape[0] for mlp in mlps]
-    return sum(math.lgamma(count + 1) for count in orders) / math.log(2)
+    return sum(map(bitsback.permutation_bits, orders), 0.0)

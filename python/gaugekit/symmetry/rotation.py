@@ -13,7 +13,8 @@ class StreamRotation(StreamSymmetry):
     """The basis of the stream; elements [D, D] orthogonal, float64.
 
     Gains of norms stand where they are, so a reader becomes W diag(g) Q diag(1/g): fix ``norm_gains`` first where some
-    are small. Fixed: the first D independent rows of what writes to the stream are lower triangular.
+    are small. Channels that a gain of 0 hides turn only among each other: what reads the norm could not take them up.
+    Fixed: the first D independent rows of what writes to the stream are lower triangular.
     """
 
     name = "stream_rotation"
@@ -48,7 +49,7 @@ class StreamRotation(StreamSymmetry):
                 weight, bias = view.linear(path)
                 view = view.with_linear(path, element.mT @ weight, None if bias is None else bias @ element)
         for norm, readers in _norms(view):
-            gain, shift = view.tensors[f"{norm}.weight"], view.read(f"{norm}.bias")
+            gain, shift = _divisor(view, norm), view.read(f"{norm}.bias")
             for path in () if readers == (view.stream.tokens,) else readers:  # that table was turned above
                 weight, bias = view.linear(path)
                 view = view.with_linear(path, (weight * gain) @ element / gain, bias)
@@ -79,16 +80,19 @@ class StreamRotation(StreamSymmetry):
         if view.tensors.keys() != other.tensors.keys():
             return False
         generator = torch.Generator().manual_seed(0)
+        if not all(view.tensors[name].equal(other.tensors[name]) for name in _left_alone(view)):
+            return False
         mine, theirs = _rows_of_stream(view), _rows_of_stream(other)
-        same = [
-            view.tensors[f"{norm}.weight"].equal(other.tensors[f"{norm}.weight"]) for norm, _ in view.norms
-        ]
-        if mine.shape != theirs.shape or not all(same):
+        if mine.shape != theirs.shape:
             return False
         probe = torch.randn(len(mine), 8, dtype=torch.float64, generator=generator)
-        products = [rows @ (rows.mT @ probe) for rows in (mine, theirs)]
         bound = torch.finfo(torch.float64).eps * len(mine) * mine.norm() * theirs.norm() * probe.norm()
-        return bool((products[0] - products[1]).abs().max() <= bound)
+        for channels in self._classes(view):
+            parts = [rows[:, channels] for rows in (mine, theirs)]
+            products = [rows @ (rows.mT @ probe) for rows in parts]
+            if not bool((products[0] - products[1]).abs().max() <= bound):
+                return False
+        return True
 
     def _check_rotation(self, view: StreamView, element: Tensor) -> None:
         size = view.stream.size
@@ -98,7 +102,7 @@ class StreamRotation(StreamSymmetry):
                 "tied": "its head shares the table of embeddings, and no two gains of its last norm agree",
             }
             raise ValueError(
-                f"{self.name}: this model has no such freedom ({why.get(view.head, 'it is too narrow')})"
+                f"{self.name}: this model has no such freedom ({why.get(view.head, 'no two channels may be turned')})"
             )
         if element.shape != (size, size):
             raise ValueError(
@@ -116,20 +120,29 @@ class StreamRotation(StreamSymmetry):
         for channels in self._classes(view):
             apart[channels[:, None], channels] = False
         if bool((element[apart].abs() > room).any()):
-            raise ValueError(
-                f"element of {self.name}: expected zeros between channels whose gains in the last norm differ, since "
-                "the head shares the table of embeddings"
-            )
+            why = "channels that a norm's gain of 0 hides and the others"
+            if view.head == "tied":
+                why = (
+                    "channels whose gains in the last norm differ, since the head shares the table of embeddings, "
+                    f"and between {why}"
+                )
+            raise ValueError(f"element of {self.name}: expected zeros between {why}")
 
     @staticmethod
     def _classes(view: StreamView) -> list[Tensor]:
         """The channels that may be turned among each other; ones of a single channel included."""
-        size, gain = view.stream.size, view.tensors[f"{view.stream.norm}.weight"]
-        if view.head == "own":
-            return [torch.arange(size)]
-        if gain.is_meta:
+        size, last = view.stream.size, view.tensors[f"{view.stream.norm}.weight"]
+        if last.is_meta and view.head != "own":
             return [torch.tensor([channel]) for channel in range(size)]
-        return [(gain == value).nonzero().flatten() for value in gain.unique()]
+        gains = [view.tensors[f"{norm}.weight"] for norm, _ in view.norms]
+        marks = [
+            (gain == 0).double() for gain in gains if not gain.is_meta
+        ]  # where only shapes are known, none is 0
+        marks += [last.double()] if view.head != "own" else []
+        if not marks:
+            return [torch.arange(size)]
+        kinds = torch.stack(marks).unique(dim=1, return_inverse=True)[1]
+        return [(kinds == kind).nonzero().flatten() for kind in kinds.unique()]
 
 
 def _norms(view: StreamView) -> list[tuple[str, tuple[str, ...]]]:
@@ -137,6 +150,19 @@ def _norms(view: StreamView) -> list[tuple[str, tuple[str, ...]]]:
     if view.head != "tied":
         return view.norms
     return [*view.norms, (view.stream.norm, (view.stream.tokens,))]
+
+
+def _divisor(view: StreamView, norm: str) -> Tensor:
+    """The gain of ``norm``, with 1 for 0: such channels are a class, where the norm's bias is all there is."""
+    gain = view.tensors[f"{norm}.weight"]
+    return torch.where(gain == 0, 1.0, gain)
+
+
+def _left_alone(view: StreamView) -> list[str]:
+    """What no basis changes: the gains of norms, and the biases of what reads them."""
+    names = [f"{norm}.weight" for norm, _ in _norms(view)]
+    names += [f"{path}.bias" for _, readers in _norms(view) for path in readers]
+    return [name for name in names if name in view.tensors]
 
 
 def _rows_of_stream(view: StreamView) -> Tensor:
@@ -148,7 +174,7 @@ def _rows_of_stream(view: StreamView) -> Tensor:
             weight, bias = view.linear(path)
             rows += [weight.mT] if bias is None else [weight.mT, bias[None]]
     for norm, readers in _norms(view):
-        gain, shift = view.tensors[f"{norm}.weight"], view.read(f"{norm}.bias")
+        gain, shift = _divisor(view, norm), view.read(f"{norm}.bias")
         rows += [view.linear(path)[0] * gain for path in readers]
         rows += [] if shift is None else [(shift / gain)[None]]
     if view.stream.centred:

@@ -1,8 +1,9 @@
-"""Which inputs carry the identity: the choice of rows that decides whether a fixed gauge survives bf16.
+"""Which inputs carry the identity, or a triangle: the choice of rows that decides whether a fixed gauge survives bf16.
 
 A projection W [D, K] of full rank is W = C M with M = W[P] for any K rows P that span it, and C[P] = I. Rounding C
 costs accuracy in proportion to its entries, so P is chosen to keep them small. The first K rows are never taken: they
-break bf16.
+break bf16. Where no such choice is good, a head is turned, W = (W Q) Qᵀ with Q orthogonal, until W[P] Q is lower
+triangular: its entries are then no larger than its rows were long, whatever P is.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from torch import Tensor
 
 BOUND = 1.02  # entries of C that a swap may leave; 1 would be a local maximum of the volume |det M|
 SMALLEST_PIVOT = 1e-3  # a swap divides by such an entry; a smaller one would spoil the digits of C
-CHOICES = ("balanced", "max_volume", "shared_partition")
+CHOICES = ("balanced", "max_volume", "shared_partition", "triangular")
 STILL_FIXED = 1.024  # BOUND as bfloat16 may round it
+NOISE = 64  # of a computed entry that nearly cancelled, in units of the least singular value that counts
 
 
 def choose(weight: Tensor, how: str, partner: Tensor) -> Tensor:
@@ -24,6 +26,8 @@ def choose(weight: Tensor, how: str, partner: Tensor) -> Tensor:
     """
     if how not in CHOICES:
         raise ValueError(f"rows: expected one of {', '.join(CHOICES)}; got {how!r}")
+    if how == "triangular":
+        return triangular(weight)
     fixed = _fixed(weight)
     if how == "balanced":
         return balanced(weight, partner) if fixed is None else fixed
@@ -84,19 +88,13 @@ def max_volume(weight: Tensor) -> Tensor:
     by that entry (Goreinov et al., "How to find a good submatrix", 2010). ``weight`` [heads, D, K] float64; returns
     [heads, K] int64. Raises ValueError where D < K.
     """
-    heads, inputs, width = weight.shape
-    if inputs < width:
-        raise ValueError(
-            f"weight: expected at least as many inputs as the head is wide, got {inputs} < {width}"
-        )
     rows = _pivots(weight)
-    for head in range(heads):
+    for head in range(len(weight)):
         if not _full_rank(weight[head, rows[head]]):
             continue  # a rank-deficient head has no volume to raise; its pivots span it already
         current = coordinates(weight[head : head + 1], rows[head : head + 1])[0]
         while True:
-            best = int(current.abs().argmax())
-            row, column = divmod(best, width)
+            row, column = divmod(int(current.abs().argmax()), weight.shape[2])
             if current[row, column].abs() <= BOUND:
                 break
             rows[head, column] = row
@@ -133,6 +131,61 @@ def shared_partition(weight: Tensor) -> Tensor:
         _swap(current[b], int(rows[b, j]), j)
 
 
+def removed(width: int, how: str) -> int:
+    """How many numbers of a head of ``width`` are exactly 0 or 1 once its rows are chosen by one of ``CHOICES``."""
+    return width * (width - 1) // 2 if how == "triangular" else width**2
+
+
+def triangular(weight: Tensor) -> Tensor:
+    """Per head, rows for ``turned``: the pivots of Wᵀ, each with the longest part outside the span of those before.
+
+    They depend on W Wᵀ alone, which no rotation changes, and span the head, so that the triangle is the same wherever
+    on the orbit it starts, and none of its diagonal is 0 unless the head has a lower rank. A head that is triangular
+    already in some rows keeps these, whatever its dtype rounded. ``weight`` [heads, D, K] float64; returns [heads, K]
+    int64. Raises ValueError where D < K.
+    """
+    rows = _pivots(weight)
+    for head, one in enumerate(weight):
+        rows[head] = _stairs(one, rows[head])
+    return rows
+
+
+def _stairs(weight: Tensor, pivots: Tensor) -> Tensor:
+    """Rows P [K] with ``weight[P]`` lower triangular, its diagonal above 0 but in channels that are idle and nowhere
+    less than the channel's other entries, to rounding; the ``pivots`` where there are none. ``weight`` [D, K].
+    """
+    there = weight != 0
+    last = (there * torch.arange(1, weight.shape[1] + 1, device=weight.device)).amax(1) - 1
+    rows, free = pivots.clone(), torch.ones_like(last, dtype=torch.bool)
+    for channel, used in enumerate(there.any(0).tolist()):
+        fits = free & ((last == channel) & (weight[:, channel] > 0) if used else last < channel)
+        if not fits.any():
+            return pivots
+        rows[channel] = weight[:, channel].masked_fill(~fits, -torch.inf).argmax()
+        free[rows[channel]] = False
+    diagonal, noise = weight[rows].diagonal(), NOISE * _tolerance(weight) * weight.abs().max()
+    return rows if bool((weight.abs().amax(0) <= STILL_FIXED * diagonal + noise).all()) else pivots
+
+
+def turned(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(C, Q) with C = W Q, Q orthogonal and C[P] lower triangular with a diagonal ≥ 0, all exactly.
+
+    With the rows of ``triangular`` no entry of a channel exceeds its diagonal. A head that is so already stays as it
+    is, and channels beyond its rank become 0. ``weight`` [heads, n, K], ``rows`` [heads, K]; C [heads, n, K], Q [heads,
+    K, K].
+    """
+    block = take(weight, rows)
+    turn, upper = torch.linalg.qr(block.mT)
+    signs = torch.where(upper.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).to(upper)[:, None]
+    turn, triangle = turn * signs, (upper.mT * signs).tril()
+    fixed = (weight @ turn).scatter(1, rows[..., None].expand_as(block), triangle)
+    sizes = triangle.diagonal(dim1=1, dim2=2)[:, None]
+    fixed = fixed.masked_fill(sizes <= sizes.amax(2, keepdim=True) * _tolerance(block), 0)
+    done = (block.tril() == block).all((1, 2)) & (block.diagonal(dim1=1, dim2=2) >= 0).all(1)
+    identity = torch.eye(rows.shape[1], dtype=weight.dtype, device=weight.device)
+    return torch.where(done[:, None, None], weight, fixed), torch.where(done[:, None, None], identity, turn)
+
+
 def coordinates(weight: Tensor, rows: Tensor) -> Tensor:
     """C with C M = W, M = W[P], and C[P] = I exactly. ``weight`` [heads, n, K], ``rows`` [heads, K] -> [heads, n, K].
 
@@ -164,6 +217,10 @@ def _pivots(weight: Tensor, in_turn: bool = False) -> Tensor:
     Lengths are kept by subtraction, and computed anew before cancellation can spoil them.
     """
     heads, inputs, width = weight.shape
+    if inputs < width:
+        raise ValueError(
+            f"weight: expected at least as many inputs as the head is wide, got {inputs} < {width}"
+        )
     rows = torch.empty(heads, width, dtype=torch.int64)
     basis = torch.zeros(heads, width, width, dtype=weight.dtype)  # one orthonormal row a step
     squares = weight.square().sum(-1)

@@ -17,6 +17,9 @@ both with norm "none". The first layer keeps its matrices: what it reads comes o
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -47,7 +50,8 @@ class JointBasis:
     def act(self, model: nn.Module, element: Tensor) -> None:
         """Moves the live ``model`` in place, in float64, rounded to its dtype.
 
-        Raises ValueError where there is no such freedom, or for an element of another shape.
+        Raises ValueError, before anything is written, where there is no such freedom, for an element of another shape
+        and for a singular one.
         """
         if reason := why_not(model):
             raise ValueError(f"{self.name}: this model has no such freedom ({reason})")
@@ -61,24 +65,40 @@ class JointBasis:
                 f"{self.name}: expected matrices for queries, keys and values, got none for {gone[0]}"
             )
         for layer, turn in enumerate(element, 1):
-            _turn(model, layer, turn)
+            _check_invertible(turn, f"element of {self.name}", "matrix", f"before layer {layer}")
+        _turn(model, element)
 
     def fix(self, model: nn.Module, matrix: str = "value") -> None:
-        """Makes the ``matrix`` ("value", "query" or "key") of every layer but the first the identity, in place."""
-        self.act(model, torch.stack([_dense(_part(block, matrix)).mT for block in _blocks(model)[1:]]))
+        """Makes the ``matrix`` ("value", "query" or "key") of every layer but the first the identity, in place.
+
+        Raises ValueError, before anything is written, where there is no such freedom, and where a layer has no such
+        matrix or a singular one.
+        """
+        if matrix == "output":
+            raise ValueError("matrix: expected one of value, query, key; got 'output', which nothing divides")
+        _check(model, matrix)
+        if elements := _elements(model, matrix):
+            self.act(model, torch.stack(elements))
 
     def contains(self, model: nn.Module, other: nn.Module) -> bool:
-        """Membership: whether some element carries ``model`` to ``other``, to rounding; both in float64."""
-        fixed = []
-        for one in (model, other):
-            state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
-            self.fix(one)
-            fixed.append({name: tensor.clone() for name, tensor in one.state_dict().items()})
-            one.load_state_dict(state)
+        """Membership: whether some element carries ``model`` to ``other``, to rounding; both in float64.
+
+        Raises ValueError as ``fix`` does of ``model``; an ``other`` that cannot be fixed is none of its orbit.
+        """
+        mine, theirs = copy.deepcopy(model), copy.deepcopy(other)
+        self.fix(mine)
+        shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (mine, theirs)]
+        if shapes[0] != shapes[1]:
+            return False
+        try:
+            self.fix(theirs)
+        except ValueError:
+            return False
         bound = 1e4 * torch.finfo(torch.float64).eps * model.config.hidden_size
-        return fixed[0].keys() == fixed[1].keys() and all(
-            bool((tensor - fixed[1][name]).abs().max() <= bound * max(1.0, float(tensor.abs().max())))
-            for name, tensor in fixed[0].items()
+        fixed = theirs.state_dict()
+        return all(
+            bool((tensor - fixed[name].to(tensor)).abs().max() <= bound * max(1.0, float(tensor.abs().max())))
+            for name, tensor in mine.state_dict().items()
         )
 
 
@@ -111,6 +131,22 @@ def absorb(model: nn.Module, matrix: str = "value") -> nn.Module:
     Raises ValueError where the model has no such matrix, where a norm or a skip is in its way, and where the matrix is
     singular.
     """
+    _check(model, matrix)
+    work = type(model)(model.config).double()
+    work.load_state_dict(model.state_dict())
+    blocks = _blocks(work)
+    if matrix == "output":
+        for block in blocks:
+            for reader in (part for part in (block.mlp.gate, block.mlp.up) if part is not None):
+                reader.weight.copy_(reader.weight @ block.attention.output.weight)
+    else:
+        _turn(work, _elements(work, matrix), but=matrix)
+    first = next(model.parameters())
+    return _without(work, matrix).to(first.device, first.dtype).train(model.training)
+
+
+def _check(model: nn.Module, matrix: str) -> None:
+    """ValueError unless every layer of ``model`` but the first has that ``matrix``, and neighbours take it up."""
     if matrix not in MATRICES:
         raise ValueError(f"matrix: expected one of {', '.join(MATRICES)}; got {matrix!r}")
     if reason := why_not(model):
@@ -121,19 +157,6 @@ def absorb(model: nn.Module, matrix: str = "value") -> nn.Module:
         )
     if _missing(model, matrix):
         raise ValueError(f"model: expected a {matrix} matrix in every layer, got none in some")
-    work = type(model)(model.config).double()
-    work.load_state_dict(model.state_dict())
-    blocks = _blocks(work)
-    if matrix == "output":
-        for block in blocks:
-            for reader in (part for part in (block.mlp.gate, block.mlp.up) if part is not None):
-                reader.weight.copy_(reader.weight @ block.attention.output.weight)
-    else:
-        for layer in range(1, len(blocks)):
-            _turn(
-                work, layer, _invertible(_dense(_part(blocks[layer], matrix)).mT, layer, matrix), but=matrix
-            )
-    return _without(work, matrix).to(next(model.parameters()).dtype).train(model.training)
 
 
 def _without(work: nn.Module, matrix: str) -> nn.Module:
@@ -153,30 +176,43 @@ def _without(work: nn.Module, matrix: str) -> nn.Module:
     return result
 
 
-def _turn(model: nn.Module, layer: int, turn: Tensor, but: str | None = None) -> None:
-    """x → x G in front of ``layer``: what makes x is multiplied by G, what reads it divided; ``but`` is left out."""
-    blocks, turn = _blocks(model), turn.double()
-    before, after = blocks[layer - 1], blocks[layer]
-    writers = [before.mlp.down] + ([before.attention.output] if model.config.block == "sas_p" else [])
-    for writer in writers:  # weight [outputs, inputs]
-        writer.weight.copy_(turn.mT @ writer.weight.double())
-    readers = [getattr(after.attention, name) for name in ("query", "key", "value") if name != but]
-    if model.config.block == "sas_p":
-        readers += [part for part in (after.mlp.gate, after.mlp.up) if part is not None]
-    for reader in readers:
-        reader.weight.copy_(torch.linalg.solve(turn, reader.weight.double().mT).mT)
+def _turn(model: nn.Module, turns: Sequence[Tensor], but: str | None = None) -> None:
+    """x → x G in front of every layer but the first, by one of ``turns`` each: what makes x is multiplied by G, what
+    reads it divided; ``but`` is left out. Nothing is written before all of it is computed.
+    """
+    blocks, moved = _blocks(model), []
+    for before, after, turn in zip(blocks[:-1], blocks[1:], turns, strict=True):
+        writers = [before.mlp.down] + ([before.attention.output] if model.config.block == "sas_p" else [])
+        for writer in writers:  # weight [outputs, inputs]
+            weight = _dense(writer)
+            moved.append((writer.weight, turn.to(weight).mT @ weight))
+        readers = [getattr(after.attention, name) for name in ("query", "key", "value") if name != but]
+        if model.config.block == "sas_p":
+            readers += [part for part in (after.mlp.gate, after.mlp.up) if part is not None]
+        for reader in readers:
+            weight = _dense(reader)
+            moved.append((reader.weight, torch.linalg.solve(turn.to(weight), weight.mT).mT))
+    for parameter, value in moved:
+        parameter.copy_(value)
 
 
-def _invertible(matrix: Tensor, layer: int, name: str) -> Tensor:
+def _elements(model: nn.Module, matrix: str) -> list[Tensor]:
+    """The ``matrix`` of every layer but the first, as it acts on row vectors [D, D]; ValueError for a singular one."""
+    elements = [_dense(_part(block, matrix)).mT for block in _blocks(model)[1:]]
+    for layer, element in enumerate(elements, 1):
+        _check_invertible(element, "matrix", f"{matrix} matrix", f"in layer {layer}")
+    return elements
+
+
+def _check_invertible(matrix: Tensor, argument: str, what: str, where: str) -> None:
     size = matrix.shape[0]
     if matrix.shape[1] != size:
-        raise ValueError(
-            f"matrix: expected a square {name} matrix, got {tuple(matrix.shape)} in layer {layer}"
-        )
-    spectrum = torch.linalg.svdvals(matrix)
+        raise ValueError(f"{argument}: expected a square {what}, got {tuple(matrix.shape)} {where}")
+    if not bool(matrix.isfinite().all()):
+        raise ValueError(f"{argument}: expected finite numbers in the {what} {where}, got NaN or infinity")
+    spectrum = torch.linalg.svdvals(matrix.double())
     if spectrum[-1] <= spectrum[0] * size * torch.finfo(torch.float64).eps:
-        raise ValueError(f"matrix: expected an invertible {name} matrix in layer {layer}, got a singular one")
-    return matrix
+        raise ValueError(f"{argument}: expected an invertible {what} {where}, got a singular one")
 
 
 def _missing(model: nn.Module, matrix: str) -> bool:

@@ -42,7 +42,8 @@ def convert(
     to ``dtype`` (float64, float32, bfloat16, float16). The result is compact (it loads after ``import
     gaugekit.integrations.transformers``), or with ``dense`` in the family's plain layout, which needs no gaugekit.
     ``calibration`` is a text file for rewrites that ask for statistics. ``pack`` packs the result
-    (``gaugekit.codec.pack``), for which the disk must hold it twice. Memory: one layer and 1 GB.
+    (``gaugekit.codec.pack``), for which the disk must hold it twice. Memory: one layer and 1 GB, of which half is a
+    shard that fills.
 
     All work happens in the folder ``<target>.partial``, which is locked and marked as this job's; nothing else is
     written or removed. After a kill the same call goes on where it stopped: the same weights, text, settings and

@@ -28,6 +28,7 @@ def fuse(
     model: nn.Module,
     *,
     gauge: bool | None = None,
+    rows: str | None = None,
     attention: bool = True,
     packed: bool = False,
     neutreno: float | Sequence[float] | None = None,
@@ -37,6 +38,8 @@ def fuse(
     ``gauge`` (the default unless ``packed``): in every layer the key and value projections become compact forms
     without what nobody can observe (see ``symmetry.GaugeFix``; float64, rounded once), and the query and output
     projections take up the rest; query and key channels that ``rank.truncate`` left at zero are no longer stored.
+    ``rows`` is how a gauge is fixed, "balanced" unless given; "triangular" removes half as much and lets no rounding
+    error grow (docs/gauge.md).
     ``attention``: the model attends through ``gaugekit.shaped_attention`` (transformers' interface, named "gaugekit").
     The originals are kept on the instance for ``unfuse``: fusing saves memory in what is saved and loaded again, not in
     this process. A fused model saves with ``save_pretrained`` and loads like a converted one. Move it or train it
@@ -61,8 +64,8 @@ def fuse(
     ``rewritten`` [module: dense, new weights], ``attention`` (the implementation in use, None where not known),
     ``left`` [{module, reason}], ``products`` [{module, product, reason}]: whether a compact projection runs our kernel
     ("kernel") or torch's product with its dense weight ("dense"), and why, ``parameters_before``,
-    ``parameters_after``. Raises ValueError where ``model`` is no
-    nn.Module, for ``gauge`` and ``packed`` together, and for ``neutreno`` with ``gauge``, without ``attention`` or not
+    ``parameters_after``. Raises ValueError where ``model`` is no nn.Module, for ``gauge`` and ``packed`` together, for
+    ``rows`` that are no choice or without ``gauge``, and for ``neutreno`` with ``gauge``, without ``attention`` or not
     finite numbers.
     """
     if not isinstance(model, nn.Module):
@@ -74,12 +77,15 @@ def fuse(
             "neutreno: expected with attention and without gauge: it ties the values of all layers"
         )
     gauge = not packed and neutreno is None if gauge is None else gauge
+    if rows is not None and not gauge:
+        raise ValueError(f"rows: expected beside gauge, got {rows!r} without it")
+    fix = GaugeFix(rows or "balanced")
     fields: dict[str, Any] = {"replaced": [], "rewritten": [], "attention": None, "left": []}
     fields["parameters_before"] = _count(model)
     if install.fused(model):
         fields["left"].append({"module": "", "reason": "it is fused already; unfuse it first"})
     else:
-        steps: list[Any] = [GaugeStep()] if gauge else []
+        steps: list[Any] = [GaugeStep(fix)] if gauge else []
         for step in steps:
             _apply(step, model, fields)
         if packed:
@@ -116,10 +122,11 @@ def unfuse(model: nn.Module) -> Report:
 
 @dataclass
 class GaugeStep:
-    """Compact forms in place of the projections of every layer; ``modules`` are the originals, by name, ``entries`` the
-    parts of the config that tell of the forms ("": the whole).
+    """Compact forms in place of the projections of every layer, as ``fix`` has it; ``modules`` are the originals, by
+    name, ``entries`` the parts of the config that tell of the forms ("": the whole).
     """
 
+    fix: GaugeFix
     modules: dict[str, nn.Module] = field(default_factory=dict)
     entries: list[str] = field(default_factory=list)
 
@@ -136,7 +143,7 @@ class GaugeStep:
         specs: dict[str, dict] = {}
         for layer in range(len(live)):
             try:
-                originals, replacements, stored = _replacements(live, layer)
+                originals, replacements, stored = _replacements(live, layer, self.fix)
             except (ValueError, AttributeError) as reason:
                 block = live.prefix + live.family.block(layer)
                 fields["left"].append({"module": block, "reason": str(reason)})
@@ -178,16 +185,17 @@ class GaugeStep:
         return list(self.modules)
 
 
-def _replacements(live: Live, layer: int) -> tuple[dict[str, nn.Module], dict[str, nn.Module], Stored]:
+def _replacements(
+    live: Live, layer: int, fix: GaugeFix
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module], Stored]:
     """(originals, replacements, how they are stored) of one layer's projections, by path; ValueError with the reason
     where they cannot be replaced.
     """
-    rewrite = GaugeFix()
     paths = dict.fromkeys(live.family.projections(layer).values())
     originals = {path: live.model.get_submodule(live.prefix + path) for path in paths}
     for path, original in originals.items():
         _check_plain(path, original)
-    view = rewrite.layer(live.attention(layer))
+    view = fix.layer(live.attention(layer))
     stored = live.family.store(layer, view, forms_of(view))
     return originals, {path: _make(path, original, stored) for path, original in originals.items()}, stored
 

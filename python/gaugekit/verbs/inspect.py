@@ -53,7 +53,7 @@ def inspect(
     is empty then, and what is read off weights None.
 
     ``progress(done, total)`` counts layers and batches of text. Raises ValueError for a family that is not known, for a
-    model that is already compact, and for text without a tokenizer.
+    model (or its config) that is already compact or stored in another way, and for text without a tokenizer.
     """
     if (config := inspect_shapes.config_of(model)) is not None:
         return inspect_shapes.inspect_config(config, model, text)
@@ -96,7 +96,7 @@ def inspect(
     for row, cosine, energy in zip(rows, cosines, energies, strict=False):
         row |= {"token_cosine": cosine, "energy": energy}
     notes += _smoothing(cosines)
-    notes += left_alone(barred)
+    notes += [*left_alone(barred), *inspect_shapes.values_tied(layers.config)]
     stream = inspect_shapes.stream_of(layers, sizes, read, notes)
     fields = {
         "parameters": parameters,
@@ -118,6 +118,10 @@ def _opened(
         return Live(model), {name: tuple(p.shape) for name, p in tensors.items()}, tensors.__getitem__
     checkpoint = Checkpoint(model)
     layers = Layers(checkpoint.config, checkpoint.names(), checkpoint.read)
+    if (checkpoint.config.get("quantization_config") or {}).get(
+        "modules", ...
+    ):  # {}: plain, saved with NeuTRENO's λ
+        inspect_shapes.refuse_stored(checkpoint.config)
     names = (name for name in checkpoint.names() if not layers.family.recomputed(name))
     sizes = {name: checkpoint.shape(name) for name in names if checkpoint.dtype(name).is_floating_point}
     return layers, sizes, checkpoint.read

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaugekit import symmetry
-from gaugekit.checkpoint.config import CONFIG, check_config, read_config
+from gaugekit.checkpoint.config import CONFIG, check_config, read_config, stored_as
 from gaugekit.files.missing import how_to_convert
 from gaugekit.models import FAMILIES, AttentionView, Layers, Live, StreamView, family, left_alone
 from gaugekit.report import Report
@@ -52,6 +52,7 @@ def inspect_config(config: dict, model: Any, text: Any = None) -> Report:
     if text is not None:
         raise ValueError("text: expected none beside a config without weights, got some")
     named = "this config" if isinstance(model, Mapping) else str(model)
+    refuse_stored(config)
     if config.get("model_type") not in FAMILIES:
         family(
             config
@@ -79,6 +80,23 @@ def inspect_config(config: dict, model: Any, text: Any = None) -> Report:
     return wording.inspected(Report("inspect", fields, notes), named, 1.0)
 
 
+def refuse_stored(config: Mapping[str, Any]) -> None:
+    """ValueError for the config of weights that are not plain: what they store does not follow from its sizes."""
+    if (method := stored_as(config)) is not None:
+        raise ValueError(f"model: expected plain weights, got ones stored as {method!r}; use the original")
+
+
+def values_tied(config: Mapping[str, Any]) -> list[str]:
+    """What to say of a model with NeuTRENO: each layer sees the first one's values, so that no layer's are its own."""
+    lam = (config.get("quantization_config") or {}).get("neutreno")
+    if not (any(lam) if isinstance(lam, list) else lam):
+        return []
+    return [
+        "counts: of the model without NeuTRENO, which shows each layer the first one's values, so that value_output is "
+        "free in all layers together only"
+    ]
+
+
 @dataclass(frozen=True)
 class Counted:
     """What a report keeps of a layer's view, which is large: the dimensions of its groups, and what its heads are."""
@@ -88,11 +106,14 @@ class Counted:
     repeats: int
     rotary: int
     alike: bool  # whether heads may change places: slopes of ALiBi tell them apart
+    shared_bias: str | None = None  # as in the view: with which layers they do
 
 
 def outline(view: AttentionView) -> Counted:
     """What is counted in one layer."""
-    return Counted(symmetry.count(view), view.groups, view.repeats, view.rotary, view.slopes is None)
+    return Counted(
+        symmetry.count(view), view.groups, view.repeats, view.rotary, view.slopes is None, view.shared_bias
+    )
 
 
 def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
@@ -105,20 +126,23 @@ def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
         unobservable |= symmetry.count_stream(stream)
     removable = sum(unobservable[group] for group in symmetry.REMOVED)
     total = sum(unobservable.values())
-    bits = symmetry.permutation_bits(
-        [(layer.groups, layer.repeats) for layer in layers if layer.alike], stream
-    )
+    heads = {
+        layer.shared_bias or index: (layer.groups, layer.repeats)
+        for index, layer in enumerate(layers)
+        if layer.alike
+    }
     return {
         "unobservable": {**unobservable, "total": total},
         "removable": removable,
-        "permutation_bits": bits,
+        "permutation_bits": symmetry.permutation_bits(heads.values(), stream),
     }
 
 
 def stream_of(
     layers: Layers, sizes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor], notes: list[str]
 ) -> StreamView | None:
-    """The stream of a model with tensors of these ``sizes``; None, with a note, where its family has no view of it.
+    """The stream of a model with tensors of these ``sizes``; None, with a note, where its family has no view of it, or
+    tensors of it are missing.
 
     Only tensors with one axis are ``read``: gains and biases, which are few.
     """
@@ -132,15 +156,16 @@ def stream_of(
 def _stream(
     layers: Layers, tensors: Mapping[str, Tensor], live: nn.Module | None, notes: list[str]
 ) -> StreamView | None:
-    try:
-        stream = layers.family.stream()
-    except ValueError as reason:
-        notes.append(f"norms, stream and MLPs: not counted, since {str(reason).removeprefix('model_type: ')}")
-        return None
     names = layers.config.get("architectures") or ()
     of_file = any(name.endswith(("LMHeadModel", "ForCausalLM")) for name in names)
-    headed = of_file if live is None else hasattr(live, stream.head)
-    return StreamView.of(stream, layers.prefix, tensors, headed)
+    try:
+        stream = layers.family.stream()
+        headed = of_file if live is None else hasattr(live, stream.head)
+        return StreamView.of(stream, layers.prefix, tensors, headed)
+    except ValueError as odd:
+        reason = str(odd).removeprefix("model_type: ").removeprefix("model: ")
+        notes.append(f"norms, stream and MLPs: not counted, since {reason}")
+        return None
 
 
 def meaning(fields: dict[str, Any], layers: list[Counted]) -> str:

@@ -77,9 +77,10 @@ def verify(
 
     ``certificate``: a new JSON file to write what was verified into (or a directory, usually ``b``, for a file
     ``gaugekit_verification.json``): digests of all tensors of both directories, the settings, the report with its
-    errors by layer, the groups that ``convert`` removed, versions. ``check_certificate`` reads it. The report's
-    ``hidden_states`` says whether those of ``b`` are those of ``a`` ("same") or the stream was given another basis
-    ("turned"), which logits do not show but a draft model sees.
+    errors by layer, the groups that ``convert`` removed, versions. Written where ``ok`` alone; else a note says so.
+    ``check_certificate`` reads it. The report's ``hidden_states`` says whether those of ``b`` are those of ``a``
+    ("same"), the stream was given another basis ("turned"), which logits do not show but a draft model sees, or the
+    output is another as well ("other").
 
     Raises ValueError for a directory without config.json, weights or a known architecture, for models of different
     vocabularies or output shapes, and for text without a tokenizer; ImportError where transformers is absent.
@@ -89,6 +90,7 @@ def verify(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
     target = None if certificate is None else certificates.check_free(certificate, {"a": a, "b": b})
+    steps = [] if target is None else certificates.rewrites(Path(b))
     original, result = Subject(a, "a"), Subject(b, "b")
     working = floating(dtype) if dtype is not None else None
     notes: list[str] = []
@@ -121,10 +123,12 @@ def verify(
             reference, reference if working == highest else plain, passes.of(result.model(working))
         )
     report = comparison.report(passes.tokens, notes)
-    if target is not None:
+    if target is not None and not report["ok"]:
+        report.notes.append("certificate: none was written, since the result is not the original")
+    elif target is not None:
         strings = None if text is None else read(text)
         asked = {"dtype": name_of(working), "pool": pool, "batch_size": batch_size, "text": strings}
-        certificates.record(target, {"a": Path(a), "b": Path(b)}, asked, report.fields)
+        certificates.record(target, {"a": Path(a), "b": Path(b)}, asked, report.fields, steps)
         report.notes.append(f"certificate: written to {target}")
     return wording.verified(report, NOISE_FACTOR.get(working), a, b)
 
@@ -140,8 +144,8 @@ def check_certificate(
     models as they were run then.
 
     Returns the Report of ``verify`` of now, with ``certified`` {noise, relative_error} of then (None in a certificate
-    of ``convert``, which has none); ``ok`` asks that then and now are both ok, and that the error of now lies within
-    half the noise of that of then.
+    of ``convert``, which has none); ``ok`` asks that then and now are both ok, and that error and noise of now lie
+    within half the noise of now of those of then.
 
     certificate: a file that ``verify`` wrote, or a directory with one, or with one that ``convert`` left
     a: the original, where it stands elsewhere than then; a certificate of ``convert`` does not say where it stood
@@ -169,11 +173,13 @@ def check_certificate(
 
 
 def _agrees(then: dict[str, float | None], report: Report) -> bool:
-    """Whether the error of now is that of then, to what another machine or version may round otherwise."""
-    errors = (then["relative_error"], then["noise"], report["relative_error"])
-    if not all(isinstance(error, int | float) for error in errors):
+    """Whether error and noise of now are those of then, to what another machine or version may round otherwise; the
+    noise of now is the unit, since that of then is what is held to it."""
+    pairs = [(then[name], report[name]) for name in ("noise", "relative_error")]
+    if not all(isinstance(value, int | float) for pair in pairs for value in pair):
         return False
-    return abs(errors[2] - errors[0]) <= DRIFT * errors[1] + FLOAT64_BOUND
+    room = DRIFT * report["noise"] + FLOAT64_BOUND
+    return all(abs(now - past) <= room for past, now in pairs)
 
 
 def allowed(noise: float, dtype: torch.dtype) -> float:
@@ -282,7 +288,7 @@ class _Comparison:
             "rows": self.output.rows,
             "tokens": tokens,
             "findings": findings,
-            "hidden_states": _basis([error.relative_error() for error in layers]),
+            "hidden_states": _basis([error.relative_error() for error in layers], relative_error),
             "layers": [
                 {"layer": index, "noise": error.noise(), "relative_error": error.relative_error()}
                 for index, error in enumerate(layers)
@@ -320,11 +326,14 @@ class _Comparison:
         return findings
 
 
-def _basis(errors: list[float | None]) -> str | None:
-    """ "same" where hidden states of both models agree, "turned" where they do not; None where nobody knows."""
-    if not errors or None in errors:
+def _basis(errors: list[float | None], output: float | None) -> str | None:
+    """ "same" where hidden states of both models agree, "turned" where the output alone does, "other" where neither
+    does; None where nobody knows. ``errors`` of the hidden states, and of the ``output``."""
+    if not errors or output is None or None in errors:
         return None
-    return "same" if max(errors) < SAME_BASIS else "turned"
+    if max(errors) < SAME_BASIS:
+        return "same"
+    return "turned" if output < SAME_BASIS else "other"
 
 
 @dataclass

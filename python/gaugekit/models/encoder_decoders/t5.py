@@ -42,8 +42,13 @@ class T5Stack(Stack):
         return {part: f"{self.block(layer)}.{attention}.{part}" for part in "qkvo"}
 
     def attention(self, layer: int, read: Read) -> AttentionView:
+        shared = self.name != "umt5" and self.kind != "cross"  # UMT5 has a table for each layer
         return AttentionView(
-            **self.parts(layer, read), scale=1.0, causal=self.kind == "decoder", cross=self.kind == "cross"
+            **self.parts(layer, read),
+            scale=1.0,
+            causal=self.kind == "decoder",
+            cross=self.kind == "cross",
+            shared_bias=f"{self.block(0)}.layer.0.SelfAttention.relative_attention_bias" if shared else None,
         )
 
 

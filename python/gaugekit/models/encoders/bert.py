@@ -50,7 +50,8 @@ class Bert(Linears):
         kinds = self.config.get("pos_att_type") or () if self.name == "deberta-v2" else ()
         terms = 1 + ("c2p" in kinds) + ("p2c" in kinds)  # DeBERTa's scores are a mean over so many
         causal, scale = bool(self.config.get("is_decoder")), (self.head_width * terms) ** -0.5
-        return AttentionView(**parts, scale=scale, causal=causal, barred=self._barred())
+        shared = "encoder.relative_attention_bias" if self.name == "mpnet" else None
+        return AttentionView(**parts, scale=scale, causal=causal, barred=self._barred(), shared_bias=shared)
 
     def _barred(self) -> dict[str, str]:
         """DeBERTa multiplies queries and keys with vectors of position too, so that even its key bias can be seen;

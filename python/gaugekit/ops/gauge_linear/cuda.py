@@ -19,6 +19,7 @@ def fits(x: Tensor, free: Tensor) -> bool:
     return free.shape[2] <= WIDEST.get(x.dtype, 0) and x.numel() > 0 and free.numel() > 0
 
 
+@_library.outside_autocast
 def forward(
     x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None, weight: Tensor | None,
     weight_bias: Tensor | None,
@@ -29,12 +30,15 @@ def forward(
 
     flat, first = x.reshape(-1, x.shape[-1]), 0 if weight is None else weight.shape[0]
     out = x.new_empty(len(flat), first + rows.numel())
-    if weight is not None:
-        out[:, :first] = torch.nn.functional.linear(flat, weight, weight_bias)
+    if weight_bias is not None:
+        torch.addmm(weight_bias, flat, weight.t(), out=out[:, :first])
+    elif weight is not None:
+        torch.mm(flat, weight.t(), out=out[:, :first])
     gauge_linear(out[:, first:], flat, free.contiguous(), rows.contiguous(), bias)
     return out.view(*x.shape[:-1], -1)
 
 
+@_library.outside_autocast
 def backward(
     grad: Tensor, x: Tensor, free: Tensor, rows: Tensor, of_x: bool, of_free: bool
 ) -> tuple[Tensor, Tensor]:

@@ -14,16 +14,23 @@ def free_rows(rows: Tensor, inputs: int) -> Tensor:
     return taken.argsort(dim=1, stable=True)[:, : inputs - rows.shape[1]]
 
 
-def dense(free: Tensor, rows: Tensor) -> Tensor:
-    """The weight [D, heads·width] that ``free`` [heads, D − width, width] and ``rows`` [heads, width] stand for."""
+def dense(free: Tensor, rows: Tensor, block: Tensor | None = None) -> Tensor:
+    """The weight [D, heads·width] that ``free`` [heads, D − width, width] and ``rows`` [heads, width] stand for.
+
+    ``block`` [heads, width, width] is what stands in those rows: None where it is the identity.
+    """
     heads, depth, width = free.shape
     inputs, rows = depth + width, rows.long()
-    # Where each row of the weight stands in the list of all free rows followed by the identity's rows.
+    # Where each row of the weight stands in the list of all free rows followed by those of the block.
     slot = torch.arange(width, device=rows.device).expand_as(rows) + heads * depth
+    if block is None:
+        block = torch.eye(width, dtype=free.dtype, device=free.device)
+    else:
+        slot = slot + width * torch.arange(heads, device=rows.device)[:, None]
     place = torch.full((heads, inputs), -1, device=rows.device).scatter(1, rows, slot)
     rank = (place < 0).cumsum(1) - 1 + depth * torch.arange(heads, device=rows.device)[:, None]
     place = torch.where(place < 0, rank, place)
-    stacked = torch.cat([free.flatten(0, 1), torch.eye(width, dtype=free.dtype, device=free.device)])
+    stacked = torch.cat([free.flatten(0, 1), block.flatten(0, -2)])
     return stacked.index_select(0, place.mT.flatten()).view(inputs, heads * width)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from gaugekit import _library
@@ -19,6 +21,9 @@ from gaugekit.ops.operands import check_tensors
 
 ARGUMENTS = "Tensor x, Tensor free, Tensor rows, Tensor? bias, Tensor? weight, Tensor? weight_bias"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DIFFERENT = (
+    "rows: expected different inputs for each head, 0 to"  # the binary's words, which a number follows
+)
 
 
 def gauge_linear(
@@ -30,11 +35,12 @@ def gauge_linear(
     ``x`` [..., D] float32, float64, bfloat16 or float16; sums are in float32 (float64 for float64).
     ``free`` [heads, D − width, width]: F_h, whose rows are the inputs not in P_h, ascending.
     ``rows`` [heads, width] int32: P_h, different inputs for each head; the i-th passes through to output i of the head.
+    On a GPU their values are not checked: those out of range are clamped, repeated ones give wrong numbers.
     ``bias`` [heads·width], or None.
     ``weight`` [N, D], or None: a plain projection computed with the others, whose N outputs x Wᵀ come first (a layer's
     queries before its keys and values). ``weight_bias`` [N] goes with it.
-    Differentiable in all but ``rows``. ValueError for shapes, dtypes, devices or rows that do not fit. Source: van
-    Nierop, arXiv 2412.14543.
+    Differentiable in all but ``rows``, by backward and by forward mode, and ready for ``torch.func``. ValueError for
+    shapes, dtypes, devices or rows that do not fit. Source: van Nierop, arXiv 2412.14543.
     """
     check_tensors(x=x, free=free, rows=rows, bias=bias, weight=weight, weight_bias=weight_bias)
     if sharding.shared(x, free):
@@ -42,10 +48,27 @@ def gauge_linear(
             x=x, free=free, rows=rows, bias=bias, weight=weight, weight_bias=weight_bias))  # fmt: skip
     _check(x, free, rows, bias, weight, weight_bias)
     given = (x, free, rows, bias, weight, weight_bias)
+    if transforms():
+        return _composed(*given)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.ops.gaugekit.gauge_linear(*given)
     learns = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
-    if x.device.type == "cpu" and not learns and not torch.compiler.is_compiling():
-        return torch.ops.gaugekit.gauge_linear_forward(*given)
-    return torch.ops.gaugekit.gauge_linear(*given)
+    try:
+        return torch.ops.gaugekit.gauge_linear(*given) if learns else _FORWARD(*given)
+    except RuntimeError as error:
+        if DIFFERENT in str(error):
+            raise _refusal(x) from None
+        raise
+
+
+def transforms() -> bool:
+    """Whether vmap or forward-mode differentiation is at work, which know torch's operators and not ours."""
+    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo would take the absent interpreter for one. It guards on both levels itself, and so may ask while it traces;
+# torch.compiler.assume_constant_result does no more than this, after importing Dynamo.
+transforms._dynamo_marked_constant = True
 
 
 def composition(
@@ -54,10 +77,6 @@ def composition(
 ) -> Tensor:  # fmt: skip
     y = linear(x, dense(free, rows).mT, bias)
     return y if weight is None else torch.cat([linear(x, weight, weight_bias), y], -1)
-
-
-def composition_in_place(out: Tensor, x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-    out.copy_(composition(x, free, rows, bias, None, None))
 
 
 def composition_backward(
@@ -102,10 +121,25 @@ def _check(x, free, rows, bias, weight, weight_bias) -> None:
             raise ValueError(f"{name}: expected it on {x.device} like x, got {tensor.device}")
     if weight is None and weight_bias is not None:
         raise ValueError("weight_bias: expected a weight beside it, got None")
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        ordered = rows.sort(1).values
-        if ordered[:, 0].min() < 0 or ordered[:, -1].max() >= x.shape[-1] or not ordered.diff().all():
-            raise ValueError(f"rows: expected different inputs for each head, 0 to {x.shape[-1] - 1}")
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not _binary_checks(x):
+        _check_values(x, rows)
+
+
+def _binary_checks(x: Tensor) -> bool:
+    """Whether the C++ operator will be called and looks at the rows: it does where there is something to compute."""
+    return _library.implementation("gauge_linear") and not transforms() and x.numel() > 0
+
+
+def _check_values(x: Tensor, rows: Tensor) -> None:
+    while _functorch.is_batchedtensor(rows):  # vmap lets nobody look at values: those of every call, then
+        rows = _functorch.get_unwrapped(rows).movedim(_functorch.maybe_get_bdim(rows), 0)
+    ordered = rows.sort(-1).values
+    if ordered[..., 0].min() < 0 or ordered[..., -1].max() >= x.shape[-1] or not ordered.diff().all():
+        raise _refusal(x)
+
+
+def _refusal(x: Tensor) -> ValueError:
+    return ValueError(f"{DIFFERENT} {x.shape[-1] - 1}")
 
 
 def _fake(x, free, rows, bias, weight, weight_bias):
@@ -144,18 +178,9 @@ def _backward(ctx, grad):
     )
 
 
-_library.define(
-    f"gauge_linear({ARGUMENTS}) -> Tensor",
-    composition,
-    _fake,
-)
+_library.define(f"gauge_linear({ARGUMENTS}) -> Tensor", composition, _fake)
 # Without a gradient, and so without the detour through Python that one costs: what is called in evaluation.
 _library.define(f"gauge_linear_forward({ARGUMENTS}) -> Tensor", composition, _fake)
-_library.define(
-    "gauge_linear_(Tensor(a!) out, Tensor x, Tensor free, Tensor rows, Tensor? bias) -> ()",
-    composition_in_place,
-    lambda *_: None,
-)
 _library.define(
     "gauge_linear_backward(Tensor grad, Tensor x, Tensor free, Tensor rows, bool of_x, bool of_free)"
     " -> (Tensor, Tensor)",
@@ -165,3 +190,5 @@ _library.define(
 torch.library.register_autograd(
     "gaugekit::gauge_linear", _backward, setup_context=_save, lib=_library.library
 )
+_composed = _library.outside_autocast(composition)
+_FORWARD = torch.ops.gaugekit.gauge_linear_forward.default

@@ -111,6 +111,7 @@ def composition_backward(
     return tuple(per_group(_laid(x, y), y) for x, y in zip((du, dq, dk), like, strict=True))
 
 
+@_library.outside_autocast
 def _triton(u, q, k, causal, key_lengths, scale, row) -> tuple[Tensor, Tensor, Tensor]:
     if not _fits(u, q, k):
         return composition(u, q, k, causal, key_lengths, scale, row)
@@ -121,6 +122,7 @@ def _triton(u, q, k, causal, key_lengths, scale, row) -> tuple[Tensor, Tensor, T
     return outputs
 
 
+@_library.outside_autocast
 def _triton_backward(grad, grad_log, u, q, k, energies, log, out, causal, key_lengths, scale, row):
     if not _fits(u, q, k):
         operands = (grad, grad_log, u, q, k, energies, log, out)

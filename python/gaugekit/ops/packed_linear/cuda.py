@@ -28,6 +28,7 @@ def variant(dtype: torch.dtype, columns: int) -> int:
     return VARIANTS["tile" if suits else "lanes"]
 
 
+@_library.outside_autocast
 def linear(
     x: Tensor,
     raw: Tensor,

@@ -118,6 +118,7 @@ def _fake_backward(grad, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), fused.rows_like(v)
 
 
+@_library.outside_autocast
 def _triton(q, k, v, ranks, *rest):
     if not sweeps.fits(v) or q.numel() == 0 or max(ranks) > sweeps.WIDEST:
         return composition(q, k, v, ranks, *rest)
@@ -128,6 +129,7 @@ def _triton(q, k, v, ranks, *rest):
     return outputs
 
 
+@_library.outside_autocast
 def _triton_backward(grad, q, k, v, a, lse, ranks, *rest):
     if not sweeps.fits(v) or q.numel() == 0 or max(ranks) > sweeps.WIDEST:
         return composition_backward(grad, q, k, v, a, lse, ranks, *rest)

@@ -101,6 +101,7 @@ def _fake_backward(grad, q, k, v, a, lse, alpha, beta, gamma, v0, lam, *rest):
     return rows_like(q), rows_like(k), rows_like(v), *gains[:3], dv0, gains[3]
 
 
+@_library.outside_autocast
 def _triton(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     if not sweeps.fits(q, k, v):
         return composition(q, k, v, *rest)
@@ -111,6 +112,7 @@ def _triton(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
+@_library.outside_autocast
 def _triton_backward(grad, q, k, v, a, lse, alpha, beta, gamma, v0, lam, *rest) -> tuple[Tensor, ...]:
     terms = (alpha, beta, gamma, v0, lam)
     if not sweeps.fits(q, k, v):

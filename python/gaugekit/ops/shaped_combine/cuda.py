@@ -26,6 +26,7 @@ def fits(*tensors: Tensor) -> bool:
     return all(x.dtype in DTYPES and x.shape[3] <= WIDEST and x.numel() > 0 for x in tensors)
 
 
+@_library.outside_autocast
 def forward(a: Tensor, v: Tensor, *rest: Any) -> Tensor:
     if not fits(a, v):
         return composition(a, v, *rest)
@@ -36,6 +37,7 @@ def forward(a: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return out
 
 
+@_library.outside_autocast
 def in_place(a: Tensor, v: Tensor, *rest: Any) -> None:
     if not fits(a, v):
         return composition_in_place(a, v, *rest)
@@ -44,6 +46,7 @@ def in_place(a: Tensor, v: Tensor, *rest: Any) -> None:
     shaped_combine(a, a, v, *rest)
 
 
+@_library.outside_autocast
 def backward(
     grad: Tensor,
     a: Tensor,
