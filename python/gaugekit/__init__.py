@@ -4,12 +4,13 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from gaugekit import _library, ops
+from gaugekit.ops import sharding as _sharding
 from gaugekit.ops.nonlocal_energy.operator import nonlocal_energy
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 
 if TYPE_CHECKING:
     from gaugekit import calibration as statistics
-    from gaugekit import codec, models, nn, rank, rewrite, slicing, symmetry
+    from gaugekit import codec, distributed, models, nn, rank, rewrite, slicing, symmetry
     from gaugekit import text as samples
     from gaugekit.ops.gauge_linear import gauge_linear
     from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
@@ -29,6 +30,7 @@ __all__ = [
     "check_certificate",
     "codec",
     "convert",
+    "distributed",
     "fuse",
     "gauge_linear",
     "heal",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _library.load()
+_sharding.register_beside()
 
 # Public names that are found when first asked for, so that importing gaugekit stays light: name -> module[:attribute].
 # Type checkers and editors, which do not run this, read the imports above instead.
@@ -62,6 +65,7 @@ _LAZY = {
     "check_certificate": "gaugekit.verbs.verify:check_certificate",
     "codec": "gaugekit.codec",
     "convert": "gaugekit.verbs.convert:convert",
+    "distributed": "gaugekit.distributed",
     "fuse": "gaugekit.verbs.fuse:fuse",
     "gauge_linear": "gaugekit.ops.gauge_linear:gauge_linear",
     "heal": "gaugekit.verbs.heal:heal",

@@ -22,7 +22,7 @@ FLOORS = [
     {"calibration"},
     {"symmetry", "rank", "slicing"},
     {"verbs"},
-    {"demo", "integrations"},
+    {"demo", "distributed", "integrations"},
     {"cli"},
     {"__main__"},
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gaugekit.cli.refusals import UsageError
+from gaugekit.files.ranks import Ranks
 from gaugekit.progress import bar
 from gaugekit.report import Report
 
@@ -23,6 +25,21 @@ if TYPE_CHECKING:
 
 def _shown(report: Report, status: int = 0) -> Outcome:
     return status, report.fields, lambda: str(report)
+
+
+@contextlib.contextmanager
+def _ranks() -> Iterator[Ranks | None]:
+    """The processes of torchrun that share this call; None where there is one."""
+    ranks = Ranks.of_torchrun()
+    with contextlib.nullcontext() if ranks is None else ranks:
+        yield ranks
+
+
+@contextlib.contextmanager
+def _bar(label: str, ranks: Ranks | None) -> Iterator[Callable[[int, int], None] | None]:
+    """The progress of the whole, which rank 0 alone shows."""
+    with bar(label) if ranks is None or ranks.leads else contextlib.nullcontext() as progress:
+        yield progress
 
 
 def inspect(arguments: argparse.Namespace) -> Outcome:
@@ -54,7 +71,7 @@ def convert(arguments: argparse.Namespace) -> Outcome:
     from gaugekit.verbs.convert import convert as run
 
     depends = {"goal": goal and goal.options, "gauge": arguments.gauge, "rows": rows}
-    with bar("convert") as progress:
+    with _ranks() as ranks, _bar("convert", ranks) as progress:
         return _shown(
             run(
                 arguments.model,
@@ -66,6 +83,7 @@ def convert(arguments: argparse.Namespace) -> Outcome:
                 pack=arguments.pack,
                 progress=progress,
                 pages=page.pages,
+                ranks=ranks,
             )
         )
 
@@ -81,7 +99,12 @@ def _slice(arguments: argparse.Namespace) -> Outcome:
         )
     from gaugekit.slicing import slice as run
 
-    with bar("calibrate") as calibrating, bar("convert") as progress, bar("bits-back") as coding:
+    with (
+        _ranks() as ranks,
+        _bar("calibrate", ranks) as calibrating,
+        _bar("convert", ranks) as progress,
+        _bar("bits-back", ranks) as coding,
+    ):
         return _shown(
             run(
                 arguments.model,
@@ -96,6 +119,7 @@ def _slice(arguments: argparse.Namespace) -> Outcome:
                 progress=progress,
                 calibrating=calibrating,
                 coding=coding,
+                ranks=ranks,
             )
         )
 
@@ -187,7 +211,7 @@ def _perplexity(arguments: argparse.Namespace) -> Outcome:
 def pack(arguments: argparse.Namespace) -> Outcome:
     from gaugekit.codec import pack as run
 
-    with bar("pack") as progress:
+    with _ranks() as ranks, _bar("pack", ranks) as progress:
         return _shown(
             run(
                 arguments.source,
@@ -196,6 +220,7 @@ def pack(arguments: argparse.Namespace) -> Outcome:
                 verify=arguments.verify,
                 memory_bytes=arguments.memory,
                 progress=progress,
+                ranks=ranks,
             )
         )
 
@@ -203,10 +228,9 @@ def pack(arguments: argparse.Namespace) -> Outcome:
 def unpack(arguments: argparse.Namespace) -> Outcome:
     from gaugekit.codec import unpack as run
 
-    with bar("unpack") as progress:
-        return _shown(
-            run(arguments.source, arguments.target, memory_bytes=arguments.memory, progress=progress)
-        )
+    with _ranks() as ranks, _bar("unpack", ranks) as progress:
+        more = {"memory_bytes": arguments.memory, "progress": progress, "ranks": ranks}
+        return _shown(run(arguments.source, arguments.target, **more))
 
 
 def benchmarks() -> ModuleType:

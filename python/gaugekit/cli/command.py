@@ -14,8 +14,9 @@ import sys
 import traceback
 
 from gaugekit.cli import streams
-from gaugekit.cli.parser import parser
-from gaugekit.cli.refusals import explained
+from gaugekit.cli.parser import SHARED, parser
+from gaugekit.cli.refusals import UsageError, explained
+from gaugekit.files.ranks import torchrun
 
 CLOSED = "standard output is closed, so the result cannot be printed"
 
@@ -42,11 +43,17 @@ def _run(argv: list[str], printable: bool) -> int:
     if arguments.run is None:
         root.print_help()
         return 0
+    rank, size = torchrun()
+    if size > 1 and not arguments.shared:
+        shared = ", ".join(sorted(SHARED))
+        raise UsageError(f"expected one process, got {size} of torchrun: only {shared} share their work")
     if not (printable or arguments.lasting):
         raise ValueError(CLOSED)
     # what a library prints while it works must not stand among the results
     with contextlib.redirect_stdout(sys.stderr):
         status, result, text = arguments.run(arguments)
+    if rank:
+        return status  # rank 0 prints for all
     error = streams.put(sys.stdout, json.dumps(result, allow_nan=False) if arguments.json else text())
     if printable and not streams.lost(error):
         return status

@@ -26,6 +26,7 @@ ROTATIONS = (
 MODEL = "a Hugging Face directory: config.json and safetensors"
 # verbs whose work stands, in files or in the exit status, also where nothing can be printed
 LASTING = {"convert", "heal", "verify", "pack", "unpack", "demo"}
+SHARED = {"convert", "pack", "unpack"}  # verbs whose work several processes of torchrun share
 EPILOG = "gaugekit VERB --help says what a verb takes. Documents: docs/cli.md in the source folder."
 
 Adder = Callable[[str, Callable[[argparse.Namespace], calls.Outcome], str], Parser]
@@ -47,7 +48,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     def verb(name: str, run: Callable[[argparse.Namespace], calls.Outcome], summary: str) -> Parser:
         added = verbs.add_parser(name, help=summary, description=summary)
         added.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
-        added.set_defaults(run=run, lasting=name in LASTING)
+        added.set_defaults(run=run, lasting=name in LASTING, shared=name in SHARED)
         return added
 
     _inspect(verb)

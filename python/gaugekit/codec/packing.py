@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from gaugekit.codec.directories.job import Job, Progress, convert, counter
+from gaugekit.codec.directories.job import Job, Progress, assist, convert, counter
 from gaugekit.codec.files import container, stream
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import SUFFIX, Entry
@@ -18,6 +18,7 @@ from gaugekit.codec.tensors.pieces import read_at
 from gaugekit.files.durable import written
 from gaugekit.files.missing import how_to_get
 from gaugekit.files.places import check_place, check_space, placed
+from gaugekit.files.ranks import Ranks
 from gaugekit.report import Report, change, shell, size
 
 
@@ -30,6 +31,7 @@ def pack(
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = True,
     progress: Progress = None,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Packs the .safetensors file ``source`` into ``target``, or every one in a directory, the rest being copied.
 
@@ -44,7 +46,8 @@ def pack(
     input. A file is written beside its place, flushed and renamed. A directory grows in ``<target>.partial``; after a
     kill the same call goes on behind the last whole file, unless ``resume`` is False: what was finished is compared
     with the source as it is now, and refused where it differs. Links in the source are followed, empty folders kept.
-    ``progress(done, total)`` counts the source's bytes, twice with ``verify``.
+    ``progress(done, total)`` counts the source's bytes, twice with ``verify``. ``ranks``, where every one of them makes
+    this call, share the files of a directory (docs/distributed.md): the same bytes, from several machines.
 
     Report: bytes_before, bytes_after and ratio of the .safetensors files, bits_per_weight over them (headers included),
     verified, seconds. ValueError for a source that is missing, packed already, holds no .safetensors, something that
@@ -57,7 +60,7 @@ def pack(
         pack_file = partial(_pack_file, crew=crew, symbols=symbols, verify=verify)
         same = partial(_is_packed, crew=crew)
         job = Job("pack", {"symbols": symbols}, _packable, pack_file, same, verify)
-        report = _run(job, source, target, resume, progress)
+        report = _run(job, source, target, resume, progress, ranks)
     weights, after = report.fields.pop("weights"), report["bytes_after"]
     report.fields["ratio"] = after / report["bytes_before"]
     report.fields["bits_per_weight"] = 8 * after / weights if weights else 0.0
@@ -79,24 +82,39 @@ def unpack(
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = True,
     progress: Progress = None,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Restores what ``pack`` was given, byte for byte: a file, or a directory of files.
 
-    Every checksum is verified; damage raises CorruptFile and leaves no output behind. Memory, resuming and progress as
-    for ``pack``. ValueError for an ordinary .safetensors file. Report: bytes_before, bytes_after (of the .safetensors
-    files), seconds.
+    Every checksum is verified; damage raises CorruptFile and leaves no output behind. Memory, resuming, progress and
+    ranks as for ``pack``. ValueError for an ordinary .safetensors file. Report: bytes_before, bytes_after (of the
+    .safetensors files), seconds.
     """
     with Crew(memory_bytes) as crew:
         unpack_file, same = partial(_unpack_file, crew=crew), partial(_is_unpacked, crew=crew)
-        report = _run(Job("unpack", {}, _unpackable, unpack_file, same), source, target, resume, progress)
+        job = Job("unpack", {}, _unpackable, unpack_file, same)
+        report = _run(job, source, target, resume, progress, ranks)
     del report.fields["weights"]
     report.done = f"Restored {target} from {source}, byte for byte."
     report.next = f"use {target} as any .safetensors"
     return report
 
 
-def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
-    """One file or a directory."""
+def _run(job: Job, source, target, resume: bool, progress: Progress, ranks: Ranks | None) -> Report:
+    """One file or a directory; of several ranks, each returns once the target stands."""
+    if ranks is None:
+        return _told(_lead(job, source, target, resume, progress, None))
+    if ranks.leads:
+        report = _lead(job, source, target, resume, progress, ranks)
+        ranks.tell(f"{job.verb} report", [report.fields, report.notes])
+    else:
+        assist(job, Path(os.path.realpath(source)), placed(Path(target)), ranks)
+        fields, notes = ranks.hear(f"{job.verb} report")
+        report = Report(job.verb, fields, notes=notes)
+    return _told(report)
+
+
+def _lead(job: Job, source, target, resume: bool, progress: Progress, ranks: Ranks | None) -> Report:
     started = time.perf_counter()
     source, slash, target = Path(source), os.fspath(target).endswith(("/", os.sep)), Path(target)
     if not source.exists():
@@ -110,13 +128,15 @@ def _run(job: Job, source, target, resume: bool, progress: Progress) -> Report:
     if place == whole or (place.exists() and whole.samefile(place)):
         raise ValueError(f"target: expected another path than source, got {target} for both")
     if whole.is_dir():
-        return _told(convert(job, whole, place, resume, progress, started))
+        return convert(job, whole, place, resume, progress, started, ranks)
     if slash or place.is_dir():
         raise ValueError(f"target: expected a file name, got the directory {target}")
     check_space(place, job.plan(whole))
+    if ranks is not None:
+        ranks.tell(f"{job.verb} shares", None)  # a file is one piece of work
     counts = job.work(whole, place, counter(job.passes * whole.stat().st_size, progress))
     fields = dict(zip(("bytes_before", "bytes_after", "weights"), counts, strict=True))
-    return _told(Report(job.verb, {**fields, "seconds": time.perf_counter() - started}))
+    return Report(job.verb, {**fields, "seconds": time.perf_counter() - started})
 
 
 def _told(report: Report) -> Report:

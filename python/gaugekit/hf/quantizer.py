@@ -25,7 +25,7 @@ except ImportError as error:
 
 from gaugekit.checkpoint.install import install, remember
 from gaugekit.checkpoint.version import VERSION
-from gaugekit.hf import packed_files, sas, sliced
+from gaugekit.hf import packed_files, parallel, sas, sliced
 from gaugekit.hf.attention import interface, probe
 from gaugekit.hf.attention.step import AttentionStep
 from gaugekit.hf.resident import Packing
@@ -108,6 +108,11 @@ class GaugekitQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> Packing | None:
         return self.packing
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        sliced = parallel.SLICED if self.quantization_config.sliced is not None else None
+        parallel.adapt(model, plan, parallel.PACKED if self.packing is not None else sliced)
+
     def update_attn_implementation(self, config: Any) -> Any:
         self.attention_asked = getattr(config, "_attn_implementation_internal", None) is not None
         return config
@@ -158,4 +163,5 @@ register_quantizer(NAME)(GaugekitQuantizer)
 
 interface.register()
 packed_files.register()
+parallel.register()
 sas.register()

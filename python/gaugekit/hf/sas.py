@@ -187,6 +187,7 @@ class _WithHead(SASPreTrainedModel):
     """The body and a head over the vocabulary; ``causal`` is how such a model sees."""
 
     causal: bool
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True  # num_items_in_batch
 

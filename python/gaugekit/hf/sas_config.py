@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaugekit.hf import parallel
 from gaugekit.hf.upstream import unfit
 
 try:
@@ -19,6 +20,7 @@ except ImportError as error:
 
 from gaugekit.nn import LayerCache, PreLNBlock, SASBlock, SASPBlock, SkiplessBlock
 from gaugekit.nn.block import Block
+from gaugekit.nn.mlp import GATED
 
 BLOCKS = {"sas": SASBlock, "sas_p": SASPBlock, "skipless": SkiplessBlock, "pre_ln": PreLNBlock}
 WITHOUT_NORM = ("sas_p", "skipless")
@@ -96,6 +98,16 @@ class SASConfig(PreTrainedConfig):
             self.beta_ff = 0.1 * math.sqrt(18 / layers)
         for layer in {0, layers - 1}:
             self.block_of(layer, device="meta")  # the modules check the rest
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How transformers cuts the model among ranks: by heads."""
+        standard = self.block == "pre_ln"
+        return parallel.plan_of_blocks(
+            value=self.first_value or self.values or standard,
+            output=self.outputs or standard,
+            gated=self.hidden_act in GATED,
+        )
 
     @property
     def layer_types(self) -> list[str]:

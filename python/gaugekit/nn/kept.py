@@ -45,6 +45,12 @@ class Keeping(nn.Module):
             self._kept = copy
         return copy.tensor
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard puts other numbers into the same memory, and counts no version; it sets the parameter before.
+        if name in self.__dict__.get("_parameters", ()):
+            self._kept = None
+        super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> Keeping:
         self._kept = None
         return super().train(mode)

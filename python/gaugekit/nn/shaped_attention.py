@@ -47,6 +47,7 @@ class ShapedAttention(nn.Module):
         make = {"device": device, "dtype": dtype}
         self.width = width
         self.heads, self.head_width, self.key_width, self.std = heads, width // heads, key_width, std
+        self.key_groups = groups
         self.causal, self.window, self.rotary_base, self.shaped = causal, window, rotary_base, shaped
         self.query = nn.Linear(width, heads * key_width, bias=False, **make) if query else nn.Identity()
         self.key = nn.Linear(width, groups * key_width, bias=False, **make) if key else nn.Identity()

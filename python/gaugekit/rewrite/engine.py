@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,32 @@ from gaugekit.checkpoint.version import VERSION
 from gaugekit.checkpoint.writer import CERTIFICATE, SCRATCH, VERIFICATION, Writer, versions
 from gaugekit.files.durable import identity
 from gaugekit.files.places import listing
+from gaugekit.files.ranks import Ranks
 from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes
 from gaugekit.report import Report
+from gaugekit.rewrite import sharing
 from gaugekit.rewrite.job import Job
 from gaugekit.rewrite.rewrite import Calibration, Later, Step
 
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
+UNPACKED, PACKED = "unpacked", "packed"  # in the scratch of a conversion that packs
 Pages = Callable[[dict], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """``pack(source, target)`` makes a packed directory of a plain one; ``name`` is what a report calls it."""
+    """``pack(source, target)`` makes a packed directory of a plain one; ``name`` is what a report calls it. ``shared``:
+    it takes ``ranks``, too.
+    """
 
     name: str = "pack"
-    pack: Callable[[Path, Path], Report] = field(default_factory=lambda: codec.pack)
+    pack: Callable[..., Report] = field(default_factory=lambda: codec.pack)
+    shared: bool = True
+
+    def run(self, folder: Path, ranks: Ranks | None) -> Report:
+        """Packs what stands in the scratch ``folder`` of a conversion."""
+        options = {"ranks": ranks} if self.shared and ranks is not None else {}
+        return self.pack(folder / UNPACKED, folder / PACKED, **options)
 
 
 def run(
@@ -46,14 +58,18 @@ def run(
     resume: bool,
     progress: Callable[[int, int], None] | None,
     pages: Pages,
+    ranks: Ranks | None = None,
 ) -> Report:
     """``gaugekit.convert``, the statistics that rewrites ask for taken from ``calibration``.
 
     ``job`` says what the units of the work are, and what is done to each. ``packing`` packs the result, if it is to be
-    packed.
+    packed. ``ranks`` share the layers; rank 0 does all else.
     """
+    if ranks is not None and not ranks.leads:
+        pack = (lambda folder: packing.run(folder, ranks)) if packing and packing.shared else None
+        return sharing.assist(job, target, rewrites, calibration, pack, ranks)
     start = time.perf_counter()
-    work = _Conversion(job, target, calibration, packing, progress)
+    work = _Conversion(job, target, calibration, packing, progress, ranks)
     check_target(job.checkpoint.path, target)
     if not isinstance(rewrites, Later):
         work.take(rewrites)
@@ -66,22 +82,32 @@ def run(
         resume=resume,
         sound=work.sound if packing else Writer.sound,
     )
-    with staged.until_closed(ValueError):
+    with (
+        staged.until_closed(ValueError),
+        contextlib.nullcontext() if ranks is None else ranks.leading(ValueError),
+    ):
         if not staged.published:
             work.run(staged, rewrites, pages)
+        for name in {"work", "packing"} - work.offered if ranks is not None else ():
+            ranks.tell(name, None)
         fields = staged.state["report"]
         staged.publish()
     work.advance(work.total_bytes)  # the files' headers count too
     fields["seconds"] += time.perf_counter() - start
+    if ranks is not None:
+        ranks.tell("convert report", [fields, work.notes])
     return Report("convert", fields, work.notes)
 
 
 class _Conversion:
     """One call of ``convert``: what it reads, what is asked of it, how far it is."""
 
-    def __init__(self, job: Job, target: Path, calibration, packing: Packing | None, progress):
+    def __init__(
+        self, job: Job, target: Path, calibration, packing: Packing | None, progress, ranks: Ranks | None
+    ):
         checkpoint = job.checkpoint
         self.checkpoint, self.target, self.job = checkpoint, target, job
+        self.ranks, self.offered = ranks, set()  # what the other ranks were given to do
         self.calibration, self.packing, self.progress = calibration, packing, progress
         self.copies, self.notes = _copies(checkpoint)
         self.total_bytes, self.done_bytes = 2 * checkpoint.size_bytes(), 0
@@ -145,26 +171,45 @@ class _Conversion:
         if staged.state["report"] is None:
             if isinstance(rewrites, Later):
                 scratch.mkdir(exist_ok=True)
-                self.take(rewrites.find(scratch / "rewrites"))
+                with self._first("rewrites"):
+                    self.take(rewrites.find(scratch / "rewrites"))
                 if shortage := self.shortage():
                     raise OSError(errno.ENOSPC, shortage)  # what was found is kept for when there is room
             folder = _unpacked(staged.folder) if self.packing else staged.folder
-            fields = self._write(Writer(staged, folder), scratch / "statistics", pages)
+            fields = self._write(Writer(staged, folder), staged, pages)
             fields["bytes_after"] = Checkpoint(folder).size_bytes()
             staged.state["report"] = fields
             staged.save()
         if self.packing:
-            _pack(staged, self.packing)
+            self._pack(staged, self.packing)
         shutil.rmtree(scratch, ignore_errors=True)
 
-    def _write(self, writer: Writer, folder: Path, pages: Pages) -> dict[str, Any]:
+    def _first(self, name: str) -> contextlib.AbstractContextManager:
+        """Around what each rank reads in its turn, and rank 0 makes."""
+        return contextlib.nullcontext() if self.ranks is None else self.ranks.in_turn(name)
+
+    def _results(self, staged: Staging, done: int) -> Iterator[sharing.Result]:
+        """What the units from ``done`` on become."""
+        job, folder = self.job, staged.folder / SCRATCH
+        if done == len(job.units):
+            return
+        if self.ranks is not None:
+            self.offered.add("work")
+            others = sharing.offer(staged, done, self.ranks)
+        with self._first("statistics"):
+            statistics = job.statistics(self.calibration, folder / "statistics")
+        if self.ranks is not None:
+            yield from sharing.results(job, done, statistics, others, self.ranks)
+        else:
+            yield from (job.run(unit, statistics) for unit in job.units[done:])
+
+    def _write(self, writer: Writer, staged: Staging, pages: Pages) -> dict[str, Any]:
         job, checkpoint = self.job, self.checkpoint
-        statistics = None
-        if writer.done < len(job.units):
-            statistics = job.statistics(self.calibration, folder)
+        done = writer.done
+        results = self._results(staged, done)
         for number, unit in enumerate(job.units):
-            if number >= writer.done:
-                writer.add(*job.run(unit, statistics))
+            if number >= done:
+                writer.add(*next(results))
             self.advance(sum(checkpoint.bytes(name) for name in unit.names))
         records = writer.records
         fields = {
@@ -195,6 +240,31 @@ class _Conversion:
         writer.finish(job.config(records), certificate, self.copies, pages)
         return fields
 
+    def _pack(self, staged: Staging, packing: Packing) -> None:
+        """Packs the result, and moves what that gives into its place; each step can be gone on from."""
+        packed = staged.folder / SCRATCH / PACKED
+        fields = staged.state["report"]
+        if staged.state["packed"] is None:
+            if packed.is_dir() and not (packed / MANIFEST).is_file():
+                shutil.rmtree(packed)  # whole, but a kill lost its report
+            if self.ranks is not None and packing.shared:
+                self.offered.add("packing")
+                self.ranks.tell("packing", {"inside": staged.folder == staged.target})
+            report = packing.run(staged.folder / SCRATCH, self.ranks)
+            staged.state["packed"] = report.fields
+            fields["bytes_after"] = report["bytes_after"]
+            told = ("bytes_before", "bytes_after", "ratio", "verified", "seconds")
+            step = {
+                "rewrite": packing.name,
+                "claim": "exact",
+                **{k: v for k, v in report.fields.items() if k not in told},
+            }
+            fields["steps"] = [*fields["steps"], step]
+            staged.save()
+        if packed.is_dir():
+            for path in sorted(packed.iterdir()):
+                _move(path, staged.folder)
+
 
 def _beyond_the_plan(fields: dict[str, Any], dense: bool) -> list[dict[str, Any]]:
     """A step for the numbers that went although no plan could see them in the config: query and key channels that an
@@ -216,30 +286,7 @@ def _largest(errors: Iterable[float | None]) -> float | None:
 
 def _unpacked(folder: Path) -> Path:
     """Where the result of a conversion stands until it is packed."""
-    return folder / SCRATCH / "unpacked"
-
-
-def _pack(staged: Staging, packing: Packing) -> None:
-    """Packs the result, and moves what that gives into its place; each step can be gone on from."""
-    packed = staged.folder / SCRATCH / "packed"
-    fields = staged.state["report"]
-    if staged.state["packed"] is None:
-        if packed.is_dir() and not (packed / MANIFEST).is_file():
-            shutil.rmtree(packed)  # whole, but a kill lost its report
-        report = packing.pack(_unpacked(staged.folder), packed)
-        staged.state["packed"] = report.fields
-        fields["bytes_after"] = report["bytes_after"]
-        told = ("bytes_before", "bytes_after", "ratio", "verified", "seconds")
-        step = {
-            "rewrite": packing.name,
-            "claim": "exact",
-            **{k: v for k, v in report.fields.items() if k not in told},
-        }
-        fields["steps"] = [*fields["steps"], step]
-        staged.save()
-    if packed.is_dir():
-        for path in sorted(packed.iterdir()):
-            _move(path, staged.folder)
+    return folder / SCRATCH / UNPACKED
 
 
 def _move(path: Path, folder: Path) -> None:

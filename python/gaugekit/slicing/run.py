@@ -17,6 +17,7 @@ from gaugekit.checkpoint.dtypes import floating
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.codec import bitsback
 from gaugekit.files.durable import dump, replacing, sha256
+from gaugekit.files.ranks import Ranks
 from gaugekit.files.staging import free_bytes
 from gaugekit.hf.sliced import FORMS, Sliced
 from gaugekit.report import Report
@@ -48,6 +49,7 @@ def slice(
     progress: Callable[[int, int], None] | None = None,
     calibrating: Callable[[int, int], None] | None = None,
     coding: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Writes ``source`` with its residual stream cut to D′ ≈ (1 − fraction)·D into a new directory ``target``.
 
@@ -76,6 +78,7 @@ def slice(
     dtype, pack, resume: as ``gaugekit.convert`` has them
     progress: told (bytes done, bytes in all) of the rewriting; ``calibrating`` (batches done, in all) of the
         text, and then of the thresholds' trials; ``coding`` (rotations done, in all) of bits-back
+    ranks: as ``gaugekit.convert`` has them; they share the rewriting, while the bases are rank 0's alone
 
     Raises ValueError for a source of another family, a fraction, rotation or text that does not fit, and as
     ``gaugekit.convert``; OSError where the disk is too small.
@@ -97,7 +100,7 @@ def slice(
             raise ValueError(
                 "pack: expected False beside rotation='bits-back', whose file is packed; got True"
             )
-        packing = engine.Packing("bits-back", functools.partial(work.chain, progress=coding))
+        packing = engine.Packing("bits-back", functools.partial(work.chain, progress=coding), shared=False)
     depends = {**options, "calibration": sha256(Path(calibration)), "dtype": str(work.dtype)}
     report = engine.run(
         work.job,
@@ -108,6 +111,7 @@ def slice(
         resume=resume,
         progress=progress,
         pages=page.pages,
+        ranks=ranks,
     )
     return _told(report, source, target)
 

@@ -11,6 +11,7 @@ from gaugekit.calibration import collect
 from gaugekit.checkpoint.dtypes import floating
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.files.durable import sha256
+from gaugekit.files.ranks import Ranks
 from gaugekit.report import Report
 from gaugekit.rewrite import Calibration, Later, Rewrite, engine
 from gaugekit.rewrite.job import Job
@@ -33,6 +34,7 @@ def convert(
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
     pages: Callable[[dict], dict[str, str]] = lambda certificate: {},
+    ranks: Ranks | None = None,
 ) -> Report:
     """Streams the checkpoint ``source`` through ``rewrites``, in order, into a new directory ``target``.
 
@@ -49,6 +51,7 @@ def convert(
     leaves nothing behind. ``progress(done_bytes, total_bytes)`` is called as the source is hashed, then rewritten (so
     the total is twice its size). A certificate, ``gaugekit_certificate.json``, is left in ``target``, and the text
     files that ``pages`` makes of it: {name: text} (``gaugekit.rank.page.pages`` draws the spectra of a truncation).
+    ``ranks``, where every one of them makes this call, share the layers (docs/distributed.md).
 
     Returns a Report: parameters_before, parameters_after, bytes_before, bytes_after (weight files), steps [{rewrite,
     claim, removed {group: count, total}, ...arguments}], invariance_error (float64, the largest of any layer), seconds.
@@ -78,5 +81,6 @@ def convert(
         resume=resume,
         progress=progress,
         pages=pages,
+        ranks=ranks,
     )
     return wording.converted(report, source, target)

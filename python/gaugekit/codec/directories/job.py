@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import shutil
@@ -17,8 +18,9 @@ from gaugekit.codec.files.container import CorruptFile
 from gaugekit.codec.files.header import SUFFIX
 from gaugekit.files.durable import copy, dump, identity, write
 from gaugekit.files.missing import how_to_convert
-from gaugekit.files.places import check_space, holds, listing
-from gaugekit.files.staging import OWN, Staging, check_target, free_bytes
+from gaugekit.files.places import check_space, holds, listing, placed
+from gaugekit.files.ranks import Ranks
+from gaugekit.files.staging import MANIFEST, OWN, Staging, check_target, free_bytes, partial
 from gaugekit.report import Report
 
 Progress = Callable[[int, int], None] | None
@@ -75,13 +77,21 @@ class _Contents:
         return {name: (self.source / name).stat().st_mode for name in (*self.folders, ".")}
 
 
-def convert(job: Job, source: Path, target: Path, resume: bool, progress: Progress, started: float) -> Report:
+def convert(
+    job: Job,
+    source: Path,
+    target: Path,
+    resume: bool,
+    progress: Progress,
+    started: float,
+    ranks: Ranks | None = None,
+) -> Report:
     """Every .safetensors file of ``source`` through the job, its index files told the new sizes, the rest copied.
 
     The work happens in ``<target>.partial`` (``staging.Staging``): each file there is whole and on the disk before the
     manifest names it, the other files follow, and config and index are written last. What a killed call finished is
     compared with the source as it is now, and refused where it differs. A file that was damaged leaves nothing behind;
-    any other end leaves what the same call goes on from.
+    any other end leaves what the same call goes on from. ``ranks`` share the files; this one leads.
     """
     contents = _Contents(source, target)
     needed = sum(job.plan(source / name) for name in contents.weights)
@@ -89,11 +99,16 @@ def convert(job: Job, source: Path, target: Path, resume: bool, progress: Progre
     check_space(target, needed, free_bytes(target))
     what = identity(job.verb, container.BUNDLED, options=job.options)
     staged = Staging(target, what, {"done": {}}, resume=resume, sound=_sound)
-    with staged.until_closed(CorruptFile):
+    with (
+        staged.until_closed(CorruptFile),
+        contextlib.nullcontext() if ranks is None else ranks.leading(CorruptFile),
+    ):
         advance = counter(job.passes * sum(contents.bytes[name] for name in contents.weights), progress)
         _check_done(job, contents, staged, advance)
         if not staged.published:
-            _fill(job, contents, staged, advance)
+            _fill(job, contents, staged, advance, ranks)
+        elif ranks is not None:
+            ranks.tell(f"{job.verb} shares", None)
         staged.publish(contents.modes())
     done = staged.state["done"]
     totals = [sum(counts[i] for counts in done.values()) for i in range(3)]
@@ -127,17 +142,22 @@ def _check_done(job: Job, contents: _Contents, staged: Staging, advance: Callabl
             )
 
 
-def _fill(job: Job, contents: _Contents, staged: Staging, advance: Callable[[int], None]) -> None:
+def _fill(
+    job: Job, contents: _Contents, staged: Staging, advance: Callable[[int], None], ranks: Ranks | None
+) -> None:
     """Makes everything that is not done yet in the folder of ``staged``."""
     source, done = contents.source, staged.state["done"]
     staged.clean(set(done))
     staged.save()
     for name in contents.folders:
         (staged.folder / name).mkdir(parents=True, exist_ok=True)
-    for name in contents.weights:
-        if name not in done:
-            done[name] = job.work(source / name, staged.folder / name, advance)
-            staged.save()
+    if ranks is None:
+        for name in contents.weights:
+            if name not in done:
+                done[name] = job.work(source / name, staged.folder / name, advance)
+                staged.save()
+    else:
+        _share(job, contents, staged, advance, ranks)
     for name in contents.others:
         place = staged.folder / name
         text = _reindexed(source / name, place, job.verb)
@@ -148,6 +168,47 @@ def _fill(job: Job, contents: _Contents, staged: Staging, advance: Callable[[int
             shutil.copymode(source / name, place)
         if job.verify and not _copied(source / name, place, job.verb):
             raise CorruptFile(f"{source / name}: its copy is not what it is: the disk or the memory erred")
+
+
+def _share(
+    job: Job, contents: _Contents, staged: Staging, advance: Callable[[int], None], ranks: Ranks
+) -> None:
+    """Every file that is not done yet, by this rank or another; the manifest names it once it is on the disk."""
+    done = staged.state["done"]
+    shares = ranks.shares({name: contents.bytes[name] for name in contents.weights if name not in done})
+    ranks.tell(f"{job.verb} shares", {"inside": staged.folder == staged.target, "names": shares})
+    waiting = {name: rank for rank, names in enumerate(shares) for name in names}
+
+    def finished(name: str, counts: list[int]) -> None:
+        del waiting[name]
+        done[name] = counts
+        staged.save()
+
+    def listen(reports: list[Any]) -> None:
+        for name, counts in reports:
+            finished(name, counts)
+            advance(job.passes * contents.bytes[name])
+
+    def heed(size: int) -> None:
+        advance(size)
+        listen(ranks.news())
+
+    for name in shares[0]:
+        finished(name, list(job.work(contents.source / name, staged.folder / name, heed)))
+    while waiting:
+        listen(ranks.news(wait_for=waiting.values()))
+
+
+def assist(job: Job, source: Path, target: Path, ranks: Ranks) -> None:
+    """What ``convert`` on rank 0 leaves to this rank; returns when its files are on the disk."""
+    order = ranks.hear(f"{job.verb} shares")
+    if order is None:
+        return
+    folder = target if order["inside"] else partial(placed(target))
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"target: expected a disk that all ranks see, but rank 0 works in {str(folder)!r}")
+    for name in order["names"][ranks.rank]:
+        ranks.report([name, job.work(source / name, folder / name, lambda _: ranks.check())])
 
 
 def _copied(source: Path, place: Path, verb: str) -> bool:

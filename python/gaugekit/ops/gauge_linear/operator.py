@@ -14,7 +14,9 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from gaugekit import _library
+from gaugekit.ops import sharding
 from gaugekit.ops.gauge_linear.layout import dense, free_of
+from gaugekit.ops.gauge_linear.sharding import rules as by_rank
 from gaugekit.ops.operands import check_tensors
 
 ARGUMENTS = "Tensor x, Tensor free, Tensor rows, Tensor? bias, Tensor? weight, Tensor? weight_bias"
@@ -41,6 +43,9 @@ def gauge_linear(
     shapes, dtypes, devices or rows that do not fit. Source: van Nierop, arXiv 2412.14543.
     """
     check_tensors(x=x, free=free, rows=rows, bias=bias, weight=weight, weight_bias=weight_bias)
+    if sharding.shared(x, free):
+        return sharding.local(gauge_linear, by_rank, dict(
+            x=x, free=free, rows=rows, bias=bias, weight=weight, weight_bias=weight_bias))  # fmt: skip
     _check(x, free, rows, bias, weight, weight_bias)
     given = (x, free, rows, bias, weight, weight_bias)
     if transforms():

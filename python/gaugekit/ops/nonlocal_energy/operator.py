@@ -15,8 +15,10 @@ import contextlib
 import torch
 from torch import Tensor
 
+from gaugekit.ops import sharding
 from gaugekit.ops.mask import Mask
 from gaugekit.ops.nonlocal_energy import rows
+from gaugekit.ops.nonlocal_energy.sharding import rules as by_rank
 from gaugekit.ops.operands import Gain, Integers, check_tensors, gains, integers
 from gaugekit.ops.shaped_attention.core import softmax_core
 
@@ -44,6 +46,10 @@ def nonlocal_energy(
     that do not fit. Source: NeuTRENO (NeurIPS 2023), the functionals J and E.
     """
     check_tensors(u=u, q=q, k=k, target=target)
+    if sharding.shared(u, q, k):
+        return sharding.local(nonlocal_energy, by_rank, dict(
+            u=u, q=q, k=k, target=target, lam=lam, causal=causal, key_lengths=key_lengths, scale=scale,
+            kernel=kernel, gradient=gradient))  # fmt: skip
     if not isinstance(lam, (int, float)):
         (lam,) = gains(q, lam=lam)
     key_lengths = integers("key_lengths", key_lengths, torch.int64, q.device)

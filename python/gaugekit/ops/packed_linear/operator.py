@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gaugekit import _library
+from gaugekit.ops import sharding
 from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.packed_linear import layout
 from gaugekit.ops.packed_linear.choice import plan
+from gaugekit.ops.packed_linear.sharding import rules
 from gaugekit.ops.packed_linear.weight import WEIGHT, PackedWeight
 
 
@@ -25,6 +27,8 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
     (``plan`` says which). ValueError for shapes, dtypes or devices that do not fit.
     """
     check_tensors(x=x, bias=bias)
+    if sharding.shared(x):
+        return sharding.local(packed_linear, rules, {"x": x, "packed": packed, "bias": bias})
     if x.dtype not in (packed.dtype, torch.float32, torch.float64):
         raise ValueError(f"x: expected {packed.dtype}, float32 or float64, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != packed.columns:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from gaugekit import _library
+from gaugekit.ops import sharding
 from gaugekit.ops.mask import Mask, check
 from gaugekit.ops.operands import Gain, Integers, check_tensors, gain
 from gaugekit.ops.ragged_attention.layout import buckets, dense, gather, spread
+from gaugekit.ops.ragged_attention.sharding import rules
 from gaugekit.ops.shaped_attention import fused
 from gaugekit.ops.shaped_attention.choice import RAGGED, asked_core, cpu_core
 from gaugekit.ops.shaped_attention.operator import shaped_attention
@@ -40,6 +42,11 @@ def ragged_attention(
     do not fit.
     """
     check_tensors(q=q, k=k, v=v, v0=v0)
+    if sharding.shared(q, k, v):
+        return sharding.local(ragged_attention, rules, dict(
+            q=q, k=k, v=v, ranks=ranks, scale=scale, alpha=alpha, beta=beta, gamma=gamma, v0=v0, lam=lam,
+            causal=causal, window=window, query_start=query_start, key_lengths=key_lengths,
+            cu_seqlens=cu_seqlens))  # fmt: skip
     ranks = _check(q, k, v, ranks)
     repeats = q.shape[2] // k.shape[2]
     mask = Mask.of(q.device, causal, window, query_start, key_lengths, cu_seqlens)

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gaugekit.ops import sharding
 from gaugekit.ops.mask import Mask, check, keys_of_queries
 from gaugekit.ops.operands import Gain, Integers, check_tensors, gains
 from gaugekit.ops.shaped_attention.choice import BACKENDS, FLEX, FUSED, RAGGED, asked_core, cpu_core, gpu_core
 from gaugekit.ops.shaped_attention.choice import use_core as use_core
 from gaugekit.ops.shaped_attention.core import mask_kind, packed_core, softmax_core
 from gaugekit.ops.shaped_attention.flex import flex_core
+from gaugekit.ops.shaped_attention.sharding import rules
 from gaugekit.ops.shaped_combine.cuda import INSTALLED
 
 
@@ -60,6 +62,10 @@ def shaped_attention(
     Simplifying Transformer Blocks (ICLR 2024), eq. 5; NeuTRENO (NeurIPS 2023) for lam.
     """
     check_tensors(q=q, k=k, v=v, v0=v0)
+    if sharding.shared(q, k, v):
+        return sharding.local(shaped_attention, rules, dict(
+            q=q, k=k, v=v, alpha=alpha, beta=beta, gamma=gamma, v0=v0, lam=lam, causal=causal, window=window,
+            query_start=query_start, key_lengths=key_lengths, cu_seqlens=cu_seqlens, scale=scale))  # fmt: skip
     alpha, beta, gamma, lam = gains(q, alpha=alpha, beta=beta, gamma=gamma, lam=lam)
     mask = Mask.of(q.device, causal, window, query_start, key_lengths, cu_seqlens)
     if torch.is_autocast_enabled(q.device.type):

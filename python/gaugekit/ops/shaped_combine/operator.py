@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from gaugekit import _library
+from gaugekit.ops import sharding
 from gaugekit.ops.mask import Mask, check, gather, keys_of_queries, queries_of_keys, sums
 from gaugekit.ops.operands import Gain, Integers, check_tensors, gains
+from gaugekit.ops.shaped_combine.sharding import rules
 
 TERMS = "Tensor v, Tensor? alpha, Tensor? beta, Tensor? gamma, Tensor? v0, Tensor? lam"
 MASK = "bool causal, int? window, Tensor? query_start, Tensor? key_lengths, Tensor? cu_seqlens"
@@ -32,6 +34,10 @@ def shaped_combine(
     float64, bfloat16, float16; sums in float32 (float64 for float64). ValueError for arguments that do not fit.
     """
     check_tensors(a=a, v=v, v0=v0)
+    if sharding.shared(a, v):
+        return sharding.local(shaped_combine, rules, dict(
+            a=a, v=v, alpha=alpha, beta=beta, gamma=gamma, v0=v0, lam=lam, causal=causal, window=window,
+            query_start=query_start, key_lengths=key_lengths, cu_seqlens=cu_seqlens))  # fmt: skip
     alpha, beta, gamma, lam = gains(a, alpha=alpha, beta=beta, gamma=gamma, lam=lam)
     mask = Mask.of(a.device, causal, window, query_start, key_lengths, cu_seqlens)
     check(a, v, alpha, beta, gamma, v0, lam, mask)
