@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gaugekit.ops.gauge_linear import gauge_linear
     from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
     from gaugekit.ops.ragged_attention import ragged_attention
+    from gaugekit.ops.single_cache_attention import single_cache_attention
     from gaugekit.report import Report
     from gaugekit.text.perplexity import perplexity
     from gaugekit.verbs.convert import convert
@@ -45,6 +46,7 @@ __all__ = [
     "rewrite",
     "samples",
     "shaped_attention",
+    "single_cache_attention",
     "slicing",
     "statistics",
     "symmetry",
@@ -75,6 +77,7 @@ _LAZY = {
     "rank": "gaugekit.rank",
     "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.text",
+    "single_cache_attention": "gaugekit.ops.single_cache_attention:single_cache_attention",
     "slicing": "gaugekit.slicing",
     "statistics": "gaugekit.calibration",
     "symmetry": "gaugekit.symmetry",
