@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gaugekit as gk
+from gaugekit._library import implementation
 from gaugekit.ops.single_cache_attention.operator import composition
 from gaugekit.reference.shaped_attention import shaped_attention
 from gaugekit.reference.single_cache_attention import single_cache_attention as reference
@@ -300,3 +301,28 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             gk.single_cache_attention(**{"q": q, "cache": cache, "scale": 1.0, **changes})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_and_neighbours_do_not_change_a_bit(dtype):
+    """Splits have a fixed length and are added up in their order; a query's sums do not depend on those beside it."""
+    q, cache = torch.randn(3, 4, 5, 40).to(dtype), torch.randn(3, 1, 1200, 40).to(dtype)
+    options = {"scale": 0.2, "slices": True, "gamma": torch.randn(4), "alpha": 0.5}
+    lengths = torch.tensor([1200, 700, 3])
+    results = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            results.append(gk.single_cache_attention(q, cache, key_lengths=lengths, **options))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    if implementation("single_cache_attention"):
+        for b, length in enumerate(lengths.tolist()):
+            for t in range(5):
+                start = torch.tensor([length - 5 + t])
+                alone = gk.single_cache_attention(
+                    q[b : b + 1, :, t : t + 1], cache[b : b + 1, :, :length], query_start=start, **options
+                )
+                assert torch.equal(alone[0, :, 0], results[0][b, :, t])
