@@ -31,6 +31,7 @@ SPILLS = [
     Spill("_ragged_attention_bwd_kv", {"Q": "fp32"}, 16, FEW_BYTES),
     Spill("_shaped_combine_fwd", {"WIDTH": 128}, 8, FEW_BYTES),
     Spill("_shaped_combine_bwd", {"V": "fp32"}, 8, FEW_BYTES),
+    Spill("_single_cache_attention_fwd", {}, 16, FEW_BYTES),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 1}, 40, ODD_ROWS),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 16}, 80, ODD_ROWS),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 64}, 16, ODD_ROWS),

@@ -20,13 +20,12 @@ def rows_of_pages(cache: Tensor, block_table: Tensor) -> Tensor:
 
 def rotated(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Row j of ``rows`` [B, G, S, C] with the pair (i, i + C/2) turned by the angle of cos[j, i], sin[j, i]."""
-    half, pairs = rows.shape[3] // 2, cos.shape[1]
+    half, count = rows.shape[3] // 2, rows.shape[2]
     turned = rows.clone()
-    for j in range(rows.shape[2]):
-        for i in range(pairs):
-            first, second = rows[:, :, j, i], rows[:, :, j, half + i]
-            turned[:, :, j, i] = first * cos[j, i] - second * sin[j, i]
-            turned[:, :, j, half + i] = second * cos[j, i] + first * sin[j, i]
+    for i in range(cos.shape[1]):
+        first, second = rows[..., i], rows[..., half + i]
+        turned[..., i] = first * cos[:count, i] - second * sin[:count, i]
+        turned[..., half + i] = second * cos[:count, i] + first * sin[:count, i]
     return turned
 
 

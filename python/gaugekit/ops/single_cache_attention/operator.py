@@ -221,7 +221,7 @@ def _check_entries(cache: Tensor, block_table: Tensor | None, lengths: Tensor | 
         )
 
 
-def _fake(q, cache, slices, *rest):
+def fake(q, cache, slices, *rest):
     width = q.shape[3] // (q.shape[1] // cache.shape[1]) if slices else q.shape[3]
     shape = (q.shape[0], q.shape[1], q.shape[2], width)
     return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
@@ -232,5 +232,5 @@ _library.define(
     "Tensor? key_gain, Tensor? cos, Tensor? sin, bool causal, int? window, Tensor? query_start, "
     "Tensor? key_lengths, Tensor? block_table, float scale) -> Tensor",
     composition,
-    _fake,
+    fake,
 )
