@@ -98,7 +98,7 @@ void attend_into(const CacheArguments& given, double scale, const Tensor& out) {
   const Optional table = contiguous(given.block_table), cos = contiguous(given.cos),
                  sin = contiguous(given.sin);
   CacheSplit<S> f{};
-  f.shape = shape, f.width = given.width(), f.scale = scale;
+  f.shape = shape, f.width = given.width(), f.queries = q.size(2), f.scale = scale;
   f.q = rows<const S>(q), f.cache = rows<const S>(cache), f.out = rows<S>(out);
   f.page = cache.size(2);
   if (table) f.table = table->const_data_ptr<int32_t>(), f.table_row = table->size(1);

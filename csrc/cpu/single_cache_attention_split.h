@@ -30,19 +30,21 @@ struct Part {
 };
 
 struct ScratchSizes {
-  int64_t rows, width;  // query rows and uniform rows together, numbers of a row of the cache
+  int64_t rows, width;   // query rows and uniform rows together, numbers of a row of the cache
+  int64_t values, keys;  // numbers of a block's rows and of its keys, 0 where they are read where they lie
 };
 
 struct SplitOperands {
-  Shape shape;    // width: the cache's
-  int64_t width;  // of the values
+  Shape shape;      // width: the cache's
+  int64_t width;    // of the values
+  int64_t queries;  // of a sequence
   double scale;
   const int32_t* table = nullptr;
   int64_t table_row = 0, page = 0, pairs = 0;
 
   int64_t repeats() const { return shape.heads / shape.groups; }
   bool slices() const { return width != shape.width; }
-  int64_t queries_of_item() const { return std::max<int64_t>(1, EDGE / repeats()); }
+  int64_t queries_of_item() const { return std::max<int64_t>(1, std::min(queries, EDGE / repeats())); }
 };
 
 template <class S>
@@ -83,7 +85,10 @@ struct CacheSplit : SplitOperands {
     return p;
   }
   ScratchSizes scratch() const {
-    return {(repeats() + (gamma.empty() ? 0 : 1)) * queries_of_item(), padded<A>(shape.width)};
+    const int64_t rows = (repeats() + (gamma.empty() ? 0 : 1)) * queries_of_item();
+    const int64_t block =
+        EDGE * padded<A>(shape.width) + ALIGN;  // a head's last columns may be read past its row
+    return {rows, padded<A>(shape.width), direct() ? 0 : block, cos ? block : 0};
   }
 };
 
@@ -97,8 +102,8 @@ struct SplitScratch {
       : squares(s.rows / EDGE + 1),
         q(s.rows * s.width),
         p(squares * EDGE * EDGE),
-        values(EDGE * s.width + ALIGN),  // a head's last columns may be read beyond its row
-        keys(EDGE * s.width + ALIGN),
+        values(s.values),
+        keys(s.keys),
         first(squares * EDGE),
         last(squares * EDGE),
         top(squares * EDGE),

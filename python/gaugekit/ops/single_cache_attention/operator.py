@@ -71,7 +71,7 @@ def single_cache_attention(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learns):
         with torch.autocast(q.device.type, enabled=False):
             return composition(*given)
-    return torch.ops.gaugekit.single_cache_attention(*given)
+    return torch.ops.gaugekit.single_cache_attention.default(*given)
 
 
 def composition(
