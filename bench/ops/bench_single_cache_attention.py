@@ -43,17 +43,21 @@ class Layer:
         self.key, self.value = (random(model, HEADS, WIDTH) / model**0.5 for _ in range(2))
         self.x = random(batch, rows, model)
         self.x[:, -1:] = self.new
-        self.k, self.v = self.project(self.x)
+        self.k, self.v = (part.to(dtype) for part in self.project(self.x, torch.float32))
         self.both = torch.cat([self.k, self.v], -1)
         self.gains = {n: torch.rand(HEADS, device=device) for n in ("alpha", "beta", "gamma")}
         self.total = self.v.float().sum(2, keepdim=True)
 
-    def project(self, x):
-        k, v = (
-            (x @ w.flatten(1)).unflatten(2, (HEADS, WIDTH)).transpose(1, 2) for w in (self.key, self.value)
-        )
-        v = v if self.kind == "multi-head" else x.unflatten(2, (HEADS, WIDTH)).transpose(1, 2)
-        return k.contiguous(), v.contiguous()
+    def project(self, x, dtype=None):
+        """K and V of rows x, computed in ``dtype``: float32 for many rows, which processors without bf16 need."""
+        dtype = dtype or x.dtype
+
+        def heads(rows):
+            return rows.unflatten(2, (HEADS, WIDTH)).transpose(1, 2).contiguous()
+
+        weights = [w.to(dtype).flatten(1) for w in (self.key, self.value)]
+        k = x.to(dtype) @ weights[0]
+        return heads(k), heads(x.to(dtype) @ weights[1] if self.kind == "multi-head" else x)
 
     def terms(self, attended):
         """α v + β A − γ C of the new token, C from a running sum."""

@@ -133,10 +133,10 @@ def test_gemma_4_attends_from_its_values_alone():
 def test_pages(page, dtype, slices):
     """Pages in any order give the bits of rows in one piece; entries past a sequence's rows are not looked at."""
     lengths = torch.tensor([50, 33])
-    count = -(-64 // page)
-    q, cache = torch.randn(2, 4, 2, 24).to(dtype), torch.randn(2, 1, count * page, 24).to(dtype)
+    count, width = -(-64 // page), 32 if page == 16 else 24  # rows that fill registers, and rows that do not
+    q, cache = torch.randn(2, 4, 2, width).to(dtype), torch.randn(2, 1, count * page, width).to(dtype)
     table = torch.randperm(2 * count).view(2, count).int()
-    pool = torch.full((2 * count, 1, page, 24), float("nan")).to(dtype)
+    pool = torch.full((2 * count, 1, page, width), float("nan")).to(dtype)
     for b, length in enumerate(lengths.tolist()):
         for j in range(length):
             pool[table[b, j // page], 0, j % page] = cache[b, 0, j]
@@ -158,6 +158,18 @@ def test_what_nobody_sees_may_hold_anything():
         cache[1] = float("inf")
         out = gk.single_cache_attention(q, cache, scale=0.3, **options, key_lengths=[5, 0])
         assert torch.isfinite(out).all() and out[0].any() and not out[1].any()
+        cache = torch.full((2, 100, 32), float("nan"), dtype=dtype)
+        cache[0, :50] = 1.0
+        out = gk.single_cache_attention(
+            torch.ones(2, 2, 1, 32, dtype=dtype),
+            cache,
+            slices=True,
+            scale=0.3,
+            gamma=0.5,
+            key_lengths=[50, 0],
+        )
+        torch.testing.assert_close(out[0], torch.full_like(out[0], 0.5))
+        assert not out[1].any()
 
 
 def test_strides():
