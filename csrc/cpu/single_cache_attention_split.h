@@ -199,12 +199,15 @@ void attend_split(const CacheSplit<S>& f, const Queries& of, int64_t index, Spli
       add_weighted(WeightedSums<A>{x.p.data() + row * EDGE, x.keep.data() + row, rows, x.value_rows.data(),
                                    column, width, count, sums_to, step});
     };
-    if (f.slices())
-      for (int64_t h = 0; h < f.repeats(); ++h)
-        sums(h * of.count, of.count, h * f.width, part.wide, to + h * of.count * part.wide, part.wide);
-    else
-      sums(0, part.rows, 0, part.wide, to, part.wide);
-    if (part.means) sums(part.rows, part.means, 0, part.whole, to + part.mean(), part.whole);
+    // A head's slice of the rows is still near when its mean is taken, where slices fill whole registers.
+    const bool together = f.slices() && part.wide == f.width;
+    for (int64_t h = 0; h < (f.slices() ? f.repeats() : 0); ++h) {
+      sums(h * of.count, of.count, h * f.width, part.wide, to + h * of.count * part.wide, part.wide);
+      if (part.means && together)
+        sums(part.rows, part.means, h * f.width, part.wide, to + part.mean() + h * f.width, part.whole);
+    }
+    if (!f.slices()) sums(0, part.rows, 0, part.wide, to, part.wide);
+    if (part.means && !together) sums(part.rows, part.means, 0, part.whole, to + part.mean(), part.whole);
   }
   std::copy_n(x.top.data(), part.rows + part.means, to + part.top());
   for (int64_t r = 0; r < part.rows + part.means; r += EDGE)

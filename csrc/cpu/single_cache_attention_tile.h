@@ -41,15 +41,32 @@ GAUGEKIT_INLINE void scores_tile(const Scores<A>& f, int64_t m, int64_t n) {
   for (int i = 0; i < MR; ++i) q[i] = f.q + (m + i) * f.width;
 #pragma GCC unroll 12
   for (int j = 0; j < NR; ++j) key[j] = f.keys[n + j];
-  for (int64_t c = 0; c < f.width; c += W) {
-    Vector<A, W> left[MR];
+  // This tile's share of the next block: of each of NR rows the bytes that fall to MR queries. Where that is
+  // about a line for as many channels as fill one, they take turns; else each row's share is asked for at
+  // once.
+  constexpr int64_t UNIT = LINE / sizeof(A);
+  const int64_t units = f.width / UNIT, share = f.bytes * (m + MR) / f.queries - f.bytes * m / f.queries;
+  const int64_t step = (share * NR + units - 1) / units;
+  const bool spread = step <= LINE && 2 * step >= LINE;
+  int64_t c = 0;
+  for (int s = 0; s < NR; ++s) {
+    const char* at = f.next[n + s] + f.bytes * m / f.queries;
+    if (!spread)
+      for (const char* end = at + share; at < end; at += LINE) __builtin_prefetch(at, 0, 2);
+    for (const int64_t last = units * (s + 1) / NR * UNIT; c < last;) {
+      if (spread) __builtin_prefetch(at, 0, 2), at += step;
 #pragma GCC unroll 4
-    for (int i = 0; i < MR; ++i) left[i] = load<W>(q[i] + c, W);
+      for (int u = 0; u < UNIT / W; ++u, c += W) {
+        Vector<A, W> left[MR];
+#pragma GCC unroll 4
+        for (int i = 0; i < MR; ++i) left[i] = load<W>(q[i] + c, W);
 #pragma GCC unroll 12
-    for (int j = 0; j < NR; ++j) {
-      const Vector<A, W> right = load<W>(key[j] + c, W);
+        for (int j = 0; j < NR; ++j) {
+          const Vector<A, W> right = load<W>(key[j] + c, W);
 #pragma GCC unroll 4
-      for (int i = 0; i < MR; ++i) sum[i][j] += left[i] * right;
+          for (int i = 0; i < MR; ++i) sum[i][j] += left[i] * right;
+        }
+      }
     }
   }
 #pragma GCC unroll 4
@@ -60,22 +77,12 @@ GAUGEKIT_INLINE void scores_tile(const Scores<A>& f, int64_t m, int64_t n) {
   }
 }
 
-// The share of the rows from n on that falls to the queries from m on.
-template <int NR, class A>
-GAUGEKIT_INLINE void fetch_share(const Scores<A>& f, int64_t m, int64_t count, int64_t n) {
-  const int64_t begin = f.bytes * m / f.queries / LINE * LINE;
-  const int64_t end = f.bytes * (m + count) / f.queries / LINE * LINE;
-  for (int j = 0; j < NR; ++j)
-    for (int64_t at = begin; at < end; at += LINE) __builtin_prefetch(f.next[n + j] + at, 0, 2);
-}
-
 template <int W, int MR, class A>
 GAUGEKIT_INLINE int64_t scores_rows(const Scores<A>& f, int64_t m, int64_t n, int64_t keys) {
   constexpr int SUMS = W * sizeof(A) == ALIGN ? 24 : 12;  // held in registers
   constexpr int NR = SUMS / MR > 12 ? 12 : SUMS / MR;
   for (; m + MR <= f.queries; m += MR)
     for (int64_t j = n; j < n + keys; j += NR) {
-      fetch_share<NR>(f, m, MR, j);
       scores_tile<W, MR, NR>(f, m, j);
     }
   return m;
