@@ -126,7 +126,6 @@ def cases(device: str, quick: bool):
                     rivals={TORCH: quiet(layer.torch), OURS: quiet(layer.blocked)}, without_us=TORCH,
                     check=checked(kind, dtype, device),
                     bytes_moved=layer.x.numel() * layer.x.element_size(),
-                    flops=2 * layer.x.numel() * (2 * HEADS if kind == "multi-head" else HEADS + 1),
                     threads=threads, label=label(threads), processor_time=threads == 1, rounds=15, seconds=6.0,
                     extra={"cache_bytes": layer.x.element_size() * HEADS * WIDTH, "goal": 1.3, "goal_blocked": 1.2},
                 )  # fmt: skip
