@@ -77,6 +77,6 @@ def pieces(out: Path) -> list[Piece]:
         timed("single_cache_attention", out, 15, "single_cache_attention"),
         timed("packed_linear_16", out, 12, "packed_linear", "batch 16,"),
         timed("packed_linear_256", out, 12, "packed_linear", "batch 256,"),
-        program("tiles", out, 45),
-        program("profile", out, 36),
+        program("tiles", out, 42),
+        program("profile", out, 33),
     ]
