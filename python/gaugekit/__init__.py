@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gaugekit.ops.gauge_linear import gauge_linear
     from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
     from gaugekit.ops.ragged_attention import ragged_attention
+    from gaugekit.ops.single_cache_attention import single_cache_attention
     from gaugekit.report import Report
     from gaugekit.text.perplexity import perplexity
     from gaugekit.verbs.convert import convert
@@ -47,6 +48,7 @@ __all__ = [
     "rewrite",
     "samples",
     "shaped_attention",
+    "single_cache_attention",
     "slicing",
     "statistics",
     "symmetry",
@@ -79,6 +81,7 @@ _LAZY = {
     "rank": "gaugekit.rank",
     "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.text",
+    "single_cache_attention": "gaugekit.ops.single_cache_attention:single_cache_attention",
     "slicing": "gaugekit.slicing",
     "statistics": "gaugekit.calibration",
     "symmetry": "gaugekit.symmetry",

@@ -30,6 +30,19 @@ def representatives():
     for batch in (1, 16, 64, 256):
         yield f"packed bfloat16, batch {batch}", {"dtype": BF16, "batch": batch}
     yield "packed float16, float32 rows, batch 16", {"dtype": FP16, "batch": 16, "rows": FP32}
+    yield (
+        "one cache bfloat16, slices, all terms",
+        {"dtype": BF16, "cached": 768, "slices": True, "terms": True},
+    )
+    yield (
+        "one cache bfloat16, turned keys, pages",
+        {"dtype": BF16, "cached": 512, "pairs": 64, "pages": 16, "groups": 2},
+    )
+    yield "one cache float32, window", {"dtype": FP32, "cached": 768, "window": 100, "queries": 4}
+    yield (
+        "one cache float16, turned keys, many queries",
+        {"dtype": FP16, "cached": 128, "pairs": 64, "queries": 8},
+    )
     for dtype, width in ((BF16, 64), (FP16, 128), (FP32, 32)):
         yield f"gauge {dtype} {width}", {"dtype": dtype, "projection": width}
 
@@ -54,6 +67,12 @@ def shipped():
             f"attention bfloat16 {key_width} {width}",
             {"dtype": BF16, "key_width": key_width, "width": width},
         )
+    for width in (768, 2048, 4096):
+        for queries in (1, 5):
+            for dtype in (BF16, FP32):
+                sizes = {"dtype": dtype, "cached": width, "queries": queries}
+                yield f"one cache {dtype} {width}, {queries} queries", sizes | {"slices": True, "terms": True}
+                yield f"one cache {dtype} {width}, {queries} queries, turned", sizes | {"pairs": width // 8}
     for batch in (1, 64, 128, 256):
         yield f"packed float16, batch {batch}", {"dtype": FP16, "batch": batch}
     yield "packed bfloat16, batch 128", {"dtype": BF16, "batch": 128}
@@ -61,13 +80,15 @@ def shipped():
         yield f"gauge {BF16} {width}", {"dtype": BF16, "projection": width}
 
 
-def launch(batch=0, projection=0, **operands) -> None:
+def launch(batch=0, projection=0, cached=0, **operands) -> None:
     """One configuration: the product with packed weights where ``batch`` says how many rows, a ``projection`` whose
-    heads are so wide, else an attention."""
+    heads are so wide, decoding from one cache of so many channels (``cached``), else an attention."""
     if batch:
         launch_packed(batch, **operands)
     elif projection:
         launch_gauge(projection, **operands)
+    elif cached:
+        launch_cache(cached, **operands)
     else:
         launch_attention(**operands)
 
@@ -93,6 +114,27 @@ def launch_gauge(width, dtype):
         kernels.gauge_linear(out, x, free, rows, x.new_empty(4 * width) if biased else None)
         kernels.gauge_linear_backward_x(x, out, free, rows)
         kernels.gauge_linear_backward_free(free, out, x, rows)
+
+
+def launch_cache(
+    width, dtype, slices=False, terms=False, pairs=0, pages=0, groups=1, window=None, queries=1
+):  # fmt: skip
+    """Two sequences of lengths of their own, twelve heads a group."""
+    from gaugekit.triton_kernels.single_cache_attention import single_cache_attention
+
+    def empty(*shape, kind=dtype):
+        return torch.empty(*shape, dtype=getattr(torch, kind), device="cuda")
+
+    q, heads = empty(2, 12 * groups, queries, width), 12 * groups
+    cache = empty(*(256, groups, pages, width) if pages else (2, groups, 2048, width))
+    table = torch.zeros(2, 128, dtype=torch.int32).cuda() if pages else None
+    cos, gains = (empty(2048, pairs, kind=FP32) if pairs else None), [None] * 3
+    if terms:
+        gains = [torch.ones(heads).cuda() for _ in range(3)]
+    gain, lengths = (empty(width) if pairs else None), torch.zeros(2, dtype=torch.int64).cuda()
+    out = empty(2, heads, queries, width // 12 if slices else width)
+    mask = (True, window, lengths, lengths, table)
+    single_cache_attention(q, cache, slices, *gains, gain, cos, cos, *mask, 0.125, out)
 
 
 def launch_attention(

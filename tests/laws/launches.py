@@ -114,7 +114,13 @@ class Following:
             self.stopped.append((report.nodeid, str(report.longrepr).strip().splitlines()[-1]))
 
 
-ORACLES = ("nonlocal_energy", "ragged_attention", "shaped_attention", "shaped_combine")
+ORACLES = (
+    "nonlocal_energy",
+    "ragged_attention",
+    "shaped_attention",
+    "shaped_combine",
+    "single_cache_attention",
+)
 
 
 def weightless(oracle):

@@ -18,7 +18,7 @@ ODD_HEADS = (
     "heads of 136 numbers are padded to 256 and loaded under a mask, number by number, and the addresses take the "
     "registers; published heads are 64, 80, 96, 128 or 256 wide"
 )
-FEW_BYTES = "ptxas keeps up to 16 bytes on the stack with registers to spare"
+FEW_BYTES = "ptxas keeps up to 24 bytes on the stack with registers to spare"
 ODD_ROWS = "rows of W of no multiple of 16 bytes are loaded byte by byte; published matrices are not like it"
 SPILLS = [
     Spill("_shaped_attention_fwd", {"WIDTH": 136}, 1700, ODD_HEADS),
@@ -31,6 +31,7 @@ SPILLS = [
     Spill("_ragged_attention_bwd_kv", {"Q": "fp32"}, 16, FEW_BYTES),
     Spill("_shaped_combine_fwd", {"WIDTH": 128}, 8, FEW_BYTES),
     Spill("_shaped_combine_bwd", {"V": "fp32"}, 8, FEW_BYTES),
+    Spill("_single_cache_attention_fwd", {}, 24, FEW_BYTES),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 1}, 40, ODD_ROWS),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 16}, 80, ODD_ROWS),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 64}, 16, ODD_ROWS),

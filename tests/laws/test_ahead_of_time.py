@@ -86,16 +86,16 @@ def test_sixteen_bit_products_run_on_the_tensor_cores(rows):
 
 
 def takes_64_rows_of_16_bits(row: dict) -> bool:
-    """Whether a tensor core of this kind fits: it takes 64 rows. Packed products of 16 and fewer wait for memory, and
-
-    the sums of a combine are products with a mask, in tiles that fit its sweep.
+    """Whether a tensor core of this kind fits: it takes 64 rows. Packed products of 16 and fewer wait for memory, as
+    decoding from one cache does, and the sums of a combine are products with a mask, in tiles that fit its sweep.
     """
     if (
         "fp32" in (row["types"].get("Q"), row["types"].get("X"), row["types"].get("F"))
         or "_combine" in row["kernel"]
     ):
         return False
-    return row["kernel"] != "_packed_linear" or row["constants"]["BLOCK_M"] >= 64
+    few = ("_packed_linear", "_single_cache_attention_fwd")
+    return row["kernel"] not in few or row["constants"]["BLOCK_M"] >= 64
 
 
 LOCAL = """\

@@ -13,6 +13,7 @@ OPERATORS = [
     "nonlocal_energy",
     "ragged_attention",
     "gauge_linear",
+    "single_cache_attention",
 ]
 CODES = ["rans", "canonical_qr", "bitsback"]
 
@@ -40,6 +41,7 @@ ABSENT = {
         "cpu",
     ): "its softmax core is torch's SDPA, with one more column; the rest is one product",
     ("nonlocal_energy", "cuda"): "planned in Triton only",
+    ("single_cache_attention", "cuda"): "not written yet; the Triton kernel serves",
     ("rans", "triton"): "a state machine on integers, planned in CUDA only",
     (
         "canonical_qr",

@@ -11,6 +11,7 @@ from gaugekit.reference.nonlocal_energy import nonlocal_energy as energy_referen
 from gaugekit.reference.ragged_attention import ragged_attention as ragged_reference
 from gaugekit.reference.shaped_attention import shaped_attention as attention_reference
 from gaugekit.reference.shaped_combine import shaped_combine as combine_reference
+from gaugekit.reference.single_cache_attention import single_cache_attention as cache_reference
 from helpers import assert_accurate
 
 pytestmark = pytest.mark.gpu
@@ -131,6 +132,26 @@ def test_gauge_linear(dtype, length):
         operands,
         "cuda:0",
     )
+
+
+@DTYPES
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("slices", [True, False])
+def test_single_cache_attention(dtype, queries, slices):
+    """single_cache_attention over several splits: terms and slices of rows, or turned keys; the cache strided."""
+    lengths = torch.tensor([1300, 700])
+    q, cache = torch.randn(2, 6, queries, 96).to(dtype), strided(1300, 96, dtype, heads=1 if slices else 2)
+    options = {"scale": 0.1, "slices": slices, "key_lengths": lengths}
+    if slices:
+        options |= {name: torch.randn(6) for name in ("alpha", "beta", "gamma")}
+    else:
+        angle = torch.randn(1300, 12)
+        options |= {"cos": angle.cos(), "sin": angle.sin(), "key_gain": torch.randn(96)}
+    here = {name: x.cuda() if torch.is_tensor(x) else x for name, x in options.items()}
+    out = gk.single_cache_attention(q.cuda(), on(cache, "cuda"), **here)
+    wide = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
+    exact = cache_reference(q.double(), cache.double(), **wide)
+    assert_accurate(out.cpu(), exact, cache_reference(q, cache, **options))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -16,6 +16,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         "test_ragged_*.py",
         "test_packed_*.py",
         "test_gauge_*.py",
+        "test_single_*.py",
     ]
 
 

@@ -10,6 +10,7 @@ from gaugekit.ops import (
     rans,
     shaped_attention,
     shaped_combine,
+    single_cache_attention,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "rans",
     "shaped_attention",
     "shaped_combine",
+    "single_cache_attention",
 ]

@@ -106,14 +106,20 @@ def check(
         raise ValueError(
             f"v0: expected [B, G, T, V] = {[batch, groups, queries, width]}, got {list(v0.shape)}"
         )
-    for name, gain in (("alpha", alpha), ("beta", beta), ("gamma", gamma), ("lam", lam)):
+    check_gains(a, mask.causal, keys, alpha=alpha, beta=beta, gamma=gamma, lam=lam)
+    mask.check(batch, queries, keys)
+
+
+def check_gains(a: Tensor, causal: bool, keys: int, **given: Tensor | None) -> None:
+    """ValueError naming the gain that does not fit the heads of ``a`` [B, H, T, ·], or its mask and number of keys."""
+    heads, queries = a.shape[1:3]
+    for name, gain in given.items():
         if gain is not None and (gain.shape != (heads,) or gain.dtype not in (torch.float32, a.dtype)):
             raise ValueError(
                 f"{name}: expected [H] = [{heads}], float32 or {a.dtype}, got {list(gain.shape)}, {gain.dtype}"
             )
-    if not mask.causal and queries != keys and not (alpha is None and lam is None):
+    if not causal and queries != keys and any(given.get(name) is not None for name in ("alpha", "lam")):
         raise ValueError(f"alpha, lam: expected T = S without causal, got T = {queries}, S = {keys}")
-    mask.check(batch, queries, keys)
 
 
 class Intervals(NamedTuple):
