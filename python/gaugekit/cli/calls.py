@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from gaugekit.cli import streams
 from gaugekit.cli.refusals import UsageError
 from gaugekit.progress import bar
 from gaugekit.report import Report
@@ -207,6 +210,28 @@ def unpack(arguments: argparse.Namespace) -> Outcome:
         return _shown(
             run(arguments.source, arguments.target, memory_bytes=arguments.memory, progress=progress)
         )
+
+
+def serve(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.serving import serve as run
+
+    def announce(address: str) -> None:
+        name = shlex.quote(arguments.directory)
+        streams.put(sys.stderr, f"gaugekit serve: {address}/v1 answers for model {name}; Ctrl-C ends it")
+
+    return _shown(
+        run(
+            arguments.directory,
+            host=arguments.host,
+            port=arguments.port,
+            continuous_batching=arguments.continuous_batching,
+            dtype=arguments.dtype,
+            attn_implementation=arguments.attn_implementation,
+            packed=arguments.packed,
+            more=arguments.more,
+            announce=announce,
+        )
+    )
 
 
 def benchmarks() -> ModuleType:

@@ -32,8 +32,8 @@ except ImportError as error:
 
 # What transformers tells an attention about the pages.
 ARGUMENTS = {
-    "block_table", "cache", "cu_seq_lens_k", "cu_seq_lens_q", "logits_indices", "logits_processor_args", "logits_to_keep",
-    "max_length_k", "max_length_q", "read_index", "write_index",
+    "block_table", "cache", "cu_seq_lens_k", "cu_seq_lens_q", "logits_indices", "logits_processor_args",
+    "logits_to_keep", "max_length_k", "max_length_q", "read_index", "write_index",
 }  # fmt: skip
 _own_switch = ContinuousBatchingManager.switch_to_cb_friendly_attn
 
@@ -64,20 +64,24 @@ def attend(
 ) -> Tensor:
     """The attention of ``module`` over the paged cache: query [1, H, T, K] -> [1, T, H, V].
 
-    ``pages`` are transformers' keyword arguments, of which the cache exchanges some in place. ``shared`` adds NeuTRENO's
-    term. Raises ValueError where transformers wants what needs the bounds on the host, or a kernel of its own.
+    ``pages`` are transformers' keyword arguments, of which the cache exchanges some in place. ``shared`` adds
+    NeuTRENO's term. Raises ValueError where transformers wants what needs the bounds on the host, or a kernel of its own.
     """
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "use_cuda_graph: expected False for continuous batching with attn_implementation='gaugekit', whose calls "
             "differ from step to step (gaugekit serve DIR -- --no-cb-use-cuda-graph)"
         )
-    if isinstance(pages.get("cache"), PagedAttentionCache):  # until 5.23 the attention stores keys and values itself
+    if isinstance(
+        pages.get("cache"), PagedAttentionCache
+    ):  # until 5.23 the attention stores keys and values itself
         key, value = pages["cache"].update(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=pages
         )
     if pages.get("block_table") is not None:
-        raise ValueError("block_table: shaped attention reads the cache by index; expected max_blocks_per_request=0")
+        raise ValueError(
+            "block_table: shaped attention reads the cache by index; expected max_blocks_per_request=0"
+        )
     queries, keys = (pages[name].tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
     terms = {}
     if shared is not None:
@@ -119,7 +123,9 @@ def paged_attention(
         elif end > begin:
             more = {} if v0 is None else {"v0": v0[:, :, begin:end]}
             part = (q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last])
-            out[:, :, begin:end] = shaped_attention(*part, causal=True, window=window, scale=scale, **more, **gains)
+            out[:, :, begin:end] = shaped_attention(
+                *part, causal=True, window=window, scale=scale, **more, **gains
+            )
     for group in steps.values():
         row, first, length = torch.tensor(group, device=q.device).unbind(1)
         longest = max(length for _, _, length in group)
