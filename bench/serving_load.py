@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 # How a request is wrong, and what of it; the server refuses each with a status of 400 or more.
-MALFORMED = ("no json", "unknown field", "another model", "a prompt that is a number", "no such path", "max_tokens")
+MALFORMED = (
+    "no json",
+    "unknown field",
+    "another model",
+    "a prompt that is a number",
+    "no such path",
+    "max_tokens",
+)
 PATIENCE_S = 300  # a request that takes longer has failed
 
 
@@ -124,7 +131,13 @@ async def ask(address: str, model: str, request: Request, answer: Answer) -> Non
 
 def spoken(model: str, request: Request) -> tuple[str, bytes]:
     """The path and body of a request."""
-    body = {"model": model, "prompt": request.prompt, "max_tokens": request.tokens, "stream": True, "temperature": 0}
+    body = {
+        "model": model,
+        "prompt": request.prompt,
+        "max_tokens": request.tokens,
+        "stream": True,
+        "temperature": 0,
+    }
     changes = {
         "unknown field": {"frobnicate": 1},
         "another model": {"model": "nobody/nothing"},

@@ -249,10 +249,11 @@ class SASForCausalLM(_WithHead, GenerationMixin):
             raise ValueError(f'cache_implementation: expected None or "dynamic", got {kind!r}')
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *arguments: Any, **keywords: Any) -> dict:
-        # generate(tokenizer=...), which stop strings need and servers always give, hands it to the model too
-        keywords.pop("tokenizer", None)
-        return super().prepare_inputs_for_generation(*arguments, **keywords)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict:
+        # generate(tokenizer=...), which stop strings need and servers always give, hands it to the model too;
+        # by the name of kwargs generate knows that whatever forward takes may be given
+        kwargs.pop("tokenizer", None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def init_continuous_batching(self, *arguments: Any, **keywords: Any) -> Any:
         """As in every transformers model; ``generate_batch`` and ``transformers serve`` begin here."""

@@ -65,7 +65,7 @@ def attend(
     """The attention of ``module`` over the paged cache: query [1, H, T, K] -> [1, T, H, V].
 
     ``pages`` are transformers' keyword arguments, of which the cache exchanges some in place. ``shared`` adds
-    NeuTRENO's term. Raises ValueError where transformers wants what needs the bounds on the host, or a kernel of its own.
+    NeuTRENO's term. Raises ValueError inside a CUDA graph, where the bounds cannot be read on the host.
     """
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
