@@ -116,13 +116,15 @@ def _check(directory: str | Path) -> None:
 
 def _check_port(host: str, port: int) -> None:
     """ValueError where nothing can listen there: a model takes long to load, and uvicorn would only log it."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo takes what is left of it by 65,536
+        raise ValueError(f"--port: expected 0 to 65535, got {port}")
     try:
         places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, place = places[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(f"--port: expected a free one on {host}, got {port}: {error}") from None
 
 
