@@ -25,7 +25,7 @@ MALFORMED = (
 PATIENCE_S = 300  # a request that takes longer has failed
 
 
-@dataclass
+@dataclass(frozen=True)
 class Request:
     """A prompt and how many tokens are to follow; ``kind`` "good", "cancelled" or one of MALFORMED."""
 
