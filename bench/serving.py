@@ -40,7 +40,7 @@ from serving_load import Request, load, mixed
 LETTERS = string.ascii_letters + string.digits
 VOCABULARY = len(LETTERS) + 2
 PAGES = ["--cb-num-blocks", "512", "--cb-max-batch-tokens", "512"]
-CLIENTS, LONGEST, TOKENS = 64, 96, 48
+CLIENTS, LONGEST, TOKENS = 64, 64, 32
 WITHOUT_US = (
     "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
 )
