@@ -4,7 +4,7 @@
     python bench/serving.py --requests 100    # fewer
     python bench/serving.py --alone MODEL     # tokens a second of one client: MODEL in bfloat16, plain and packed
 
-The model is a Llama of random weights, D 256, 4 layers, a letter a token, in float32; each server is a process of its
+The model is a Llama of random weights, D 128, 2 layers, a letter a token, in float32; each server is a process of its
 own with continuous batching. Every tenth request is given up in the middle, every tenth is what no server should take.
 Every other answer has to be whole, and the text that the model gives by itself: where one differs, the logits there are
 looked at, and it counts as a tie only where the first two are no further apart than four times the noise of float32.
@@ -40,7 +40,7 @@ from serving_load import Request, load, mixed
 LETTERS = string.ascii_letters + string.digits
 VOCABULARY = len(LETTERS) + 2
 PAGES = ["--cb-num-blocks", "512", "--cb-max-batch-tokens", "512"]
-CLIENTS, LONGEST, TOKENS = 64, 64, 32
+CLIENTS, LONGEST, TOKENS = 64, 64, 24
 WITHOUT_US = (
     "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
 )
@@ -96,9 +96,9 @@ def directories(folder: Path) -> dict[str, Path]:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=0)  # fmt: skip
-    llama = transformers.LlamaConfig(**sizes, intermediate_size=512, initializer_range=0.2)
+    llama = transformers.LlamaConfig(**sizes, intermediate_size=256, initializer_range=0.2)
     transformers.LlamaForCausalLM(llama).save_pretrained(folder / "plain")
     sas = SASForCausalLM(SASConfig(**sizes, rope=True))
     with torch.no_grad():
@@ -158,6 +158,7 @@ def measure(label: str, directory: Path, requests: list[Request], ours: bool, *o
     with serving(directory, *options, ours=ours) as server:
         load(server.address, str(directory), requests[:CLIENTS], CLIENTS)  # warms up
         result = load(server.address, str(directory), requests, CLIENTS, server.resident_mb)
+    print(f"{label}: {result.seconds:.1f} s", file=sys.stderr, flush=True)
     good = [pair for pair in zip(requests, result.answers, strict=True) if pair[0].kind == "good"]
     broken = [answer for _, answer in good if answer.status != 200 or answer.error or not answer.whole]
     assert not broken, f"{label}: {len(broken)} of {len(good)} good requests failed: {broken[:3]}"
@@ -179,7 +180,7 @@ def measure(label: str, directory: Path, requests: list[Request], ours: bool, *o
     assert ties <= len(good) / 100, f"{label}: {ties} of {len(good)} answers parted at ties"
     first, total = ([getattr(answer, name) for _, answer in good] for name in ("first_s", "total_s"))
     return {
-        "op": "serving", "shape": f"{len(requests)} requests, {CLIENTS} clients, D 256, 4 layers", "dtype": "float32",
+        "op": "serving", "shape": f"{len(requests)} requests, {CLIENTS} clients, D 128, 2 layers", "dtype": "float32",
         "label": label, "good": len(good), "failed": 0, "ties": ties, "seconds": result.seconds,
         "tokens_per_s": letters / result.seconds, "requests_per_s": len(requests) / result.seconds,
         "first_text_ms": percentiles(first), "total_ms": percentiles(total),
