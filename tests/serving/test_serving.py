@@ -85,11 +85,18 @@ def test_our_attention_is_called_where_requests_run_one_by_one(served, calls):
     assert calls == {"paged": 0, "plain": 2 * tokens}
 
 
-def test_matrices_stay_packed_in_memory(served):
+@pytest.mark.parametrize("kind", ["packed", "sas"])
+def test_matrices_stay_packed_in_memory(served, kind):
     options = dict(dtype=torch.bfloat16, quantization_config=GaugekitConfig(packed=True))
-    expected = own(served["packed"], PROMPTS, TOKENS, **options)
-    with serving.running(served["packed"], dtype="bfloat16", packed=True) as address:
-        assert [complete(address, served["packed"], prompt)[0] for prompt in PROMPTS] == expected
+    expected = own(served[kind], PROMPTS, TOKENS, **options)
+    with serving.running(served[kind], dtype="bfloat16", packed=True) as address:
+        assert [complete(address, served[kind], prompt)[0] for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("kind", ["converted", "sliced"])
+def test_matrices_of_a_converted_model_are_not_said_to_be_packed(served, kind):
+    with pytest.raises(ValueError, match="--packed"), serving.running(served[kind], packed=True):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["converted", "sas"])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gaugekit.checkpoint.config import read_config
 from gaugekit.hf import loading
 from gaugekit.report import Report
 
@@ -89,7 +90,7 @@ def running(
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ImportError(f"serving needs {', '.join(missing)}: {EXTRA}")
-    _check(directory)
+    _check(directory, packed)
     _check_port(host, port)
     arguments = ["--host", host, "--port", str(port), "--dtype", dtype, "--non-blocking"]
     arguments += ["--continuous-batching"] if continuous_batching else []
@@ -102,9 +103,12 @@ def running(
         server.kill_server()
 
 
-def _check(directory: str | Path) -> None:
+def _check(directory: str | Path, packed: bool) -> None:
     """ValueError where ``directory`` is no model that transformers serve could answer with."""
     path = loading.directory(directory, "DIR")
+    if packed and read_config(path).get("quantization_config"):
+        # transformers would go by what config.json says, and leave the matrices as they are
+        raise ValueError(f"--packed: expected a plain or packed directory, got a converted one: {directory}")
     kind = loading.architecture(path)
     if not getattr(kind, "can_generate", bool)():
         raise ValueError(
