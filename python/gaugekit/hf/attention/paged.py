@@ -131,15 +131,19 @@ def paged_attention(
         longest = max(length for _, _, length in group)
         places = first[:, None] + torch.arange(longest, device=q.device).minimum(length[:, None] - 1)
         more = {} if v0 is None else {"v0": v0[0][:, row, None].transpose(0, 1)}
-        part = (q[0][:, row, None], k[0][:, places], v[0][:, places])
+        part = (q[0][:, row, None].transpose(0, 1), _gathered(k, places), _gathered(v, places))
         # what is causal costs a mask; a lone query that sees all its keys needs none
         if more or gains or (window is not None and longest > window):
             more |= {"causal": True, "query_start": length - 1, "window": window}
-        step = shaped_attention(
-            *(x.transpose(0, 1) for x in part), key_lengths=length, scale=scale, **more, **gains
-        )
+        step = shaped_attention(*part, key_lengths=length, scale=scale, **more, **gains)
         out[0, :, row] = step[:, :, 0].transpose(0, 1)
     return out
+
+
+def _gathered(x: Tensor, places: Tensor) -> Tensor:
+    """Rows ``places`` [N, S'] of x [1, G, S, width]: [N, G, S', width], a row of all heads copied at once."""
+    rows = x[0].transpose(0, 1).index_select(0, places.flatten())
+    return rows.unflatten(0, places.shape).transpose(1, 2)
 
 
 def _sizes(bounds: Sequence[int]) -> list[int]:
