@@ -33,6 +33,7 @@ import torch
 import transformers
 
 import gaugekit as gk
+import gaugekit.integrations.transformers  # a converted model loads with it, and is random without
 from gaugekit.integrations.sas import SASConfig, SASForCausalLM
 from run import commit, machine, save
 from serving_load import Request, load, mixed
