@@ -36,11 +36,13 @@ class Request:
 
 @dataclass
 class Answer:
-    """What came: ``status`` (0: the connection ended without one), ``text``, whether the stream was ``whole``,
-    seconds from the request to the first text and to the end, and ``error``, the reason where there is one."""
+    """What came: ``status`` (0: the connection ended without one), ``text``, its ``tokens``, whether the stream was
+    ``whole``, seconds from the request to the first text and to the end, and the reason, ``error``, where there is one.
+    """
 
     status: int = 0
     text: str = ""
+    tokens: int = 0
     whole: bool = False
     first_s: float = 0.0
     total_s: float = 0.0
@@ -121,6 +123,7 @@ async def ask(address: str, model: str, request: Request, answer: Answer) -> Non
                 return
             answer.first_s = answer.first_s or time.perf_counter() - begin
             answer.text += chunk["choices"][0]["text"]
+            answer.tokens = (chunk.get("usage") or {}).get("completion_tokens", 0)
             answer.whole = chunk["choices"][0].get("finish_reason") is not None
             if request.kind == "cancelled":
                 return
