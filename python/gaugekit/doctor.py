@@ -16,6 +16,7 @@ from gaugekit.report import Report, table
 EXTRAS = {
     "hf": ("transformers", "safetensors", "tqdm"),
     "demo": ("transformers", "safetensors", "tqdm", "gguf", "zstandard"),
+    "serving": ("transformers", "safetensors", "tqdm", "accelerate", "fastapi", "openai", "uvicorn"),
     "bench": ("transformers", "safetensors", "tqdm", "zstandard", "zipnn"),
     "triton": ("triton",),
 }

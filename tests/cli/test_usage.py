@@ -16,7 +16,7 @@ from gaugekit.cli import calls, main
 from warm import python
 
 # without a binary `import gaugekit` warns once, whatever the verb; these tests count the verb's own lines
-VERBS = ("inspect", "convert", "heal", "verify", "pack", "unpack", "bench", "doctor", "demo")
+VERBS = ("inspect", "convert", "heal", "verify", "pack", "unpack", "serve", "bench", "doctor", "demo")
 QUIET = {**os.environ, "PYTHONWARNINGS": "ignore::RuntimeWarning"}
 
 

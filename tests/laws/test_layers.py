@@ -22,14 +22,14 @@ FLOORS = [
     {"calibration"},
     {"symmetry", "rank", "slicing"},
     {"verbs"},
-    {"demo", "distributed", "integrations"},
+    {"demo", "distributed", "integrations", "serving"},
     {"cli"},
     {"__main__"},
 ]
 ROOT_FILES = {"__init__", "__main__", "_library", "report", "progress", "distributed", "doctor"}
 FILES_IN_A_FOLDER, LINES_IN_A_FILE, LINES_IN_A_FUNCTION = 12, 400, 60
 FOREIGN = {  # who may import which foreign package; torch and numpy are free
-    "transformers": {"hf", "text", "demo"},
+    "transformers": {"hf", "text", "demo", "serving"},
     "safetensors": {"checkpoint"},
     "tqdm": {"progress"},
     "zstandard": {"demo"},

@@ -24,6 +24,7 @@ ROOMS = [
     *sorted(f"ops.{path.parent.name}" for path in Path(gk.__file__).parent.glob("ops/*/__init__.py")),
     "rank",
     "rewrite",
+    "serving",
     "slicing",
     "symmetry",
     "text",

@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from gaugekit.cli import streams
 from gaugekit.cli.refusals import UsageError
 from gaugekit.files.ranks import Ranks
 from gaugekit.progress import bar
@@ -231,6 +234,28 @@ def unpack(arguments: argparse.Namespace) -> Outcome:
     with _ranks() as ranks, _bar("unpack", ranks) as progress:
         more = {"memory_bytes": arguments.memory, "progress": progress, "ranks": ranks}
         return _shown(run(arguments.source, arguments.target, **more))
+
+
+def serve(arguments: argparse.Namespace) -> Outcome:
+    from gaugekit.serving import serve as run
+
+    def announce(address: str) -> None:
+        name = shlex.quote(arguments.directory)
+        streams.put(sys.stderr, f"gaugekit serve: {address}/v1 answers for model {name}; Ctrl-C ends it")
+
+    return _shown(
+        run(
+            arguments.directory,
+            host=arguments.host,
+            port=arguments.port,
+            continuous_batching=arguments.continuous_batching,
+            dtype=arguments.dtype,
+            attn_implementation=arguments.attn_implementation,
+            packed=arguments.packed,
+            more=arguments.more,
+            announce=announce,
+        )
+    )
 
 
 def benchmarks() -> ModuleType:

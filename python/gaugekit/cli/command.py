@@ -7,6 +7,7 @@ GAUGEKIT_TRACEBACK=1 in the environment the traceback of an error stands above i
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import traceback
 
 from gaugekit.cli import streams
-from gaugekit.cli.parser import SHARED, parser
+from gaugekit.cli.parser import SHARED, divided, parser
 from gaugekit.cli.refusals import UsageError, explained
 from gaugekit.files.ranks import torchrun
 
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str], printable: bool) -> int:
     root = parser(argv)
-    arguments = root.parse_args(argv)
+    own, more = divided(argv)
+    arguments = root.parse_args(own, argparse.Namespace(more=more))
     if arguments.run is None:
         root.print_help()
         return 0

@@ -56,6 +56,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     _heal(verb)
     _verify(verb)
     _pack(verb)
+    _serve(verb)
     bench = verb("bench", calls.bench, "time every operator beside its rivals, on our shapes or on yours")
     if argv and argv[0] == "bench" and calls.BENCH.is_file():
         calls.benchmarks().add_options(bench)
@@ -186,6 +187,37 @@ def _pack(verb: Adder) -> None:
                 "bits of the mantissa (smaller, slower)"
             )
             added.add_argument("--symbols", choices=SYMBOLS, help=what)
+
+
+def _serve(verb: Adder) -> None:
+    added = verb(
+        "serve", calls.serve, "answer requests for a model by transformers serve (OpenAI's interface)"
+    )
+    added.add_argument("directory", metavar="DIR", help=f"{MODEL}; plain, packed, converted, sliced or SAS")
+    added.add_argument("--host", default="localhost", help="the address to listen at (localhost)")
+    added.add_argument("--port", type=int, default=8000, help="the port to listen at (8000; 0: a free one)")
+    added.add_argument(
+        "--continuous-batching", action="store_true", help="run requests together, over a paged cache"
+    )
+    added.add_argument("--dtype", default="auto", help="run the model so (default: as it is stored)")
+    added.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="gaugekit, or a name transformers serve takes (default: gaugekit for converted models, else "
+        "transformers' choice)",
+    )
+    added.add_argument(
+        "--packed", action="store_true", help="keep the matrices packed in memory (bfloat16, float16)"
+    )
+    added.epilog = "What stands after -- goes to transformers serve: gaugekit serve DIR -- --device cpu"
+
+
+def divided(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line of a verb, and what stands after --, which ``serve`` hands on."""
+    if argv[:1] != ["serve"] or "--" not in argv:
+        return argv, []
+    place = argv.index("--")
+    return argv[:place], argv[place + 1 :]
 
 
 def _threshold(text: str) -> float | str:

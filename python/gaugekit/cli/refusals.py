@@ -19,6 +19,9 @@ EXTRA_OF = {
     "zstandard": "demo",
     "zipnn": "bench",
     "triton": "triton",
+    "fastapi": "serving",
+    "uvicorn": "serving",
+    "openai": "serving",
 }
 LONGEST = 400  # characters shown of an error that was not foreseen: some libraries write pages
 # what argparse says -> the same as everything else here is said

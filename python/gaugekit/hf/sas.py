@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ except ImportError as error:
     raise unfit(__name__, error) from error
 
 from gaugekit.hf.sas_config import BLOCKS, SASCacheLayer, SASConfig
+from gaugekit.hf.sas_pages import Batched, Pages
 from gaugekit.nn import MLP, IdentityLinear, ShapedAttention
 from gaugekit.nn.block import Block, make_norm
 from gaugekit.nn.cache import positions_of
@@ -166,11 +168,11 @@ def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     return past_key_values if cache is None else cache
 
 
-def _cache_layers(cache: Cache | None, count: int) -> list[SASCacheLayer | None]:
+def _cache_layers(cache: Any, count: int) -> list[SASCacheLayer | Pages | None]:
     if cache is None:
         return [None] * count
     layers = getattr(cache, "layers", ())
-    if len(layers) != count or not all(isinstance(layer, SASCacheLayer) for layer in layers):
+    if len(layers) != count or not all(isinstance(layer, (SASCacheLayer, Pages)) for layer in layers):
         raise ValueError(f"{CACHE}: expected DynamicCache(config=model.config), got {cache!r}")
     return list(layers)
 
@@ -247,6 +249,16 @@ class SASForCausalLM(_WithHead, GenerationMixin):
         if kind not in (None, "dynamic"):
             raise ValueError(f'cache_implementation: expected None or "dynamic", got {kind!r}')
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict:
+        # generate(tokenizer=...), which stop strings need and servers always give, hands it to the model too;
+        # by the name of kwargs generate knows that whatever forward takes may be given
+        kwargs.pop("tokenizer", None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    def init_continuous_batching(self, *arguments: Any, **keywords: Any) -> Any:
+        """As in every transformers model; ``generate_batch`` and ``transformers serve`` begin here."""
+        return Batched(self).init_continuous_batching(*arguments, **keywords)
 
 
 class SASForMaskedLM(_WithHead):

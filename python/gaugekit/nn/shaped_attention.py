@@ -67,7 +67,8 @@ class ShapedAttention(nn.Module):
                 positions: Integers | None = None, cu_seqlens: Integers | None = None) -> Tensor:  # fmt: skip
         """``lengths`` int64 [B]: the rows of x that are real, at the front of each sequence (None: all T).
 
-        With a LayerCache as ``cache`` x follows what that holds. ``positions`` int64 [T] or [B, T] are for the rotation
+        With a LayerCache as ``cache`` x follows what that holds; a cache with ``attend`` (q, k, v, window, gains) does
+        the attention itself. ``positions`` int64 [T] or [B, T] are for the rotation
         alone, and count on from the cache by default. ``cu_seqlens`` as in ``gaugekit.shaped_attention``.
         """
         lengths = check_rows(x, self.width, lengths)
@@ -83,6 +84,9 @@ class ShapedAttention(nn.Module):
             positions = positions_of(x.shape[1], cache, x.device) if positions is None else positions
             q, k = (rotate(part, positions, self.rotary_base) for part in (q, k))
         gains = {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma} if self.shaped else {}
+        if hasattr(cache, "attend"):
+            y = cache.attend(q, k, v, self.window, gains).transpose(1, 2).flatten(2)
+            return y if self.output is None else self.output(y)
         query_start = None
         if cache is not None:
             k, v, query_start, lengths, mean = cache.append(k, v, lengths, self.shaped and not self.window)

@@ -8,7 +8,7 @@ Covered: encoders and decoders, key/value groups, padding on either side or anyw
 static), prefill in chunks, beams, sliding windows, rows of packed sequences, torch.compile and torch.export of these.
 Refused with a ValueError, never computed wrongly: masks of any other shape or read by the model, attention dropout,
 returned attention weights, and every argument not known to be mere information: logit soft-caps, sinks, position
-biases, indices of sparse attention, paged caches.
+biases, indices of sparse attention. The paged cache of continuous batching is paged.py's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gaugekit.hf.attention import paged
 from gaugekit.hf.attention.mask import INSTEAD, Visible, visible
 from gaugekit.hf.attention.neutreno import SharedValues
 from gaugekit.hf.upstream import unfit
@@ -34,20 +35,21 @@ TAP = "gaugekit_tap"
 # Keyword arguments that only inform: whatever else is given may change the scores or the probabilities, and is refused.
 INFORMATIVE = {
     "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "use_cache",
+    "output_router_logits", "position_ids", "return_dict", "tokenizer", "use_cache",
 }  # fmt: skip
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}  # say again what a mask of packed rows says
 FLAGS = {"output_attentions"}  # those that ask for nothing where they are False
 
 
 def register() -> None:
-    """Enters "gaugekit" in transformers' attention and mask registries; doing it again changes nothing.
+    """Enters "gaugekit" in transformers' attention and mask registries, and lets continuous batching use it.
 
     Afterwards ``from_pretrained(..., attn_implementation="gaugekit")`` and
-    ``model.set_attn_implementation("gaugekit")`` work.
+    ``model.set_attn_implementation("gaugekit")`` work. Doing it again changes nothing.
     """
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, visible)
+    paged.register(NAME)
 
 
 def attend(
@@ -76,10 +78,14 @@ def attend(
             f"config's attention dropout to 0, call model.eval(), or {INSTEAD}"
         )
     packed = isinstance(attention_mask, Visible) and attention_mask.cu_seqlens is not None
+    in_pages = "write_index" in kwargs
+    said = INFORMATIVE | (PACKED if packed else set()) | (paged.ARGUMENTS if in_pages else set())
     for name, given in kwargs.items():
-        known = name in INFORMATIVE or (packed and name in PACKED) or (given is False and name in FLAGS)
+        known = name in said or (given is False and name in FLAGS)
         if given is not None and not known:
             raise ValueError(f"{name}: shaped attention does not cover it; {INSTEAD}")
+    if in_pages:
+        return paged.attend(module, query, key, value, kwargs, scaling, sliding_window, gaugekit_values), None
     mask = _mask(module, query, key, attention_mask, is_causal, sliding_window)
     if packed:
         batch = query.shape[0]
