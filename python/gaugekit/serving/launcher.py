@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import shlex
 import signal
 import socket
 import time
@@ -56,9 +57,10 @@ def serve(
     finally:
         signal.signal(signal.SIGTERM, before)
     fields = {"model": str(directory), "seconds": round(time.monotonic() - begin, 1)}
-    return Report(
-        "serve", fields, done=f"Served {directory} for {fields['seconds']:.0f} s; nothing was written."
-    )
+    report = Report("serve", fields)
+    report.done = f"Served {directory} for {fields['seconds']:.0f} s; nothing was written."
+    report.next = f"gaugekit serve {shlex.quote(str(directory))}, to go on"
+    return report
 
 
 @contextlib.contextmanager
