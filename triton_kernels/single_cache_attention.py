@@ -27,7 +27,7 @@ def _rows_at(cache, j, here, batch, TABLE, page, pages, stride_b, stride_t):
 
 
 @triton.jit
-def _sequence(batch, START, LENGTHS, T, S, CAUSAL: tl.constexpr):
+def _keys_and_start(batch, START, LENGTHS, T, S, CAUSAL: tl.constexpr):
     """(keys of the sequence, position of its first query)."""
     keys = S
     if LENGTHS is not None:
@@ -66,7 +66,7 @@ def _single_cache_attention_fwd(
     real = r < rows
     t = r % T
     head = r // T
-    keys, start = _sequence(batch, START, LENGTHS, T, S, CAUSAL)
+    keys, start = _keys_and_start(batch, START, LENGTHS, T, S, CAUSAL)
     lo, hi = _seen(start + t, keys, window, CAUSAL, WINDOWED)
     hi = tl.where(r < rows + means, hi, lo)
     n1 = tl.minimum(tl.max(tl.where(hi > lo, hi, 0), 0), (index + 1) * split)
@@ -161,7 +161,7 @@ def _single_cache_attention_combine(
     inside = c < VALUES
     t, head = r % T, group * REPEATS + r // T
     shift = r // T * VALUES if VALUES < WIDTH else 0
-    keys, start = _sequence(batch, START, LENGTHS, T, S, CAUSAL)
+    keys, start = _keys_and_start(batch, START, LENGTHS, T, S, CAUSAL)
     position = start + t
     lo, hi = _seen(position, keys, window, CAUSAL, WINDOWED)
     some = hi > lo
