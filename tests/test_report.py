@@ -65,7 +65,8 @@ def test_every_report_says_what_was_done_and_what_comes_next():
             for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Report"
         ]
-        # the demo has a text of its own; the engine's (shared or not), the directory job's and a packing's are told by who calls them
+        # the demo has a text of its own; the engine's, shared or not, the directory job's and a packing's are told
+        # by who calls them
         if (
             calls
             and path.parent.name not in ("demo", "directories")
