@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from gaugekit.nn.low_rank_projection import LowRankProjection
 from gaugekit.nn.shaped_attention import ShapedAttention
 
 
-class Share:
+class Share(ABC):
     """How a kind of module is cut among the ranks of a one-dimensional mesh.
 
     ``cuts`` {parameter: the dim that is cut}; ``install(module, mesh)``, once those are DTensors, makes the module
@@ -29,8 +30,9 @@ class Share:
 
     cuts: dict[str, int]
 
+    @abstractmethod
     def install(self, module: nn.Module, mesh: Any) -> None:
-        raise NotImplementedError
+        """Makes ``module``, whose cut parameters are DTensors on ``mesh``, compute this rank's part."""
 
     def replaced(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         """Makes ``forward`` the module's, its own parameters being this rank's parts while it runs."""
