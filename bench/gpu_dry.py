@@ -236,7 +236,7 @@ def main() -> int:
         except Wrong as error:
             verdict, found, failed = "WRONG", str(error), failed + 1
         took = time.monotonic() - begin
-        print(f"{name}: {verdict} ({took:.0f} s)", flush=True)
+        print(f"{name}: {verdict} ({took:.0f} s)" + (f"\n{found}" if verdict == "WRONG" else ""), flush=True)
         summary.append(f"{verdict:5}  {name}: " + found.replace("\n", "\n       "))
     print("", *summary, sep="\n")
     print(f"{failed} of {len(STEPS)} steps went wrong" if failed else "all is well")

@@ -11,15 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from gaugekit.hf.upstream import unfit
+from gaugekit.nn.parallel import SHARES
 
 try:
     from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
     from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer
-except ImportError as error:
-    raise unfit(__name__, error) from error
-
-from gaugekit.nn.parallel import SHARES
+except ImportError:  # before transformers 5.23, where models of ours load but are not cut
+    ALL_PARALLEL_STYLES, TensorParallelLayer = None, object
 
 OURS = "gaugekit"
 FUSED, PACKED, SLICED = "gaugekit_fused", "gaugekit_packed", "gaugekit_sliced"
@@ -92,7 +90,9 @@ def plan_of_blocks(*, value: bool, output: bool, gated: bool) -> dict[str, str]:
 
 
 def register() -> None:
-    """Enters our styles in transformers' registry; doing it again changes nothing."""
+    """Enters our styles in transformers' registry, where it has one that takes them; doing it again changes nothing."""
+    if ALL_PARALLEL_STYLES is None:
+        return
     ALL_PARALLEL_STYLES.register(OURS, Shared())
     ALL_PARALLEL_STYLES.register(FUSED, Refused("expected projections that can be cut by heads"))
     ALL_PARALLEL_STYLES.register(PACKED, Refused("expected plain weights, since packed ones cannot be cut"))

@@ -113,6 +113,11 @@ class GaugekitQuantizer(HfQuantizer):
         sliced = parallel.SLICED if self.quantization_config.sliced is not None else None
         parallel.adapt(model, plan, parallel.PACKED if self.packing is not None else sliced)
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Asked by transformers before 5.23 alone: nothing is cut there, since its styles would cut our forms wrongly."""
+        config.base_model_tp_plan = None
+        return config
+
     def update_attn_implementation(self, config: Any) -> Any:
         self.attention_asked = getattr(config, "_attn_implementation_internal", None) is not None
         return config
