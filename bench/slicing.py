@@ -7,8 +7,9 @@
 Each fraction's bases are found once (nearly all of the time) and taken up by every form. A row is one form in one
 dtype, computed in float32. ``perplexity`` is that of 4,096 tokens, ``divergence`` the mean KL a token, of a quarter of
 them, from the dense form in float32, which all exact forms are but for rounding: a row of bfloat16 or float16 shows
-what storing in that form loses. ``numbers`` and ``bytes`` are what a form stores, ``packed_bytes`` its files after
-exponent coding (bits-back: its own coding), ``multiply_adds`` those of all shortcuts for one token.
+what storing in that form loses; ``--stored int8`` (a scale a row) shows it of bits-back, and of the dense form's bases.
+``numbers`` and ``bytes`` are what a form stores, ``packed_bytes`` its files after exponent coding (bits-back: its own
+coding), ``multiply_adds`` those of all shortcuts for one token.
 
 Text: Python's documentation, its first 60,000 characters to measure on, the rest to calibrate and heal with; or
 --evaluation and --calibration FILE. ``--out-of-domain FILE`` adds the perplexity on another text.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import sys
 import tempfile
@@ -37,7 +39,7 @@ from gaugekit.verbs.perplexity import compare_perplexity
 from run import commit, machine, save
 
 FORMS = ("dense", "triangular", "polar", "bits-back")
-STORED = ("bfloat16", "float16")
+STORED = ("bfloat16", "float16", "int8")
 MEASURED, CALIBRATED = 4096, 16_384  # tokens
 COLUMNS = ("shape", "label", "dtype", "perplexity", "elsewhere", "divergence", "numbers", "bytes", "packed_bytes",
            "multiply_adds", "seconds")  # fmt: skip
@@ -89,6 +91,7 @@ class Bench:
         """The directory of a form, in float32 plain and in a smaller dtype packed, and what its report says."""
         target = self.work / f"{fraction}-{form}-{drop}-{dtype}"
         window = min(256, self.positions)
+        integers = dtype == "int8"
         report = gk.slicing.slice(
             self.source,
             target,
@@ -99,7 +102,8 @@ class Bench:
             windows=CALIBRATED // window,
             window=window,
             work_directory=self.work / f"bases-{fraction}",
-            dtype=dtype,
+            dtype="float16" if integers else dtype,
+            quantize=dtype if integers else None,
             pack=dtype != "float32" and form != "bits-back",
         )
         return target, report.fields
@@ -149,7 +153,11 @@ def _rows_of_fraction(bench: Bench, fraction: float, heal: int) -> Iterator[dict
             if model is not dense:
                 fields["divergence"] = bench.divergence(dense, model)
             yield bench.row(fraction, label, "float32", **fields, seconds=seconds)
+        if "int8" in bench.stored_dtypes and form == "dense":
+            yield bench.row(fraction, label, "int8", **_rounded(bench, dense))
         for dtype in bench.stored_dtypes:
+            if dtype == "int8" and form != "bits-back":
+                continue
             begin = time.perf_counter()
             packed, report = bench.sliced(fraction, form, dtype, drop=drop)
             seconds = time.perf_counter() - begin
@@ -159,6 +167,17 @@ def _rows_of_fraction(bench: Bench, fraction: float, heal: int) -> Iterator[dict
             yield bench.row(fraction, label, dtype, **fields, seconds=seconds)
         if heal and form == "polar":
             yield _healed(bench, fraction, label, target, heal)
+
+
+def _rounded(bench: Bench, dense: torch.nn.Module) -> dict:
+    """What the dense form loses in int8 without a rotation: every matrix, each row by a scale of its own."""
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                scale = parameter.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+                parameter.copy_((parameter / scale).round() * scale)
+    return {"divergence": bench.divergence(dense, model)}
 
 
 def _healed(bench: Bench, fraction: float, label: str, target: Path, steps: int) -> dict:
@@ -223,7 +242,7 @@ def main() -> None:
         "--stored",
         nargs="*",
         choices=STORED,
-        default=list(STORED),
+        default=["bfloat16", "float16"],
         help="what a form is stored in beside float32",
     )
     parser.add_argument("--heal", type=int, default=0, metavar="STEPS", help="heal the polar forms, too")

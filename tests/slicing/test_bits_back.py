@@ -115,6 +115,28 @@ def test_a_kill_while_it_is_coded_is_gone_on_from(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
+@pytest.mark.parametrize("name", ["llama tied", "phi"])
+def test_integers_are_read_as_the_dtype_that_was_asked_for(name, tmp_path):
+    source, text = save(name, tmp_path)
+    options = dict(calibration=text, rotation="bits-back", dtype="float16", head=name == "phi", **SIZES)
+    report = gk.slicing.slice(source, tmp_path / "int8", 0.25, quantize="int8", **options)
+    plain = gk.slicing.slice(source, tmp_path / "plain", 0.25, **options)
+    step, own = report["steps"][-1], plain["steps"][-1]
+    assert (step["claim"], step["stored"]) == ("approximate", "int8")
+    assert 5 < step["realised_bits"] / step["degrees_of_freedom"] < 8
+    weights, own_weights = (sum(group["weights_bits"] for group in x["groups"]) for x in (step, own))
+    assert 0.4 < weights / own_weights < 0.7  # the file's tables weigh more than so small a model
+    assert step["degrees_of_freedom"] == own["degrees_of_freedom"]
+    expected, got = logits(tmp_path / "plain"), logits(tmp_path / "int8")
+    assert 1e-4 < (got - expected).norm() / expected.norm() < 0.05
+    assert json.loads((tmp_path / "int8" / "config.json").read_text())["dtype"] == "float16"
+    gk.codec.unpack(tmp_path / "int8", tmp_path / "unpacked")
+    assert torch.equal(logits(tmp_path / "unpacked"), got)
+    with gk.codec.safe_open(tmp_path / "int8" / "model.safetensors") as file:
+        assert not any(name.endswith(".scale") for name in file.keys())  # noqa: SIM118 - not a mapping
+    assert "matrices as int8" in (tmp_path / "int8" / "report.html").read_text() and "as int8" in str(report)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -124,9 +146,11 @@ def test_a_kill_while_it_is_coded_is_gone_on_from(tmp_path, monkeypatch):
         ),
         ({}, "dtype: expected bfloat16 or float16 beside rotation='bits-back', got torch.float64"),
         ({"dtype": "float16", "pack": True}, "pack: expected False beside rotation='bits-back'"),
+        ({"dtype": "float16", "quantize": "int4"}, "quantize: expected 'int8' or None, got 'int4'"),
+        ({"rotation": "polar", "quantize": "int8"}, "quantize: expected beside rotation='bits-back', got"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, options, message):
     source, text = save("gpt2", tmp_path)
     with pytest.raises(ValueError, match=message):
-        gk.slicing.slice(source, tmp_path / "out", calibration=text, rotation="bits-back", **options)
+        gk.slicing.slice(source, tmp_path / "out", calibration=text, **{"rotation": "bits-back", **options})

@@ -55,7 +55,7 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
 def convert(arguments: argparse.Namespace) -> Outcome:
     if arguments.slice is not None:
         return _slice(arguments)
-    for name in ("rotation", "drop", "slice_head"):
+    for name in ("rotation", "drop", "quantize", "slice_head"):
         if getattr(arguments, name):
             raise UsageError(f"--{name.replace('_', '-')}: expected beside --slice, got it without")
     from gaugekit.rank import Goal, page
@@ -118,6 +118,7 @@ def _slice(arguments: argparse.Namespace) -> Outcome:
                 drop=arguments.drop or 0.0,
                 head=arguments.slice_head,
                 dtype=arguments.dtype,
+                quantize=arguments.quantize,
                 pack=arguments.pack,
                 progress=progress,
                 calibrating=calibrating,

@@ -110,6 +110,11 @@ def _convert(verb: Adder) -> None:
         metavar="T",
         help="with --rotation polar: drop what turns the stream by less than T (auto: chosen by text held out)",
     )
+    added.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="with --rotation bits-back: store matrices as int8 with a scale a row (approximate)",
+    )
     added.add_argument("--slice-head", action="store_true", help="slice what the head reads too")
     added.add_argument(
         "--dense", action="store_true", help="keep the plain layout, which loads without gaugekit"

@@ -114,7 +114,7 @@ class GaugekitQuantizer(HfQuantizer):
         parallel.adapt(model, plan, parallel.PACKED if self.packing is not None else sliced)
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Asked by transformers before 5.23 alone: nothing is cut there, since its styles would cut our forms wrongly."""
+        """Asked by transformers before 5.23 alone: nothing is cut there, where no style knows our forms."""
         config.base_model_tp_plan = None
         return config
 

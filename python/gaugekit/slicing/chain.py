@@ -18,8 +18,8 @@ from gaugekit.checkpoint.config import CONFIG
 from gaugekit.checkpoint.dtypes import name_of
 from gaugekit.checkpoint.reader import INDEX, WEIGHTS, Checkpoint
 from gaugekit.checkpoint.writer import CERTIFICATE
-from gaugekit.codec.bitsback import Coupling, Group, Part
-from gaugekit.codec.bitsback.model import Progress
+from gaugekit.codec.bitsback import Coupling, Group, Part, weights
+from gaugekit.codec.bitsback.model import Progress, scale_name
 from gaugekit.codec.files.chain import save_chain
 from gaugekit.files.durable import copy, dump, sha256, write
 from gaugekit.files.places import listing
@@ -32,12 +32,22 @@ DTYPES = (torch.bfloat16, torch.float16)  # those that transformers has modules 
 
 class Chained:
     """The tensors of a dense sliced checkpoint, sorted by the rotation they share: one rotation a junction and, with
-    ``head``, one for the end of the stream. All weights are rounded to ``dtype`` once, after their rotation.
+    ``head``, one for the end of the stream. All weights are rounded once, after their rotation: to ``dtype``, or with
+    ``integers`` matrices to int8, each row by a scale of its own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, stream: Stream, prefix: str, head: bool, dtype: torch.dtype):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stream: Stream,
+        prefix: str,
+        head: bool,
+        dtype: torch.dtype,
+        integers: bool = False,
+    ):
         self.checkpoint, self.stream, self.prefix = checkpoint, stream, prefix
         self.head, self.dtype = head, dtype
+        self.matrices = torch.int8 if integers else dtype
         self.names = set(checkpoint.names())
         count = stream.places + (1 if head else 0)
         self.parts: list[list[Part]] = [[] for _ in range(count)]
@@ -55,7 +65,7 @@ class Chained:
             shortcut = f"{junction.writers[-1]}.shortcut.matrix"
             if place + 1 < count:
                 name, weight = self._take(shortcut)
-                self.couplings.append(Coupling(name, place, place + 1, weight, dtype))
+                self.couplings.append(Coupling(name, place, place + 1, weight, self.matrices))
             else:
                 self._add(place, shortcut, axis=0)
 
@@ -64,12 +74,17 @@ class Chained:
         return [Group(parts[0].weight.shape[-1], parts) for parts in self.parts]
 
     def others(self) -> dict[str, Tensor]:
-        """What no rotation touches, in the dtype of the result."""
+        """What no rotation touches, rounded likewise."""
         tensors = {}
         for name in self.checkpoint.names():
-            if name not in self.taken:
-                tensor = self.checkpoint.read(name)
-                tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            if name in self.taken:
+                continue
+            tensor = self.checkpoint.read(name)
+            if not tensor.is_floating_point():
+                tensors[name] = tensor
+                continue
+            stored = weights.store(name, tensor, self.matrices if tensor.dim() == 2 else self.dtype)
+            tensors |= dict(zip((name, scale_name(name)), stored, strict=False))
         return tensors
 
     def _ends(self) -> None:
@@ -94,7 +109,8 @@ class Chained:
             return
         name, tensor = self._take(name, prefix)
         weight = tensor.mT if axis == 0 and tensor.dim() == 2 else tensor
-        self.parts[group].append(Part(name, weight.contiguous(), self.dtype, axis))
+        dtype = self.matrices if tensor.dim() == 2 else self.dtype
+        self.parts[group].append(Part(name, weight.contiguous(), dtype, axis))
 
 
 def pack(
@@ -105,20 +121,27 @@ def pack(
     prefix: str,
     head: bool,
     dtype: torch.dtype,
+    integers: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Codes the float32 directory ``source`` (``dense``, as ``slice`` writes it of ``original``) into a new packed one,
-    ``target``.
+    ``target``, from which tensors are read in ``dtype``; with ``integers`` its matrices are stored as int8.
 
-    Report: bytes_after, bits_per_weight, and what the rotations came to, in bits: degrees_of_freedom, nominal_bits,
-    realised_bits, corrections_bits, seed_bits, groups. ``progress`` is told
-    (rotations done, in all). Memory: the model in float32.
+    Report: claim, stored, bytes_after, bits_per_weight, and what the rotations came to, in bits: degrees_of_freedom,
+    nominal_bits, realised_bits, corrections_bits, seed_bits, groups. ``progress`` is told (rotations done, in all).
+    Memory: the model in float32.
     """
     checkpoint = Checkpoint(source)
-    chained = Chained(checkpoint, stream, prefix, head, dtype)
+    chained = Chained(checkpoint, stream, prefix, head, dtype, integers)
     target.mkdir()
     report, size = save_chain(
-        target / WEIGHTS, chained.groups(), chained.others(), chained.couplings, {"format": "pt"}, progress
+        target / WEIGHTS,
+        chained.groups(),
+        chained.others(),
+        chained.couplings,
+        {"format": "pt"},
+        progress,
+        dtype,
     )
     proof = json.loads((source / CERTIFICATE).read_text(encoding="utf-8"))
     places = _places_of_pages(original, source, proof)
@@ -131,6 +154,8 @@ def pack(
     shutil.copymode(source / CONFIG, target / CONFIG)
     numbers = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
     fields = {
+        "claim": "approximate" if integers else "exact",
+        "stored": name_of(chained.matrices),
         "bytes_after": size,
         "bits_per_weight": 8 * size / numbers,
         "degrees_of_freedom": report.degrees_of_freedom,
@@ -140,7 +165,7 @@ def pack(
         "seed_bits": report.seed_bits,
         "groups": [vars(group) for group in report.groups],
     }
-    proof["steps"].append({"rewrite": "bits-back", "claim": "exact", "bytes": size, **fields})
+    proof["steps"].append({"rewrite": "bits-back", **fields, "bytes": size})
     proof |= {"dtype": name_of(dtype), "output_sha256": {WEIGHTS: sha256(target / WEIGHTS)}}
     write(target / CERTIFICATE, dump(proof))
     for name, text in page.pages(proof).items():

@@ -73,7 +73,8 @@ def _forms(step: dict, coded: dict | None) -> Html:
     cells = []
     for name, value in sizes.items():
         products = step["forms"].get(name, step["forms"]["dense"])["multiply_adds"]
-        cells.append([name, WHAT[name], size(value), f"{products:,}"])
+        stored = ", matrices as int8" if name == "bits-back" and step.get("quantize") else ""
+        cells.append([name, WHAT[name] + stored, size(value), f"{products:,}"])
     head = ["Form", "How shortcuts are stored", "Weights", "Multiply-adds a token past the layers"]
     count = f"{step['permutation_bits']:,.0f} bits"
     note = html(

@@ -26,7 +26,7 @@ from gaugekit.slicing import chain, gauges, page, principal, threshold
 from gaugekit.slicing.job import SlicedJob, Slices
 from gaugekit.text.batches import windows
 
-AUTO = "auto"
+AUTO, INT8 = "auto", "int8"
 ROTATIONS = (*FORMS, "bits-back", AUTO)
 
 
@@ -44,6 +44,7 @@ def slice(
     window: int = 256,
     work_directory: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
     pack: bool = False,
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -76,6 +77,8 @@ def slice(
     work_directory: a new or empty folder for the bases, which take nearly all of the time: they stay there, and another
         call with the same source, text, width and head, in whatever form, reads them
     dtype, pack, resume: as ``gaugekit.convert`` has them
+    quantize: "int8", beside "bits-back" alone, and approximate: matrices are stored as integers of 8 bits with a
+        scale a row, and read in ``dtype``
     progress: told (bytes done, bytes in all) of the rewriting; ``calibrating`` (batches done, in all) of the
         text, and then of the thresholds' trials; ``coding`` (rotations done, in all) of bits-back
     ranks: as ``gaugekit.convert`` has them; they share the rewriting, while the bases are rank 0's alone
@@ -84,14 +87,14 @@ def slice(
     ``gaugekit.convert``; OSError where the disk is too small.
     """
     checkpoint = Checkpoint(source)
-    _check(fraction, rotation, drop, multiple)
+    _check(fraction, rotation, drop, multiple, quantize)
     for name, count in (("windows", windows), ("window", window)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"{name}: expected a positive integer, got {count!r}")
     if not Path(calibration).is_file():
         raise ValueError(f"calibration: expected a text file, got {str(calibration)!r}, which is none")
     options = {"fraction": fraction, "rotation": rotation, "drop": drop, "head": head, "multiple": multiple,
-               "windows": windows, "window": window}  # fmt: skip
+               "windows": windows, "window": window, "quantize": quantize}  # fmt: skip
     asked = None if dtype is None else floating(dtype)
     work = _Slicing(checkpoint, Path(target), Path(calibration), options, asked)
     packing = engine.Packing() if pack else None
@@ -122,7 +125,7 @@ def sliced_width(size: int, fraction: float, multiple: int = 8) -> int:
     return min(max(nearest, min(multiple, size)), size)
 
 
-def _check(fraction: float, rotation: str, drop: float | str, multiple: int) -> None:
+def _check(fraction: float, rotation: str, drop: float | str, multiple: int, quantize: str | None) -> None:
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         raise ValueError(f"fraction: expected a share from 0 to less than 1, got {fraction!r}")
     if rotation not in ROTATIONS:
@@ -132,6 +135,10 @@ def _check(fraction: float, rotation: str, drop: float | str, multiple: int) -> 
         raise ValueError(f"drop: expected a number from 0 to 1 or {AUTO!r}, got {drop!r}")
     if drop and rotation != "polar":
         raise ValueError(f"drop: expected beside rotation='polar', got it beside {rotation!r}")
+    if quantize not in (None, INT8):
+        raise ValueError(f"quantize: expected {INT8!r} or None, got {quantize!r}")
+    if quantize and rotation != "bits-back":
+        raise ValueError(f"quantize: expected beside rotation='bits-back', got it beside {rotation!r}")
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
         raise ValueError(f"multiple: expected a positive integer, got {multiple!r}")
 
@@ -196,6 +203,7 @@ class _Slicing:
             "kept": sum(kept) / len(kept),
             "forms": forms,
             "permutation_bits": self._permutation_bits(),
+            **({"quantize": INT8} if self.options["quantize"] else {}),
         }
         removed = {"total": self.job.stored_numbers() - numbers}
         return [Slices(sliced, frames, removed, kept, details)]
@@ -211,6 +219,7 @@ class _Slicing:
             layers.prefix,
             head,
             self.dtype,
+            self.options["quantize"] == INT8,
             progress,
         )
 
@@ -322,7 +331,10 @@ def _told(report: Report, source: str | Path, target: str | Path) -> Report:
         ("energy kept", f"{100 * step['kept']:.2f} % of the stream's, in the mean over junctions"),
         (
             "form",
-            f"{step['form']}, of the forms below" if coded is None else "bits-back, of the dense form below",
+            f"{step['form']}, of the forms below"
+            if coded is None
+            else "bits-back, of the dense form below"
+            + (", matrices as int8" if step.get("quantize") else ""),
         ),
         ("parameters", f"{fields['parameters_before']:,} before, {fields['parameters_after']:,} after"),
         (

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from gaugekit.codec.bitsback.model import scale_name
 from gaugekit.ops.bitsback.operator import KINDS, Stack, frequencies_of
 from gaugekit.ops.rans.operator import CorruptFile, crc32c
 
@@ -53,6 +54,20 @@ def rows_of(stored: list[torch.Tensor], axis: int, rows: torch.Tensor) -> tuple[
         return picked.double() * scale[:, None], (scale * scale / 12).numpy()
     mean = math.fsum((scale * scale).tolist()) / max(1, scale.numel())
     return picked.double() * scale, np.full(rows.numel(), mean / 12)
+
+
+def listed(tensors: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """The tensors in the dtypes under which a file lists them: int8 ones whose scales it does not list are multiplied
+    by them in float32 and rounded once.
+    """
+    given, used = {}, set()
+    for name, tensor in tensors.items():
+        scale, dtype = scale_name(name), dtypes.get(name)
+        if tensor.dtype == torch.int8 and dtype in MANTISSA and scale in tensors and scale not in dtypes:
+            used.add(scale)
+            tensor = (tensor.float() * tensors[scale][:, None]).to(dtype)
+        given[name] = tensor
+    return {name: tensor for name, tensor in given.items() if name not in used}
 
 
 def _float_variance(rows: torch.Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import torch
 
-from gaugekit.codec.bitsback import Coupling, Group, ModelReport, decode, encode
+from gaugekit.codec.bitsback import Coupling, Group, ModelReport, decode, encode, weights
 from gaugekit.codec.bitsback.model import Progress
 from gaugekit.codec.files import container, header
 from gaugekit.codec.files.container import CorruptFile, Packed
@@ -39,9 +39,9 @@ class Chain:
     def _decoded(self) -> dict[str, torch.Tensor]:
         stored = self._packed.stored
         tensors = decode(torch.from_numpy(read_at(self._file, stored.data_start, stored.data_bytes)))
-        expected = {
-            entry.name: (DTYPES.get(entry.dtype), entry.shape) for entry in self._packed.original.entries
-        }
+        entries = self._packed.original.entries
+        expected = {entry.name: (DTYPES.get(entry.dtype), entry.shape) for entry in entries}
+        tensors = weights.listed(tensors, {name: dtype for name, (dtype, _) in expected.items()})
         if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != expected:
             raise CorruptFile("its payload holds other tensors than its header says")
         return tensors
@@ -54,16 +54,25 @@ def save_chain(
     couplings: list[Coupling],
     metadata: dict[str, str] | None = None,
     progress: Progress | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[ModelReport, int]:
     """Codes a sliced model into the packed file ``path``: (what its rotations came to, the bytes of the file).
 
     ``groups``, ``others`` and ``couplings`` as ``codec.bitsback.encode`` takes them. The file is written beside its
-    place, flushed and renamed; ``unpack`` of it gives the .safetensors file of its tensors.
+    place, flushed and renamed; ``unpack`` of it gives the .safetensors file of its tensors. With ``dtype``, whatever is
+    coded as int8 with scales is listed and read as one tensor of that dtype.
     """
     check_place(path)
     path = placed(path)
     payload, report = encode(groups, others, couplings, progress)
     tensors = decode(payload)  # proves the message, and says which tensors stand in it
+    if dtype is not None:
+        scaled = {name for name in tensors if weights.scale_name(name) in tensors}
+        scales = {weights.scale_name(name) for name in scaled}
+        kept = {
+            name: dtype if name in scaled else t.dtype for name, t in tensors.items() if name not in scales
+        }
+        tensors = weights.listed(tensors, kept)
     raw = header.render_plain(
         {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}, metadata
     )
