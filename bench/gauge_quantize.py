@@ -1,28 +1,35 @@
-"""What a gauge chosen for quantisation is worth: MiniLM rounded to 4 and 3 bits from several points of its orbit.
+"""What a gauge chosen for quantisation is worth: a model rounded to 4 and 3 bits from several points of its orbit.
 
-    python bench/gauge_quantize.py
-    python bench/gauge_quantize.py --sentences 96 --save
+    python bench/gauge_quantize.py                     # MiniLM, 96 sentences
+    python bench/gauge_quantize.py --model smollm2     # a Llama: some half an hour on two cores
 
-Every gauge computes the same before it is rounded (``before``: 1 − cosine to the plain model's embeddings, float32).
-Then the weights of attention are rounded, groups of 32 inputs with an offset and a scale each, by round-to-nearest or
-by GPTQ (Frantar et al. 2022) with the second moments of the sentences. ``loss`` is the mean of 1 − cosine, over
-``--seeds`` draws of what is drawn in a gauge (Hadamard's signs, where a search for a rotation begins), ``spread`` the
-largest distance from that mean.
+Every gauge computes the same before it is rounded (``before``, float32). Then the weights of attention are rounded,
+groups of 32 inputs with an offset and a scale each, by round-to-nearest or by GPTQ (Frantar et al. 2022) with the
+second moments of the text. ``loss`` is the mean over ``--seeds`` draws of what is drawn in a gauge (Hadamard's signs,
+where a search for a rotation begins), ``spread`` the largest distance from that mean.
 
-Gauges: "as trained"; "hadamard", a random signed Hadamard matrix a head (QuaRot); "rotation", the one that minimises
-fourth powers (OptRot's objective, heads alone); "balanced rotation", ``gk.symmetry.QuantizationGauge()``.
+MiniLM's loss is the mean of 1 − cosine to the plain model's embeddings. SmolLM2's is the mean KL a token from the plain
+model on 2,048 tokens of Python's documentation, GPTQ's moments being those of other pages. Its weights were once stored
+in 4 bits, so that no gauge could win: it is first trained in float32 on those other pages, until rounding to 4 bits
+moves the weights of attention by more than a twentieth (``grid_error``, ‖W − rounded‖ / ‖W‖, before and after).
+
+Gauges: "as trained"; "hadamard", a random signed Hadamard matrix a head (QuaRot; between queries and keys only where no
+rotary positions stand); "rotation", the one that minimises fourth powers (OptRot's objective, heads alone); "balanced
+rotation", ``gk.symmetry.QuantizationGauge()``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from documentation import learnt_and_measured
 from gaugekit import samples
 from gaugekit.models import AttentionView, Live
 from gaugekit.symmetry import SYMMETRIES, QuantizationGauge
@@ -45,6 +52,8 @@ def turned(view: AttentionView, generator: torch.Generator) -> AttentionView:
     for name in ("key_bias", "value_bias"):
         view = SYMMETRIES[name].fix(view)
     for name, width in (("value_output", view.v.weight.shape[2]), ("query_key", view.k.weight.shape[2])):
+        if name == "query_key" and view.rotary:
+            continue
         signs = torch.randint(2, (view.groups, width, 1), generator=generator).double() * 2 - 1
         view = SYMMETRIES[name].act(view, signs * hadamard(width))
     return view
@@ -94,21 +103,21 @@ def quantized(weight: Tensor, bits: int, moments: Tensor | None) -> Tensor:
     return result.to(weight.dtype)
 
 
-class Embeddings:
-    """Embeddings of sentences, and the second moments of what enters every matrix of attention."""
+class Judge:
+    """Says how far a model is from the plain one."""
 
-    def __init__(self, count: int):
-        tokenizer = AutoTokenizer.from_pretrained(samples.minilm())
-        texts = samples.sentences(count)
-        self.batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
-        self.seen = self.batch["attention_mask"].bool()
+    plain: nn.Module
+    seen: Tensor  # bool [rows, tokens]: those of the calibration text that are no padding
 
-    @torch.no_grad()
-    def of(self, model: nn.Module) -> Tensor:
-        hidden = model(**self.batch).last_hidden_state * self.seen[..., None]
-        return nn.functional.normalize(hidden.sum(1), dim=-1)
+    def loss(self, model: nn.Module) -> float:
+        raise NotImplementedError
+
+    def calibrate(self, model: nn.Module) -> None:
+        """Runs ``model`` over the calibration text."""
+        raise NotImplementedError
 
     def moments(self, model: nn.Module) -> dict[str, Tensor]:
+        """The second moments of what enters every matrix of attention."""
         moments, hooks = {}, []
         for name in attention_matrices(model):
 
@@ -117,10 +126,83 @@ class Embeddings:
                 moments[name] = rows.mT @ rows / len(rows)
 
             hooks.append(model.get_submodule(name).register_forward_hook(note))
-        self.of(model)
+        self.calibrate(model)
         for hook in hooks:
             hook.remove()
         return moments
+
+
+class Embeddings(Judge):
+    """MiniLM's, of sentences."""
+
+    def __init__(self, count: int):
+        self.plain = AutoModel.from_pretrained(samples.minilm(), dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(samples.minilm())
+        texts = samples.sentences(count)
+        self.batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        self.seen = self.batch["attention_mask"].bool()
+        self.expected = self.calibrate(self.plain)
+
+    @torch.no_grad()
+    def calibrate(self, model: nn.Module) -> Tensor:
+        hidden = model(**self.batch).last_hidden_state * self.seen[..., None]
+        return nn.functional.normalize(hidden.sum(1), dim=-1)
+
+    def loss(self, model: nn.Module) -> float:
+        cosines = (self.calibrate(model).double() * self.expected.double()).sum(-1)
+        return float(1 - cosines.mean())
+
+
+class Forecasts(Judge):
+    """SmolLM2's next tokens, after a training that takes its weights off their grid."""
+
+    ROWS, LENGTH = 8, 256
+
+    def __init__(self, steps: int):
+        source = samples.smollm2()
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        learnt, measured = (torch.tensor(tokenizer(text)["input_ids"]) for text in learnt_and_measured())
+        count = self.ROWS * self.LENGTH
+        self.measured = measured[:count].view(self.ROWS, self.LENGTH)
+        self.learnt = learnt[:count].view(self.ROWS, self.LENGTH)
+        self.seen = torch.ones_like(self.learnt, dtype=torch.bool)
+        self.plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        self.grid_errors = [grid_error(self.plain)]
+        self.train(learnt[count:], steps)
+        self.grid_errors.append(grid_error(self.plain))
+        with torch.no_grad():
+            self.expected = self.plain(self.measured).logits.log_softmax(-1)
+        told = self.expected[:, :-1].gather(2, self.measured[:, 1:, None])
+        self.perplexity = float(torch.exp(-told.mean()))
+
+    def train(self, tokens: Tensor, steps: int, rows: int = 2, length: int = 128) -> None:
+        """AdamW with a cosine to zero, one place of the text after the other."""
+        optimizer = torch.optim.AdamW(self.plain.parameters(), lr=5e-4, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(steps):
+            batch = tokens[step * rows * length :][: rows * length].view(rows, length)
+            self.plain(batch, labels=batch).loss.backward()
+            nn.utils.clip_grad_norm_(self.plain.parameters(), 1.0)
+            optimizer.step(), schedule.step(), optimizer.zero_grad()
+
+    @torch.no_grad()
+    def calibrate(self, model: nn.Module) -> None:
+        model.model(self.learnt)
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        forecast = model(self.measured).logits.log_softmax(-1)
+        return float((self.expected.exp() * (self.expected - forecast)).sum(-1).double().mean())
+
+
+def grid_error(model: nn.Module) -> float:
+    """‖W − W rounded to 4 bits‖ / ‖W‖ over all matrices of attention."""
+    errors = squares = 0.0
+    for name in attention_matrices(model):
+        weight = model.get_submodule(name).weight.detach()
+        errors += float((quantized(weight, 4, None) - weight).double().square().sum())
+        squares += float(weight.double().square().sum())
+    return (errors / squares) ** 0.5
 
 
 def attention_matrices(model: nn.Module) -> list[str]:
@@ -129,27 +211,20 @@ def attention_matrices(model: nn.Module) -> list[str]:
     return [live.prefix + path for path in dict.fromkeys(paths)]
 
 
-def rows(count: int, seeds: int):
-    plain = AutoModel.from_pretrained(samples.minilm(), dtype=torch.float32).eval()
-    embeddings = Embeddings(count)
-    expected = embeddings.of(plain)
-
-    def loss(model: nn.Module) -> float:
-        return float(1 - (embeddings.of(model).double() * expected.double()).sum(-1).mean())
-
+def rows(judge: Judge, seeds: int):
     for gauge in GAUGES:
         before, losses = [], {}
         for seed in range(seeds if gauge != "as trained" else 1):
-            model = moved(plain, gauge, seed)
-            moments = embeddings.moments(model)
-            before.append(loss(model))
+            model = moved(judge.plain, gauge, seed)
+            moments = judge.moments(model)
+            before.append(judge.loss(model))
             for method in ("round-to-nearest", "GPTQ"):
                 for bits in (4, 3):
                     student = copy.deepcopy(model)
                     for name, moment in moments.items():
                         weight = student.get_submodule(name).weight
                         weight.data = quantized(weight.data, bits, moment if method == "GPTQ" else None)
-                    losses.setdefault(f"{method}, {bits} bits", []).append(loss(student))
+                    losses.setdefault(f"{method}, {bits} bits", []).append(judge.loss(student))
         for shape, several in losses.items():
             mean = statistics.mean(several)
             spread = max(abs(each - mean) for each in several)
@@ -160,20 +235,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sentences", type=int, default=96)
+    parser.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
+    parser.add_argument("--sentences", type=int, default=96, help="MiniLM's (96)")
+    parser.add_argument("--steps", type=int, default=120, help="SmolLM2's of training (120)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
     options = parser.parse_args()
     where = {"op": "gauge_quantize", "dtype": "float32", "machine": machine("cpu"), "commit": commit()}
+    if options.model == "minilm":
+        judge: Judge = Embeddings(options.sentences)
+        where |= {"sentences": options.sentences}
+    else:
+        judge = Forecasts(options.steps)
+        where |= {"steps": options.steps, "grid_error": judge.grid_errors, "perplexity": judge.perplexity}
+        print(json.dumps(where), flush=True)
     kept = []
-    for row in rows(options.sentences, options.seeds):
-        kept.append(where | row | {"sentences": options.sentences, "seeds": options.seeds})
+    for row in rows(judge, options.seeds):
+        kept.append(where | row | {"model": options.model, "seeds": options.seeds})
         print(
             f"{row['label']:20}{row['shape']:26}{row['before']:10.1e}{row['loss']:10.5f}{row['spread']:10.5f}",
             flush=True,
         )
     if options.save:
-        save(kept, "gauge_quantize", "cpu")
+        save(kept, f"gauge_quantize{'' if options.model == 'minilm' else '-' + options.model}", "cpu")
 
 
 if __name__ == "__main__":
