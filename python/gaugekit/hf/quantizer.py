@@ -9,6 +9,7 @@ reading of packed files.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ class GaugekitQuantizer(HfQuantizer):
 
     def update_tp_plan(self, config: Any) -> Any:
         """Asked by transformers before 5.23 alone: nothing is cut there, where no style knows our forms."""
-        config.base_model_tp_plan = None
+        with contextlib.suppress(AttributeError):  # SAS models' own names our styles, which are refused there
+            config.base_model_tp_plan = None
         return config
 
     def update_attn_implementation(self, config: Any) -> Any:
