@@ -116,7 +116,7 @@ class GaugekitQuantizer(HfQuantizer):
 
     def update_tp_plan(self, config: Any) -> Any:
         """Asked by transformers before 5.23 alone: nothing is cut there, where no style knows our forms."""
-        with contextlib.suppress(AttributeError):  # SAS models' own names our styles, which are refused there
+        with contextlib.suppress(AttributeError):  # a SAS model's follows from its config
             config.base_model_tp_plan = None
         return config
 

@@ -100,8 +100,10 @@ class SASConfig(PreTrainedConfig):
             self.block_of(layer, device="meta")  # the modules check the rest
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """How transformers cuts the model among ranks: by heads."""
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """How transformers cuts the model among ranks: by heads; not at all where it lacks our styles."""
+        if parallel.ALL_PARALLEL_STYLES is None:
+            return None
         standard = self.block == "pre_ln"
         return parallel.plan_of_blocks(
             value=self.first_value or self.values or standard,
