@@ -146,6 +146,7 @@ CUDA_ONLY = ("tests/codec", "tests/ops/test_packed_linear_rows.py")
 STOP = {
     "tests/nn/test_forms.py": "float64 products of torch",
     "tests/nn/test_triangular_projection.py": "float64 products of torch",
+    "tests/symmetry/test_skipless.py": "inverses of matrices that torch computes; models in float64",
     "tests/verbs/test_fuse.py": "models in float64 go to the composition",
 }
 
