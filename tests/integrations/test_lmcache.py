@@ -75,7 +75,7 @@ def through(serializer: KVSerializer, memory: Memory) -> tuple[int, Memory, Memo
 def test_objects_come_back(memory_format, shape, dtype):
     torch.manual_seed(0)
     memory = Memory([cache(*shape, dtype=dtype)], memory_format)
-    used, _, restored = through(KVSerializer(), memory)
+    used, _, restored = through(KVSerializer(room=0), memory)
     assert torch.equal(restored.buffer, memory.buffer)
     assert used < (0.8 if dtype == torch.bfloat16 else 1.1) * memory.buffer.numel() + 500
 
@@ -86,7 +86,7 @@ def test_groups_of_any_dtype_and_any_bits_come_back_within_the_estimate(layout):
     dtypes = [torch.bfloat16, torch.uint8, torch.float32, torch.int64]
     tensors = [random_bits(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     memory = Memory(tensors, "UNDEFINED", groups=True)
-    serializer = KVSerializer(layout=layout)
+    serializer = KVSerializer(layout=layout, room=0)
     for _ in range(2):  # the second time with the tables of the first
         _, _, restored = through(serializer, memory)
         assert torch.equal(restored.buffer, memory.buffer)
@@ -95,7 +95,7 @@ def test_groups_of_any_dtype_and_any_bits_come_back_within_the_estimate(layout):
 def test_the_tables_of_the_first_object_serve_the_next_and_need_no_other_file():
     torch.manual_seed(0)
     sizes = torch.exp(2 * torch.randn(2, 3, 1, 32))
-    serializer = KVSerializer()
+    serializer = KVSerializer(room=0)
     first, second, short = ((torch.randn(2, 3, n, 32) * sizes).bfloat16() for n in (256, 256, 8))
     for tensor in (short, first, second, short):
         memory = Memory([tensor])
@@ -103,15 +103,28 @@ def test_the_tables_of_the_first_object_serve_the_next_and_need_no_other_file():
         assert torch.equal(restored.buffer, memory.buffer)
     assert len(serializer._codecs) == 1
     plain, *_ = through(
-        KVSerializer(axes="LSD"), Memory([second], "UNDEFINED")
+        KVSerializer(axes="LSD", room=0), Memory([second], "UNDEFINED")
     )  # dimensions unknown: no tables
     used, *_ = through(serializer, Memory([second]))
     assert used < 0.98 * plain
 
 
+def test_every_object_of_a_shape_takes_the_same_bytes():
+    torch.manual_seed(0)
+    for dtype, room in ((torch.bfloat16, 0.75), (torch.float16, 0.9)):
+        memory = Memory([cache(2, 3, 64, 32, dtype=dtype)])
+        used, buffer, restored = through(KVSerializer(), memory)
+        assert used == buffer.buffer.numel() == int(room * memory.buffer.numel()) + 2048
+        assert torch.equal(restored.buffer, memory.buffer)
+    used, *_ = through(KVSerializer(room=0.8), Memory([cache(2, 3, 64, 32)]))
+    assert used == int(0.8 * 2 * 3 * 64 * 32 * 2) + 2048
+    with pytest.raises(ValueError, match=r"src: expected an object that takes at most .* \(room\)"):
+        through(KVSerializer(), Memory([random_bits((2, 3, 64, 32), torch.bfloat16)]))
+
+
 def test_every_flipped_byte_is_an_error():
     memory = Memory([cache(2, 1, 16, 4)])
-    used, buffer, _ = through(KVSerializer(), memory)
+    used, buffer, _ = through(KVSerializer(room=0), memory)
     for place in range(used):
         buffer.buffer[place] ^= 0x10
         with pytest.raises(CorruptFile):
@@ -127,9 +140,9 @@ def test_every_flipped_byte_is_an_error():
 
 def test_bad_input():
     memory = Memory([cache(2, 1, 16, 4)])
-    with pytest.raises(ValueError, match="dst: expected room"):
+    with pytest.raises(ValueError, match="dst: expected .* bytes or more"):
         KVSerializer().serialize(memory, Memory([torch.zeros(10, dtype=torch.uint8)]), None)
-    for options, name in (({"layout": "zip"}, "layout"), ({"axes": "ABC"}, "axes")):
+    for options, name in (({"layout": "zip"}, "layout"), ({"axes": "ABC"}, "axes"), ({"room": 2}, "room")):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             KVSerializer(**options)
     if importlib.util.find_spec("lmcache") is None:
@@ -159,7 +172,7 @@ def test_inside_lmcache():
 
     with pytest.raises(ValueError, match="serde: expected options"):
         serde.create_serde_processor(serde.SerdeConfig("gaugekit", {"levle": 3}))
-    processor = serde.create_serde_processor(serde.SerdeConfig("gaugekit", {"max_workers": 2}))
+    processor = serde.create_serde_processor(serde.SerdeConfig("gaugekit", {"max_workers": 2, "room": 0}))
     tensor, key = cache(2, 3, 64, 32), api.ObjectKey(b"k" * 32, "model", 0)
     kind = memory.MemoryFormat.KV_2LTD
     layout = api.MemoryLayoutDesc([tensor.shape], [tensor.dtype])
@@ -180,3 +193,49 @@ def test_inside_lmcache():
         processor.query_deserialize_result, processor.submit_deserialize([coded], [restored], [key])
     )
     processor.close()
+
+
+def test_inside_lmcaches_second_level(tmp_path):
+    """From its first level through its wrapper and its adapter of files, and back; a damaged file is a miss."""
+    config = pytest.importorskip("lmcache.v1.distributed.config")
+    l1 = pytest.importorskip("lmcache.v1.distributed.l1_manager")
+    files = pytest.importorskip("lmcache.v1.distributed.l2_adapters.fs_l2_adapter")
+    wrapper = pytest.importorskip("lmcache.v1.distributed.l2_adapters.serde_wrapper")
+    serde = pytest.importorskip("lmcache.v1.distributed.serde")
+    api = pytest.importorskip("lmcache.v1.distributed.api")
+    lmcache.register()
+    memory = config.L1MemoryManagerConfig(size_in_bytes=16 << 20, use_lazy=False, shm_name="")
+    manager = l1.L1Manager(config.L1ManagerConfig(memory))
+    adapter = wrapper.SerdeL2AdapterWrapper(
+        inner=files.FSL2Adapter(files.FSL2AdapterConfig(str(tmp_path))),
+        serde=serde.create_serde_processor(serde.SerdeConfig("gaugekit", {})),
+        l1_manager=manager,
+    )
+    tensor, key = cache(2, 3, 64, 32), api.ObjectKey(b"k" * 32, "model", 0)
+    layout = api.MemoryLayoutDesc([tensor.shape], [tensor.dtype])
+    reserved = manager.reserve_write(keys=[key], is_temporary=[False], layout_desc=layout, tag="test")
+    held = reserved[key][1]
+    held.tensor.copy_(tensor)
+
+    def answer(query):
+        for _ in range(1000):
+            if result := query():
+                return result
+            time.sleep(0.01)
+        raise TimeoutError
+
+    def loaded() -> bool:
+        held.tensor.zero_()
+        task = adapter.submit_load_task([key], [held])
+        return answer(lambda: adapter.query_load_result(task)).test(0)
+
+    task = adapter.submit_store_task([key], [held])
+    assert answer(adapter.pop_completed_store_tasks)[task].is_successful()
+    (path,) = (path for path in tmp_path.iterdir() if path.is_file())
+    assert path.stat().st_size == int(0.75 * tensor.nbytes) + 2048
+    assert loaded() and torch.equal(held.tensor.view(torch.int16), tensor.view(torch.int16))
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    assert not loaded()
+    adapter.close()

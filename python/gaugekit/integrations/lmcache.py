@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +22,29 @@ from gaugekit.ops.rans.operator import SYMBOLS, CorruptFile
 NAME = "gaugekit"
 # LMCache's memory formats whose dimensions are known; any other has those of the serde's "axes", or is coded flat
 FORMATS = {"KV_2LTD": "PLSD", "KV_MLA_FMT": "PLSD", "KV_T2D": "SPD", "KV_2TD": "PSD"}
-OPTIONS = {"layout", "symbols", "axes", "max_workers"}
+OPTIONS = {"layout", "symbols", "axes", "room", "max_workers"}
+# Several of LMCache's adapters (files, Valkey, Bigtable) load an object only into a buffer of just its length, which
+# the serde has to know before it sees one: so each takes the same part of its plain bytes, filled up.
+ROOM = {torch.bfloat16: 0.75, torch.float16: 0.9}
+ROOM_BYTES = 2048  # beside it, for headers
 
 
 class KVSerializer:
     """LMCache's ``Serializer``: a memory object's tensors as blocks one behind the other, each with its tables.
 
+    Every object of a shape takes the same bytes: ``room`` times its plain ones, by default 0.75 for bfloat16, 0.9 for
+    float16 and what the worst bits need for others; one that does not fit is refused, and LMCache does not store it.
+    With ``room`` 0 each takes what it needs, for adapters that load objects shorter than their buffer.
     The tables are calibrated on the first object of its kind (format, dtype, layers, channels) with 16 tokens or more.
     Tensors of dtypes the codec does not know are coded as bytes.
     """
 
-    def __init__(self, axes: str = "PLSD", layout: str = "rans", symbols: str | None = None):
-        self._axes, self._layout, self._symbols = axes, layout, symbols
+    def __init__(
+        self, axes: str = "PLSD", layout: str = "rans", symbols: str | None = None, room: float | None = None
+    ):
+        if room is not None and not 0 <= room <= 1:
+            raise ValueError(f"room: expected 0 to 1, got {room!r}")
+        self._axes, self._layout, self._symbols, self._room = axes, layout, symbols, room
         self._flat = KVCodec("SD")
         self._codecs: dict[tuple, KVCodec] = {}
         self._turn = threading.Lock()
@@ -41,25 +52,38 @@ class KVSerializer:
 
     def serialize(self, src: Any, dst: Any, key: Any) -> int:
         """Bytes written into ``dst``, a buffer of ``estimate_serialized_size`` or more; ``key`` is not looked at."""
-        room = _flat_bytes(dst.tensor)
+        buffer, tensors = _flat_bytes(dst.tensor), _tensors(src)
+        size = self._size([(tensor.shape, tensor.dtype) for tensor in tensors])
+        if buffer.numel() < size:
+            raise ValueError(f"dst: expected {size} bytes or more, got {buffer.numel()}")
         end = 0
-        for tensor in _tensors(src):
+        for tensor in tensors:
             data = self._encoded(tensor, _axes_of(src, tensor, self._axes))
-            if end + data.numel() > room.numel():
+            if end + data.numel() > size:
                 raise ValueError(
-                    f"dst: expected room for {end + data.numel()} bytes or more, got {room.numel()}"
+                    f"src: expected an object that takes at most {size} bytes (room), got a larger one"
                 )
-            room[end : end + data.numel()] = data
+            buffer[end : end + data.numel()] = data
             end += data.numel()
-        return end
+        if self._room == 0:
+            return end
+        buffer[end:size] = 0
+        return size
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
-        """An upper bound of the bytes of such an object."""
+        """The bytes of such an object; with ``room`` 0 an upper bound."""
+        return self._size(zip(layout_desc.shapes, layout_desc.dtypes, strict=True))
+
+    def _size(self, kinds: Iterable[tuple[Sequence[int], torch.dtype]]) -> int:
         total = 0
-        for shape, dtype in zip(layout_desc.shapes, layout_desc.dtypes, strict=True):
+        for shape, dtype in kinds:
             layouts = {"rans", self._layout}
-            sizes = [KVCodec(layout=layout, embed=True).most_bytes(tuple(shape), dtype) for layout in layouts]
-            total += max(sizes)
+            most = max(
+                KVCodec(layout=layout, embed=True).most_bytes(tuple(shape), dtype) for layout in layouts
+            )
+            room = ROOM.get(dtype, 0) if self._room is None else self._room
+            plain = torch.Size(shape).numel() * dtype.itemsize
+            total += min(most, int(room * plain) + ROOM_BYTES) if room else most
         return total
 
     def _encoded(self, tensor: torch.Tensor, axes: str | None) -> torch.Tensor:
@@ -137,7 +161,8 @@ def register() -> None:
     """Makes the serde "gaugekit" known to LMCache in this process; a second call changes nothing.
 
     Its options, beside "type": "layout" and "symbols" as ``gaugekit.codec.encode`` has them, "axes" (PLSD) of memory
-    whose format does not say them, and "max_workers" threads (1). ImportError without LMCache.
+    whose format does not say them, "room" as ``KVSerializer`` has it, and "max_workers" threads (1). ImportError
+    without LMCache.
     """
     from lmcache.v1.distributed import serde
 
