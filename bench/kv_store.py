@@ -83,8 +83,12 @@ def zstd_encode(block: torch.Tensor, level: int, sorted_bytes: bool) -> bytes:
     return zstandard.ZstdCompressor(level=level).compress(data)
 
 
+def zstd_restored(data: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompress(data)
+
+
 def zstd_decode(data: bytes, out: torch.Tensor, sorted_bytes: bool) -> None:
-    plain = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
+    plain = np.frombuffer(zstd_restored(data), np.uint8)
     target = out.view(torch.uint8).numpy().reshape(-1)
     target[:] = plain.reshape(2, -1).T.reshape(-1) if sorted_bytes else plain
 
@@ -183,9 +187,7 @@ def speed_cases(blocks: list[torch.Tensor], tables: KVTables, threads: int, seco
 
         coding, decoding = {"copy": copy}, {"copy": copy}
         coding[SORTED] = lambda: spread(zstandard.ZstdCompressor(level=1).compress, sorted_before, threads)
-        decoding[SORTED] = lambda: spread(
-            lambda data: zstandard.ZstdDecompressor().decompress(data), coded["zstd -1, two planes"], threads
-        )
+        decoding[SORTED] = lambda: spread(zstd_restored, coded["zstd -1, two planes"], threads)
         for name, (level, sorted_bytes) in ZSTD.items():
             coding[name] = lambda how=(level, sorted_bytes): spread(
                 partial(zstd_encode, level=how[0], sorted_bytes=how[1]), blocks, threads

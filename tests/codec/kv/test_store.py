@@ -158,6 +158,19 @@ def test_a_directory_has_one_owner(tmp_path):
     KVStore(tmp_path).close()
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_closed_store_says_so(on_disk, tmp_path, blocks):
+    store = KVStore(tmp_path if on_disk else None)
+    store.put("a", blocks[0])
+    store.close()
+    store.close()
+    for call in (lambda: store.get("a"), lambda: store.put("a", blocks[0]), lambda: store.remove("a")):
+        with pytest.raises(ValueError, match="store: expected an open one"):
+            call()
+    store.clear()
+    assert len(files(tmp_path)) == on_disk
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path, blocks, monkeypatch):
     with KVStore(tmp_path, memory_bytes=0) as store:
         store.put("a", blocks[0])
@@ -273,7 +286,8 @@ def test_random_kills_leave_whole_blocks(tmp_path, blocks):
         (lambda p: KVStore(p, memory_bytes=-1), "memory_bytes: expected a number of bytes, 0 or more"),
         (lambda p: KVStore(p, memory_bytes=1.5), "memory_bytes: expected"),
         (lambda p: KVStore(p, axes="XY"), "axes: expected"),
-        (lambda p: KVStore(p / "file" / "in"), "target: expected"),
+        (lambda p: KVStore(p / "file" / "in"), "directory: expected"),
+        (lambda p: KVStore(p / "file"), "directory: expected a folder or a new name"),
         (lambda p: KVStore(p).put("a", [1]), "block: expected a torch.Tensor"),
         (lambda p: KVStore(p).put("", torch.zeros(1)), "key: expected"),
         (lambda p: KVStore(p).put("a", torch.zeros(1)), "block: expected 4 dimensions"),

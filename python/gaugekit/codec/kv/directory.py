@@ -26,7 +26,12 @@ class KVDirectory:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        check_place(Path(folder))
+        try:
+            check_place(Path(folder))
+        except ValueError as error:
+            raise ValueError("directory" + str(error).removeprefix("target")) from None
+        if Path(folder).is_file():
+            raise ValueError(f"directory: expected a folder or a new name, got the file {str(folder)!r}")
         self.folder = placed(Path(folder))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held = (self.folder / LOCK).open("ab")

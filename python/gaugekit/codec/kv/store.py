@@ -46,7 +46,7 @@ class KVStore:
     bytes. One process has a directory to itself; its threads may put and get at the same time.
 
     ``axes``, ``layout`` and ``symbols`` are those of ``KVCodec``. ``tables`` default to those in the directory; where
-    there are none, the first block of 16 tokens or more is calibrated, and with ``tables=False`` none are used.
+    there are none, the first block of 16 tokens or more is calibrated, or with ``tables=False`` none.
 
     ValueError for bounds that are not positive, a directory that another process has or that was written with other
     tables; CorruptFile where the directory's tables are damaged.
@@ -71,7 +71,7 @@ class KVStore:
         self._calibrates = tables is None
         self._memory, self._disk = Ledger(memory_bytes), Ledger(disk_bytes)
         self._blocks: dict[bytes, torch.Tensor] = {}
-        self._stats = KVStats()
+        self._stats, self._closed = KVStats(), False
         self._turn, self._writing = threading.Condition(), set()
         self._calibration = threading.Lock()
         self._directory = None if directory is None else KVDirectory(directory)
@@ -114,7 +114,7 @@ class KVStore:
         ValueError for a block that ``KVCodec.encode`` does not take or that is larger than the store, OSError where the
         disk fails. Neither leaves anything half written, or what was under the key damaged.
         """
-        name = key_digest(key)
+        name = self._name(key)
         check_tensors(block=block)
         self._calibrate(block)
         data = self._codec.encode(block, key)
@@ -138,7 +138,7 @@ class KVStore:
         CorruptFile, naming the file, where it is damaged: it is then no longer there, so that the next call says None
         and it can be put again. ValueError for an ``out`` that does not fit. After an error, ``out`` is undefined.
         """
-        name = key_digest(key)
+        name = self._name(key)
         with self._turn:
             data = self._blocks.get(name)
             held = self._memory.touch(name) | self._disk.touch(name)
@@ -178,7 +178,7 @@ class KVStore:
 
     def remove(self, key: str | bytes) -> bool:
         """Whether there was a block under ``key``; there is none now."""
-        name = key_digest(key)
+        name = self._name(key)
         with self._alone(name), self._turn:
             held = self._forget(name) | self._disk.drop(name)
             if self._directory is not None:
@@ -189,6 +189,8 @@ class KVStore:
         """Removes every block; the tables stay."""
         with self._turn:
             self._turn.wait_for(lambda: not self._writing)
+            if self._closed:
+                return
             for name in list(self._disk.sizes):
                 self._disk.drop(name)
                 self._directory.remove(name)
@@ -196,7 +198,7 @@ class KVStore:
                 self._forget(name)
 
     def __contains__(self, key: str | bytes) -> bool:
-        name = key_digest(key)
+        name = self._name(key)
         with self._turn:
             return name in self._blocks or name in self._disk.sizes
 
@@ -216,9 +218,22 @@ class KVStore:
         return KVStats(**counts)
 
     def close(self) -> None:
-        """Lets another process have the directory."""
-        if self._directory is not None:
-            self._directory.close()
+        """Ends the store, once nobody writes: another process may have the directory; blocks in memory are let go."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._writing)
+            self._closed = True
+            self._blocks.clear()
+            if self._directory is not None:
+                self._directory.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("store: expected an open one, got one that was closed")
+
+    def _name(self, key: str | bytes) -> bytes:
+        """The name of ``key``; ValueError where the store was closed."""
+        self._check_open()
+        return key_digest(key)
 
     def __enter__(self) -> KVStore:
         return self
@@ -245,6 +260,7 @@ class KVStore:
         """Nobody else writes or removes the block meanwhile."""
         with self._turn:
             self._turn.wait_for(lambda: name not in self._writing)
+            self._check_open()
             self._writing.add(name)
         try:
             yield
