@@ -71,7 +71,14 @@ def decode(blob: torch.Tensor, start: int = 0, stop: int | None = None) -> torch
     ]
 
 
-def _opened(blob: torch.Tensor) -> tuple[PackedWeight, torch.Size]:
+def described(blob: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    """(dtype, shape) of what a blob holds, by its header, which alone is looked at; CorruptFile."""
+    _, element, *_, shape = _header(blob)
+    return next(dtype for dtype, number in ELEMENTS.items() if number == element), shape
+
+
+def _header(blob: torch.Tensor) -> tuple[int, int, int, int, int, int, int, torch.Size]:
+    """(where the parts begin, element, bits of the code, kind of checksum, elements, escapes, checksum, shape)."""
     head = bytes(blob[: FIELDS.size].tolist())
     _, version, element, code_bits, rank, kind, zero, count, escapes, checksum, none, _ = FIELDS.unpack(head)
     begin = FIELDS.size + padded(8 * rank)
@@ -82,7 +89,11 @@ def _opened(blob: torch.Tensor) -> tuple[PackedWeight, torch.Size]:
     dimensions = unsealed(FIELDS, head + dims, rank)
     if dimensions is None:
         raise CorruptFile("not a sound transfer blob: the header's checksum is wrong")
-    shape = torch.Size(dimensions)
+    return begin, element, code_bits, kind, count, escapes, checksum, torch.Size(dimensions)
+
+
+def _opened(blob: torch.Tensor) -> tuple[PackedWeight, torch.Size]:
+    begin, element, code_bits, kind, count, escapes, checksum, shape = _header(blob)
     rows = -(-count // ROW)
     planes = code_bits + (3 if element == ELEMENTS[torch.float16] else 0)
     sizes = [rows * planes * ROW // 8, 4 * (rows + 1), rows * ROW, rows, escapes]
