@@ -211,7 +211,8 @@ def _pack(model: nn.Module, fields: dict) -> None:
     fields["left"] += [{"module": path, "reason": reason} for path, reason in done.left.items()]
     fields["bytes_before"], fields["bytes_after"] = done.bytes_before, done.bytes_after
     fields["plain_in_vectors"] = done.vectors
-    dtypes = {model.get_submodule(path).weight.dtype for path in done.packed}
+    layers = [model.get_submodule(path) for path in done.packed]
+    dtypes = {weight.dtype for layer in layers for weight in layer.packed_weights().values()}
     fields["speed"] = [speed_note(dtype) for dtype in sorted(dtypes, key=str)]
 
 
