@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -307,3 +308,48 @@ def test_narrow_experts_stay_plain_while_loading(tmp_path):
     assert kinds[0] == kinds[1] and "Qwen3MoeExperts" in kinds[0]
     assert same(loaded.state_dict(), plain.state_dict())
     assert any(isinstance(module, PackedLinear) for module in loaded.modules())
+
+
+class Adapted(nn.Module):
+    """What PEFT puts around a module to whose parameter it adds a low-rank product while it runs."""
+
+    def __init__(self, base_layer, parameter_name):
+        super().__init__()
+        self.base_layer, self.parameter_name = base_layer, parameter_name
+
+
+def test_experts_with_an_adapter_on_a_parameter_stay_plain():
+    model = made()
+    experts = experts_of(model)
+    model.model.layers[0].mlp.experts = Adapted(Adapted(experts, "down_proj"), "gate_up_proj")
+    report = gk.fuse(model, packed=True, attention=False)
+    reasons = [
+        one["reason"] for one in report["left"] if one["module"].endswith("experts.base_layer.base_layer")
+    ]
+    assert len(reasons) == 1 and "target_parameters" in reasons[0]
+    assert type(experts.down_proj) is nn.Parameter and len(packed_experts_of(model)) == 1
+
+
+def test_an_adapter_around_packed_experts_trains():
+    """Low-rank products before and after a frozen mixture learn as they do around the plain one."""
+    losses = []
+    for packed in (False, True):
+        torch.manual_seed(1)
+        model = made()
+        if packed:
+            gk.fuse(model, packed=True, attention=False)
+        model.requires_grad_(False)
+        adapter = nn.Linear(128, 128, bias=False, dtype=torch.bfloat16)
+        nn.init.zeros_(adapter.weight)
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x, add=adapter: (x[0] + add(x[0]),))
+        optimizer = torch.optim.SGD(adapter.parameters(), 1.0)
+        steps = []
+        for _ in range(3):
+            loss = model(IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps.append(loss.item())
+        losses.append(steps)
+    plain, ours = losses
+    assert ours[-1] < ours[0] and abs(ours[-1] - plain[-1]) <= 0.02 * (plain[0] - plain[-1]) + 1e-2

@@ -144,7 +144,7 @@ def _reasons(model: nn.Module, paths: dict[nn.Module, str]) -> tuple[dict[nn.Mod
     """Why each module that holds a plain matrix has to stay plain, None for those that need not; and the modules
     that hold each parameter, by its id."""
     wrapped = any(isinstance(module, DistributedDataParallel) for module in paths)
-    memory, adapters = _memory(model), _adapters(paths)
+    memory, adapters, adapted = _memory(model), _adapters(paths), _adapted(paths)
     reasons: dict[nn.Module, str | None] = {}
     holders: dict[int, list[nn.Module]] = {}
     for module in paths:
@@ -161,6 +161,8 @@ def _reasons(model: nn.Module, paths: dict[nn.Module, str]) -> tuple[dict[nn.Mod
             reasons[module] = "DistributedDataParallel holds its weights already: pack before wrapping"
         elif module in adapters:
             reasons[module] = "it is an adapter, there to be trained"
+        elif module in adapted:
+            reasons[module] = "an adapter changes its weights in every step (PEFT's target_parameters)"
         elif reasons[module] is None and any(
             memory[module._parameters[name].untyped_storage()._cdata] > 1 for name in matrices(module)
         ):
@@ -187,6 +189,17 @@ def _adapters(paths: dict[nn.Module, str]) -> set[nn.Module]:
             if isinstance(child := getattr(module, name, None), nn.Module):
                 kept |= set(child.modules())
     return kept
+
+
+def _adapted(paths: dict[nn.Module, str]) -> set[nn.Module]:
+    """The modules to whose parameters PEFT adds something while they run (its ``target_parameters``)."""
+    adapted = set()
+    for module in paths:
+        if isinstance(getattr(module, "parameter_name", None), str):
+            while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+                module = inner
+            adapted.add(module)
+    return adapted
 
 
 def _memory(model: nn.Module) -> Counter:
