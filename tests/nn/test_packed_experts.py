@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ def test_fuse_save_load_and_unfuse(name, tmp_path):
     assert "quantization_config" not in config
     again = type(model).from_pretrained(tmp_path / "m", dtype="auto")
     assert same(again.state_dict(), before)
+    held = sum(layer.packed_bytes for layer in layers)
     gk.codec.pack(tmp_path / "m", tmp_path / "packed")
     implementation = {"attn_implementation": model.config._attn_implementation}
     for loaded in (
@@ -106,7 +108,8 @@ def test_fuse_save_load_and_unfuse(name, tmp_path):
         load_packed(tmp_path / "m"),
     ):
         assert [type(layer) for layer in packed_experts_of(loaded)] == [type(layer) for layer in layers]
-        assert held_bytes(loaded) == report["bytes_after"] and same(loaded.state_dict(), before)
+        assert sum(layer.packed_bytes for layer in packed_experts_of(loaded)) == held
+        assert same(loaded.state_dict(), before)
     assert paths <= set(gk.unfuse(model)["restored"])
     assert type(experts_of(model)) is kind and same(model.state_dict(), before)
     assert all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
@@ -131,6 +134,32 @@ def test_whatever_implementation_the_config_names(implementation):
     assert (ours.double() - expected).norm() <= 1.2 * (plain.double() - expected).norm()
     model.set_experts_implementation("batched_mm")
     assert torch.equal(experts(x, index, weights), ours)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nemotron_h.modeling_nemotron_h.NemotronHExperts", "muse_spark.modeling_muse_spark.MuseSparkExperts"],
+)
+def test_experts_without_a_gate_and_with_a_norm_of_their_own(name):
+    path, _, kind = name.rpartition(".")
+    module = pytest.importorskip(f"transformers.models.{path}", exc_type=ImportError)
+    config = SimpleNamespace(
+        n_routed_experts=4, num_local_experts=4, hidden_size=128, moe_hidden_size=128, moe_latent_size=None,
+        moe_intermediate_size=192, mlp_hidden_act="relu2", hidden_act="silu", post_norm_eps=1e-6,
+        _experts_implementation="batched_mm",
+    )  # fmt: skip
+    experts, (x, index, weights) = getattr(module, kind)(config).bfloat16(), routed()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    exact = copy.deepcopy(experts).double()
+    exact.config._experts_implementation = "eager"
+    with torch.no_grad():
+        plain, expected = experts(x, index, weights), exact(x.double(), index, weights.double())
+        report = gk.fuse(experts, packed=True)
+        ours = experts(x, index, weights)
+    assert [one["form"] for one in report["replaced"]] == ["packed_experts"] and not report["left"][1:]
+    assert len(experts.packed_weights()) == 2
+    assert (ours.double() - expected).norm() <= 1.2 * (plain.double() - expected).norm()
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])

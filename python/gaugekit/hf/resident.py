@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 class Packing(ConversionOps):
-    """Packs the matrices of plain linear layers and embeddings, one at a time, while a checkpoint is read.
+    """Packs the weights of plain linear layers, embeddings and experts, one at a time, while a checkpoint is read.
 
     A packed matrix is a parameter like another to transformers, which ties a head to its embedding as it always does;
     ``finish`` then makes the layers packed ones.
