@@ -259,7 +259,7 @@ def test_the_bare_skeleton_has_the_buffers_of_the_model(tmp_path):
     assert expected and all(torch.equal(buffer, expected[name]) for name, buffer in bare.named_buffers())
 
 
-def test_experts_are_named():
+def test_what_stays_plain_beside_experts_is_named():
     config = transformers.MixtralConfig(**FAMILIES["MixtralForCausalLM"])
     model = transformers.MixtralForCausalLM._from_config(config, dtype=torch.bfloat16)
     report = gk.fuse(model, packed=True, attention=False)
@@ -269,8 +269,8 @@ def test_experts_are_named():
         for n, p in model.named_parameters()
         if p.dim() > 1 and type(p) is torch.nn.Parameter
     }
-    assert left.keys() == plain and "MixtralExperts" in left["model.layers.0.mlp.experts"]
-    assert any("experts" in note for note in report.notes)
+    assert left.keys() == plain and "MixtralTopKRouter" in left["model.layers.0.mlp.gate"]
+    assert any("layers.0.mlp.gate" in note for note in report.notes)
 
 
 def test_what_peft_does_acts_or_is_refused(tmp_path):

@@ -11,7 +11,8 @@ import gaugekit  # noqa: F401
 TESTS = Path(__file__).resolve().parents[1]
 REFERENCE = TESTS.parent / "python" / "gaugekit" / "reference"
 CODES = {"rans", "canonical_qr", "bitsback"}  # exact bits: no gradients, no tolerance
-CHOOSERS = {"packed_linear_planned": "packed_linear"}  # how the operator runs is decided inside a graph
+# how the operator runs is decided inside a graph, or on which rows and with which matrix
+CHOOSERS = {"packed_linear_planned": "packed_linear", "packed_experts": "packed_linear"}
 # no gradient of their own: where one is asked for, the composition runs under torch's autograd
 COMPOSED = {"single_cache_attention"}
 OPERATORS = sorted({path.stem for path in REFERENCE.glob("*.py")} - {"__init__"} - CODES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gaugekit as gk
-from gaugekit.ops.packed_linear import pack_weight, packed_linear, unpack_weight
+from gaugekit.ops.packed_linear import pack_weight, packed_experts, packed_linear, unpack_weight
 from gaugekit.ops.shaped_attention import use_core
 from gaugekit.reference.gauge_linear import gauge_linear as gauge_reference
 from gaugekit.reference.nonlocal_energy import nonlocal_energy as energy_reference
@@ -170,6 +170,23 @@ def test_packed_linear(dtype, rows, device):
     x = x[:, :200]
     assert_accurate(out.detach().cpu(), x.double() @ weight.double().T, x @ weight.T)
     assert_accurate(dx.cpu(), grad.double() @ weight.double(), grad @ weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_packed_experts(dtype, device):
+    """Each group of rows by its own expert, of several, of none and of many rows, and the gradient of x."""
+    weight = (torch.randn(3, 67, 200) * 0.02).to(dtype)
+    packed = pack_weight(weight.flatten(0, 1).to(f"cuda:{device}"))
+    x, grad, ends = torch.randn(310, 200).to(dtype), torch.randn(310, 67).to(dtype), torch.tensor([5, 5, 305])
+    here = x.to(f"cuda:{device}").requires_grad_()
+    out = packed_experts(here, packed, ends.to(here.device))
+    (dx,) = torch.autograd.grad(out, here, grad.to(out.device))
+    assert not out[305:].any() and not dx[305:].any()
+    for expert, rows in ((0, slice(0, 5)), (2, slice(5, 305))):
+        own = weight[expert]
+        assert_accurate(out[rows].detach().cpu(), x[rows].double() @ own.double().T, x[rows] @ own.T)
+        assert_accurate(dx[rows].cpu(), grad[rows].double() @ own.double(), grad[rows] @ own)
 
 
 @pytest.mark.parametrize("device", DEVICES)

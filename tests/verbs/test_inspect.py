@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DebertaConfig, DebertaModel, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    DebertaConfig,
+    DebertaModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import gaugekit.verbs.inspect
 from gaugekit import samples
@@ -261,3 +268,27 @@ def test_the_real_model_has_the_known_redundancy():
     assert all(row["ranks"] == [32] * 12 for row in report["layers"])
     energies = [row["energy"] for row in report["layers"]]
     assert all(0.5 < energy < 1.5 for energy in energies) and not any("smoothing" in n for n in report.notes)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_experts_are_counted_and_carried_along(tmp_path, joined):
+    """Two matrices or three an expert in files of their own, and one tensor of three dimensions for all."""
+    config = MixtralConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)  # fmt: skip
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "m", save_original_format=not joined)
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    assert any(tensor.dim() == 3 for tensor in state.values()) == joined
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for report in (gaugekit.inspect(tmp_path / "m"), gaugekit.inspect(model)):
+        assert report["parameters"] == count
+        assert any("MLPs: not counted" in note for note in report.notes)
+    done = gaugekit.convert(tmp_path / "m", tmp_path / "out", [gaugekit.symmetry.GaugeFix("balanced")])
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    experts = [name for name in state if ".experts." in name]
+    assert experts and all(torch.equal(written[name], state[name]) for name in experts)
+    assert done["parameters_before"] == count and done["parameters_after"] == count - report["removable"]
+    gaugekit.codec.pack(tmp_path / "m", tmp_path / "packed")
+    gaugekit.codec.unpack(tmp_path / "packed", tmp_path / "back")
+    plain, back = (tmp_path / name / "model.safetensors" for name in ("m", "back"))
+    assert plain.read_bytes() == back.read_bytes()

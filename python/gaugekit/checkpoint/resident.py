@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gaugekit.nn.packed_embedding import PackedEmbedding
+from gaugekit.nn.packed_experts import IMPLEMENTATIONS, PackedExperts, packed_class, projections
 from gaugekit.nn.packed_layer import PackedLayer
 from gaugekit.nn.packed_linear import PackedLinear
 from gaugekit.nn.packed_matrix import PackedMatrix
@@ -31,8 +33,10 @@ class Packed:
 
 
 def transposed(module: nn.Module) -> bool:
-    """Whether ``module`` is GPT-2's ``Conv1D``: a linear layer whose weight is [inputs, outputs]."""
+    """Whether the weights of ``module`` are [inputs, outputs]: GPT-2's ``Conv1D``, gpt-oss's experts."""
     kind = type(module)
+    if projections(module):
+        return bool(module.is_transposed)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
@@ -41,37 +45,65 @@ def form_of(module: nn.Module) -> type[PackedLayer] | None:
     something else, and any other module."""
     if type(module) is nn.Embedding:
         return PackedEmbedding
+    if projections(module):
+        return packed_class(type(module))
     return PackedLinear if type(module) is nn.Linear or transposed(module) else None
+
+
+def matrices(module: nn.Module) -> tuple[str, ...]:
+    """The names of the weights of the plain ``module`` that its packed form packs."""
+    return projections(module) or ("weight",)
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why the layer ``module`` has to stay plain, apart from its weight's numbers; None where it may be packed."""
     kind = type(module)
     if form_of(module) is None:
-        return f"it is a {kind.__name__}, not a plain linear layer or embedding"
+        return f"it is a {kind.__name__}, not a plain linear layer or embedding, nor experts of transformers' interface"
+    if reason := other_experts(module):
+        return reason
     if "_hf_hook" in module.__dict__:
         return "it has a hook of accelerate's, which moves plain weights"
-    if {"forward", "_call_impl"} & module.__dict__.keys():
+    if {"forward", "_call_impl", "_apply_gate"} & module.__dict__.keys():
         return "its forward was replaced"
-    if getattr(kind.forward, "__globals__", None) is not vars(sys.modules[kind.__module__]):
+    forward = getattr(kind.forward, "__wrapped__", kind.forward)
+    if getattr(forward, "__globals__", None) is not vars(sys.modules[kind.__module__]):
         return f"the forward of {kind.__name__} was replaced"
     if getattr(module, "max_norm", None) is not None:
         return "it has max_norm, which changes its weights"
-    taken = {"packed", "packed_bytes", "stands_for", "form"}
+    taken = {"packed", "packed_bytes", "packed_weights", "stands_for", "form"}
     held = (module.__dict__, module._parameters, module._buffers, module._modules)
     if clash := sorted(name for name in taken if any(name in names for names in held)):
         return f"it has something of its own called {clash[0]!r}"
-    weight = module._parameters.get("weight")
+    reasons = (_plain_weight(name, module._parameters.get(name)) for name in matrices(module))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def other_experts(module: nn.Module) -> str | None:
+    """Why an experts module has to stay plain, apart from what any layer may have; None for another module."""
+    if not projections(module):
+        return None
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if implementation not in IMPLEMENTATIONS:
+        return f"its experts are computed by {implementation!r}, which is none of transformers' own"
+    wrong = [n for n in projections(module) if (w := module._parameters.get(n)) is not None and w.dim() != 3]
+    if wrong:
+        return f"its {wrong[0]} is no [experts, outputs, inputs]"
+    return None
+
+
+def _plain_weight(name: str, weight: nn.Parameter | None) -> str | None:
+    """Why a parameter ``name`` of a layer cannot be packed, apart from its numbers."""
     if weight is None:
-        return "its weight is no parameter of its own (a parametrisation, a pruning, a wrapper that shards)"
+        return f"its {name} is no parameter of its own (a parametrisation, a pruning, a wrapper that shards)"
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-        return f"its weight is a {type(weight).__name__}"
+        return f"its {name} is a {type(weight).__name__}"
     if weight.is_meta or weight.dtype not in DTYPES:
         return "its weights are " + ("on the meta device" if weight.is_meta else f"{weight.dtype}")
     if weight._backward_hooks or weight._post_accumulate_grad_hooks:
-        return "its weight has hooks for gradients, which a frozen weight has not"
+        return f"its {name} has hooks for gradients, which a frozen weight has not"
     if weight.grad is not None:
-        return "its weight holds a gradient, which would be lost"
+        return f"its {name} holds a gradient, which would be lost"
     return None
 
 
@@ -89,20 +121,22 @@ def pack(model: nn.Module) -> Packed:
     for module in paths:
         if module not in reasons or reasons[module] is not None or isinstance(module, PackedLayer):
             continue
-        weight = module.weight
-        matrix = matrix_of(module, weight)
-        for holder in holders[id(weight)]:
-            if matrix is None:
+        weights = [module._parameters[name] for name in matrices(module)]
+        packed = [matrix_of(module, weight) for weight in weights]
+        for holder in holders[id(weights[0])]:  # of experts there is one holder
+            if any(matrix is None for matrix in packed):
                 reasons[holder] = "packed, its weights would take no less memory"
             else:
-                place(holder, matrix)
+                place(holder, packed)
     for path, module in model.named_modules(remove_duplicate=False):
         if reasons.get(module) is not None:
             done.left[path] = reasons[module]
         elif module in reasons:
             done.packed[path] = module.form
     done.bytes_after = held_bytes(model)
-    done.vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    biases = {id(p) for m in paths if isinstance(m, PackedExperts) for p in m._parameters.values()}
+    plain = [p for p in model.parameters() if not isinstance(p, PackedMatrix)]
+    done.vectors = sum(p.numel() for p in plain if p.dim() < 2 or id(p) in biases)
     return done
 
 
@@ -110,7 +144,7 @@ def _reasons(model: nn.Module, paths: dict[nn.Module, str]) -> tuple[dict[nn.Mod
     """Why each module that holds a plain matrix has to stay plain, None for those that need not; and the modules
     that hold each parameter, by its id."""
     wrapped = any(isinstance(module, DistributedDataParallel) for module in paths)
-    memory, adapters = _memory(model), _adapters(paths)
+    memory, adapters, adapted = _memory(model), _adapters(paths), _adapted(paths)
     reasons: dict[nn.Module, str | None] = {}
     holders: dict[int, list[nn.Module]] = {}
     for module in paths:
@@ -120,16 +154,25 @@ def _reasons(model: nn.Module, paths: dict[nn.Module, str]) -> tuple[dict[nn.Mod
         is_layer = isinstance(module, (nn.Linear, nn.Embedding)) or transposed(module)
         if not is_layer and all(p.dim() < 2 or isinstance(p, PackedMatrix) for p in own):
             continue
+        if isinstance(module, PackedExperts) and any(isinstance(p, PackedMatrix) for p in own):
+            continue  # what is plain are biases, a vector for each expert
         reasons[module] = why_not(module)
         if wrapped:
             reasons[module] = "DistributedDataParallel holds its weights already: pack before wrapping"
         elif module in adapters:
             reasons[module] = "it is an adapter, there to be trained"
-        elif reasons[module] is None and memory[module.weight.untyped_storage()._cdata] > 1:
+        elif module in adapted:
+            reasons[module] = "an adapter changes its weights in every step (PEFT's target_parameters)"
+        elif reasons[module] is None and any(
+            memory[module._parameters[name].untyped_storage()._cdata] > 1 for name in matrices(module)
+        ):
             reasons[module] = "its weights share memory with another tensor of the model"
     for module, reason in list(reasons.items()):
-        others = holders[id(module.weight)] if reason is None else []
-        for other in others:
+        weights = [module._parameters[name] for name in matrices(module)] if reason is None else []
+        for other in (holder for weight in weights for holder in holders[id(weight)]):
+            if other is not module and projections(module):
+                reasons[module] = f"its weights are tied to {paths[other]!r}"
+                break
             if transposed(other) != transposed(module):
                 reasons[module] = f"its weight is tied to {paths[other]!r}, which uses it transposed"
             elif other is not module and reasons[other] is not None:
@@ -148,6 +191,17 @@ def _adapters(paths: dict[nn.Module, str]) -> set[nn.Module]:
     return kept
 
 
+def _adapted(paths: dict[nn.Module, str]) -> set[nn.Module]:
+    """The modules to whose parameters PEFT adds something while they run (its ``target_parameters``)."""
+    adapted = set()
+    for module in paths:
+        if isinstance(getattr(module, "parameter_name", None), str):
+            while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+                module = inner
+            adapted.add(module)
+    return adapted
+
+
 def _memory(model: nn.Module) -> Counter:
     """How many different tensors of ``model`` stand on each storage."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if not isinstance(t, PackedMatrix)}
@@ -162,32 +216,50 @@ def matrix_of(module: nn.Module, weight: Tensor) -> PackedMatrix | None:
     return matrix if matrix.value.bytes < weight.nbytes else None
 
 
-def place(module: nn.Module, matrix: PackedMatrix) -> None:
-    """Makes the plain layer ``module`` the packed one around ``matrix``; the object and what hangs on it stay."""
+def place(module: nn.Module, packed: Sequence[PackedMatrix]) -> None:
+    """Makes the plain layer ``module`` the packed one around ``packed``, in the order of ``matrices``; the object and
+    what hangs on it stay."""
     form = form_of(module)
-    module._parameters["weight"] = matrix.parameter()
+    for name, matrix in zip(matrices(module), packed, strict=True):
+        module._parameters[name] = matrix.parameter()
     module.__dict__["stands_for"] = type(module)
     module.__class__ = form
 
 
 def settle(model: nn.Module) -> None:
     """Makes packed layers of the plain ones whose weights are packed matrices by now; a matrix that something else
-    holds too is unpacked for all."""
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    holds too is unpacked for all, and so are an experts module's of which one is not packed."""
+    holders: dict[PackedMatrix, list[tuple[nn.Module, str]]] = {}
+    modules = list(model.modules())
+    for module in modules:
         for name, weight in module._parameters.items():
             if isinstance(weight, PackedMatrix):
-                holders.setdefault(id(weight), []).append((module, name))
-    for places in holders.values():
-        weight = places[0][0]._parameters[places[0][1]]
-        if all(name == "weight" and form_of(module) and transposed(module) == weight.transposed
-               for module, name in places):  # fmt: skip
-            for module, _ in places:
-                place(module, weight)
-        else:
-            plain = weight.plain_parameter()
-            for module, name in places:
-                module._parameters[name] = plain
+                holders.setdefault(weight, []).append((module, name))
+    fitting = {id(weight) for weight, places in holders.items() if _fits(weight, places)}
+    plain: dict[int, nn.Parameter] = {}
+    for module in modules:
+        names = [name for name, weight in module._parameters.items() if isinstance(weight, PackedMatrix)]
+        own = [module._parameters.get(name) for name in matrices(module)] if names else []
+        if names and all(id(weight) in fitting for weight in own):
+            place(module, own)
+            continue
+        for name in names:
+            weight = module._parameters[name]
+            if id(weight) not in plain:
+                plain[id(weight)] = weight.plain_parameter()
+            module._parameters[name] = plain[id(weight)]
+
+
+def _fits(weight: PackedMatrix, places: list[tuple[nn.Module, str]]) -> bool:
+    """Whether the packed forms of all modules that hold ``weight`` have it in this place, and as they store it."""
+    alone = len(places) == 1
+    return all(
+        form_of(module) is not None
+        and name in matrices(module)
+        and transposed(module) == weight.transposed
+        and (alone or not projections(module))
+        for module, name in places
+    )
 
 
 def unpack(model: nn.Module) -> list[str]:

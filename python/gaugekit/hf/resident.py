@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 class Packing(ConversionOps):
-    """Packs the matrices of plain linear layers and embeddings, one at a time, while a checkpoint is read.
+    """Packs the weights of plain linear layers, embeddings and experts, one at a time, while a checkpoint is read.
 
     A packed matrix is a parameter like another to transformers, which ties a head to its embedding as it always does;
     ``finish`` then makes the layers packed ones.
@@ -36,21 +36,26 @@ class Packing(ConversionOps):
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
         if (
-            last != "weight"
-            or resident.form_of(module) is None
+            resident.form_of(module) is None
+            or last not in resident.matrices(module)
             or getattr(module, "max_norm", None) is not None
+            or resident.other_experts(module) is not None
         ):
             return False
-        return module.weight is not None and module.weight.dtype in resident.DTYPES
+        weight = module._parameters[last]
+        return weight is not None and weight.dtype in resident.DTYPES
 
     def convert(self, input_dict: dict, model: nn.Module, **_: Any) -> dict[str, Tensor]:
         converted = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             # what the model keeps in float32 arrives so, whatever dtype was asked for
-            if value.dtype in resident.DTYPES and value.dim() == 2 and self.takes(model, name):
-                matrix = resident.matrix_of(model.get_submodule(name.rpartition(".")[0]), value)
-                value = value if matrix is None else matrix.parameter()
+            if value.dtype in resident.DTYPES and self.takes(model, name):
+                path, _, last = name.rpartition(".")
+                module = model.get_submodule(path)
+                if value.dim() == module._parameters[last].dim():
+                    matrix = resident.matrix_of(module, value)
+                    value = value if matrix is None else matrix.parameter()
             converted[name] = value
         return converted
 

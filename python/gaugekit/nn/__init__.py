@@ -14,6 +14,7 @@ from gaugekit.nn.neutreno import NeutrenoBlock, ValueSharing
 from gaugekit.nn.neutreno_attention import NeutrenoAttention
 from gaugekit.nn.nonlocal_regularizer import NonlocalRegularizer
 from gaugekit.nn.packed_embedding import PackedEmbedding
+from gaugekit.nn.packed_experts import PackedExperts
 from gaugekit.nn.packed_linear import PackedLinear
 from gaugekit.nn.parameter_groups import parameter_groups
 from gaugekit.nn.shaped_attention import ShapedAttention
@@ -33,6 +34,7 @@ __all__ = [
     "NeutrenoBlock",
     "NonlocalRegularizer",
     "PackedEmbedding",
+    "PackedExperts",
     "PackedLinear",
     "PreLNBlock",
     "SASBlock",

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from gaugekit.nn.packed_layer import PackedLayer
+from gaugekit.nn.packed_layer import PackedMatrixLayer
 from gaugekit.nn.packed_matrix import PackedMatrix
 from gaugekit.ops.packed_linear.weight import packed_rows
 
 
-class PackedEmbedding(PackedLayer, nn.Embedding):
+class PackedEmbedding(PackedMatrixLayer, nn.Embedding):
     """rows = W[ids], W [``count``, ``width``] frozen in the layout of docs/resident.md; only rows asked for decode.
 
     ids int64 or int32 [...] -> [..., width] in W's dtype; ValueError for ids of another dtype. A tied head is

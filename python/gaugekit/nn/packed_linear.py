@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from gaugekit.nn.packed_layer import PackedLayer
+from gaugekit.nn.packed_layer import PackedMatrixLayer
 from gaugekit.nn.packed_matrix import PackedMatrix
 from gaugekit.ops.packed_linear.operator import packed_linear
 
 
-class PackedLinear(PackedLayer):
+class PackedLinear(PackedMatrixLayer):
     """y = x Wᵀ + b, W frozen in the lossless layout of docs/resident.md: x [..., inputs] -> [..., outputs].
 
     x may be of W's dtype, float32 or float64; under autocast y has autocast's dtype, as nn.Linear's has, while W is

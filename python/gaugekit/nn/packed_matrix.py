@@ -27,16 +27,19 @@ READ_ONLY = (
 class _Cell:
     """What a packed matrix and its aliases share: the packed parts, and the plain matrix while somebody holds it."""
 
-    __slots__ = ("decoded", "parameter", "trainable", "transposed", "value")
+    __slots__ = ("count", "decoded", "parameter", "trainable", "transposed", "value")
 
-    def __init__(self, value: PackedWeight, transposed: bool):
-        self.value, self.transposed, self.trainable = value, transposed, True
+    def __init__(self, value: PackedWeight, transposed: bool, count: int | None):
+        self.value, self.transposed, self.count, self.trainable = value, transposed, count, True
         self.decoded: Callable[[], Tensor | None] = lambda: None
         self.parameter: Callable[[], PackedParameter | None] = lambda: None
 
 
 class PackedMatrix(torch.Tensor):
     """A frozen matrix W [N, K] of bfloat16 or float16 in the layout of docs/resident.md (``transposed``: shown as Wᵀ).
+
+    Or ``count`` matrices of one shape, experts' weights [count, N, K], which are packed as [count · N, K], each shown
+    transposed where ``transposed``.
 
     Shape, dtype and device are there at once; an operator that needs the numbers decodes them. The matrix changes as a
     whole or not at all: assignment to ``.data`` packs what is assigned, and so does ``copy_`` into a detached alias,
@@ -49,22 +52,35 @@ class PackedMatrix(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, value: PackedWeight, transposed: bool = False, cell: _Cell | None = None):
-        shape = value.shape[::-1] if transposed else value.shape
+    def __new__(
+        cls,
+        value: PackedWeight,
+        transposed: bool = False,
+        cell: _Cell | None = None,
+        count: int | None = None,
+    ):
+        shape = _shape(value, transposed, count if cell is None else cell.count)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=value.dtype, device=value.raw.device, requires_grad=False
         )
 
-    def __init__(self, value: PackedWeight, transposed: bool = False, cell: _Cell | None = None):
-        self._cell = _Cell(value, transposed) if cell is None else cell
+    def __init__(
+        self,
+        value: PackedWeight,
+        transposed: bool = False,
+        cell: _Cell | None = None,
+        count: int | None = None,
+    ):
+        self._cell = _Cell(value, transposed, count) if cell is None else cell
         self._pinned: Tensor | None = None
         self._takes_copies = False
 
     @classmethod
     def of(cls, weight: Tensor, transposed: bool = False) -> PackedMatrix:
-        """Packs ``weight`` [N, K], or its transpose (see ``gaugekit.pack_weight``). What hangs on a parameter (its
-        attributes, whether it is frozen) is kept for ``plain_parameter``."""
-        matrix = cls(pack_weight(weight.T if transposed else weight), transposed)
+        """Packs ``weight`` [N, K] or [count, N, K], or what it is the transpose of (see ``gaugekit.pack_weight``). What
+        hangs on a parameter (its attributes, whether it is frozen) is kept for ``plain_parameter``."""
+        count = weight.shape[0] if weight.dim() == 3 else None
+        matrix = cls(pack_weight(_rows(weight, transposed)), transposed, count=count)
         if isinstance(weight, nn.Parameter):
             matrix._cell.trainable = weight.requires_grad
             matrix.__dict__.update(weight.__dict__)
@@ -90,6 +106,11 @@ class PackedMatrix(torch.Tensor):
     def transposed(self) -> bool:
         return self._cell.transposed
 
+    @property
+    def count(self) -> int | None:
+        """How many matrices of one shape these are; None for one that stands by itself."""
+        return self._cell.count
+
     raw = property(lambda self: self._cell.value.raw)
     planes = property(lambda self: self._cell.value.planes)
     escapes = property(lambda self: self._cell.value.escapes)
@@ -100,11 +121,15 @@ class PackedMatrix(torch.Tensor):
         """The matrix as a plain tensor, bit for bit; the same one as long as somebody holds it."""
         plain = self._cell.decoded()
         if plain is None:
-            plain = torch.ops.gaugekit.packed_rows(None, *self.value)
-            plain = plain.T.contiguous() if self.transposed else plain
+            plain = self._decode()
             if type(plain) is torch.Tensor:
                 self._cell.decoded = weakref.ref(plain)
         return plain
+
+    def _decode(self) -> Tensor:
+        rows = torch.ops.gaugekit.packed_rows(None, *self.value)
+        rows = rows if self.count is None else rows.view(_shape(self.value, False, self.count))
+        return rows.mT.contiguous() if self.transposed else rows
 
     def hold(self, value: PackedWeight) -> None:
         """Takes other packed parts of this shape, for all aliases. ValueError where they do not fit together."""
@@ -130,7 +155,7 @@ class PackedMatrix(torch.Tensor):
         weight = weight.detach().to(self.device, self.dtype)
         if not self.is_meta:  # nothing is held on that device, as nothing is by a plain tensor
             weight = weight.clone() if ours else weight
-            self.hold(pack_weight(weight.T if self.transposed else weight))
+            self.hold(pack_weight(_rows(weight, self.transposed)))
 
     def alias(self) -> PackedMatrix:
         # what is traced stays traceable
@@ -149,14 +174,13 @@ class PackedMatrix(torch.Tensor):
 
     def plain_parameter(self) -> nn.Parameter:
         """The matrix as a plain parameter of its own, bit for bit, frozen if it was before it was packed."""
-        plain = torch.ops.gaugekit.packed_rows(None, *self.value)
-        parameter = nn.Parameter(plain.T.contiguous() if self.transposed else plain, self._cell.trainable)
+        parameter = nn.Parameter(self._decode(), self._cell.trainable)
         parameter.__dict__.update(self._attributes())
         return parameter
 
     def received(self, weight: Tensor) -> PackedParameter:
         """The parameter, for all layers that share this place on the meta device, once ``weight`` is packed into it."""
-        self._cell.value = pack_weight(weight.T if self.transposed else weight)
+        self._cell.value = pack_weight(_rows(weight, self.transposed))
         return self.parameter()
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> PackedParameter:
@@ -242,15 +266,15 @@ class PackedMatrix(torch.Tensor):
     def __deepcopy__(self, memo: dict) -> Tensor:
         if id(self) not in memo:
             value = PackedWeight(*(part.clone() for part in self.value[:5]), self.value.columns)
-            twin = _rebuilt(
-                value, self.transposed, self._cell.trainable, copy.deepcopy(self._attributes(), memo)
-            )
+            attributes = copy.deepcopy(self._attributes(), memo)
+            twin = _rebuilt(value, self.transposed, self._cell.trainable, attributes, self.count)
             memo[id(self)] = twin.parameter() if isinstance(self, nn.Parameter) else twin
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
         if isinstance(self, nn.Parameter):
-            return _parameter, (tuple(self.value), self.transposed, self._cell.trainable, self._attributes())
+            rest = (self.transposed, self._cell.trainable, self._attributes(), self.count)
+            return _parameter, (tuple(self.value), *rest)
         return self.unpack().__reduce_ex__(protocol)
 
     def _attributes(self) -> dict:
@@ -262,16 +286,32 @@ class PackedParameter(PackedMatrix):
     do not, so a wrapper that copies the first rank's weights copies numbers, not parts, whose sizes may differ."""
 
     def __tensor_flatten__(self):
-        return list(PARTS), (self.value.columns, self.transposed)
+        return list(PARTS), (self.value.columns, self.transposed, self.count)
 
     @staticmethod
     def __tensor_unflatten__(inner, meta, outer_size, outer_stride):
-        columns, transposed = meta
-        return PackedParameter(PackedWeight(*(inner[name] for name in PARTS), columns), transposed)
+        columns, transposed, count = meta
+        value = PackedWeight(*(inner[name] for name in PARTS), columns)
+        return PackedParameter(value, transposed, count=count)
 
 
-def _rebuilt(value: PackedWeight, transposed: bool, trainable: bool, attributes: dict) -> PackedMatrix:
-    matrix = PackedMatrix(value, transposed)
+def _shape(value: PackedWeight, transposed: bool, count: int | None) -> tuple[int, ...]:
+    """The shape shown of packed rows: of one matrix, or of ``count``."""
+    rows, columns = value.shape
+    stack = () if count is None else (count,)
+    matrix = (rows if count is None else rows // max(1, count), columns)
+    return stack + (matrix[::-1] if transposed else matrix)
+
+
+def _rows(weight: Tensor, transposed: bool) -> Tensor:
+    """The rows to pack of a matrix, or of several, one below the other."""
+    return (weight.mT if transposed else weight).flatten(0, -2)
+
+
+def _rebuilt(
+    value: PackedWeight, transposed: bool, trainable: bool, attributes: dict, count: int | None = None
+) -> PackedMatrix:
+    matrix = PackedMatrix(value, transposed, count=count)
     matrix._cell.trainable = trainable
     matrix.__dict__.update(attributes)
     return matrix

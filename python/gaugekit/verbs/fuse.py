@@ -46,12 +46,13 @@ def fuse(
     freely, but build an optimizer after fusing: the parameters are new ones. Our attention refuses dropout on its
     probabilities, so fuse with ``attention=False`` to train a model that asks for it.
 
-    ``packed``: plain linear layers, GPT-2's Conv1D and embeddings of bfloat16 or float16 keep their weights packed in
-    memory and frozen, bit for bit (docs/resident.md); each layer stays the same object, with its hooks, attributes and
-    ties. Nothing is kept for ``unfuse``, which unpacks whatever is packed, so the memory is saved in this process. The
-    model saves as the plain one. The report then has ``bytes_before`` and ``bytes_after`` of all parameters and buffers
-    and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``speed`` [sentence] says what is known
-    of packed products on this kind of processor; ``left`` names every other module that holds a plain matrix.
+    ``packed``: plain linear layers, GPT-2's Conv1D, embeddings and the experts of mixtures keep weights of bfloat16 or
+    float16 packed in memory and frozen, bit for bit (docs/resident.md); each layer stays the same object, with its
+    hooks, attributes and ties. Nothing is kept for ``unfuse``, which unpacks whatever is packed, so the memory is saved
+    in this process. The model saves as the plain one. The report then has ``bytes_before`` and ``bytes_after`` of all
+    parameters and buffers and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``speed``
+    [sentence] says what is known of packed products on this kind of processor; ``left`` names every other module that
+    holds a plain matrix.
 
     ``neutreno``: λ, a number or one a layer (the first is not used): above the first layer attention becomes
     softmax(Q Kᵀ) V + λ (V⁰ − V), V⁰ the first layer's values of the same token (docs/neutreno.md). This changes the
@@ -211,7 +212,8 @@ def _pack(model: nn.Module, fields: dict) -> None:
     fields["left"] += [{"module": path, "reason": reason} for path, reason in done.left.items()]
     fields["bytes_before"], fields["bytes_after"] = done.bytes_before, done.bytes_after
     fields["plain_in_vectors"] = done.vectors
-    dtypes = {model.get_submodule(path).weight.dtype for path in done.packed}
+    layers = [model.get_submodule(path) for path in done.packed]
+    dtypes = {weight.dtype for layer in layers for weight in layer.packed_weights().values()}
     fields["speed"] = [speed_note(dtype) for dtype in sorted(dtypes, key=str)]
 
 

@@ -18,6 +18,11 @@ def _backward(given: Mapping[str, Any]) -> list[Rule]:
     return sharding.leading("grad", given, [True])
 
 
+def _grouped(given: Mapping[str, Any]) -> list[Rule]:
+    """None: rows are sorted by expert, so a rank's share of them has other ends."""
+    return []
+
+
 def _rows(given: Mapping[str, Any]) -> list[Rule]:
     return [] if given["index"] is None else [Rule({"index": 0}, [0])]
 
@@ -26,3 +31,5 @@ sharding.define("packed_linear", rules)
 sharding.define("packed_linear_planned", rules)
 sharding.define("packed_linear_backward", _backward)
 sharding.define("packed_rows", _rows)
+sharding.define("packed_experts", _grouped)
+sharding.define("packed_experts_backward", _grouped)
