@@ -57,13 +57,9 @@ def _no_input_cache(view: AttentionView) -> str | None:
     if not view.causal:
         return "it sees tokens on both sides, so nothing is cached"
     if view.rotary:
-        return (
-            "it turns its keys by position (RoPE), and no query can take a rotation up that differs from key to key"
-        )
+        return "it turns its keys by position (RoPE), and no query can take a rotation up that differs from key to key"
     if view.repeats > 1:
-        return (
-            f"{view.repeats} heads share keys and values, so those are fewer numbers than the input, or hardly more"
-        )
+        return f"{view.repeats} heads share keys and values, so those are fewer numbers than the input, or hardly more"
     if view.slopes is not None or view.shared_bias is not None or POSITIONS in view.barred.values():
         return "its scores hold a bias of position, which the operator does not add"
     if view.softcap is not None:

@@ -50,13 +50,12 @@ class LayerCache:
         self.keys = self.values = self.total = self.lengths = None
         self.columns = 0
 
-    def append(
-        self, k: Tensor, v: Tensor | None, lengths: Tensor | None = None, mean: bool = True
-    ) -> Step:
+    def append(self, k: Tensor, v: Tensor | None, lengths: Tensor | None = None, mean: bool = True) -> Step:
         """Adds k [B, G, T, K], v [B, H, T, V], of which ``lengths`` [B] (None: T) rows at the front are real.
 
-        Without v, k alone, and no mean; ValueError where that differs from what the cache holds. With ``mean``, and for T = 1, the step holds the mean of the values up to the new row, [B, H, 1, V]. For several
-        rows at once (a chunk of a prompt) the attention takes the means itself, in one more reading of the cache.
+        Without v, k alone, and no mean; ValueError where that differs from what the cache holds. With ``mean``, and for
+        T = 1, the step holds the mean of the values up to the new row, [B, H, 1, V]. For several rows at once (a chunk
+        of a prompt) the attention takes the means itself, in one more reading of the cache.
         """
         if self.keys is not None and (v is None) != (self.values is None):
             held, given = ("one tensor", "keys and values")[:: 1 if self.values is None else -1]

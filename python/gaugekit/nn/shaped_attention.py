@@ -106,16 +106,13 @@ class ShapedAttention(nn.Module):
 
     def _from_inputs(self, x: Tensor, lengths: Integers | None, cache: LayerCache) -> Tensor:
         """As ``forward`` with a cache that holds x."""
-        if hasattr(cache, "attend"):
-            raise ValueError(
-                "cache: a model fused with cache='x' keeps its inputs, and the pages of continuous batching hold keys "
-                "and values; unfuse it first"
-            )
         q, step = self._queries(x), cache.append(x[:, None], None, lengths)
         seen = {"window": self.window, "query_start": step.query_start, "key_lengths": step.key_lengths}
         rows = step.keys
         if rows.shape[2] > x.shape[1] and x.shape[1] <= FEW:
-            y = attend_inputs(q, rows, *self._matrices(x), scale=self.key_width**-0.5, **self._gains(), **seen)
+            y = attend_inputs(
+                q, rows, *self._matrices(x), scale=self.key_width**-0.5, **self._gains(), **seen
+            )
         else:
             k, v = self._keys_values(rows[:, 0])
             k = k if k.shape[1] == v.shape[1] else k.repeat_interleave(v.shape[1] // k.shape[1], dim=1)

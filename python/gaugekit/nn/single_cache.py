@@ -1,7 +1,7 @@
 """Attention whose keys and values are both read off the layer's input x, which is all that is cached.
 
-Keys are x W_Kᵀ, so a score is (W_Kᵀ q)·x_j; values are slices of x, or x W_Vᵀ, and then W_V is applied after the weighted
-sum. Nothing may turn or norm the keys in between.
+Keys are x W_Kᵀ, so a score is (W_Kᵀ q)·x_j; values are slices of x, or x W_Vᵀ, and then W_V is applied after the
+weighted sum. Nothing may turn or norm the keys in between.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gaugekit.nn.identity_linear import IdentityLinear
 from gaugekit.ops.single_cache_attention.operator import single_cache_attention
 
-# Queries at once up to which the cache itself is attended to: a step, or tokens drafted ahead. Above, as in a chunk of a
-# prompt, projecting the cached rows once is less work than scores as wide as the model.
+# Queries at once up to which the cache itself is attended to: a step, or tokens drafted ahead. Above, as in a chunk of
+# a prompt, projecting the cached rows once is less work than scores as wide as the model.
 FEW = 16
 
 
@@ -29,10 +29,10 @@ def attend_inputs(
 ) -> Tensor:
     """softmax(scale·q (rows W_Kᵀ)ᵀ) (rows W_Vᵀ + b) per head, with the other terms of ``single_cache_attention``.
 
-    q [B, H, T, K], rows [B, 1, S, D], key_weight [G, K, D] -> [B, H, T, V]. value_weight [H, V, D] and value_bias [H, V];
-    without a weight the values of head h are the h-th slice of rows. A bias of the keys changes no softmax and is left
-    out. ``said``: scale, lengths, gains and so on. With gains the bias counts as often as the weights of a row sum up
-    to, so it is taken only without them.
+    q [B, H, T, K], rows [B, 1, S, D], key_weight [G, K, D] -> [B, H, T, V]. value_weight [H, V, D], and value_bias
+    [H, V] where there are no gains, with which weights would no longer sum up to 1; without a weight the values of head
+    h are the h-th slice of rows. A bias of the keys changes no softmax and is left out. ``said``: scale, lengths, gains
+    and so on.
     """
     heads = q.shape[1]
     grouped = q.unflatten(1, (key_weight.shape[0], -1))
