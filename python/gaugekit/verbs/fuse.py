@@ -65,9 +65,9 @@ def fuse(
     ``cache``: while it generates a layer keeps one tensor a token in place of keys and values, half of the bytes, where
     it can (docs/single_cache.md): "x", its input (GPT-2, OPT, the decoders of BART and Whisper, SAS blocks: heads with
     keys of their own, which no position turns), or "v", its values, where keys are these, scaled and turned (Gemma 4's
-    ``attention_k_eq_v``). It needs our attention and plain projections, so it comes without ``gauge``. Afterwards caches
-    that were begun before are refused, and so is continuous batching. The report then has ``cached`` [{module, holds,
-    bytes_before, bytes_after}], in bytes a token.
+    ``attention_k_eq_v``). It needs our attention and plain projections, so it comes without ``gauge``. Afterwards
+    caches that were begun before are refused, and so is continuous batching. The report then has ``cached`` [{module,
+    holds, bytes_before, bytes_after}], in bytes a token.
 
     What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
     is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],

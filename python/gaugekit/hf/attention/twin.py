@@ -174,7 +174,10 @@ def calls(twin: nn.Module) -> list[Callable[[], list[Tensor]]]:
 
 
 def inputs(twin: nn.Module) -> dict[str, Tensor]:
-    """Made-up arguments of a forward, two sequences of ``TOKENS`` where it reads tokens; ValueError where there are none."""
+    """Made-up arguments of a forward, two sequences of ``TOKENS`` where it reads tokens.
+
+    ValueError where none can be made up.
+    """
     config, main, accepted = twin.config, twin.main_input_name, inspect.signature(twin.forward).parameters
     ids = torch.randint(3, max(4, getattr(config.get_text_config(), "vocab_size", 0) or 4), (2, TOKENS))
     target = {"decoder_input_ids": ids.flip(1)[:, :7]} if "decoder_input_ids" in accepted else {}

@@ -184,9 +184,12 @@ def _no_inputs(block: ShapedAttention) -> str | None:
     if block.rotary_base is not None:
         return "it turns its keys by position (RoPE), and no query can take a rotation up that differs from key to key"
     try:
-        for module in (block.key, block.value):
-            if module is not None and type(module) is not nn.Identity:
-                dense_weight(module)
+        if block.value is not None and len(dense_weight(block.value)) != block.width:
+            return (
+                "its heads share values, so keys and values are fewer numbers than the input, or hardly more"
+            )
+        if type(block.key) is not nn.Identity:
+            dense_weight(block.key)
     except ValueError as reason:
         return str(reason)
     return None
