@@ -30,7 +30,8 @@ SPEECH = {
 }  # fmt: skip
 GLOBAL = {
     "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 2,
-    "sliding_window": 6, "attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+    "sliding_window": 6, "attention_k_eq_v": True,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
     "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
 

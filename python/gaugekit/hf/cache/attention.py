@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from gaugekit.hf.attention import interface
 from gaugekit.hf.attention.mask import Visible
 from gaugekit.hf.cache.layers import single_layer
+from gaugekit.hf.upstream import unfit
 from gaugekit.models.single_cache import InputCache
 from gaugekit.nn.single_cache import FEW, attend_inputs
 from gaugekit.ops.single_cache_attention.operator import rotated, single_cache_attention
+
+try:
+    # what a forward of transformers was asked to record beside its output
+    from transformers.utils.output_capturing import _active_collector
+except ImportError as error:
+    raise unfit(__name__, error) from error
 
 CACHES = ("cache", "past_key_values")
 OTHER_SEQUENCE = ("encoder_hidden_states", "key_value_states")  # given, they make it cross-attention
@@ -46,6 +53,11 @@ class SingleCacheForward(ABC):
             raise ValueError(
                 "cache: the pages of continuous batching hold keys and values, and this model was fused to cache one "
                 "tensor; gaugekit.unfuse(model) first"
+            )
+        if caches and not torch.compiler.is_compiling() and "attentions" in (_active_collector.get() or ()):
+            raise ValueError(
+                "output_attentions: expected False, since no array of queries × keys is made where one tensor is "
+                "cached; gaugekit.unfuse(model) first"
             )
         if not caches:
             return type(self.attention).forward(self.attention, hidden_states, **said)
