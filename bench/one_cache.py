@@ -3,8 +3,8 @@
     python bench/one_cache.py                                 # context 4,096, batch 4, 2 layers, float32
     python bench/one_cache.py --context 1024 --dtype bfloat16 --layers 12
 
-One thread. What is timed is the processor's time, which waits for other processes do not enter; of each model the fastest
-of ``--steps`` steps, taken in turns, behind a prompt as long as the context.
+One thread. What is timed is the processor's time, which waits for other processes do not enter; of each model the
+fastest of ``--steps`` steps, taken in turns, behind a prompt as long as the context.
 """
 
 from __future__ import annotations

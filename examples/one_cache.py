@@ -4,8 +4,8 @@
     python examples/one_cache.py --quick              # a smaller model, fewer tokens
     python examples/one_cache.py --model DIR          # your GPT-2 or OPT
 
-``gaugekit.fuse(model, cache="x")`` lets the layers of a transformers model keep their input alone, where keys and values
-can both be read off it: multi-head attention without rotary positions. Needs gaugekit[hf].
+``gaugekit.fuse(model, cache="x")`` lets the layers of a transformers model keep their input alone, where keys and
+values can both be read off it: multi-head attention without rotary positions. Needs gaugekit[hf].
 """
 
 from __future__ import annotations
