@@ -274,6 +274,19 @@ def test_512_greedy_tokens_in_float32(name):
     assert got.shape == (2, 521) and torch.equal(got, expected)
 
 
+@torch.no_grad()
+def test_keys_and_values_are_there_for_an_assistant_that_asks():
+    """Gemma 4's assistants read those of the last layer of each kind."""
+    (ids, _), shared = prompts(padded=False), []
+    for m in pair("gemma4"):
+        cache = DynamicCache(config=m.config)
+        for part in (ids[:, :7], ids[:, 7:]):
+            out = m.model(part, return_shared_kv_states=True, **{CACHE: cache})
+            shared.append(out.shared_kv_states["full_attention"])
+    for got, expected in zip(shared[2:], shared[:2], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_single_layers_take_the_place_of_empty_ones_only():
     _, fused = pair("gemma4")
     cache = DynamicCache(config=fused.config)

@@ -35,7 +35,7 @@ TAP = "gaugekit_tap"
 # Keyword arguments that only inform: whatever else is given may change the scores or the probabilities, and is refused.
 INFORMATIVE = {
     "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "tokenizer", "use_cache",
+    "output_router_logits", "position_ids", "return_dict", "return_shared_kv_states", "tokenizer", "use_cache",
 }  # fmt: skip
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}  # say again what a mask of packed rows says
 FLAGS = {"output_attentions"}  # those that ask for nothing where they are False
