@@ -1,4 +1,4 @@
-"""What adapters say of layers that can decode from their input: where weights stand, what a token takes in the cache."""
+"""What adapters say of layers that decode from their input: where weights stand, what a token takes in the cache."""
 
 import pytest
 import torch
