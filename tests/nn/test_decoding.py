@@ -19,6 +19,11 @@ BLOCKS = {
     "rotary": (nn.SASBlock, {"rotary_base": 100.0, "key_width": 6}),
     "window": (nn.SASBlock, {"window": 3}),
     "window rotary": (nn.SASPBlock, {"window": 3, "rotary_base": 100.0}),
+    "one cache": (nn.SASBlock, {"key_width": 6}),
+    "one cache, first layer": (nn.SASBlock, {"first": True}),
+    "one cache, groups": (nn.SASPBlock, {"groups": 2}),
+    "one cache, no keys": (nn.SASBlock, {"key": False, "window": 3}),
+    "one cache, Pre-LN": (nn.PreLNBlock, {}),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SPLITS = [[1] * 12, [5, 1, 1, 1, 1, 1, 1, 1], [4, 4, 4], [1, 9, 2], [12]]
@@ -30,6 +35,7 @@ def block(name, dtype):
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(std=0.4)
+    made.attention.single_cache = name.startswith("one cache")
     return made
 
 

@@ -102,6 +102,13 @@ class TestRefusals:
         line = refused(capsys, tmp_path, "--port", 0, "--attn-implementation", "gaugekit")
         assert "does not cover this model" in line and "softcap" in line
 
+    def test_one_cached_tensor_beside_pages_or_for_a_model_that_has_none(self, capsys, model):
+        line = refused(capsys, model, "--port", 0, "--cache", "x", "--continuous-batching")
+        assert "--cache: expected without --continuous-batching" in line
+        line = refused(capsys, model, "--port", 0, "--cache", "x", "--attn-implementation", "sdpa")
+        assert "--cache: expected --attn-implementation gaugekit or none beside it, got sdpa" in line
+        assert "turns its keys by position" in refused(capsys, model, "--port", 0, "--cache", "x")
+
     def test_what_is_packed_already_by_its_numbers(self, capsys, model):
         line = refused(capsys, model, "--port", 0, "--packed", "--dtype", "float32")
         assert "bfloat16" in line and "float32" in line

@@ -16,8 +16,12 @@ import torch
 
 from gaugekit import serving
 from gaugekit.hf.attention import interface, paged
+from gaugekit.hf.cache import attention
 from gaugekit.integrations.transformers import GaugekitConfig
+from gaugekit.nn.single_cache import attend_inputs
+from one_cache import model as wide
 from serveable import LETTERS, PAGES, own
+from tiny import add_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
@@ -118,3 +122,20 @@ def test_a_crowd_of_clients_gets_what_each_would_get_alone(served, kind):
     ]
     assert len(refused) == 10 and all(answer.status >= 400 for answer in refused)
     assert alone == own(served[kind], ["abc"], TOKENS)[0], "the server lives"
+
+
+def test_one_cached_tensor_answers_as_keys_and_values_do(tmp_path, monkeypatch):
+    """GPT-2, whose layers keep their input: each step attends to the cache, once a layer."""
+    made = wide("gpt2", vocab_size=60, n_positions=64)
+    made.save_pretrained(tmp_path)
+    add_tokenizer(tmp_path, LETTERS)
+    expected, times = own(tmp_path, PROMPTS, TOKENS), []
+
+    def counted(*arguments, **keywords):
+        times.append(None)
+        return attend_inputs(*arguments, **keywords)
+
+    monkeypatch.setattr(attention, "attend_inputs", counted)
+    with serving.running(tmp_path, dtype="float64", cache="x") as address:
+        texts = [complete(address, tmp_path, prompt)[0] for prompt in PROMPTS]
+    assert texts == expected and len(times) >= len(PROMPTS)

@@ -253,6 +253,7 @@ def serve(arguments: argparse.Namespace) -> Outcome:
             dtype=arguments.dtype,
             attn_implementation=arguments.attn_implementation,
             packed=arguments.packed,
+            cache=arguments.cache,
             more=arguments.more,
             announce=announce,
         )

@@ -214,6 +214,12 @@ def _serve(verb: Adder) -> None:
     added.add_argument(
         "--packed", action="store_true", help="keep the matrices packed in memory (bfloat16, float16)"
     )
+    added.add_argument(
+        "--cache",
+        choices=("x", "v"),
+        help="keep one tensor a token in place of keys and values: a layer's input (x: GPT-2, OPT, SAS without rotary "
+        "positions) or its values (v: Gemma 4); not with --continuous-batching",
+    )
     added.epilog = "What stands after -- goes to transformers serve: gaugekit serve DIR -- --device cpu"
 
 

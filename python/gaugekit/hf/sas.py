@@ -7,7 +7,6 @@ registers them with the Auto classes. He and Hofmann, Simplifying Transformer Bl
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -33,18 +32,12 @@ try:
 except ImportError as error:
     raise unfit(__name__, error) from error
 
+from gaugekit.hf.cache.layers import CACHE
 from gaugekit.hf.sas_config import BLOCKS, SASCacheLayer, SASConfig
 from gaugekit.hf.sas_pages import Batched, Pages
 from gaugekit.nn import MLP, IdentityLinear, ShapedAttention
 from gaugekit.nn.block import Block, make_norm
 from gaugekit.nn.cache import positions_of
-
-# What transformers calls the cache an output holds: "cache" from 5.24 on, "past_key_values" before. Both are taken.
-CACHE = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
-)
 
 
 class SASPreTrainedModel(PreTrainedModel):

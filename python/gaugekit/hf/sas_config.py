@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gaugekit.hf import parallel
 from gaugekit.hf.upstream import unfit
@@ -14,11 +14,11 @@ from gaugekit.hf.upstream import unfit
 try:
     from huggingface_hub.dataclasses import strict
     from transformers import PreTrainedConfig
-    from transformers.cache_utils import CacheLayerMixin
 except ImportError as error:
     raise unfit(__name__, error) from error
 
-from gaugekit.nn import LayerCache, PreLNBlock, SASBlock, SASPBlock, SkiplessBlock
+from gaugekit.hf.cache.layers import GrowingLayer
+from gaugekit.nn import PreLNBlock, SASBlock, SASPBlock, SkiplessBlock
 from gaugekit.nn.block import Block
 from gaugekit.nn.mlp import GATED
 
@@ -148,59 +148,7 @@ class SASConfig(PreTrainedConfig):
         )
 
 
-class SASCacheLayer(LayerCache, CacheLayerMixin):
-    """A layer of DynamicCache(config=...): keys, values, lengths and the running sum of a LayerCache."""
+class SASCacheLayer(GrowingLayer):
+    """A layer of DynamicCache(config=...) for a block of a SAS model."""
 
     _layer_type = "gaugekit_sas"
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, **_: Any):
-        LayerCache.__init__(self)
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.keys is not None
-
-    @property
-    def batch_size(self) -> int:
-        return -1 if self.keys is None else self.keys.shape[0]
-
-    def lazy_initialization(self, *_: Any) -> None:
-        """The first append does it."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        step = self.append(key_states, value_states)
-        return step.keys, step.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        LayerCache.__init__(self)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
-        if self.columns and tokens_to_remove:
-            LayerCache.crop(self, -tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
-            self.select(rows.repeat_interleave(repeats))

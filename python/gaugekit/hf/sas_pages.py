@@ -65,6 +65,11 @@ class Batched(ContinuousMixin, nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         interface.register()
+        if any(getattr(module, "single_cache", False) for module in model.modules()):
+            raise ValueError(
+                "continuous batching: expected a model that caches keys and values, which is what its pages hold, got "
+                "one fused to cache its input; gaugekit.unfuse(model) first"
+            )
         self.model, sizes = model, model.config
         attention = sizes.block_of(0, device="meta").attention
         key_numbers = attention.key_width * (sizes.num_key_value_heads or sizes.num_attention_heads)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from gaugekit.models.family import Family, Read
-from gaugekit.models.view import AttentionView, Compact, Stored
+from gaugekit.models.view import AttentionView, Compact, Cut, Stored
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Compound(Family):
     def modules(self, layer: int) -> dict[str, str]:
         place = self._places[layer]
         return {part: place.path + path for part, path in place.part.modules(place.layer).items()}
+
+    def cuts(self, layer: int) -> dict[str, Cut]:
+        place = self._places[layer]
+        cuts = place.part.cuts(place.layer)
+        return {part: replace(cut, path=place.path + cut.path) for part, cut in cuts.items()}
 
     def attention(self, layer: int, read: Read) -> AttentionView:
         place = self._places[layer]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gaugekit.models.stream import Stream
-from gaugekit.models.view import AttentionView, Compact, Projection, Stored
+from gaugekit.models.view import AttentionView, Compact, Cut, Projection, Stored
 
 Read = Callable[[str], Tensor]
 
@@ -81,6 +81,16 @@ class Family(ABC):
     @abstractmethod
     def block(self, layer: int) -> str:
         """The path of the block that layer ``layer`` stands in."""
+
+    def cuts(self, layer: int) -> dict[str, Cut]:
+        """{"q", "k", "v": where a live model holds its weights}; ValueError, with the reason, where they cannot be cut
+        out of the module they stand in.
+        """
+        raise ValueError(f"the projections of {self.name!r} models cannot be cut into parts yet")
+
+    def dropout(self, layer: int) -> str | None:
+        """The path of the nn.Dropout that the output of a layer's attention goes through inside of the attention."""
+        return None
 
     def stream(self) -> Stream:
         """The residual stream of the model; ValueError, with the reason, where this house cannot turn it."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gaugekit.models.family import Read, bias_or_zeros, join, linear, split
 from gaugekit.models.linears import Linears
-from gaugekit.models.view import AttentionView, Compact, Projection, Stored
+from gaugekit.models.view import AttentionView, Compact, Cut, Projection, Stored
 
 
 class Fused(Linears):
@@ -24,6 +24,17 @@ class Fused(Linears):
     def groups(self) -> int:
         """G where queries, key and value of each key/value head stand together, else 1."""
         return 1
+
+    def cuts(self, layer: int) -> dict[str, Cut]:
+        if self.groups != 1:
+            raise ValueError("queries, keys and values stand together head by head in one projection")
+        cuts, start = {}, 0
+        for part in "qkv":
+            cuts[part] = Cut(
+                self.projections(layer)[part], self.heads(part), self.head_width, start, self.transposed
+            )
+            start += self.heads(part) * self.head_width
+        return cuts
 
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         inner = {part: self.heads(part) * self.head_width for part in "qkvo"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gaugekit.models.family import Family, Read, bias_or_zeros, join, split
-from gaugekit.models.view import AttentionView, Compact, Norms, Projection, Stored
+from gaugekit.models.view import AttentionView, Compact, Cut, Norms, Projection, Stored
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Linears(Family):
     def norms(self, layer: int) -> NormLayout | None:
         """The norms of queries and keys, where they have any of a kind that ``Norms`` describes."""
         return None
+
+    def cuts(self, layer: int) -> dict[str, Cut]:
+        paths = self.projections(layer)
+        return {part: Cut(paths[part], self.heads(part), self.head_width) for part in "qkv"}
 
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}

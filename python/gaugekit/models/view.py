@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,40 @@ class Norms:
         return (
             x * torch.rsqrt(x.square().mean(over, keepdim=True) + self.eps) * self.gain(part)[:, None].to(x)
         )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a live model holds the weights of q, k or v of one layer, to be read as they are, without a copy.
+
+    They are the ``heads`` · ``width`` outputs from ``start`` on of the linear module at ``path``, whose weight is [in,
+    out] where it is ``transposed``, else [out, in].
+    """
+
+    path: str
+    heads: int
+    width: int
+    start: int = 0
+    transposed: bool = False
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """[heads, width, D], a view of the weight of ``module``, the one at ``path``."""
+        outputs = module.weight.mT if self.transposed else module.weight
+        return outputs[self._rows].unflatten(0, (self.heads, self.width))
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """[heads, width], a view; None without one."""
+        return None if module.bias is None else module.bias[self._rows].unflatten(0, (self.heads, self.width))
+
+    def apply(self, module: nn.Module, x: Tensor) -> Tensor:
+        """This part of what ``module`` makes of x [B, T, D]: [B, heads, T, width]."""
+        weight, bias = self.weight(module).flatten(0, 1), self.bias(module)
+        y = nn.functional.linear(x, weight, None if bias is None else bias.flatten())
+        return y.unflatten(2, (self.heads, self.width)).transpose(1, 2)
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.start, self.start + self.heads * self.width)
 
 
 # Why a group may be left alone in a family (``AttentionView.barred``)

@@ -13,7 +13,7 @@ class Step(NamedTuple):
     """What one call sees: arguments of ``gaugekit.shaped_attention``, and C's row."""
 
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
     query_start: Tensor | None
     key_lengths: Tensor | None
     mean: Tensor | None
@@ -42,33 +42,43 @@ class LayerCache:
 
     Sequences may differ in length: those of ``lengths`` [B] real rows stand at the front of each (right padding), and
     what follows is finite and unseen; None means that all have S. ``total`` [B, H, V] is the float32 (float64) sum of
-    the values so far, so that a step of one row has its mean without reading the cache.
+    the values so far, so that a step of one row has its mean without reading the cache. Where keys and values are both
+    read off one tensor (``gaugekit.single_cache_attention``), ``keys`` holds that, and ``values`` stays None.
     """
 
     def __init__(self):
         self.keys = self.values = self.total = self.lengths = None
         self.columns = 0
 
-    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, mean: bool = True) -> Step:
+    def append(self, k: Tensor, v: Tensor | None, lengths: Tensor | None = None, mean: bool = True) -> Step:
         """Adds k [B, G, T, K], v [B, H, T, V], of which ``lengths`` [B] (None: T) rows at the front are real.
 
-        With ``mean``, and for T = 1, the step holds the mean of the values up to the new row, [B, H, 1, V]. For several
-        rows at once (a chunk of a prompt) the attention takes the means itself, in one more reading of the cache.
+        Without v, k alone, and no mean; ValueError where that differs from what the cache holds. With ``mean``, and for
+        T = 1, the step holds the mean of the values up to the new row, [B, H, 1, V]. For several rows at once (a chunk
+        of a prompt) the attention takes the means itself, in one more reading of the cache.
         """
+        if self.keys is not None and (v is None) != (self.values is None):
+            held, given = ("one tensor", "keys and values")[:: 1 if self.values is None else -1]
+            raise ValueError(
+                f"cache: expected one that holds {given} a layer, got {held}: it was begun before the model was fused "
+                "or unfused; begin another"
+            )
         before, start, rows = self.columns, self.lengths, k.shape[2]
         if lengths is not None and start is None:
             start = torch.full_like(lengths, before)
-        self.keys, self.values = append(self.keys, k, before, start), append(self.values, v, before, start)
+        self.keys = append(self.keys, k, before, start)
+        self.values = None if v is None else append(self.values, v, before, start)
         self.columns = before + rows
         if start is not None:
             self.lengths = start + (rows if lengths is None else lengths)
         means = None
-        if mean:
+        if mean and v is not None:
             self.total = self._sum(v, lengths) + (0 if self.total is None else self.total)
             if before and rows == 1:
                 count = self.columns if start is None else self.lengths.clamp(min=1)[:, None, None]
                 means = (self.total / count).to(v.dtype)[:, :, None]
-        keys, values = self.keys[:, :, : self.columns], self.values[:, :, : self.columns]
+        keys = self.keys[:, :, : self.columns]
+        values = None if v is None else self.values[:, :, : self.columns]
         return Step(keys, values, start if before else None, self.lengths, means)
 
     @staticmethod
@@ -90,7 +100,8 @@ class LayerCache:
         if not 0 <= rows <= self.columns:
             raise ValueError(f"rows: expected 0 to {self.columns}, got {rows}")
         self.columns -= rows
-        self.keys, self.values = (x[:, :, : self.columns] for x in (self.keys, self.values))
+        self.keys = self.keys[:, :, : self.columns]
+        self.values = None if self.values is None else self.values[:, :, : self.columns]
         if self.lengths is not None:
             self.lengths = self.lengths - rows
         if self.total is not None:

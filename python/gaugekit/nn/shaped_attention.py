@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gaugekit.nn.cache import LayerCache, positions_of
 from gaugekit.nn.rotary import rotate
 from gaugekit.nn.rows import check_positions, check_rows
+from gaugekit.nn.single_cache import FEW, attend_inputs, dense_weight
 from gaugekit.ops.operands import Integers
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 
@@ -21,7 +22,12 @@ class ShapedAttention(nn.Module):
     ``shaped=False``. Without ``query`` or ``key`` the input itself stands in their place: heads (or groups) times K has
     to be D then (``symmetry.absorb`` makes such models). He and Hofmann, Simplifying Transformer Blocks, eq. 5, 12.
     ValueError for sizes that do not fit.
+
+    ``single_cache``, which ``gaugekit.fuse(model, cache="x")`` sets: a LayerCache gets x alone, and keys and values are
+    read off that.
     """
+
+    single_cache = False
 
     def __init__(self, width: int, heads: int, *, groups: int | None = None, key_width: int | None = None,
                  causal: bool = True, window: int | None = None, rotary_base: float | None = None, shaped: bool = True,
@@ -77,16 +83,15 @@ class ShapedAttention(nn.Module):
             raise ValueError("cache: expected None without causal, since earlier rows would see later ones")
         if cu_seqlens is not None and (cache is not None or (self.rotary_base and positions is None)):
             raise ValueError("cu_seqlens: expected no cache, and positions beside rotary_base")
-        q, k = (p(x).unflatten(-1, (-1, self.key_width)).transpose(1, 2) for p in (self.query, self.key))
-        v = (x if self.value is None else self.value(x)).to(q.dtype)
-        v = v.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        if cache is not None and self.single_cache:
+            return self._from_inputs(x, lengths, cache)
+        q, (k, v) = self._queries(x), self._keys_values(x)
         if self.rotary_base is not None:
             positions = positions_of(x.shape[1], cache, x.device) if positions is None else positions
             q, k = (rotate(part, positions, self.rotary_base) for part in (q, k))
-        gains = {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma} if self.shaped else {}
+        gains = self._gains()
         if hasattr(cache, "attend"):
-            y = cache.attend(q, k, v, self.window, gains).transpose(1, 2).flatten(2)
-            return y if self.output is None else self.output(y)
+            return self._joined(cache.attend(q, k, v, self.window, gains))
         query_start = None
         if cache is not None:
             k, v, query_start, lengths, mean = cache.append(k, v, lengths, self.shaped and not self.window)
@@ -97,5 +102,43 @@ class ShapedAttention(nn.Module):
         k = k if k.shape[1] == v.shape[1] else k.repeat_interleave(v.shape[1] // k.shape[1], dim=1)
         y = shaped_attention(q, k, v, **gains, causal=self.causal, window=self.window, query_start=query_start,
                              key_lengths=lengths, cu_seqlens=cu_seqlens)  # fmt: skip
+        return self._joined(y)
+
+    def _from_inputs(self, x: Tensor, lengths: Integers | None, cache: LayerCache) -> Tensor:
+        """As ``forward`` with a cache that holds x."""
+        q, step = self._queries(x), cache.append(x[:, None], None, lengths)
+        seen = {"window": self.window, "query_start": step.query_start, "key_lengths": step.key_lengths}
+        rows = step.keys
+        if rows.shape[2] > x.shape[1] and x.shape[1] <= FEW:
+            y = attend_inputs(
+                q, rows, *self._matrices(x), scale=self.key_width**-0.5, **self._gains(), **seen
+            )
+        else:
+            k, v = self._keys_values(rows[:, 0])
+            k = k if k.shape[1] == v.shape[1] else k.repeat_interleave(v.shape[1] // k.shape[1], dim=1)
+            y = shaped_attention(q, k, v, **self._gains(), causal=True, **seen)
+        return self._joined(y)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self.query(x).unflatten(-1, (-1, self.key_width)).transpose(1, 2)
+
+    def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.key(x).unflatten(-1, (-1, self.key_width)).transpose(1, 2)
+        v = (x if self.value is None else self.value(x)).to(k.dtype)
+        return k, v.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+    def _gains(self) -> dict[str, Tensor]:
+        return {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma} if self.shaped else {}
+
+    def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W_K [G, K, D], and W_V [H, V, D] where there is one; without keys of their own the identity, like x."""
+        if isinstance(self.key, nn.Identity):
+            keys = torch.eye(self.width, dtype=x.dtype, device=x.device)
+        else:
+            keys = dense_weight(self.key)
+        values = None if self.value is None else dense_weight(self.value).unflatten(0, (self.heads, -1))
+        return keys.unflatten(0, (self.key_groups, self.key_width)), values
+
+    def _joined(self, y: Tensor) -> Tensor:
         y = y.transpose(1, 2).flatten(2)
         return y if self.output is None else self.output(y)

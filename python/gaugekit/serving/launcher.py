@@ -34,6 +34,7 @@ def serve(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     packed: bool = False,
+    cache: str | None = None,
     more: Sequence[str] = (),
     announce: Callable[[str], None] | None = None,
 ) -> Report:
@@ -44,6 +45,7 @@ def serve(
     begin = time.monotonic()
     options = {"host": host, "port": port, "continuous_batching": continuous_batching, "dtype": dtype}
     options |= {"attn_implementation": attn_implementation, "packed": packed, "more": more}
+    options["cache"] = cache
 
     def end(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -73,6 +75,7 @@ def running(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     packed: bool = False,
+    cache: str | None = None,
     more: Sequence[str] = (),
 ) -> Iterator[str]:
     """Runs ``transformers serve directory`` in a thread; yields its address, http://host:port, once it answers.
@@ -85,6 +88,8 @@ def running(
     ``attn_implementation``: None (of a converted model gaugekit's, else transformers' choice), "gaugekit", or a name
         that transformers serve takes.
     ``packed``: keeps the matrices packed in memory (bfloat16 or float16).
+    ``cache``: "x" or "v" as ``gaugekit.fuse`` takes it: one cached tensor a layer, of gaugekit's attention; not with
+        ``continuous_batching``.
     ``more``: further options of transformers serve, as on its command line: ["--device", "cpu"].
 
     Raises ValueError for a directory that cannot be served, a port that is taken and options transformers refuses,
@@ -93,12 +98,13 @@ def running(
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ImportError(f"serving needs {', '.join(missing)}: {EXTRA}")
     _check(directory, packed)
+    _check_cache(cache, continuous_batching, attn_implementation)
     _check_port(host, port)
     arguments = ["--host", host, "--port", str(port), "--dtype", dtype, "--non-blocking"]
     arguments += ["--continuous-batching"] if continuous_batching else []
     if attn_implementation not in (None, OURS):
         arguments += ["--attn-implementation", attn_implementation]
-    server = _start([str(directory), *arguments, *more], attn_implementation, packed)
+    server = _start([str(directory), *arguments, *more], attn_implementation, packed, cache)
     try:
         yield _address(server, host)
     finally:
@@ -120,6 +126,16 @@ def _check(directory: str | Path, packed: bool) -> None:
         raise ValueError(f"DIR: expected a tokenizer in {str(directory)!r}, found none")
 
 
+def _check_cache(cache: str | None, continuous_batching: bool, attention: str | None) -> None:
+    """ValueError where one cached tensor is asked for and cannot be, whatever the model."""
+    if cache is not None and continuous_batching:
+        raise ValueError(
+            "--cache: expected without --continuous-batching, whose pages hold keys and values, got both"
+        )
+    if cache is not None and attention not in (None, OURS):
+        raise ValueError(f"--cache: expected --attn-implementation {OURS} or none beside it, got {attention}")
+
+
 def _check_port(host: str, port: int) -> None:
     """ValueError where nothing can listen there: a model takes long to load, and uvicorn would only log it."""
     if not 0 <= port < 1 << 16:  # getaddrinfo takes what is left of it by 65,536
@@ -134,7 +150,7 @@ def _check_port(host: str, port: int) -> None:
         raise ValueError(f"--port: expected a free one on {host}, got {port}: {error}") from None
 
 
-def _start(arguments: list[str], attention: str | None, packed: bool) -> Any:
+def _start(arguments: list[str], attention: str | None, packed: bool, cache: str | None) -> Any:
     """The running server, transformers' ``Serve``, of a command line of transformers serve."""
     loading.transformers()
     import typer
@@ -146,7 +162,7 @@ def _start(arguments: list[str], attention: str | None, packed: bool) -> Any:
     app.command(name="serve")(Serve)
     # typer brings click with it, or a copy of its own
     refusal = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-    with manager.installed(attention, packed):
+    with manager.installed(attention, packed, cache):
         try:
             return typer.main.get_command(app).main(
                 arguments, prog_name="transformers serve", standalone_mode=False

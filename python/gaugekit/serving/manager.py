@@ -16,27 +16,28 @@ from transformers.cli.serving import model_manager
 from gaugekit.hf.attention import interface, probe
 from gaugekit.hf.quantizer import GaugekitConfig
 from gaugekit.hf.sas import SASForCausalLM
+from gaugekit.verbs.fuse import fuse
 
 Manager = model_manager.ModelManager
 
 
 @contextlib.contextmanager
-def installed(attention: str | None, packed: bool) -> Iterator[None]:
+def installed(attention: str | None, packed: bool, cache: str | None = None) -> Iterator[None]:
     """Within, ``transformers serve`` builds its server with our manager.
 
     ``attention`` "gaugekit" gives every model our attention or refuses it, None leaves the choice to the loader;
-    ``packed`` keeps the matrices packed in memory.
+    ``packed`` keeps the matrices packed in memory, ``cache`` "x" or "v" fuses every model so, or refuses it.
     """
     if not hasattr(transformers, SASForCausalLM.__name__):
         setattr(transformers, SASForCausalLM.__name__, SASForCausalLM)
-    model_manager.ModelManager = _kind(attention, packed)
+    model_manager.ModelManager = _kind(attention, packed, cache)
     try:
         yield
     finally:
         model_manager.ModelManager = Manager
 
 
-def _kind(attention: str | None, packed: bool) -> type[Manager]:
+def _kind(attention: str | None, packed: bool, cache: str | None) -> type[Manager]:
     class GaugekitManager(Manager):
         """One for each server, as its class is all that the server is told."""
 
@@ -55,6 +56,10 @@ def _kind(attention: str | None, packed: bool) -> type[Manager]:
             if attention == interface.NAME and not own and (reason := probe.adopt(model)):
                 raise ValueError(
                     f"attn_implementation: gaugekit's does not cover this model: {reason}; leave it out, or choose sdpa"
+                )
+            if cache is not None and not (report := fuse(model, cache=cache))["cached"]:
+                raise ValueError(
+                    f"cache: no layer of this model can keep one tensor: {report['left'][0]['reason']}"
                 )
             return model
 

@@ -22,6 +22,8 @@ from gaugekit.report import Report
 from gaugekit.symmetry import GaugeFix
 from gaugekit.verbs import wording
 
+CACHES = ("x", "v")
+
 
 @torch.no_grad()
 def fuse(
@@ -32,11 +34,12 @@ def fuse(
     attention: bool = True,
     packed: bool = False,
     neutreno: float | Sequence[float] | None = None,
+    cache: str | None = None,
 ) -> Report:
     """Makes this instance lighter, the function it computes unchanged; no class and no other instance is touched.
 
-    ``gauge`` (the default unless ``packed``): in every layer the key and value projections become compact forms
-    without what nobody can observe (see ``symmetry.GaugeFix``; float64, rounded once), and the query and output
+    ``gauge`` (the default unless ``packed`` or ``cache``): in every layer the key and value projections become compact
+    forms without what nobody can observe (see ``symmetry.GaugeFix``; float64, rounded once), and the query and output
     projections take up the rest; query and key channels that ``rank.truncate`` left at zero are no longer stored.
     ``rows`` is how a gauge is fixed, "balanced" unless given; "triangular" removes half as much and lets no rounding
     error grow (docs/gauge.md).
@@ -60,14 +63,21 @@ def fuse(
     Mistral, Qwen2, ViT and DeiT; gradient checkpointing needs ``use_reentrant=False``. ``save_pretrained`` keeps λ in
     config.json, and ``from_pretrained`` fuses again once ``gaugekit.integrations.transformers`` is imported.
 
+    ``cache``: while it generates a layer keeps one tensor a token in place of keys and values, half of the bytes, where
+    it can (docs/single_cache.md): "x", its input (GPT-2, OPT, the decoders of BART and Whisper, SAS blocks: heads with
+    keys of their own, which no position turns), or "v", its values, where keys are these, scaled and turned (Gemma 4's
+    ``attention_k_eq_v``). It needs our attention and plain projections, so it comes without ``gauge``. Afterwards
+    caches that were begun before are refused, and so is continuous batching. The report then has ``cached`` [{module,
+    holds, bytes_before, bytes_after}], in bytes a token.
+
     What cannot be replaced is left as it was and reported with the reason; a model of an unknown family, too: fusing
     is an optimisation, and a pipeline should not stop for want of one. Returns a Report: ``replaced`` [{module, form}],
     ``rewritten`` [module: dense, new weights], ``attention`` (the implementation in use, None where not known),
     ``left`` [{module, reason}], ``products`` [{module, product, reason}]: whether a compact projection runs our kernel
     ("kernel") or torch's product with its dense weight ("dense"), and why, ``parameters_before``,
     ``parameters_after``. Raises ValueError where ``model`` is no nn.Module, for ``gauge`` and ``packed`` together, for
-    ``rows`` that are no choice or without ``gauge``, and for ``neutreno`` with ``gauge``, without ``attention`` or not
-    finite numbers.
+    ``rows`` that are no choice or without ``gauge``, for ``neutreno`` with ``gauge``, without ``attention`` or not
+    finite numbers, and for ``cache`` that is no choice or beside ``gauge`` or ``neutreno``.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -77,7 +87,11 @@ def fuse(
         raise ValueError(
             "neutreno: expected with attention and without gauge: it ties the values of all layers"
         )
-    gauge = not packed and neutreno is None if gauge is None else gauge
+    if cache is not None and (cache not in CACHES or gauge or neutreno is not None):
+        raise ValueError(
+            f"cache: expected None, or one of {', '.join(CACHES)} without gauge and neutreno, got {cache!r}"
+        )
+    gauge = not packed and neutreno is None and cache is None if gauge is None else gauge
     if rows is not None and not gauge:
         raise ValueError(f"rows: expected beside gauge, got {rows!r} without it")
     fix = GaugeFix(rows or "balanced")
@@ -93,6 +107,8 @@ def fuse(
             _pack(model, fields)
         if attention:
             steps += _attend(model, neutreno, fields)
+        if cache is not None:
+            steps += _cache(model, cache, fields)
         if steps := [step for step in steps if step.changed(model)]:
             install.remember(model, steps)
     fields["attention"] = _attention(model)
@@ -226,6 +242,19 @@ def _attend(model: nn.Module, lam, fields: dict) -> list[Any]:
     from gaugekit.hf.attention.step import AttentionStep
 
     step = AttentionStep(lam)
+    _apply(step, model, fields)
+    return [step]
+
+
+def _cache(model: nn.Module, cache: str, fields: dict) -> list[Any]:
+    """The step that lets layers of ``model`` cache one tensor, in a list; nothing without transformers."""
+    fields["cached"] = []
+    try:
+        from gaugekit.hf.cache.step import CacheStep
+    except ImportError as error:
+        fields["left"].append({"module": "", "reason": f"cache: {error}"})
+        return []
+    step = CacheStep(cache)
     _apply(step, model, fields)
     return [step]
 

@@ -289,7 +289,11 @@ def fused(report: Report, model: torch.nn.Module) -> Report:
             ),
         ]
         report.notes += fields["speed"]
-    changed = bool(fields["replaced"] or fields["rewritten"] or fields["attention"] == "gaugekit")
+    if "cached" in fields:
+        report.lines.append(("cache", _cached(fields["cached"])))
+    changed = bool(
+        fields["replaced"] or fields["rewritten"] or fields["attention"] == "gaugekit" or fields.get("cached")
+    )
     name = type(model).__name__
     report.done = (
         f"Fused this {name} in memory; nothing was written." if changed else f"Left this {name} as it was."
@@ -299,6 +303,15 @@ def fused(report: Report, model: torch.nn.Module) -> Report:
     )
     report.next = report.next or "see above what stood in the way"
     return report
+
+
+def _cached(layers: list[dict[str, Any]]) -> str:
+    """How many bytes a token takes in the cache of the layers that keep one tensor."""
+    if not layers:
+        return "keys and values in every layer, as before"
+    before, after = (sum(layer[name] for layer in layers) for name in ("bytes_before", "bytes_after"))
+    told = f"{len(layers)} layers keep their {layers[0]['holds']} alone"
+    return f"{told}: {before:,} bytes a token before, {after:,} after: {change(before, after)}"
 
 
 def unfused(report: Report, model: torch.nn.Module) -> Report:

@@ -35,7 +35,7 @@ TAP = "gaugekit_tap"
 # Keyword arguments that only inform: whatever else is given may change the scores or the probabilities, and is refused.
 INFORMATIVE = {
     "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "tokenizer", "use_cache",
+    "output_router_logits", "position_ids", "return_dict", "return_shared_kv_states", "tokenizer", "use_cache",
 }  # fmt: skip
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}  # say again what a mask of packed rows says
 FLAGS = {"output_attentions"}  # those that ask for nothing where they are False
@@ -72,18 +72,9 @@ def attend(
     ``gaugekit_values`` (neutreno.py) λ (V⁰ − V) is added above the first layer. A ``Tap`` the module has sees what is
     attended to, whole sequences only. Raises ValueError for what shaped attention does not cover.
     """
-    if dropout:
-        raise ValueError(
-            f"dropout: expected 0, got {dropout}; shaped attention has no dropout on its probabilities. Set the "
-            f"config's attention dropout to 0, call model.eval(), or {INSTEAD}"
-        )
     packed = isinstance(attention_mask, Visible) and attention_mask.cu_seqlens is not None
     in_pages = "write_index" in kwargs
-    said = INFORMATIVE | (PACKED if packed else set()) | (paged.ARGUMENTS if in_pages else set())
-    for name, given in kwargs.items():
-        known = name in said or (given is False and name in FLAGS)
-        if given is not None and not known:
-            raise ValueError(f"{name}: shaped attention does not cover it; {INSTEAD}")
+    check({**kwargs, "dropout": dropout}, attention_mask)
     if in_pages:
         return paged.attend(module, query, key, value, kwargs, scaling, sliding_window, gaugekit_values), None
     mask = _mask(module, query, key, attention_mask, is_causal, sliding_window)
@@ -97,18 +88,18 @@ def attend(
     there = query.device
     if mask.key_order is not None:
         order = mask.key_order.to(there)
-        key, value = _gather(key, order), _gather(value, order)
+        key, value = gather(key, order), gather(value, order)
     if mask.query_order is not None:
         query_order = mask.query_order.to(there)
-        query = _gather(query, query_order)
+        query = gather(query, query_order)
     terms = {}
     if gaugekit_values is not None:
         own = _own(value, mask, query.shape[2])
         if mask.query_order is not None:
-            own = _gather(own, query_order.argsort(1))
+            own = gather(own, query_order.argsort(1))
         terms = gaugekit_values.of(module, value, own, query.shape[1])
         if terms and mask.query_order is not None:
-            terms["v0"] = _gather(terms["v0"], query_order)
+            terms["v0"] = gather(terms["v0"], query_order)
     if tap is not None:
         _show(tap, query, key, value, mask, scaling)
     out = shaped_attention(
@@ -124,9 +115,26 @@ def attend(
         **terms,
     )
     if mask.query_order is not None:
-        out = _gather(out, query_order.argsort(1))
+        out = gather(out, query_order.argsort(1))
     out = out.transpose(1, 2)
     return (out.unflatten(1, (batch, -1))[0] if packed else out).contiguous(), None
+
+
+def check(said: dict[str, Any], mask: Visible | None) -> None:
+    """ValueError where ``said``, what an attention function is given beside tensors and scale, asks for what shaped
+    attention does not cover.
+    """
+    if dropout := said.get("dropout"):
+        raise ValueError(
+            f"dropout: expected 0, got {dropout}; shaped attention has no dropout on its probabilities. Set the "
+            f"config's attention dropout to 0, call model.eval(), or {INSTEAD}"
+        )
+    packed = isinstance(mask, Visible) and mask.cu_seqlens is not None
+    known = INFORMATIVE | {"dropout"} | (PACKED if packed else set())
+    known |= paged.ARGUMENTS if "write_index" in said else set()
+    for name, given in said.items():
+        if given is not None and name not in known and not (given is False and name in FLAGS):
+            raise ValueError(f"{name}: shaped attention does not cover it; {INSTEAD}")
 
 
 def _mask(
@@ -169,7 +177,7 @@ def _own(value: torch.Tensor, mask: Visible, queries: int) -> torch.Tensor:
     if mask.query_start is None:
         return value[:, :, keys - queries :] if mask.causal else value
     position = mask.query_start.to(value.device)[:, None] + torch.arange(queries, device=value.device)
-    return _gather(value, position.clamp(0, keys - 1))
+    return gather(value, position.clamp(0, keys - 1))
 
 
 def _show(tap: torch.nn.Module, query, key, value, mask: Visible, scaling: float | None) -> None:
@@ -179,7 +187,7 @@ def _show(tap: torch.nn.Module, query, key, value, mask: Visible, scaling: float
     lengths = None if mask.key_lengths is None else mask.key_lengths.to(query.device)
     if mask.query_start is not None:
         row = torch.arange(key.shape[2], device=query.device) - mask.query_start.to(query.device)[:, None]
-        query = _gather(query, row.clamp(0, query.shape[2] - 1))
+        query = gather(query, row.clamp(0, query.shape[2] - 1))
     tap(value, query, key, causal=mask.causal, window=mask.window, key_lengths=lengths, scale=scaling)
 
 
@@ -198,6 +206,6 @@ def remove_taps(model: torch.nn.Module, paths: list[str]) -> None:
         delattr(model.get_submodule(parent), name)
 
 
-def _gather(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def gather(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """x [B, heads, N, width] with its N positions in ``order`` [B, N]."""
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -57,7 +57,7 @@ def verdict(kind: type, config: Any, whole: bool = True) -> str | None:
         own = "sdpa" if kind._supports_sdpa else "eager"
     key = (kind, twin.plain(config).to_json_string(use_diff=False), own, whole)
     if key not in _verdicts:
-        with _quiet():
+        with quiet():
             _verdicts[key] = _ask(kind, config, own, whole)
     return _verdicts[key]
 
@@ -70,7 +70,7 @@ def _ask(kind: type, config: Any, own: str, whole: bool) -> str | None:
                 model = twin.make(kind, size, own)
                 calls, before = _run(model)
             except Exception as error:  # these sizes do not fit this family: the next may
-                reason = reason or f"{kind.__name__} cannot be tried on a small scale: {_line(error)}"
+                reason = reason or f"{kind.__name__} cannot be tried on a small scale: {line(error)}"
                 continue
             times: list[None] = []
             with _counted(times):
@@ -78,10 +78,10 @@ def _ask(kind: type, config: Any, own: str, whole: bool) -> str | None:
                     model.set_attn_implementation(NAME)
                     after = [call() for call in calls]
                 except Exception as error:
-                    return f"{kind.__name__} does not run with it: {_line(error)}"
+                    return f"{kind.__name__} does not run with it: {line(error)}"
         if times or not whole:
-            same = all(_same(*pair) for pair in zip(before, after, strict=True))
-            return None if same else f"{kind.__name__} computes something else with it"
+            agrees = all(same(*pair) for pair in zip(before, after, strict=True))
+            return None if agrees else f"{kind.__name__} computes something else with it"
         reason = f"{kind.__name__} never asks transformers' attention interface"
     return reason
 
@@ -113,7 +113,7 @@ def _counted(times: list[None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' advice is about the user's model, not about ours."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
@@ -123,7 +123,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+def same(before: list[Tensor], after: list[Tensor]) -> bool:
     if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True)):
         return False
     return all(
@@ -131,5 +131,5 @@ def _same(before: list[Tensor], after: list[Tensor]) -> bool:
     )  # False for NaN
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -160,21 +160,25 @@ def make(kind: type, config: Any, implementation: str) -> nn.Module:
 def calls(twin: nn.Module) -> list[Callable[[], list[Tensor]]]:
     """What to run: each returns the tensors to compare, padding left out."""
     main, accepted = twin.main_input_name, inspect.signature(twin.forward).parameters
-    inputs = _inputs(twin, main, accepted)
-    runs: list[Callable[[], list[Tensor]]] = [lambda: _outputs(twin, inputs)]
+    given = inputs(twin)
+    runs: list[Callable[[], list[Tensor]]] = [lambda: _outputs(twin, given)]
     if main != "input_ids" or "attention_mask" not in accepted:
         return runs
     right = torch.ones(2, TOKENS, dtype=torch.int64)
     right[1, TOKENS - 5 :] = 0
     for mask in (right, right.flip(1)):
-        runs.append(lambda mask=mask: _outputs(twin, inputs | {"attention_mask": mask}))
+        runs.append(lambda mask=mask: _outputs(twin, given | {"attention_mask": mask}))
     if getattr(twin, "can_generate", bool)():
-        runs.append(lambda: _generated(twin, inputs["input_ids"], right.flip(1)))
+        runs.append(lambda: _generated(twin, given["input_ids"], right.flip(1)))
     return runs
 
 
-def _inputs(twin: nn.Module, main: str, accepted: Any) -> dict[str, Tensor]:
-    config = twin.config
+def inputs(twin: nn.Module) -> dict[str, Tensor]:
+    """Made-up arguments of a forward, two sequences of ``TOKENS`` where it reads tokens.
+
+    ValueError where none can be made up.
+    """
+    config, main, accepted = twin.config, twin.main_input_name, inspect.signature(twin.forward).parameters
     ids = torch.randint(3, max(4, getattr(config.get_text_config(), "vocab_size", 0) or 4), (2, TOKENS))
     target = {"decoder_input_ids": ids.flip(1)[:, :7]} if "decoder_input_ids" in accepted else {}
     if "grid_thw" in accepted:  # patches of images of several sizes, one after the other

@@ -33,6 +33,9 @@ class Gpt2(Fused):
         fused = f"{self.block(layer)}.attn.c_attn"
         return {"q": fused, "k": fused, "v": fused, "o": f"{self.block(layer)}.attn.c_proj"}
 
+    def dropout(self, layer: int) -> str | None:
+        return f"{self.block(layer)}.attn.resid_dropout"
+
     @property
     def size(self) -> int:
         return self.config["n_embd"]

@@ -86,7 +86,7 @@ def composition(
     if q.numel() and keys:  # what nobody sees may be no number
         unseen = torch.arange(keys, device=q.device) >= seen.last.amax(1, keepdim=True)
         rows = rows.masked_fill(unseen[:, None, :, None], 0)
-    k = rows if cos is None else rotated(rows, key_gain, cos, sin)
+    k = rows if cos is None else rotated(rows, key_gain, cos[:keys], sin[:keys])
     queries = q.to(dtype).unflatten(1, (groups, -1))
     v = rows.unflatten(3, (queries.shape[2], -1)).permute(0, 1, 3, 2, 4) if slices else rows[:, :, None]
     parts = [
@@ -131,11 +131,11 @@ def paged(cache: Tensor, block_table: Tensor) -> Tensor:
 
 
 def rotated(rows: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE(gain ⊙ rows): rows [B, G, S, C], cos and sin [P, R/2] of which the first S rows count."""
+    """RoPE(gain ⊙ rows): rows [B, G, S, C], cos and sin [S, R/2] or [B, 1, S, R/2]."""
     rows = rows if gain is None else rows * gain.to(rows.dtype)
-    pairs = cos.shape[1]
+    pairs = cos.shape[-1]
     first, second = rows.chunk(2, -1)
-    cos, sin = (x[: rows.shape[2]].to(rows.dtype) for x in (cos, sin))
+    cos, sin = cos.to(rows.dtype), sin.to(rows.dtype)
     turned = first[..., :pairs] * cos - second[..., :pairs] * sin
     other = second[..., :pairs] * cos + first[..., :pairs] * sin
     return torch.cat([turned, first[..., pairs:], other, second[..., pairs:]], -1)
