@@ -34,6 +34,7 @@ FOREIGN = {  # who may import which foreign package; torch and numpy are free
     "tqdm": {"progress"},
     "zstandard": {"demo"},
     "triton": {"ops"},
+    "vllm": {"integrations"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 NAMES = {

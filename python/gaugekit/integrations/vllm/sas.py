@@ -1,9 +1,9 @@
 """SAS models in vLLM: their own class, since transformers' attention interface is not what they attend through.
 
-vLLM's backend for transformers swaps the attention of a module that calls ``ALL_ATTENTION_FUNCTIONS``. A SAS layer
-computes α·V + β·softmax(Q Kᵀ/√K) V − γ·C V, values being x itself. Two of the three are what vLLM's paged attention does:
-softmax with the real queries, and with queries of zeros the uniform C under the same mask. So each head asks twice of
-the same keys and values, and the cache holds keys and x once.
+vLLM's backend for transformers swaps the attention of modules that call ``ALL_ATTENTION_FUNCTIONS``. A SAS layer
+computes α·V + β·softmax(Q Kᵀ/√K) V − γ·C V instead, V being x itself. The last two are what vLLM's paged attention
+does: softmax with the real queries, and with queries of zeros the uniform C under the same mask. So each head asks
+twice of the same keys and values, and the cache holds keys and x once.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ class SASForCausalLM(nn.Module):
         """input_ids [T] of all requests, end to end -> [T, D]."""
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         pages = Step([VllmPages(attention) for attention in self.attention])
-        said = self.model(
-            inputs_embeds=x[None], position_ids=positions[None], cache=pages, use_cache=False
-        )
+        said = self.model(inputs_embeds=x[None], position_ids=positions[None], cache=pages, use_cache=False)
         return said.last_hidden_state[0]
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
