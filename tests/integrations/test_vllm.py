@@ -34,7 +34,7 @@ LLAMA = dict(SHARED, num_attention_heads=4, num_key_value_heads=2, head_dim=64, 
              max_position_embeddings=256)  # fmt: skip
 SAS = {
     "sas": dict(SHARED, num_attention_heads=4, num_key_value_heads=2, rope=True),
-    "sas of one gain a head": dict(SHARED, num_attention_heads=2, block="sas_p", values=True, outputs=True),
+    "sas_p with all matrices": dict(SHARED, num_attention_heads=2, block="sas_p", values=True, outputs=True),
     "sas with a window": dict(SHARED, num_attention_heads=4, key_width=16, sliding_window=5),
     "standard blocks": dict(SHARED, num_attention_heads=4, block="pre_ln", tie_word_embeddings=False),
 }
