@@ -34,7 +34,9 @@ LLAMA = dict(SHARED, num_attention_heads=4, num_key_value_heads=2, head_dim=64, 
              max_position_embeddings=256)  # fmt: skip
 SAS = {
     "sas": dict(SHARED, num_attention_heads=4, num_key_value_heads=2, rope=True),
-    "sas_p with all matrices": dict(SHARED, num_attention_heads=2, block="sas_p", values=True, outputs=True),
+    "sas_p with all matrices": dict(
+        SHARED, num_attention_heads=2, block="sas_p", values=True, outputs=True, tie_word_embeddings=False
+    ),
     "sas with a window": dict(SHARED, num_attention_heads=4, key_width=16, sliding_window=5),
     "standard blocks": dict(SHARED, num_attention_heads=4, block="pre_ln", tie_word_embeddings=False),
 }
@@ -47,13 +49,13 @@ SLICED = {
 KINDS = ["plain", "converted", "truncated", *SLICED, *SAS]
 
 
-def spread(model):
-    """The model with numbers drawn so wide that its layers and tokens differ from each other."""
+def spread(model, std):
+    """The model with numbers drawn so wide that what it says does not repeat itself."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             gain = parameter.dim() == 1
-            parameter.normal_(1.0 if gain else 0.0, 0.3 if gain else 0.1)
+            parameter.normal_(1.0 if gain else 0.0, 0.3 if gain else std)
     return model
 
 
@@ -66,7 +68,7 @@ def models(tmp_path_factory):
     def write(kind, target):
         if kind in ("plain", "tied"):
             config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=kind == "tied")
-            spread(transformers.LlamaForCausalLM(config)).bfloat16().save_pretrained(target)
+            spread(transformers.LlamaForCausalLM(config), 0.1).bfloat16().save_pretrained(target)
             add_tokenizer(target)
         elif kind == "packed":
             gk.codec.pack(models("plain"), target)
@@ -79,7 +81,7 @@ def models(tmp_path_factory):
             options = {"calibration": folder / "text.txt", "window": 32, "windows": 8, **options}
             gk.slicing.slice(models(source), target, 0.25, **options)
         else:
-            spread(SASForCausalLM(SASConfig(**SAS[kind]))).save_pretrained(target)
+            spread(SASForCausalLM(SASConfig(**SAS[kind])), 0.3).save_pretrained(target)
 
     def models(kind):
         target = folder / kind.replace(" ", "-").replace(",", "")
@@ -127,7 +129,7 @@ def test_says_what_transformers_says(models, kind):
     assert type(served.model).__module__.startswith("gaugekit.integrations.vllm") == (kind != "plain")
     said = served.tokens()
     assert said == own(models(kind))
-    assert len({tuple(tokens) for tokens in said}) == len(said)  # not one answer to everything
+    assert all(len(set(tokens)) > 2 for tokens in said)  # a token that repeats itself says little
 
 
 def test_a_packed_directory_is_the_plain_one(models):

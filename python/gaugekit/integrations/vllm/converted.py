@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +55,7 @@ class GaugekitForCausalLM(TransformersForCausalLM):
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_meta:
                     module.register_buffer(name, torch.zeros_like(buffer, device=self.device_config.device))
+        _mark(self.model)
         forms.installed = True
         super()._create_hf_to_vllm_mapper()
 
@@ -109,3 +111,16 @@ class GaugekitForCausalLM(TransformersForCausalLM):
             yield name, tensor
             if shared and name.endswith(table):
                 yield "lm_head.weight", tensor
+
+
+def _mark(model: nn.Module) -> None:
+    """Gives a module that holds parts of ours a child that does nothing, named after what its children are.
+
+    vLLM remembers by the class of a module and the names of its children which of them it may fuse: a plain MLP seen
+    before would decide over one whose last layer is ours.
+    """
+    for module in list(model.modules()):
+        children = [(name, type(child)) for name, child in module.named_children()]
+        if any(kind.__module__.startswith("gaugekit.") for _, kind in children):
+            layout = repr([(name, kind.__qualname__) for name, kind in children])
+            module.add_module(f"gaugekit_{zlib.crc32(layout.encode()):08x}", nn.Identity())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import sys
 from typing import Any
 
 NAME = "gaugekit"
@@ -41,19 +41,23 @@ def register() -> None:
 
 def _register_sas() -> None:
     """Lets AutoConfig find SASConfig when a directory of that type is opened."""
-    auto = importlib.import_module("transformers")
+    from vllm.transformers_utils.config import AutoConfig
 
-    class Later(auto.PreTrainedConfig):
-        """Stands for SASConfig, which brings transformers' models along, until a directory needs it."""
+    if (sas := sys.modules.get("gaugekit.hf.sas")) is not None:
+        sas.register()
+    else:
+        AutoConfig.register(SAS, Later, exist_ok=True)
 
-        model_type = SAS
 
-        @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-            from gaugekit.hf import sas
+class Later:
+    """Stands for SASConfig, which brings transformers' models along, until a directory needs it."""
 
-            sas.register()
-            return sas.SASConfig.from_dict(config_dict, **options)
+    model_type = SAS
 
-    if SAS not in auto.models.auto.configuration_auto.CONFIG_MAPPING:
-        auto.AutoConfig.register(SAS, Later)
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """The SASConfig of a config.json."""
+        from gaugekit.hf import sas
+
+        sas.register()
+        return sas.SASConfig.from_dict(config_dict, **options)
