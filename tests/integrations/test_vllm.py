@@ -68,7 +68,7 @@ def models(tmp_path_factory):
     def write(kind, target):
         if kind in ("plain", "tied"):
             config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=kind == "tied")
-            spread(transformers.LlamaForCausalLM(config), 0.1).bfloat16().save_pretrained(target)
+            spread(transformers.LlamaForCausalLM(config), 0.2).bfloat16().save_pretrained(target)
             add_tokenizer(target)
         elif kind == "packed":
             gk.codec.pack(models("plain"), target)
@@ -169,7 +169,7 @@ def test_two_ranks_cut_what_the_loader_gives(models, tmp_path):
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"SAID {own(models('plain'))}" in done.stdout
