@@ -55,6 +55,7 @@ class GaugekitForCausalLM(TransformersForCausalLM):
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_meta:
                     module.register_buffer(name, torch.zeros_like(buffer, device=self.device_config.device))
+        self.stored = _stored(self.model)
         _mark(self.model)
         forms.installed = True
         super()._create_hf_to_vllm_mapper()
@@ -88,29 +89,39 @@ class GaugekitForCausalLM(TransformersForCausalLM):
         return super().compute_logits(hidden_states if rotation is None else hidden_states @ rotation)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """vLLM's, and every parameter and row of a form has to come: ValueError for what is missing."""
-        loaded = super().load_weights(self._with_head(weights))
-        wanted = {name for name, _ in self.named_parameters()}
-        wanted |= {
-            f"{path}.{name}"
-            for path, module in self.named_modules()
-            if getattr(module, "form", None) is not None
-            for name, _ in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set
-        }
-        if missing := sorted(wanted - loaded):
-            raise ValueError(f"{len(missing)} weights are missing: {', '.join(missing[:4])}")
+        """vLLM's, and every parameter and row of a form has to come: ValueError for what is missing.
+
+        By the names in the files: of a matrix that vLLM makes of several, it says only that some of it came.
+        """
+        came: set[str] = set()
+        loaded = super().load_weights(self._noted(weights, came))
+        absent = self.stored - {name.removeprefix(f"{self.model.base_model_prefix}.") for name in came}
+        absent |= {f"lm_head.{name}" for name, _ in self.lm_head.named_parameters()} - loaded
+        if self._get_tie_word_embeddings():
+            absent.discard("lm_head.weight")
+        if absent:
+            raise ValueError(f"{len(absent)} weights are missing: {', '.join(sorted(absent)[:4])}")
         return loaded
 
-    def _with_head(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        """``weights``; a table that a sliced model shares with its head comes twice, since vLLM's head has its own."""
+    def _noted(self, weights: Iterable[tuple[str, Tensor]], came: set[str]) -> Iterable[tuple[str, Tensor]]:
+        """``weights``, their names entered in ``came``; a table that a sliced model shares with its head comes twice,
+        since vLLM's head has its own.
+        """
         embedding = self.model.get_input_embeddings()
         shared = isinstance(embedding, RotatedEmbedding) and self._get_tie_word_embeddings()
         table = next(name for name, module in self.model.named_modules() if module is embedding) + ".weight"
         for name, tensor in weights:
+            came.add(name)
             yield name, tensor
             if shared and name.endswith(table):
                 yield "lm_head.weight", tensor
+
+
+def _stored(model: nn.Module) -> set[str]:
+    """The names of what a directory has to hold for ``model``: parameters, and the buffers of forms."""
+    forms = [(path, module) for path, module in model.named_modules() if getattr(module, "form", None)]
+    rows = {f"{path}.{name}" for path, module in forms for name in module.state_dict() if "." not in name}
+    return {name for name, _ in model.named_parameters()} | rows
 
 
 def _mark(model: nn.Module) -> None:

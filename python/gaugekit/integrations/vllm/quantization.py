@@ -8,8 +8,6 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from gaugekit.checkpoint.version import VERSION
-
 NAME = "gaugekit"
 ARCHITECTURE = "GaugekitForCausalLM"
 KNOWN = {"quant_method", "version", "modules", "sliced"}
@@ -31,6 +29,8 @@ class Forms(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Forms:
         """Of the entry in config.json; ValueError where vLLM could not compute what it describes."""
+        from gaugekit.checkpoint.version import VERSION  # brings the codec along
+
         if config.get("version") != VERSION:
             raise ValueError(
                 f"quantization_config: expected version {VERSION}, got {config.get('version')!r}; "
