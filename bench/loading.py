@@ -28,6 +28,7 @@ began = time.perf_counter()
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+import gaugekit.integrations.transformers  # noqa: E402, F401 - registers our loaders
 from gaugekit import codec  # noqa: E402
 from gaugekit.checkpoint.reader import Checkpoint  # noqa: E402
 from gaugekit.hf import loading  # noqa: E402
