@@ -68,7 +68,8 @@ def models(tmp_path_factory):
     def write(kind, target):
         if kind in ("plain", "tied"):
             config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=kind == "tied")
-            spread(transformers.LlamaForCausalLM(config), 0.2).bfloat16().save_pretrained(target)
+            model = transformers.LlamaForCausalLM(config)
+            spread(model, 0.3 if kind == "tied" else 0.1).bfloat16().save_pretrained(target)
             add_tokenizer(target)
         elif kind == "packed":
             gk.codec.pack(models("plain"), target)
