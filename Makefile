@@ -76,7 +76,7 @@ test-vllm: wheel $(VLLM_VENV)/.created
 	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-index --force-reinstall dist/*.whl
 	@$(VLLM_VENV)/bin/python -m pytest -q tests/integrations
 
-$(VLLM_VENV)/.created: Makefile $(CONSTRAINTS)
+$(VLLM_VENV)/.created: $(CONSTRAINTS)
 	@echo "installing $(VLLM) into $(VLLM_VENV): a minute or several"
 	@rm -rf $(VLLM_VENV)
 	@$(PYTHON) -m venv $(VLLM_VENV)

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
+                  VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_HOST_IP="127.0.0.1")  # fmt: skip
 pytest.importorskip("vllm", reason="make test-vllm installs vLLM")
 
 import torch
@@ -167,7 +168,7 @@ def test_two_ranks_cut_what_the_loader_gives(models, tmp_path):
     script.write_text(TWO_RANKS)
     done = subprocess.run(
         [sys.executable, script, models("packed"), str(PROMPTS)],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         capture_output=True,
         text=True,
         timeout=1200,
