@@ -24,11 +24,13 @@ def append(old: Tensor | None, new: Tensor, columns: int, start: Tensor | None) 
 
     With ``start`` int64 [B] the new rows of sequence b stand at start[b]. The buffer is ``old`` where it has room and
     no gradient flows, else a larger one; without ``old`` it is ``new`` itself, which is therefore never written to.
+    What was made in inference mode cannot be written to outside of it, and is copied there, too.
     """
     if old is None:
         return new
     end = columns + new.shape[2]
-    if end > old.shape[2] or old.requires_grad or new.requires_grad:
+    sealed = old.is_inference() and not torch.is_inference_mode_enabled()
+    if end > old.shape[2] or old.requires_grad or new.requires_grad or sealed:
         old = pad(old[:, :, :columns], (0, 0, 0, end + end // 4 - columns))
     if start is None:
         old[:, :, columns:end] = new

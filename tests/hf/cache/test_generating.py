@@ -292,3 +292,17 @@ def test_single_layers_take_the_place_of_empty_ones_only():
     cache = DynamicCache(config=fused.config)
     fused(prompts()[0], **{CACHE: cache})
     assert [type(layer) is SingleLayer for layer in cache.layers] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_going_on_outside_of_inference_mode(name):
+    _, fused = pair(name)
+    ids, _ = prompts(padded=False)
+    cache = DynamicCache(config=fused.config)
+    with torch.inference_mode():
+        expected = fused(ids).logits[:, -1]
+        fused(ids[:, :-2], **{CACHE: cache})
+        fused(ids[:, -2:-1], **{CACHE: cache})  # into a buffer with room for the next
+    with torch.no_grad():
+        out = fused(ids[:, -1:], **{CACHE: cache}).logits[:, -1]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
