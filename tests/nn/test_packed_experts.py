@@ -184,8 +184,9 @@ def test_only_routed_experts_are_decoded(name, monkeypatch):
     assert not calls
 
 
-def test_rows_without_an_expert_and_no_rows():
-    experts, (x, index, weights) = experts_of(made()), routed()
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_rows_without_an_expert_and_no_rows(name):
+    experts, (x, index, weights) = experts_of(made(name)), routed()
     gk.fuse(experts, packed=True)
     none = index.clone()
     none[:, 1] = 4  # as expert parallelism marks what another rank computes
@@ -193,6 +194,7 @@ def test_rows_without_an_expert_and_no_rows():
         alone = experts(x, index[:, :1], weights[:, :1])
         assert torch.equal(experts(x, none, weights), alone)
         assert torch.equal(experts(x, none.int(), weights), alone)
+        assert torch.equal(experts(x, none.where(none < 4, -1), weights), alone)
         assert not experts(x, torch.full_like(index, 4), weights).any()
         assert experts(x[:0], index[:0], weights[:0]).shape == (0, 128)
 

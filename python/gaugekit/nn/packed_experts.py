@@ -45,7 +45,8 @@ class PackedExperts(PackedLayer):
         count, top_k = getattr(self, down).shape[0], top_k_index.shape[-1]
         experts, order = top_k_index.reshape(-1).long().sort(stable=True)
         ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True)
-        experts = experts.clamp(max=count - 1)
+        stray = ((experts < 0) | (experts >= count))[:, None]
+        experts = experts.clamp(0, count - 1)
         # copies first, then a permutation: the gradient of a row adds up in one order
         x = hidden_states.repeat_interleave(top_k, 0)[order]
         y = self._product(up, x, ends, experts)
@@ -53,6 +54,7 @@ class PackedExperts(PackedLayer):
         y = self._product(down, y, ends, experts)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
+        y = y.masked_fill(stray, 0)  # a bias was added to these rows, too
         y = y * top_k_weights.reshape(-1, 1)[order]
         y = y[order.argsort()].view(*top_k_index.shape, y.shape[-1]).sum(-2)
         return y.to(hidden_states.dtype)
