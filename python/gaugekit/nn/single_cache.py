@@ -44,8 +44,17 @@ def attend_inputs(
     return out if value_bias is None else out + value_bias.view(1, heads, 1, -1).to(out.dtype)
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether something is hung on ``module`` that runs when it is called, and not where its weights are read."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The matrix [out, in] a bare projection multiplies with; ValueError for a module that is none."""
+    if watched(module):
+        raise ValueError(
+            "expected a bare projection, got one with hooks, which would not be run: unfuse first"
+        )
     if type(module) is nn.Linear:
         return module.weight
     if isinstance(module, IdentityLinear):

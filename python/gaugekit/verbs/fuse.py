@@ -96,6 +96,8 @@ def fuse(
         raise ValueError(f"rows: expected beside gauge, got {rows!r} without it")
     fix = GaugeFix(rows or "balanced")
     fields: dict[str, Any] = {"replaced": [], "rewritten": [], "attention": None, "left": []}
+    if cache is not None:
+        fields["cached"] = []
     fields["parameters_before"] = _count(model)
     if install.fused(model):
         fields["left"].append({"module": "", "reason": "it is fused already; unfuse it first"})
@@ -248,7 +250,6 @@ def _attend(model: nn.Module, lam, fields: dict) -> list[Any]:
 
 def _cache(model: nn.Module, cache: str, fields: dict) -> list[Any]:
     """The step that lets layers of ``model`` cache one tensor, in a list; nothing without transformers."""
-    fields["cached"] = []
     try:
         from gaugekit.hf.cache.step import CacheStep
     except ImportError as error:

@@ -289,7 +289,8 @@ def fused(report: Report, model: torch.nn.Module) -> Report:
             ),
         ]
         report.notes += fields["speed"]
-    if "cached" in fields:
+    already = any(entry["reason"].startswith("it is fused already") for entry in fields["left"])
+    if "cached" in fields and not already:
         report.lines.append(("cache", _cached(fields["cached"])))
     changed = bool(
         fields["replaced"] or fields["rewritten"] or fields["attention"] == "gaugekit" or fields.get("cached")

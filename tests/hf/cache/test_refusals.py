@@ -257,3 +257,29 @@ def test_blocks_by_themselves():
     assert all(cache.values is None for cache in caches)
     gk.unfuse(blocks)
     assert not any(block.attention.single_cache for block in blocks)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "sas"])
+def test_hooks_on_what_is_read_raw_are_refused_before_and_after(name):
+    ending = {"gpt2": "c_attn", "opt": "v_proj", "sas": "key"}[name]
+    fused = model(name)
+    path = next(path for path, _ in fused.named_modules() if path.endswith(ending))
+    gk.fuse(fused, cache="x")
+    ids, _ = prompts(padded=False)
+    cache = DynamicCache(config=fused.config)
+    fused(ids, **{CACHE: cache})
+    handle = fused.get_submodule(path).register_forward_hook(lambda module, given, y: y * 0.5)
+    with pytest.raises(ValueError, match="with hooks, which would not be run"):
+        fused(ids[:, :1], **{CACHE: cache})
+    gk.unfuse(fused)
+    left = gk.fuse(fused, cache="x")["left"]
+    assert any("hooks, which would not be run" in entry["reason"] for entry in left)
+    handle.remove()
+
+
+def test_a_model_that_is_fused_already_says_so():
+    fused = model("gpt2")
+    gk.fuse(fused, cache="x")
+    report = gk.fuse(fused, cache="x")
+    assert report["cached"] == [] and "fused already" in report["left"][0]["reason"]
+    assert "cache" not in dict(report.lines)  # nothing is said of what it keeps

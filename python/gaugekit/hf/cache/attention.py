@@ -18,7 +18,7 @@ from gaugekit.hf.attention.mask import Visible
 from gaugekit.hf.cache.layers import single_layer
 from gaugekit.hf.upstream import unfit
 from gaugekit.models.single_cache import InputCache
-from gaugekit.nn.single_cache import FEW, attend_inputs
+from gaugekit.nn.single_cache import FEW, attend_inputs, watched
 from gaugekit.ops.single_cache_attention.operator import rotated, single_cache_attention
 
 try:
@@ -99,6 +99,11 @@ class InputForward(SingleCacheForward):
             if module._modules or not isinstance(module.weight, nn.Parameter):
                 raise ValueError(
                     f"cache: expected plain projections, got a {type(module).__name__}: unfuse first"
+                )
+            if watched(module):
+                raise ValueError(
+                    f"cache: expected plain projections, got a {type(module).__name__} with hooks, which would not be "
+                    "run where one tensor is cached; gaugekit.unfuse(model) first"
                 )
         queries = q.apply(modules[0], x)
         rows, mask = cache.update(x[:, None], None, attention.layer_idx, mask)
