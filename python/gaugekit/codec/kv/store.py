@@ -46,7 +46,8 @@ class KVStore:
     bytes. One process has a directory to itself; its threads may put and get at the same time.
 
     ``axes``, ``layout`` and ``symbols`` are those of ``KVCodec``. ``tables`` default to those in the directory; where
-    there are none, the first block of 16 tokens or more is calibrated, or with ``tables=False`` none.
+    there are none, the first block of 16 tokens or more is calibrated, or with ``tables=False`` none. With tables, blocks
+    are of their dtype, parts, layers and channels.
 
     ValueError for bounds that are not positive, a directory that another process has or that was written with other
     tables; CorruptFile where the directory's tables are damaged.
