@@ -223,6 +223,23 @@ def test_a_block_of_another_kind_than_those_before_is_refused_when_it_is_put(oth
         assert "b" not in store and same(store.get("a"), first.contiguous())
 
 
+def test_after_a_failed_flush_of_the_folder_a_store_knows_what_lies_there(tmp_path, blocks, monkeypatch):
+    def fail(path):
+        raise OSError(5, "the folder is not flushed")
+
+    with KVStore(tmp_path, tables=False) as store:
+        store.put("a", blocks[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "sync", fail)
+            for key in "ab":
+                with pytest.raises(OSError, match="not flushed"):
+                    store.put(key, blocks[1])
+        now = [store.get(key) for key in "ab"]
+        assert store.stats().disk_bytes == sum(path.stat().st_size for path in files(tmp_path))
+    with KVStore(tmp_path, tables=False) as store:
+        assert all(same(store.get(key), block) for key, block in zip("ab", now, strict=True))
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_threads_put_get_and_remove_at_once(on_disk, tmp_path, blocks):
     """Eight threads in a store with room for three blocks: what is got is whole and of its key, bounds hold."""

@@ -46,8 +46,8 @@ class KVStore:
     bytes. One process has a directory to itself; its threads may put and get at the same time.
 
     ``axes``, ``layout`` and ``symbols`` are those of ``KVCodec``. ``tables`` default to those in the directory; where
-    there are none, the first block of 16 tokens or more is calibrated, or with ``tables=False`` none. With tables, blocks
-    are of their dtype, parts, layers and channels.
+    there are none, the first block of 16 tokens or more is calibrated, or with ``tables=False`` none. With tables,
+    blocks are of their dtype, parts, layers and channels.
 
     ValueError for bounds that are not positive, a directory that another process has or that was written with other
     tables; CorruptFile where the directory's tables are damaged.
@@ -314,7 +314,20 @@ class KVStore:
         finally:
             with self._turn:
                 self._disk.settle(size, name, written)
+                if not written:
+                    self._recount(name)
                 self._turn.notify_all()
+
+    def _recount(self, name: bytes) -> None:
+        """Counts what lies on the disk after an error: the old block or, where only the folder's flush failed, the new
+        one; in the lock.
+        """
+        self._forget(name)
+        self._disk.drop(name)
+        with contextlib.suppress(OSError):
+            size = self._directory.path(name).stat().st_size
+            self._disk.reserve(size, name)  # at most what was reserved, or held
+            self._disk.settle(size, name)
 
     def _keep(self, name: bytes, data: torch.Tensor) -> None:
         """Holds the block in memory, if it has room for it at all; in the lock."""
