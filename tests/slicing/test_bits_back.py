@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -135,6 +136,18 @@ def test_integers_are_read_as_the_dtype_that_was_asked_for(name, tmp_path):
     with gk.codec.safe_open(tmp_path / "int8" / "model.safetensors") as file:
         assert not any(name.endswith(".scale") for name in file.keys())  # noqa: SIM118 - not a mapping
     assert "matrices as int8" in (tmp_path / "int8" / "report.html").read_text() and "as int8" in str(report)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_weight_beyond_the_dtype_is_refused(quantize, tmp_path):
+    source, text = save("llama", tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = 1e6
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    options = dict(calibration=text, rotation="bits-back", dtype="float16", quantize=quantize, **SIZES)
+    with pytest.raises(ValueError, match="lm_head.weight: .* beyond torch.float16"):
+        gk.slicing.slice(source, tmp_path / "out", 0.25, **options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,56 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, blocks, monkeypatch):
         assert same(store.get("b"), blocks[1])
 
 
+def test_what_was_read_before_a_block_was_replaced_is_not_kept(tmp_path, blocks, monkeypatch):
+    size = KVStore(tables=False).put("a", blocks[0])
+    with KVStore(tmp_path, tables=False, memory_bytes=size + size // 2) as store:
+        store.put("a", blocks[0])
+        store.put("b", blocks[1])  # memory lets go of "a"
+        read = store._directory.read
+
+        def slowly(name):
+            data = read(name)
+            monkeypatch.undo()
+            store.put("a", blocks[2])
+            store.put("b", blocks[1])
+            return data
+
+        monkeypatch.setattr(store._directory, "read", slowly)
+        assert same(store.get("a"), blocks[0])  # it was there when the call began
+        assert same(store.get("a"), blocks[2]) and not store._reading
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda b: b[:, :1], lambda b: b[:1], lambda b: b.half(), lambda b: b.float(), lambda b: b[..., :1]],
+)
+def test_a_block_of_another_kind_than_those_before_is_refused_when_it_is_put(other, blocks):
+    """And the other way round: what broadcasts to the shape of the tables is not of that shape."""
+    for first, second in ((blocks[0], other(blocks[0])), (other(blocks[0]), blocks[0])):
+        store = KVStore()
+        store.put("a", first)
+        with pytest.raises(ValueError, match="block: expected torch.* as in the tables, got torch"):
+            store.put("b", second)
+        assert "b" not in store and same(store.get("a"), first.contiguous())
+
+
+def test_after_a_failed_flush_of_the_folder_a_store_knows_what_lies_there(tmp_path, blocks, monkeypatch):
+    def fail(path):
+        raise OSError(5, "the folder is not flushed")
+
+    with KVStore(tmp_path, tables=False) as store:
+        store.put("a", blocks[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "sync", fail)
+            for key in "ab":
+                with pytest.raises(OSError, match="not flushed"):
+                    store.put(key, blocks[1])
+        now = [store.get(key) for key in "ab"]
+        assert store.stats().disk_bytes == sum(path.stat().st_size for path in files(tmp_path))
+    with KVStore(tmp_path, tables=False) as store:
+        assert all(same(store.get(key), block) for key, block in zip("ab", now, strict=True))
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_threads_put_get_and_remove_at_once(on_disk, tmp_path, blocks):
     """Eight threads in a store with room for three blocks: what is got is whole and of its key, bounds hold."""
@@ -286,6 +336,7 @@ def test_random_kills_leave_whole_blocks(tmp_path, blocks):
         (lambda p: KVStore(p, memory_bytes=-1), "memory_bytes: expected a number of bytes, 0 or more"),
         (lambda p: KVStore(p, memory_bytes=1.5), "memory_bytes: expected"),
         (lambda p: KVStore(p, axes="XY"), "axes: expected"),
+        (lambda p: KVStore(p, tables=True), "tables: expected KVTables, None or False, got True"),
         (lambda p: KVStore(p / "file" / "in"), "directory: expected"),
         (lambda p: KVStore(p / "file"), "directory: expected a folder or a new name"),
         (lambda p: KVStore(p).put("a", [1]), "block: expected a torch.Tensor"),

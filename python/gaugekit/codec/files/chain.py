@@ -9,7 +9,7 @@ from typing import BinaryIO
 import torch
 
 from gaugekit.codec.bitsback import Coupling, Group, ModelReport, decode, encode, weights
-from gaugekit.codec.bitsback.model import Progress
+from gaugekit.codec.bitsback.model import Progress, finite
 from gaugekit.codec.files import container, header
 from gaugekit.codec.files.container import CorruptFile, Packed
 from gaugekit.codec.files.header import DTYPES, NAMES, Entry
@@ -60,7 +60,7 @@ def save_chain(
 
     ``groups``, ``others`` and ``couplings`` as ``codec.bitsback.encode`` takes them. The file is written beside its
     place, flushed and renamed; ``unpack`` of it gives the .safetensors file of its tensors. With ``dtype``, whatever is
-    coded as int8 with scales is listed and read as one tensor of that dtype.
+    coded as int8 with scales is listed and read as one tensor of that dtype; ValueError where it has no room for one.
     """
     check_place(path)
     path = placed(path)
@@ -73,6 +73,9 @@ def save_chain(
             name: dtype if name in scaled else t.dtype for name, t in tensors.items() if name not in scales
         }
         tensors = weights.listed(tensors, kept)
+        for name in sorted(scaled):
+            if not finite(tensors[name]):
+                raise ValueError(f"{name}: its integers times their scales are beyond {dtype}")
     raw = header.render_plain(
         {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}, metadata
     )

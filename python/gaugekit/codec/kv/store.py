@@ -46,7 +46,8 @@ class KVStore:
     bytes. One process has a directory to itself; its threads may put and get at the same time.
 
     ``axes``, ``layout`` and ``symbols`` are those of ``KVCodec``. ``tables`` default to those in the directory; where
-    there are none, the first block of 16 tokens or more is calibrated, or with ``tables=False`` none.
+    there are none, the first block of 16 tokens or more is calibrated, or with ``tables=False`` none. With tables,
+    blocks are of their dtype, parts, layers and channels.
 
     ValueError for bounds that are not positive, a directory that another process has or that was written with other
     tables; CorruptFile where the directory's tables are damaged.
@@ -67,12 +68,16 @@ class KVStore:
             least = 1 if name == "disk_bytes" or directory is None else 0
             if not isinstance(size, int) or size < least:
                 raise ValueError(f"{name}: expected a number of bytes, {least} or more, got {size!r}")
+        if not isinstance(tables, KVTables) and tables is not None and tables is not False:
+            raise ValueError(f"tables: expected KVTables, None or False, got {tables!r}")
         self._codec = KVCodec(axes, layout=layout, symbols=symbols)
         self._calibrates = tables is None
         self._memory, self._disk = Ledger(memory_bytes), Ledger(disk_bytes)
         self._blocks: dict[bytes, torch.Tensor] = {}
         self._stats, self._closed = KVStats(), False
         self._turn, self._writing = threading.Condition(), set()
+        # the last read of each block from the disk, until it ends or somebody writes or removes the block
+        self._reading: dict[bytes, object] = {}
         self._calibration = threading.Lock()
         self._directory = None if directory is None else KVDirectory(directory)
         try:
@@ -151,15 +156,34 @@ class KVStore:
                     self._stats.damaged += 1
                 if self._directory is None:
                     raise CorruptFile(f"the block {key!r} in memory: {error}") from None
-        data = self._directory.read(name) if held and self._directory is not None else None
-        if data is None:
+        if not held or self._directory is None:
             return self._missed(name)
-        return self._counted(self._decoded(name, data, out, key))
+        with self._reads(name) as read:
+            data = self._directory.read(name)
+            if data is None:
+                return self._missed(name)
+            return self._counted(self._decoded(name, data, out, key, read))
+
+    @contextlib.contextmanager
+    def _reads(self, name: bytes) -> Iterator[object]:
+        """What stands under the block's name in ``_reading`` until somebody writes or removes the block."""
+        read = object()
+        with self._turn:
+            if name not in self._writing:
+                self._reading[name] = read
+        try:
+            yield read
+        finally:
+            with self._turn:
+                if self._reading.get(name) is read:
+                    del self._reading[name]
 
     def _decoded(
-        self, name: bytes, data: torch.Tensor, out: torch.Tensor | None, key: str | bytes
+        self, name: bytes, data: torch.Tensor, out: torch.Tensor | None, key: str | bytes, read: object
     ) -> torch.Tensor:
-        """A block read from the disk, kept in memory from now on; a damaged one is removed."""
+        """A block read from the disk, kept in memory from now on, unless it was written or removed since ``read``
+        began; a damaged one is removed.
+        """
         try:
             block = self._codec.decode(data, out, key)
         except CorruptFile as error:
@@ -172,7 +196,7 @@ class KVStore:
                 self._stats.damaged += 1
             raise CorruptFile(f"{path}: {error}") from None
         with self._turn:
-            if name in self._disk.sizes and name not in self._blocks and name not in self._writing:
+            if self._reading.get(name) is read and name in self._disk.sizes and name not in self._blocks:
                 self._keep(name, data)
         return block
 
@@ -262,6 +286,7 @@ class KVStore:
             self._turn.wait_for(lambda: name not in self._writing)
             self._check_open()
             self._writing.add(name)
+            self._reading.pop(name, None)
         try:
             yield
         finally:
@@ -289,7 +314,20 @@ class KVStore:
         finally:
             with self._turn:
                 self._disk.settle(size, name, written)
+                if not written:
+                    self._recount(name)
                 self._turn.notify_all()
+
+    def _recount(self, name: bytes) -> None:
+        """Counts what lies on the disk after an error: the old block or, where only the folder's flush failed, the new
+        one; in the lock.
+        """
+        self._forget(name)
+        self._disk.drop(name)
+        with contextlib.suppress(OSError):
+            size = self._directory.path(name).stat().st_size
+            self._disk.reserve(size, name)  # at most what was reserved, or held
+            self._disk.settle(size, name)
 
     def _keep(self, name: bytes, data: torch.Tensor) -> None:
         """Holds the block in memory, if it has room for it at all; in the lock."""

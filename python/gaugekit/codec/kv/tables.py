@@ -126,13 +126,13 @@ class KVTables:
     def _view(self, block: torch.Tensor, axes: str) -> torch.Tensor:
         """The shifts as integers of the block's width, in the order of its axes."""
         parts, layers, _, heads, width = _ordered(block, axes).shape
+        if not self.fits(block, axes):
+            raise ValueError(
+                f"block: expected {self.dtype} with (P, L, channels) {tuple(self.shifts.shape)} as in the tables, "
+                f"got {block.dtype} with {(parts, layers, heads * width)}"
+            )
         key = (axes, heads)
         if key not in self._views:
-            if not self.fits(block, axes):
-                raise ValueError(
-                    f"block: expected {self.dtype} with (P, L, channels) {tuple(self.shifts.shape)} as in the tables, "
-                    f"got {block.dtype} with {(parts, layers, heads * width)}"
-                )
             shifts = self.shifts.to(INTEGERS[self.dtype.itemsize]) << EXPONENTS[self.dtype][0]
             shifts = shifts.view(parts, layers, 1, heads, width)
             shifts = shifts.permute(
