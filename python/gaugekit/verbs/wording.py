@@ -171,9 +171,9 @@ def verified(report: Report, limit: float | None, a: object, b: object) -> Repor
     elif fields["ok"]:
         report.next = f"gaugekit pack {shell(b)} OUT"
     elif live:
-        report.next = "gaugekit.heal(b, a, text), if b is meant to differ (a lower rank, a narrower stream)"
+        report.next = "gaugekit.heal(b, a, text), if b is meant to differ (a lower rank, a slice)"
     else:
-        report.next = f"gaugekit heal {shell(b)} {shell(a)} OUT --text FILE, if {b} is meant to differ (a lower rank, a narrower stream)"
+        report.next = f"gaugekit heal {shell(b)} {shell(a)} OUT --text FILE, if {b} is meant to differ (a lower rank, a slice)"
     return report
 
 
