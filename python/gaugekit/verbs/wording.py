@@ -170,10 +170,9 @@ def verified(report: Report, limit: float | None, a: object, b: object) -> Repor
         report.next = f"from_pretrained({str(b)!r}), after import gaugekit.integrations.transformers"
     elif fields["ok"]:
         report.next = f"gaugekit pack {shell(b)} OUT"
-    elif live:
-        report.next = "gaugekit.heal(b, a, text), if b is meant to differ (a lower rank, a slice)"
     else:
-        report.next = f"gaugekit heal {shell(b)} {shell(a)} OUT --text FILE, if {b} is meant to differ (a lower rank, a slice)"
+        verb = "gaugekit.heal(b, a, text)" if live else f"gaugekit heal {shell(b)} {shell(a)} OUT --text FILE"
+        report.next = f"{verb}, if {'b' if live else b} is meant to differ (a lower rank, a slice)"
     return report
 
 
