@@ -31,7 +31,7 @@ import host_rows
 from gaugekit.codec import KVCodec, KVStore, KVTables
 from gaugekit.text import smollm2
 from registry import Case
-from run import machine, save, table
+from run import commit, machine, save, table
 
 BLOCK_TOKENS = 256
 SORTED = "zstd -1 of sorted planes"  # its part alone, whatever the sorting takes
@@ -317,7 +317,8 @@ def main() -> None:
     print(machine("cpu"))
     print(table(timed))
     if options.save:
-        print(save(rows + timed, "kv_store", "cpu"))
+        where = {"machine": machine("cpu"), "commit": commit()}
+        print(save([row | where for row in rows + timed], "kv_store", "cpu"))
 
 
 if __name__ == "__main__":

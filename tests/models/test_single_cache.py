@@ -6,7 +6,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from gaugekit.models import Live
 from gaugekit.models.single_cache import input_cache, texts, value_cache
-from one_cache import HEADS, TOKENS, bart, gemma4, gpt2, opt, whisper
+from single_cache_models import HEADS, TOKENS, bart, gemma4, gpt2, opt, whisper
 
 
 @pytest.mark.parametrize("make", [gpt2, opt, bart, whisper])

@@ -19,8 +19,8 @@ from gaugekit.hf.attention import interface, paged
 from gaugekit.hf.cache import attention
 from gaugekit.integrations.transformers import GaugekitConfig
 from gaugekit.nn.single_cache import attend_inputs
-from one_cache import model as wide
 from serveable import LETTERS, PAGES, own
+from single_cache_models import model as wide
 from tiny import add_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))

@@ -11,7 +11,7 @@ import gaugekit as gk
 import gaugekit.integrations.transformers
 from gaugekit.hf.cache.layers import SingleLayer, StaticSingleLayer
 from helpers import assert_accurate
-from one_cache import CACHE, HOLDS, MAKERS, bart, generate, model, prompts, stored_bytes, whisper
+from single_cache_models import CACHE, HOLDS, MAKERS, bart, generate, model, prompts, stored_bytes, whisper
 
 NAMES = list(MAKERS)
 TRANSFORMERS = ["gpt2", "opt", "gemma4"]

@@ -23,7 +23,7 @@ from transformers import (
 
 import gaugekit as gk
 from gaugekit.integrations.sas import SASConfig, SASForCausalLM
-from one_cache import CACHE, HEADS, TOKENS, gemma4, generate, gpt2, model, opt, prompts, sas
+from single_cache_models import CACHE, HEADS, TOKENS, gemma4, generate, gpt2, model, opt, prompts, sas
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, **HEADS, **TOKENS}
 REFUSED = {
