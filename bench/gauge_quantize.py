@@ -24,6 +24,7 @@ import argparse
 import copy
 import json
 import statistics
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -103,18 +104,19 @@ def quantized(weight: Tensor, bits: int, moments: Tensor | None) -> Tensor:
     return result.to(weight.dtype)
 
 
-class Judge:
+class Judge(ABC):
     """Says how far a model is from the plain one."""
 
     plain: nn.Module
     seen: Tensor  # bool [rows, tokens]: those of the calibration text that are no padding
 
+    @abstractmethod
     def loss(self, model: nn.Module) -> float:
-        raise NotImplementedError
+        """The distance, 0 for the plain model."""
 
-    def calibrate(self, model: nn.Module) -> None:
+    @abstractmethod
+    def calibrate(self, model: nn.Module) -> Tensor | None:
         """Runs ``model`` over the calibration text."""
-        raise NotImplementedError
 
     def moments(self, model: nn.Module) -> dict[str, Tensor]:
         """The second moments of what enters every matrix of attention."""

@@ -129,7 +129,15 @@ def test_integers_are_read_as_the_dtype_that_was_asked_for(name, tmp_path):
     assert 0.4 < weights / own_weights < 0.7  # the file's tables weigh more than so small a model
     assert step["degrees_of_freedom"] == own["degrees_of_freedom"]
     expected, got = logits(tmp_path / "plain"), logits(tmp_path / "int8")
-    assert 1e-4 < (got - expected).norm() / expected.norm() < 0.05
+    model = exact(loading.model(tmp_path / "plain", torch.float64))
+    with torch.no_grad():  # what integers with a scale a row cost another basis of the same model
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                scale = parameter.abs().amax(1, keepdim=True) / 127
+                parameter.copy_((parameter / scale).round() * scale)
+        rounded = model(ids()).logits
+    error, own = ((y - expected).norm() / expected.norm() for y in (got, rounded))
+    assert 0 < error < 2 * own
     assert json.loads((tmp_path / "int8" / "config.json").read_text())["dtype"] == "float16"
     gk.codec.unpack(tmp_path / "int8", tmp_path / "unpacked")
     assert torch.equal(logits(tmp_path / "unpacked"), got)

@@ -96,6 +96,9 @@ class SASModel(SASPreTrainedModel):
         layers = _cache_layers(cache, len(self.layers))
         packed = _Packed.of(attention_mask, x, 0 if layers[0] is None else layers[0].columns)
         lengths = None if packed is None else packed.lengths
+        for layer in layers:
+            if isinstance(layer, SASCacheLayer):
+                layer.saw(None if packed is None else packed.real, x.shape[1])
         if position_ids is None:
             positions = positions_of(x.shape[1], layers[0], x.device)
         else:
@@ -123,10 +126,10 @@ class SASModel(SASPreTrainedModel):
 
 
 class _Packed:
-    """Sequences pushed to the front of their rows: ``lengths`` [B], and the way there and back."""
+    """Sequences pushed to the front of their rows: ``lengths`` [B], the way there and back, and ``real`` [B, T]."""
 
     def __init__(self, real: Tensor):
-        self.lengths = real.sum(1)
+        self.real, self.lengths = real, real.sum(1)
         self.order = (~real).long().argsort(dim=1, stable=True)
         self.place = self.order.argsort(dim=1)
 

@@ -53,7 +53,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     """The matrix [out, in] a bare projection multiplies with; ValueError for a module that is none."""
     if watched(module):
         raise ValueError(
-            "expected a bare projection, got one with hooks, which would not be run: unfuse first"
+            "expected a bare projection, got one with hooks, which would not be run where only its weight is read"
         )
     if type(module) is nn.Linear:
         return module.weight

@@ -79,12 +79,13 @@ class Chained:
         for name in self.checkpoint.names():
             if name in self.taken:
                 continue
-            tensor = self.checkpoint.read(name)
-            if not tensor.is_floating_point():
-                tensors[name] = tensor
-                continue
-            stored = weights.store(name, tensor, self.matrices if tensor.dim() == 2 else self.dtype)
-            tensors |= dict(zip((name, scale_name(name)), stored, strict=False))
+            stored = [self.checkpoint.read(name)]
+            if stored[0].is_floating_point():
+                stored = weights.store(name, stored[0], self.matrices if stored[0].dim() == 2 else self.dtype)
+            for part, tensor in zip((name, scale_name(name)), stored, strict=False):
+                if part in tensors:
+                    raise ValueError(f"{part}: expected no tensor of this name, which {name}'s scales take")
+                tensors[part] = tensor
         return tensors
 
     def _ends(self) -> None:

@@ -100,7 +100,7 @@ def fuse(
         fields["cached"] = []
     fields["parameters_before"] = _count(model)
     if install.fused(model):
-        fields["left"].append({"module": "", "reason": "it is fused already; unfuse it first"})
+        fields["left"].append({"module": "", "reason": wording.ALREADY})
     else:
         steps: list[Any] = [GaugeStep(fix)] if gauge else []
         for step in steps:

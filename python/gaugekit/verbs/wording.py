@@ -258,6 +258,9 @@ def healed(report: Report, student: object, teacher: object, target: str | Path 
     return report
 
 
+ALREADY = "it is fused already; unfuse it first"  # why ``fuse`` does nothing to a model
+
+
 def fused(report: Report, model: torch.nn.Module) -> Report:
     """``report`` of ``fuse``, told."""
     fields = report.fields
@@ -286,8 +289,7 @@ def fused(report: Report, model: torch.nn.Module) -> Report:
             ),
         ]
         report.notes += fields["speed"]
-    already = any(entry["reason"].startswith("it is fused already") for entry in fields["left"])
-    if "cached" in fields and not already:
+    if "cached" in fields and ALREADY not in [entry["reason"] for entry in fields["left"]]:
         report.lines.append(("cache", _cached(fields["cached"])))
     changed = bool(
         fields["replaced"] or fields["rewritten"] or fields["attention"] == "gaugekit" or fields.get("cached")

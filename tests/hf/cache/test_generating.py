@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 import gaugekit as gk
 import gaugekit.integrations.transformers
-from gaugekit.hf.cache.layers import SingleLayer, StaticSingleLayer
+from gaugekit.hf.cache.layers import GrowingLayer, SingleLayer, StaticSingleLayer
 from helpers import assert_accurate
 from single_cache_models import CACHE, HOLDS, MAKERS, bart, generate, model, prompts, stored_bytes, whisper
 
@@ -120,6 +120,35 @@ def test_tokens_drafted_ahead(name):
     gk.fuse(draft, cache=HOLDS.get(name, "x"))
     assert torch.equal(generate(fused, ids, mask, 20, assistant_model=draft)[0], expected)
     assert torch.equal(generate(fused, ids, mask, 20, prompt_lookup_num_tokens=3)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, DynamicCache) for n in NAMES] + [(n, StaticCache) for n in TRANSFORMERS]
+)
+def test_columns_with_padding_are_not_taken_back(name, kind):
+    """A column that is padding in one sequence is no row of it: another row would go in its place."""
+    _, fused = pair(name)
+    ids, mask = prompts(padded=False)
+    mask[1, -2:] = 0
+    cache = kind(config=fused.config, **({"max_cache_len": 40} if kind is StaticCache else {}))
+    with torch.no_grad():
+        fused(ids, attention_mask=mask, **{CACHE: cache}, **positions(name, mask))
+        held = [layer for layer in cache.layers if isinstance(layer, (GrowingLayer, StaticSingleLayer))]
+        assert held
+        for layer in held:
+            layer.crop(0)
+            with pytest.raises(ValueError, match="expected at most 0 columns, as many as stand behind"):
+                layer.crop(-1)
+        if len(held) < len(cache.layers):  # sliding layers of transformers' own are not cropped along
+            return
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        answers = []
+        for _ in range(2):
+            step = {key: value[:, -1:] for key, value in positions(name, mask).items()} | {CACHE: cache}
+            answers.append(fused(ids[:, :1], attention_mask=mask, **step).logits)
+            for layer in held:
+                layer.crop(-1)
+        assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -33,7 +33,10 @@ BEGIN = "it was begun before the model was fused or unfused; begin another"
 
 
 class GrowingLayer(LayerCache, CacheLayerMixin):
-    """A layer of DynamicCache: the keys, values, lengths and running sum of a LayerCache, in buffers with room."""
+    """A layer of DynamicCache: the keys, values, lengths and running sum of a LayerCache, in buffers with room.
+
+    ``ends`` int64 [B]: how many columns at the end of each sequence are real; None where none was ever padded.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -42,6 +45,7 @@ class GrowingLayer(LayerCache, CacheLayerMixin):
     def __init__(self, **_: Any):
         LayerCache.__init__(self)
         self.device: torch.device | None = None  # where the rows come back to, once they were moved away
+        self.ends: Tensor | None = None
 
     @property
     def is_initialized(self) -> bool:
@@ -82,14 +86,27 @@ class GrowingLayer(LayerCache, CacheLayerMixin):
         self.keys = self.keys.to(device, non_blocking=True)
         self.values = None if self.values is None else self.values.to(device, non_blocking=True)
 
+    def saw(self, real: Tensor | None, count: int) -> None:
+        """Notes which of the ``count`` columns that are about to come are real, bool [B, count]; None: all."""
+        if real is not None:
+            self.ends = _trailing(self.columns if self.ends is None else self.ends, real)
+        elif self.ends is not None:
+            self.ends = self.ends + count
+
     def reset(self) -> None:
         LayerCache.__init__(self)
+        self.ends = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
-        if self.columns and tokens_to_remove:
-            LayerCache.crop(self, -tokens_to_remove)
+        columns = _to_crop(tokens_to_remove, self.ends)
+        if self.columns and columns:
+            LayerCache.crop(self, columns)
+            self.ends = None if self.ends is None else self.ends - columns
+
+    def select(self, index: Tensor) -> None:
+        super().select(index)
+        if self.ends is not None:
+            self.ends = self.ends.index_select(0, index.to(self.ends.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select(beam_idx)
@@ -129,7 +146,8 @@ class SingleLayer(GrowingLayer):
                 start = torch.full_like(mask.key_lengths, before)
             new = mask.key_lengths - start
             _expect((new >= 0) & (new <= count), "the padding of earlier calls, too")
-            key_states, positions = _pushed(mask, start, key_states, positions)
+            key_states, positions, real = _pushed(mask, start, new, key_states, positions)
+            self.saw(real, count)
         elif self.lengths is not None:
             if not bool((self.lengths == before).all()):
                 raise ValueError(
@@ -159,20 +177,23 @@ class SingleLayer(GrowingLayer):
 class StaticSingleLayer(StaticLayer):
     """A layer of StaticCache that holds one tensor; ``update`` as that of ``SingleLayer``.
 
-    ``lengths`` int64 [B] are the real rows of each sequence. With more than one row, and outside of a traced call, only
-    the columns in use are returned.
+    ``lengths`` int64 [B] are the real rows of each sequence, ``ends`` int64 [B] its real columns at the end. With more
+    than one row, and outside of a traced call, only the columns in use are returned.
     """
 
     def __init__(self, max_cache_len: int, **_: Any):
         super().__init__(max_cache_len=max_cache_len)
         self.lengths: Tensor | None = None
+        self.ends: Tensor | None = None
         self.offset: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         super().lazy_initialization(key_states, key_states[..., :0])  # as in SingleLayer
         self.lengths = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)
+        self.ends = torch.zeros_like(self.lengths)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.lengths)
+            torch._dynamo.mark_static_address(self.ends)
 
     def update(
         self, key_states: Tensor, value_states: Tensor | None, mask: Visible | None = None,
@@ -187,7 +208,8 @@ class StaticSingleLayer(StaticLayer):
             mask = Visible(self.max_cache_len, True, None, self.lengths + count, self.lengths.clone())
         new = mask.key_lengths - self.lengths
         _expect((new >= 0) & (new <= count), "the padding of earlier calls, too")
-        key_states, positions = _pushed(mask, self.lengths, key_states, positions)
+        key_states, positions, real = _pushed(mask, self.lengths, new, key_states, positions)
+        self.ends.copy_(_trailing(self.ends, real))
         if positions is not None:
             self.offset = _offset(positions, self.offset, self.lengths, new)
         row = self.lengths[:, None] + torch.arange(count, device=key_states.device)
@@ -203,18 +225,17 @@ class StaticSingleLayer(StaticLayer):
         super().reset()
         self.offset = None
         if self.lengths is not None:
-            self.lengths.zero_()
+            self.lengths.zero_(), self.ends.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
+        columns = _to_crop(tokens_to_remove, self.ends)
         if self.lengths is not None:
-            self.cumulative_length.add_(tokens_to_remove)
-            self.lengths.add_(tokens_to_remove)
+            for count in (self.cumulative_length, self.lengths, self.ends):
+                count.sub_(columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        for name in ("lengths", "offset"):
+        for name in ("lengths", "ends", "offset"):
             if (numbers := getattr(self, name)) is not None and len(numbers) > 1:
                 setattr(self, name, numbers.index_select(0, beam_idx.to(numbers.device)))
 
@@ -240,21 +261,43 @@ def single_layer(cache: Any, index: int) -> None:
 
 
 def _pushed(
-    mask: Visible, start: Tensor, rows: Tensor, positions: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """``rows`` [B, G, T, C] and ``positions`` [B or 1, T], of each sequence the real ones first; ``start`` [B] rows
-    stand before.
+    mask: Visible, start: Tensor, new: Tensor, rows: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``rows`` [B, G, T, C] and ``positions`` [B or 1, T], of each sequence the ``new`` [B] real ones first; and which
+    columns are real, bool [B, T]. ``start`` [B] rows stand before.
     """
     count = rows.shape[2]
     if count == 1:
-        return rows, positions
+        return rows, positions, new[:, None] > 0
     order = mask.query_order
     if order is None:  # padding at one end at most, which then stands at the other
         order = (torch.arange(count, device=start.device) + (start - mask.query_start)[:, None]) % count
     order = order.to(rows.device)
     if positions is not None:
         positions = positions.expand(rows.shape[0], -1).gather(1, order)
-    return rows.gather(2, order[:, None, :, None].expand_as(rows)), positions
+    front = torch.arange(count, device=rows.device) < new[:, None]
+    real = torch.zeros_like(front).scatter(1, order, front)
+    return rows.gather(2, order[:, None, :, None].expand_as(rows)), positions, real
+
+
+def _trailing(before: Tensor | int, real: Tensor) -> Tensor:
+    """How many columns at the end of each sequence are real, int64 [B]: ``before`` [B] of earlier calls, then real
+    [B, T].
+    """
+    run = real.long().flip(1).cumprod(1).sum(1)
+    return torch.where(run == real.shape[1], before + run, run)
+
+
+def _to_crop(tokens_to_remove: int, ends: Tensor | None) -> int:
+    """How many columns to take back, each a real row of every sequence; ValueError where they are not."""
+    if tokens_to_remove > 0:
+        raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
+    if ends is not None and bool((ends < -tokens_to_remove).any()):
+        raise ValueError(
+            f"tokens_to_remove: expected at most {int(ends.min())} columns, as many as stand behind the last padding "
+            f"of every sequence, got {-tokens_to_remove}"
+        )
+    return -tokens_to_remove
 
 
 def _offset(positions: Tensor, offset: Tensor | None, before: Tensor | int, new: Tensor | None) -> Tensor:
