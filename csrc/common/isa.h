@@ -13,6 +13,9 @@
 #define GAUGEKIT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_VBMI2 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
+#define GAUGEKIT_BF16                                                                                     \
+  __attribute__((                                                                                         \
+      target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
 #endif
 
 #define GAUGEKIT_NOINLINE __attribute__((noinline))
@@ -21,7 +24,7 @@ namespace gaugekit {
 
 // In rising order, each with all of those before it: a kernel that has no form for a level runs that of a
 // lower one.
-enum class Isa { portable, avx2, avx512, vbmi2 };
+enum class Isa { portable, avx2, avx512, vbmi2, bf16 };
 
 // The widest level this processor has, or the lower one that ATEN_CPU_CAPABILITY (torch's own switch:
 // default, avx2, avx512) asks for.
@@ -36,8 +39,10 @@ inline Isa isa() {
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx2 && avx512 && !at_most_avx2)
-      return __builtin_cpu_supports("avx512vbmi2") ? Isa::vbmi2 : Isa::avx512;
+    if (avx2 && avx512 && !at_most_avx2) {
+      if (!__builtin_cpu_supports("avx512vbmi2")) return Isa::avx512;
+      return __builtin_cpu_supports("avx512bf16") ? Isa::bf16 : Isa::vbmi2;
+    }
     if (avx2) return Isa::avx2;
 #endif
     return Isa::portable;

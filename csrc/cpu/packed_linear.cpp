@@ -4,7 +4,7 @@
 #include "common/check.h"
 #include "common/turns.h"
 #include "packed_linear_encode.h"
-#include "packed_linear_stream.h"
+#include "packed_linear_pairs.h"
 #include "packed_linear_tiles.h"
 
 namespace gaugekit::packed {
@@ -151,6 +151,21 @@ Tensor rows(const Optional& index, const Tensor& raw, const Tensor& planes, cons
   return out;
 }
 
+// Calls body(begin, end) for pieces of W's rows. Threads take piece after piece: one that others hold up leaves the
+// rest to its fellows.
+template <class Body>
+void over_pieces(const Weight& w, int64_t columns, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads(), least = grain_of_rows(columns, ROWS),
+                most = PIECE_WEIGHTS / std::max<int64_t>(1, columns);
+  const int64_t share = std::clamp(w.rows / (8 * threads), least, std::max(most, least));
+  const int64_t step = (share + ROWS - 1) / ROWS * ROWS, pieces = (w.rows + step - 1) / step;
+  std::atomic<int64_t> next{0};
+  parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
+    for (int64_t piece = next++; piece < pieces; piece = next++)
+      body(piece * step, std::min(w.rows, (piece + 1) * step));
+  });
+}
+
 template <class S>
 void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch, int64_t columns,
            Tensor& out) {
@@ -158,24 +173,32 @@ void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch
   const float* from = reinterpret_cast<const float*>(arranged.data());
   const S* shift = bias ? data<S>(*bias) : nullptr;
   S* to = static_cast<S*>(out.mutable_data_ptr());
-  // Threads take piece after piece: one that others hold up leaves the rest to its fellows. For more than
-  // MAX_BATCH rows of x a piece is read again from the second-level cache.
-  const int64_t threads = torch::stable::get_num_threads(),
-                most = PIECE_WEIGHTS / std::max<int64_t>(1, columns);
-  const int64_t share = std::clamp(w.rows / (8 * threads), grain_of_rows(columns, ROWS),
-                                   std::max(most, grain_of_rows(columns, ROWS)));
-  const int64_t step = (share + ROWS - 1) / ROWS * ROWS, pieces = (w.rows + step - 1) / step;
-  std::atomic<int64_t> next{0};
-  parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
-    for (int64_t piece = next++; piece < pieces; piece = next++)
-      for (int64_t first = 0; first < batch; first += MAX_BATCH)
-        product(w, piece * step, std::min(w.rows, (piece + 1) * step), from + first * w.blocks * BLOCK,
-                std::min(MAX_BATCH, batch - first), isa(), [&](int64_t t, int64_t row, float sum) {
-                  if (shift) sum += load<1>(shift + row, 1)[0];
-                  store<1>(to + (first + t) * w.rows + row, Vector<float, 1>{sum}, 1);
-                });
+  // For more than MAX_BATCH rows of x a piece is read again from the second-level cache.
+  over_pieces(w, columns, [&](int64_t begin, int64_t end) {
+    for (int64_t first = 0; first < batch; first += MAX_BATCH)
+      product(w, begin, end, from + first * w.blocks * BLOCK, std::min(MAX_BATCH, batch - first), isa(),
+              [&](int64_t t, int64_t row, float sum) {
+                if (shift) sum += load<1>(shift + row, 1)[0];
+                store<1>(to + (first + t) * w.rows + row, Vector<float, 1>{sum}, 1);
+              });
   });
 }
+
+#ifdef GAUGEKIT_X86
+void fused_pairs(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch, int64_t columns,
+                 Tensor& out) {
+  const std::vector<WordHalf> arranged = arrange_pairs(data<BFloat16>(x), batch, columns, w.blocks);
+  const BFloat16* shift = bias ? data<BFloat16>(*bias) : nullptr;
+  BFloat16* to = static_cast<BFloat16*>(out.mutable_data_ptr());
+  over_pieces(w, columns, [&](int64_t begin, int64_t end) {
+    product_of_pairs(w, begin, end, arranged[0].at, batch,
+                     [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t count) GAUGEKIT_BF16 {
+                       if (shift) sums += load<ROWS>(shift + row, count);
+                       store<ROWS>(to + t * w.rows + row, sums, count);
+                     });
+  });
+}
+#endif
 
 Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Tensor& escapes,
               const Tensor& offsets, const Tensor& window, const Optional& bias, bool fuse) {
@@ -203,6 +226,10 @@ Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Te
     fused<float>(w, flat, shift, batch, columns, out);
   } else if (dtype == ScalarType::Half) {
     fused<Float16>(w, flat, shift, batch, columns, out);
+#ifdef GAUGEKIT_X86
+  } else if (isa() >= Isa::bf16 && w.segments() > 0) {
+    fused_pairs(w, flat, shift, batch, columns, out);
+#endif
   } else {
     fused<BFloat16>(w, flat, shift, batch, columns, out);
   }

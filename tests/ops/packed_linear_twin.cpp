@@ -1,10 +1,11 @@
 // Prints one line for each case in which the product on packed weights and the same product on the plain ones
 // differ in a bit, and how many cases there were. Compiled and run by test_packed_linear_twin.py.
 #include <cstdio>
+#include <limits>
 #include <random>
 
 #include "cpu/packed_linear_encode.h"
-#include "cpu/packed_linear_stream.h"
+#include "cpu/packed_linear_pairs.h"
 
 using namespace gaugekit;
 using namespace gaugekit::packed;
@@ -14,6 +15,38 @@ namespace {
 uint16_t bits_of(float value, bool half) {
   return half ? narrow<1>(Vector<float, 1>{value}, Float16{})[0]
               : narrow<1>(Vector<float, 1>{value}, BFloat16{})[0];
+}
+
+// The product on pairs: few rows of x, some, and more than a pass, packed and plain, and each row of x by itself.
+int compare_pairs(const Weight& w, const std::vector<uint16_t>& words, int64_t columns) {
+  int cases = 0;
+#ifdef GAUGEKIT_X86
+  for (const int64_t batch : {1, 2, 3, 4, 5, 16, 50}) {
+    std::vector<BFloat16> x(batch * columns);
+    for (size_t i = 0; i < x.size(); ++i) x[i].bits = words[(i * 7) % words.size()];
+    const auto run = [&](auto plain, int64_t count, const BFloat16* from, float* to) {
+      const auto arranged = arrange_pairs(from, count, columns, w.blocks);
+      product_of_pairs<decltype(plain)::value>(w, 0, w.rows, arranged[0].at, count,
+                                               [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t n) {
+                                                 for (int64_t i = 0; i < n; ++i) to[t * w.rows + row + i] = sums[i];
+                                               });
+    };
+    std::vector<float> y(batch * w.rows, 1.0f), twin(batch * w.rows, 2.0f), alone(batch * w.rows, 3.0f);
+    run(std::false_type{}, batch, x.data(), y.data());
+    run(std::true_type{}, batch, x.data(), twin.data());
+    for (int64_t t = 0; t < batch; ++t) run(std::false_type{}, 1, x.data() + t * columns, alone.data() + t * w.rows);
+    cases += 2;
+    // Which of two NaNs a sum takes is the compiler's choice.
+    for (auto* sums : {&y, &twin, &alone})
+      for (auto& sum : *sums)
+        if (sum != sum) sum = std::numeric_limits<float>::quiet_NaN();
+    const size_t bytes = y.size() * sizeof(float);
+    if (std::memcmp(y.data(), twin.data(), bytes) || std::memcmp(y.data(), alone.data(), bytes))
+      std::printf("differ: pairs, batch %d, %dx%d\n", static_cast<int>(batch), static_cast<int>(w.rows),
+                  static_cast<int>(columns));
+  }
+#endif
+  return cases;
 }
 
 int compare(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random) {
@@ -47,7 +80,7 @@ int compare(int64_t rows, int64_t columns, bool half, int code_bits, std::mt1993
                begins[row], offsets.data() + row * w.segments(), Isa::portable);
 
   int cases = 0;
-  for (const Isa l : {Isa::portable, Isa::avx2, Isa::avx512, Isa::vbmi2}) {
+  for (const Isa l : {Isa::portable, Isa::avx2, Isa::avx512, Isa::vbmi2, Isa::bf16}) {
     if (l > isa()) continue;
     for (const int64_t batch : {1, 2, 3, 5, 16}) {
       const auto arranged =
@@ -65,7 +98,7 @@ int compare(int64_t rows, int64_t columns, bool half, int code_bits, std::mt1993
                     static_cast<int>(columns));
     }
   }
-  return cases;
+  return cases + (half || isa() < Isa::bf16 ? 0 : compare_pairs(w, x, columns));
 }
 
 }  // namespace

@@ -24,7 +24,10 @@ def test_same_bits_as_on_plain_weights_on_every_instruction_set(tmp_path):
     """Packed weights give the bits that the same product, in the same order of summation, gives on plain weights."""
     differing, (levels, cases) = run("packed_linear_twin", tmp_path)
     assert not differing
-    assert cases == levels * 5 * 16  # five batches, sixteen matrices
+    pairs = (
+        2 * 7 * 8 if levels == 5 else 0
+    )  # waits for AVX512-BF16: seven batches, twice, eight matrices of bfloat16
+    assert cases == levels * 5 * 16 + pairs  # five batches, sixteen matrices
 
 
 def test_lanes_of_the_gpu_product_decode_every_word(tmp_path):

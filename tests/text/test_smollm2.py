@@ -9,6 +9,7 @@ import gaugekit.integrations.transformers
 from gaugekit import samples
 from gaugekit.checkpoint import Checkpoint
 from gaugekit.integrations.packing import load_packed
+from gaugekit.ops.packed_linear import choice
 from helpers import smollm2
 
 pytestmark = [smollm2, pytest.mark.slow]
@@ -66,8 +67,9 @@ def test_the_converted_model_answers_and_verify_says_what_bfloat16_lost(source, 
     assert answer(model, source).startswith(" Paris")
     report = gk.verify(source, converted, text=samples.sentences(16))  # the default reads four times as much
     assert report["dtype"] == "bfloat16" and report["findings"] == []
-    # 1.171 with the binary
-    assert report["relative_error"] / report["noise"] == pytest.approx(1.18, abs=0.05)
+    # Where the processor multiplies bfloat16 by itself, torch rounds otherwise, and the model's own noise is larger.
+    expected = 1.04 if choice.kind(torch.bfloat16) in ("pairs", "16-bit") else 1.18
+    assert report["relative_error"] / report["noise"] == pytest.approx(expected, abs=0.05)
     assert report["ok"] == (report["relative_error"] <= 1.2 * report["noise"])
 
 
