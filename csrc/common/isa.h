@@ -13,8 +13,8 @@
 #define GAUGEKIT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_VBMI2 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
-#define GAUGEKIT_BF16                                                                                     \
-  __attribute__((                                                                                         \
+#define GAUGEKIT_BF16 \
+  __attribute__((     \
       target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
 #endif
 

@@ -151,8 +151,8 @@ Tensor rows(const Optional& index, const Tensor& raw, const Tensor& planes, cons
   return out;
 }
 
-// Calls body(begin, end) for pieces of W's rows. Threads take piece after piece: one that others hold up leaves the
-// rest to its fellows.
+// Calls body(begin, end) for pieces of W's rows. Threads take piece after piece: one that others hold up
+// leaves the rest to its fellows.
 template <class Body>
 void over_pieces(const Weight& w, int64_t columns, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads(), least = grain_of_rows(columns, ROWS),

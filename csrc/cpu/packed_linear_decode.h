@@ -193,7 +193,7 @@ GAUGEKIT_AVX512 void bytes_avx512(const Segment& s, uint8_t* bytes) {
     _mm512_storeu_si512(bytes + b * BLOCK, block_avx512<HALF, C>(s, b, next));
 }
 
-// The same by one instruction, which spreads a register of the stream; to spread from memory is slow on Zen 4.
+// The same, all of a block's escapes put in their places by one instruction.
 template <bool HALF, int C>
 __attribute__((target("avx512f,avx512bw,avx512vbmi2,popcnt"), always_inline)) inline __m512i block_vbmi2(
     const Segment& s, int64_t b, const uint8_t*& next) {

@@ -1,12 +1,13 @@
-// y = x Wᵀ in bfloat16 on processors that multiply pairs of bfloat16 numbers by themselves (AVX512-BF16). Up to
-// FEW rows of x take each block of W as it is decoded. For more, ROWS rows of W are decoded into the second-level
-// cache and multiplied by tiles of R × T sums that stay in registers. Free of torch.
+// y = x Wᵀ in bfloat16 for up to a few hundred rows of x on processors that multiply pairs of bfloat16
+// numbers by themselves (AVX512-BF16). Up to FEW rows of x take each block of W as it is decoded. For more,
+// ROWS rows of W are decoded into the second-level cache and multiplied by tiles of R × T sums that stay in
+// registers. Free of torch.
 //
-// The order of summation is fixed, the same for every batch, and other than that of packed_linear_product.h. The
-// words of a block lie in two halves of 32, as words_of leaves them. Pair j of half h is added to one of 32 running
-// float sums, (h, j), as the instruction does it (vdpbf16ps: the pair's second product first, subnormal numbers as
-// zero), block after block; at a row's end t[j] = sum[0][j] + sum[1][j], and then t is halved by t[j] += t[j + w],
-// w = 8, 4, 2, 1.
+// The order of summation is fixed, the same for every batch, and other than that of packed_linear_product.h.
+// The words of a block lie in two halves of 32, as words_of leaves them. Pair j of half h is added to one of
+// 32 running float sums, (h, j), as the instruction does it (vdpbf16ps, to which subnormal numbers are zero),
+// block after block; at a row's end t[j] = sum[0][j] + sum[1][j], and then t is halved by t[j] += t[j + w], w
+// = 8, 4, 2, 1.
 #pragma once
 
 #include "packed_linear_stream.h"
@@ -15,25 +16,21 @@ namespace gaugekit::packed {
 
 constexpr int64_t HALF_BLOCK = BLOCK / 2;
 
-// Which weight of a block is word i of half h.
-constexpr int pair_position(int h, int i) { return 16 * (i / 8) + 8 * h + i % 8; }
-
 struct alignas(64) WordHalf {
   uint16_t at[HALF_BLOCK];
 };
 
-// Words from one half of a row to the other, and from one row to the next: one block more than a row has, so that
-// rows do not meet in the same lines of the cache.
+// Words from one half of a row to the other, and from one row to the next: one block more than a row has, so
+// that rows do not meet in the same lines of the cache.
 constexpr int64_t half_stride(int64_t blocks) { return (blocks + 1) * HALF_BLOCK; }
 constexpr int64_t row_stride(int64_t blocks) { return 2 * half_stride(blocks); }
 
 #ifdef GAUGEKIT_X86
 #define GAUGEKIT_BF16_INLINE GAUGEKIT_BF16 __attribute__((always_inline)) inline
 
-constexpr int64_t FEW = 4;           // rows of x
-constexpr int64_t SUMS = 2 * 16;     // of a row of W and a row of x
-// The second-level cache, of 1 MB or more, holds decoded rows of W, the rows of x that meet them next, and sums.
-constexpr int64_t PASS_ROWS = 48;
+constexpr int64_t FEW = 4;         // rows of x
+constexpr int64_t SUMS = 2 * 16;   // of a row of W and a row of x
+constexpr int64_t PASS_ROWS = 48;  // of x, whose sums stay in the second-level cache beside the decoded rows
 constexpr int64_t PART_BLOCKS = 64;  // of a tile: then its rows of W and x nearly fit the first-level cache
 
 // x as words in the order of the sums, zero beyond its columns: [batch][2][blocks + 1][32].
@@ -60,8 +57,8 @@ GAUGEKIT_BF16_INLINE __m512 add_pairs(__m512 sum, __m512i w, __m512i x) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
 }
 
-// Row `row` of W, block after block: take(b, lo, hi). What is asked for ahead walks steadily through the row's
-// planes, which lie one after the other, so far ahead that the last one comes in time, too.
+// Row `row` of W, block after block: take(b, lo, hi). What is asked for ahead walks steadily through the
+// row's planes, which lie one after the other, so far ahead that the last one comes in time, too.
 template <int C, bool PLAIN, class Take>
 GAUGEKIT_BF16_INLINE void each_block(const Weight& w, int64_t row, const Take& take) {
   constexpr int64_t PLANE_BYTES = C * 8;  // a block's
@@ -73,7 +70,8 @@ GAUGEKIT_BF16_INLINE void each_block(const Weight& w, int64_t row, const Take& t
     if (!PLAIN) g = segment_of(w, row, s, tail);
     g.raw = begin_of<PLAIN>(w, row, s);
     const uint8_t* next = g.escapes;
-    const char* planes = reinterpret_cast<const char*>(w.planes) + (row * w.blocks + b) * PLANE_BYTES + planes_ahead;
+    const char* planes =
+        reinterpret_cast<const char*>(w.planes) + (row * w.blocks + b) * PLANE_BYTES + planes_ahead;
     if (!PLAIN) {
       _mm_prefetch(reinterpret_cast<const char*>(next + 256), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(w.offsets + row * w.segments() + s + 32), _MM_HINT_T0);
@@ -101,16 +99,19 @@ GAUGEKIT_BF16_INLINE Vector<float, ROWS> totals(const float* sums) {
   }
   // Each step halves the numbers left of a row, and the vectors: two rows share one.
   for (int i = 0; i < 4; ++i)
-    t[i] = _mm256_add_ps(_mm256_permute2f128_ps(t[i], t[i + 4], 0x20), _mm256_permute2f128_ps(t[i], t[i + 4], 0x31));
+    t[i] = _mm256_add_ps(_mm256_permute2f128_ps(t[i], t[i + 4], 0x20),
+                         _mm256_permute2f128_ps(t[i], t[i + 4], 0x31));
   for (int i = 0; i < 2; ++i)
     t[i] = _mm256_add_ps(_mm256_shuffle_ps(t[i], t[i + 2], 0x44), _mm256_shuffle_ps(t[i], t[i + 2], 0xee));
-  const __m256 mixed = _mm256_add_ps(_mm256_shuffle_ps(t[0], t[1], 0x88), _mm256_shuffle_ps(t[0], t[1], 0xdd));
+  const __m256 mixed =
+      _mm256_add_ps(_mm256_shuffle_ps(t[0], t[1], 0x88), _mm256_shuffle_ps(t[0], t[1], 0xdd));
   return bits_as<Vector<float, ROWS>>(_mm256_permute_ps(mixed, 0xd8));  // rows 0, 2, 1, 3 of each half
 }
 
 // T rows of x, at most FEW.
 template <int C, bool PLAIN, int T, class Give>
-GAUGEKIT_BF16 void multiply_few(const Weight& w, int64_t begin, int64_t end, const uint16_t* x, const Give& give) {
+GAUGEKIT_BF16 void multiply_few(const Weight& w, int64_t begin, int64_t end, const uint16_t* x,
+                                const Give& give) {
   alignas(64) float sums[T][ROWS * SUMS];
   for (int64_t row = begin; row < end; ++row) {
     __m512 lo_sum[T], hi_sum[T];
@@ -132,8 +133,8 @@ GAUGEKIT_BF16 void multiply_few(const Weight& w, int64_t begin, int64_t end, con
   }
 }
 
-// The sums [T][ROWS][2][16] of R rows of W and T rows of x, `blocks` blocks further; FIRST begins them. Rows are
-// `stride` words apart.
+// The sums [T][ROWS][2][16] of R rows of W and T rows of x, `blocks` blocks further; FIRST begins them. Rows
+// are `stride` words apart.
 template <int R, int T, bool FIRST>
 GAUGEKIT_BF16 void multiply_tile(const uint16_t* words, const uint16_t* x, int64_t stride, int64_t blocks,
                                  float* sums) {
@@ -155,37 +156,42 @@ GAUGEKIT_BF16 void multiply_tile(const uint16_t* words, const uint16_t* x, int64
   }
 }
 
-// ROWS decoded rows of W times `batch` rows of x, at most PASS_ROWS.
+// A part of ROWS decoded rows of W times the same of `batch` rows of x, at most PASS_ROWS.
 template <bool FIRST>
 void multiply_part(const uint16_t* words, const uint16_t* x, int64_t batch, int64_t stride, int64_t blocks,
                    float* sums) {
   constexpr int R = 4, MOST = 6;  // 24 sums stay in registers, beside four vectors of W and one of x
   using Tile = void (*)(const uint16_t*, const uint16_t*, int64_t, int64_t, float*);
-  constexpr Tile of_rows[] = {multiply_tile<R, 1, FIRST>, multiply_tile<R, 2, FIRST>, multiply_tile<R, 3, FIRST>,
-                              multiply_tile<R, 4, FIRST>, multiply_tile<R, 5, FIRST>, multiply_tile<R, 6, FIRST>};
+  constexpr Tile of_rows[] = {multiply_tile<R, 1, FIRST>, multiply_tile<R, 2, FIRST>,
+                              multiply_tile<R, 3, FIRST>, multiply_tile<R, 4, FIRST>,
+                              multiply_tile<R, 5, FIRST>, multiply_tile<R, 6, FIRST>};
   const int64_t tiles = (batch + MOST - 1) / MOST;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = batch * tile / tiles, count = batch * (tile + 1) / tiles - first;
     for (int r = 0; r < ROWS; r += R)
-      of_rows[count - 1](words + r * stride, x + first * stride, stride, blocks, sums + (first * ROWS + r) * SUMS);
+      of_rows[count - 1](words + r * stride, x + first * stride, stride, blocks,
+                         sums + (first * ROWS + r) * SUMS);
   }
 }
 
-inline void multiply_group(const uint16_t* words, const uint16_t* x, int64_t batch, int64_t blocks, float* sums) {
+// The sums of ROWS decoded rows of W and `batch` rows of x, part by part of their columns.
+inline void multiply_group(const uint16_t* words, const uint16_t* x, int64_t batch, int64_t blocks,
+                           float* sums) {
   const int64_t stride = row_stride(blocks);
   for (int64_t b = 0; b < blocks; b += PART_BLOCKS)
-    (b == 0 ? multiply_part<true> : multiply_part<false>)(words + b * HALF_BLOCK, x + b * HALF_BLOCK, batch, stride,
-                                                          std::min(PART_BLOCKS, blocks - b), sums);
+    (b == 0 ? multiply_part<true> : multiply_part<false>)(words + b * HALF_BLOCK, x + b * HALF_BLOCK, batch,
+                                                          stride, std::min(PART_BLOCKS, blocks - b), sums);
 }
 
 template <int C, bool PLAIN, class Give>
-GAUGEKIT_BF16 void multiply_many(const Weight& w, int64_t begin, int64_t end, const uint16_t* x, int64_t batch,
-                                 const Give& give) {
+GAUGEKIT_BF16 void multiply_many(const Weight& w, int64_t begin, int64_t end, const uint16_t* x,
+                                 int64_t batch, const Give& give) {
   const int64_t stride = row_stride(w.blocks), passes = (batch + PASS_ROWS - 1) / PASS_ROWS;
   std::vector<WordHalf> decoded(ROWS * stride / HALF_BLOCK);
   std::vector<FloatBlock> sums(std::min(batch, PASS_ROWS) * ROWS * SUMS / BLOCK);
   for (int64_t first = begin; first < end; first += ROWS) {
-    const int64_t rows = std::min<int64_t>(ROWS, end - first);  // others are left of the group before, or zero
+    const int64_t rows =
+        std::min<int64_t>(ROWS, end - first);  // others are left of the group before, or zero
     for (int64_t r = 0; r < rows; ++r) {
       uint16_t* to = decoded[0].at + r * stride;
       each_block<C, PLAIN>(w, first + r, [&](int64_t b, __m512i lo, __m512i hi) GAUGEKIT_BF16 {
@@ -196,8 +202,7 @@ GAUGEKIT_BF16 void multiply_many(const Weight& w, int64_t begin, int64_t end, co
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t from = batch * pass / passes, count = batch * (pass + 1) / passes - from;
       multiply_group(decoded[0].at, x + from * stride, count, w.blocks, sums[0].at);
-      for (int64_t t = 0; t < count; ++t)
-        give(from + t, first, totals(sums[0].at + t * ROWS * SUMS), rows);
+      for (int64_t t = 0; t < count; ++t) give(from + t, first, totals(sums[0].at + t * ROWS * SUMS), rows);
     }
   }
 }

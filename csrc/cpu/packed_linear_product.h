@@ -1,8 +1,9 @@
 // y = x Wᵀ for a few rows x, W packed: each segment is decoded once and multiplied with every x. Here is what
-// every processor runs, and AVX2; AVX-512 is in packed_linear_stream.h. Free of torch.
+// every processor runs, and AVX2; AVX-512 is in packed_linear_stream.h, AVX512-BF16, in another order of
+// summation, in packed_linear_pairs.h. Free of torch.
 //
-// The order of summation is fixed, the same on every processor and for every batch. Weight p of a block is
-// added to one of 64 running float sums, (v, j) with p = position(v, j), block after block; at a row's end
+// The order of summation is fixed, the same on all these processors and for every batch. Weight p of a block
+// is added to one of 64 running float sums, (v, j) with p = position(v, j), block after block; at a row's end
 // t[j] = (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]), and then t is halved by t[j] += t[j + w], w = 8,
 // 4, 2, 1. Products of 16-bit numbers are exact in float, so there fused and separate multiply-adds agree bit
 // for bit.

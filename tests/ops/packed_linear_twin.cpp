@@ -108,7 +108,7 @@ int main() {
   int cases = 0;
   for (const bool half : {false, true})
     for (const int code_bits : {3, 4})
-      for (const auto [rows, columns] : {std::pair<int, int>{1, 1}, {9, 70}, {19, 1024}, {10, 2100}})
+      for (const auto [rows, columns] : {std::pair<int, int>{1, 1}, {9, 70}, {19, 1024}, {10, 2100}, {9, 4200}})
         cases += compare(rows, columns, half, code_bits, random);
   std::printf("levels %d, cases %d\n", static_cast<int>(isa()) + 1, cases);
 }

@@ -71,7 +71,7 @@ def test_fullgraph_compile(kernel, options):
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_inductor():
-    quick = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}
+    quick = {"cpp.simdlen": 1, "cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}
     compiled = torch.compile(gk.nonlocal_energy, fullgraph=True, options=quick)
     operands = make()
     eager = gk.nonlocal_energy(*operands, causal=True)
