@@ -42,17 +42,27 @@ GPU_SECONDS = 0.5  # of measuring a case, after what it compiles
 COLUMNS = ["op", "shape", "dtype", "baseline", "median_ms", "baseline_ms", "ratio", "share_of_peak", "label"]
 
 
+INSTRUCTIONS = {"avx512_bf16": "BF16", "amx_bf16": "AMX", "avx512_fp16": "FP16"}  # of /proc/cpuinfo, beyond AVX-512
+
+
 def machine(device: str) -> str:
-    """The GPU's name, or the processor's with its cores."""
+    """The GPU's name, or the processor's with the instructions torch takes there and its cores.
+
+    Processors of several generations share a name on rented machines; what they multiply with tells them apart.
+    """
     if device == "cuda":
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
+    name, flags = platform.processor() or platform.machine(), ""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        flags = next(line for line in lines if line.startswith("flags"))
     except (OSError, StopIteration):
         pass
-    return f"{name}, {os.cpu_count()} cores"
+    instructions = [torch.backends.cpu.get_cpu_capability()]
+    if instructions[0].startswith("AVX512"):
+        instructions += [short for flag, short in INSTRUCTIONS.items() if flag in flags.split()]
+    return f"{name} ({', '.join(instructions)}), {os.cpu_count()} cores"
 
 
 def commit() -> str:
