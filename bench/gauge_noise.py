@@ -4,13 +4,14 @@
     python bench/gauge_noise.py MODEL --dtype float32 --rows balanced triangular
     python bench/gauge_noise.py --text FILE --text FILE --save
 
-``ratio`` is ``relative_error / noise`` of ``gaugekit verify`` on 2,048 tokens or more of a text: what the fixed model errs
-by over what the dtype costs the original. One text of that length does not settle it for weights that are numbers of
-the dtype already, as SmolLM2's are: read the rows together. Texts: English sentences, Python's documentation, and those
-of ``--text``. ``--dense`` stores the fixed model in the plain layout, so that both attend through transformers.
+``ratio`` is ``relative_error / noise`` of ``gaugekit verify`` on 2,048 tokens or more of a text: what the fixed model
+errs by over what the dtype costs the original. One text of that length does not settle it for weights that are numbers
+of the dtype already, as SmolLM2's are: read the rows together. Texts: English sentences one by one (80) and joined,
+Python's documentation, and those of ``--text``. ``--dense`` stores the fixed model in the plain layout, so that both
+attend through transformers.
 
-The ratio depends on how the processor multiplies 16-bit numbers. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 before
-the command shows that of processors without such instructions.
+The ratio depends on how the processor multiplies 16-bit numbers. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+before the command shows that of processors without such instructions.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def cut(source: Path, text: str) -> list[str]:
     return [tokenizer.decode(ids[start : start + window]) for start in range(0, TOKENS, window)]
 
 
-def rows_of(source: Path, choices: list[str], texts: dict[str, list[str]], dtype: str, dense: bool) -> Iterator[dict]:
+def rows_of(
+    source: Path, choices: list[str], texts: dict[str, list[str]], dtype: str, dense: bool
+) -> Iterator[dict]:
     """A row for every choice and text, each as it is measured."""
     with tempfile.TemporaryDirectory() as work:
         for choice in choices:
@@ -62,16 +65,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", type=Path, help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--rows", nargs="+", choices=CHOICES, default=["balanced", "max_volume", "triangular"])
+    parser.add_argument(
+        "--rows", nargs="+", choices=CHOICES, default=["balanced", "max_volume", "triangular"]
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
     options = parser.parse_args()
     source = options.model or samples.smollm2()
-    read = {"sentences": " ".join(samples.sentences(500)), "documentation": learnt_and_measured()[1]}
+    read = {"joined sentences": " ".join(samples.sentences(500)), "documentation": learnt_and_measured()[1]}
     read |= {path.stem: path.read_text(encoding="utf-8") for path in options.text}
-    texts = {name: cut(source, text) for name, text in read.items()}
+    texts = {"short sentences": samples.sentences(80)}
+    texts |= {name: cut(source, text) for name, text in read.items()}
     where = {"machine": machine("cpu"), "commit": commit()}
     for row in rows_of(source, options.rows, texts, options.dtype, options.dense):
         print(json.dumps(row | where), file=sys.stderr, flush=True)

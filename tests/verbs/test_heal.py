@@ -68,7 +68,7 @@ def test_what_is_held_out_is_an_eighth_and_bounded(home, monkeypatch):
         module, "tokens", lambda model, text, size: read.append(len(text)) or real(model, text, size)
     )
     for bound, held_out in ((256, 3), (2, 2)):
-        monkeypatch.setattr(module, "HELD_OUT", bound)
+        monkeypatch.setattr(module.HiddenStates, "held_out", bound)
         heal(student, teacher, TEXT, steps=0, layer_steps=0)
         assert read[-2:] == [held_out, len(TEXT) - held_out]
 

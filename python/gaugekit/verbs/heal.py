@@ -24,7 +24,6 @@ from gaugekit.verbs.heal_runs import Forecasts, HiddenStates, is_sliced
 from gaugekit.verbs.heal_state import State, digest
 
 KEPT = {".json", ".txt", ".model", ".md"}  # what stands beside weights: tokenizer, pooling, card
-HELD_OUT = 256  # sentences at most: enough for the fourth digit of a mean cosine
 WARM_UP = 0.1  # of all steps; afterwards the rate falls to zero along a cosine
 
 
@@ -62,10 +61,10 @@ def heal(
     of queries and keys, or all where none is found; of a sliced student all but its embeddings. ``learning_rate`` is
     the highest, by default 1e-3, of a sliced student 1e-4. A pair of channels that is zero in queries and keys alike
     stays zero: neither gets a gradient. ``text`` is a UTF-8 file or a list of strings; every eighth sentence, at most
-    256 in all, is held out to draw the curve. ``work_directory`` is a new or empty folder, which is locked and marked
-    as this job's: the state goes there eight times a stage, and a second call goes on from it, given the same weights
-    of student (as it was before the first step) and teacher, text, arguments and versions. Deterministic for a seed,
-    resumed or not.
+    256 in all (of a sliced student 48), is held out to draw the curve. ``work_directory`` is a new or empty folder,
+    which is locked and marked as this job's: the state goes there eight times a stage, and a second call goes on from
+    it, given the same weights of student (as it was before the first step) and teacher, text, arguments and versions.
+    Deterministic for a seed, resumed or not.
 
     Returns a Report: ``parameters`` trained, ``steps``, ``curve`` [{stage, step, loss (held-out), mean_cosine,
     min_cosine (of mean-pooled embeddings, held-out)}], ``mean_cosine_before``, ``mean_cosine_after``; of a sliced
@@ -78,7 +77,7 @@ def heal(
     layer_steps = kind.layer_steps(steps) if layer_steps is None else layer_steps
     learning_rate = kind.learning_rate if learning_rate is None else learning_rate
     _check_counts(steps, layer_steps, batch_size, kind)
-    held_out, strings = _parted(read(text))
+    held_out, strings = _parted(read(text), kind.held_out)
     run = kind(student, teacher, parameters)
     held = [(batch, run.goals(batch)) for batch in tokens(teacher, held_out, run.together)]
     batches = tokens(teacher, strings, batch_size)
@@ -148,11 +147,11 @@ def _check_counts(steps: int, layer_steps: int, batch_size: int, kind: type) -> 
         )
 
 
-def _parted(strings: list[str]) -> tuple[list[str], list[str]]:
-    """(held out, to learn from): at most ``HELD_OUT`` sentences, evenly spread, are held out."""
+def _parted(strings: list[str], most: int) -> tuple[list[str], list[str]]:
+    """(held out, to learn from): at most ``most`` sentences, evenly spread, are held out."""
     if len(strings) < 2:
         raise ValueError(f"text: expected at least 2 sentences, one to hold out; got {len(strings)}")
-    every = max(8, math.ceil(len(strings) / HELD_OUT))
+    every = max(8, math.ceil(len(strings) / most))
     return strings[::every], [string for index, string in enumerate(strings) if index % every]
 
 

@@ -34,6 +34,7 @@ class HiddenStates:
 
     learning_rate = 1e-3
     together = 32  # held-out sentences
+    held_out = 256  # sentences at most: enough for the fourth digit of a mean cosine
 
     @staticmethod
     def layer_steps(steps: int) -> int:
@@ -155,6 +156,7 @@ class Forecasts:
 
     learning_rate = 1e-4
     together = 8  # held-out sentences: each token has a number for every word
+    held_out = 48  # sentences at most: both models read them nine times, which shall cost less than to train
 
     @staticmethod
     def layer_steps(steps: int) -> int:
