@@ -48,10 +48,8 @@ GAUGEKIT_BFDOT_INLINE void each_block(const Weight& w, int64_t row, const Take& 
     if (!PLAIN) bytes_neon<false, C>(segment_of(w, row, s, tail), bytes);
     for (const int64_t stop = b + w.blocks_of(s); b < stop; ++b, raw += STRIDE<PLAIN>, byte += BLOCK) {
       uint16x8_t words[VECTORS];
-      for (int q = 0; q < VECTORS / 2; ++q) {
-        const uint16x8x2_t both = load_words<false, PLAIN>(raw, byte, q);
-        words[2 * q] = both.val[0], words[2 * q + 1] = both.val[1];
-      }
+      for (int q = 0; q < VECTORS / 2; ++q)
+        load_words<false, PLAIN>(raw, byte, q, words[2 * q], words[2 * q + 1]);
       take(b, words);
     }
   }

@@ -54,22 +54,24 @@ void bytes_neon(const Segment& s, uint8_t* bytes) {
 
 // --- step two: words ---
 
-// The words of 16 weights in their order.
+// The words of 16 weights in their order. (GCC 12 passes a pair of vectors in one struct through memory.)
 template <bool HALF>
-GAUGEKIT_INLINE uint16x8x2_t words_neon(const uint8_t* raw, const uint8_t* bytes) {
+GAUGEKIT_INLINE void words_neon(const uint8_t* raw, const uint8_t* bytes, uint16x8_t& first,
+                                uint16x8_t& second) {
   const uint8x16_t held = vld1q_u8(raw), byte = vld1q_u8(bytes);
   // bfloat16: below, the exponent's lowest bit before the mantissa; above, the sign before its other seven.
   const uint8x16_t low = HALF ? held : vsliq_n_u8(held, byte, 7);
   const uint8x16_t high = HALF ? byte : vsriq_n_u8(held, byte, 1);
-  return {vreinterpretq_u16_u8(vzip1q_u8(low, high)), vreinterpretq_u16_u8(vzip2q_u8(low, high))};
+  first = vreinterpretq_u16_u8(vzip1q_u8(low, high)), second = vreinterpretq_u16_u8(vzip2q_u8(low, high));
 }
 
 template <bool HALF>
 void join_neon(const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out) {
   for (int64_t i = 0; i < blocks * BLOCK; i += 16) {
-    const uint16x8x2_t words = words_neon<HALF>(raw + i, bytes + i);
-    vst1q_u16(out + i, words.val[0]);
-    vst1q_u16(out + i + 8, words.val[1]);
+    uint16x8_t first, second;
+    words_neon<HALF>(raw + i, bytes + i, first, second);
+    vst1q_u16(out + i, first);
+    vst1q_u16(out + i + 8, second);
   }
 }
 
@@ -77,38 +79,45 @@ void join_neon(const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_
 
 // Words 16q.. of a block.
 template <bool HALF, bool PLAIN>
-GAUGEKIT_INLINE uint16x8x2_t load_words(const uint8_t* raw, const uint8_t* bytes, int q) {
-  if (!PLAIN) return words_neon<HALF>(raw + 16 * q, bytes + 16 * q);
-  const uint8_t* from = raw + 32 * q;
-  return {vreinterpretq_u16_u8(vld1q_u8(from)), vreinterpretq_u16_u8(vld1q_u8(from + 16))};
+GAUGEKIT_INLINE void load_words(const uint8_t* raw, const uint8_t* bytes, int q, uint16x8_t& first,
+                                uint16x8_t& second) {
+  if (!PLAIN) return words_neon<HALF>(raw + 16 * q, bytes + 16 * q, first, second);
+  first = vreinterpretq_u16_u8(vld1q_u8(raw + 32 * q));
+  second = vreinterpretq_u16_u8(vld1q_u8(raw + 32 * q + 16));
 }
 
 // Words 16q.. of a block fill lanes 4q.. of the four vectors of sums (bfloat16), or half of vectors q / 2 and
-// q / 2 + 2 (float16): position() of packed_linear_product.h.
+// q / 2 + 2 (float16): position() of packed_linear_product.h. The loops are unrolled by name, since GCC 12
+// finds out too late by itself that the sums fit registers.
 template <bool HALF, bool PLAIN>
 void multiply_neon(const Tile& f) {
   float32x4_t sum[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) sum[i] = vld1q_f32(f.sums + 4 * i);
   for (int64_t b = 0; b < f.blocks; ++b) {
     const float* x = f.x + b * BLOCK;
     const auto add = [&sum, x](int i, float32x4_t w) { sum[i] = vfmaq_f32(sum[i], w, vld1q_f32(x + 4 * i)); };
     __builtin_prefetch(f.next + b * STRIDE<PLAIN>);
+#pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
-      const uint16x8x2_t words = load_words<HALF, PLAIN>(f.raw + b * STRIDE<PLAIN>, f.bytes + b * BLOCK, q);
+      uint16x8_t words[2];
+      load_words<HALF, PLAIN>(f.raw + b * STRIDE<PLAIN>, f.bytes + b * BLOCK, q, words[0], words[1]);
+#pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         if (HALF) {
-          const float16x8_t half = vreinterpretq_f16_u16(words.val[h]);
+          const float16x8_t half = vreinterpretq_f16_u16(words[h]);
           const int i = 4 * (2 * h + q / 2) + 2 * (q % 2);
           add(i, vcvt_f32_f16(vget_low_f16(half)));
           add(i + 1, vcvt_high_f32_f16(half));
         } else {
-          const uint32x4_t pair = vreinterpretq_u32_u16(words.val[h]);
+          const uint32x4_t pair = vreinterpretq_u32_u16(words[h]);
           add(8 * h + q, vreinterpretq_f32_u32(vshlq_n_u32(pair, 16)));
           add(8 * h + 4 + q, vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000u))));
         }
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) vst1q_f32(f.sums + 4 * i, sum[i]);
 }
 
