@@ -18,22 +18,60 @@
       target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
 #endif
 
+#if defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define GAUGEKIT_ARM 1
+#define GAUGEKIT_BFDOT __attribute__((target("arch=armv8.2-a+bf16")))
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+#endif
+
 #define GAUGEKIT_NOINLINE __attribute__((noinline))
 
 namespace gaugekit {
 
-// In rising order, each with all of those before it: a kernel that has no form for a level runs that of a
-// lower one.
+// This architecture's levels in rising order, each with all of those before it: a kernel that has no form for
+// a level runs that of a lower one.
+#ifdef GAUGEKIT_ARM
+enum class Isa { portable, neon, bfdot };
+#else
 enum class Isa { portable, avx2, avx512, vbmi2, bf16 };
+#endif
+
+// Whether a level has these instructions: none of ARM's has, where a kernel written for them alone runs its
+// portable form.
+#ifdef GAUGEKIT_ARM
+constexpr bool has_avx2(Isa) { return false; }
+constexpr bool has_avx512(Isa) { return false; }
+#else
+constexpr bool has_avx2(Isa level) { return level >= Isa::avx2; }
+constexpr bool has_avx512(Isa level) { return level >= Isa::avx512; }
+#endif
+
+#ifdef GAUGEKIT_ARM
+// Every 64-bit ARM has NEON. Of the rest the kernel tells; the C library's header may be too old to name it.
+inline Isa widest_on_arm() {
+#ifdef __linux__
+  constexpr unsigned long HAS_BF16 = 1ul << 14;  // HWCAP2_BF16
+  if (getauxval(AT_HWCAP2) & HAS_BF16) return Isa::bfdot;
+#endif
+  return Isa::neon;
+}
+#endif
 
 // The widest level this processor has, or the lower one that ATEN_CPU_CAPABILITY (torch's own switch:
 // default, avx2, avx512) asks for.
 inline Isa isa() {
   static const Isa widest = [] {
-#ifdef GAUGEKIT_X86
+#if defined(GAUGEKIT_X86) || defined(GAUGEKIT_ARM)
     const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool at_most_avx2 = asked && std::strcmp(asked, "avx2") == 0;
     if (asked && std::strcmp(asked, "default") == 0) return Isa::portable;
+#endif
+#ifdef GAUGEKIT_ARM
+    return widest_on_arm();
+#endif
+#ifdef GAUGEKIT_X86
+    const bool at_most_avx2 = asked && std::strcmp(asked, "avx2") == 0;
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");

@@ -184,22 +184,24 @@ void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch
   });
 }
 
-#ifdef GAUGEKIT_X86
+#ifdef GAUGEKIT_PAIRS
 void fused_pairs(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch, int64_t columns,
                  Tensor& out) {
   const BFloat16* shift = bias ? data<BFloat16>(*bias) : nullptr;
   BFloat16* to = static_cast<BFloat16*>(out.mutable_data_ptr());
-  const auto give = [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t count) GAUGEKIT_BF16 {
+  const auto give = [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t count) GAUGEKIT_PAIRS {
     if (shift) sums += load<ROWS>(shift + row, count);
     store<ROWS>(to + t * w.rows + row, sums, count);
   };
   const std::vector<WordHalf> arranged = arrange_pairs(data<BFloat16>(x), batch, columns, w.blocks);
+#ifdef GAUGEKIT_X86
   if (batch > FEW && Registers::usable()) {
     const std::vector<WordHalf> tiles = arrange_tiles(arranged[0].at, batch, w.blocks);
     return over_pieces(w, columns, [&](int64_t begin, int64_t end) {
       product_of_tiles(w, begin, end, tiles[0].at, batch, give);
     });
   }
+#endif
   over_pieces(w, columns, [&](int64_t begin, int64_t end) {
     product_of_pairs(w, begin, end, arranged[0].at, batch, give);
   });
@@ -232,8 +234,8 @@ Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Te
     fused<float>(w, flat, shift, batch, columns, out);
   } else if (dtype == ScalarType::Half) {
     fused<Float16>(w, flat, shift, batch, columns, out);
-#ifdef GAUGEKIT_X86
-  } else if (isa() >= Isa::bf16 && w.segments() > 0) {
+#ifdef GAUGEKIT_PAIRS
+  } else if (isa() >= PAIRS_LEVEL && w.segments() > 0) {
     fused_pairs(w, flat, shift, batch, columns, out);
 #endif
   } else {

@@ -166,13 +166,7 @@ GAUGEKIT_BF16 void tiles_of(const Weight& w, int64_t begin, int64_t end, const u
   Tiles tiles;
   for (int64_t first = begin; first < end; first += TILE_ROWS) {
     const int64_t rows = std::min(TILE_ROWS, end - first);  // others are left of those before, or zero
-    for (int64_t r = 0; r < rows; ++r) {
-      uint16_t* to = decoded[0].at + r * stride;
-      each_block<C, PLAIN>(w, first + r, [&](int64_t b, __m512i lo, __m512i hi) GAUGEKIT_BF16 {
-        _mm512_store_si512(to + b * HALF_BLOCK, lo);
-        _mm512_store_si512(to + b * HALF_BLOCK + half_stride(w.blocks), hi);
-      });
-    }
+    for (int64_t r = 0; r < rows; ++r) decode_pairs<C, PLAIN>(w, first + r, decoded[0].at + r * stride);
     multiply_tiles(tiles, decoded[0].at, x, groups, w.blocks, sums[0].at);
     for (int64_t r = 0; r < rows; r += ROWS)
       for (int64_t t = 0; t < batch; ++t) {

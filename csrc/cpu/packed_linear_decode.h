@@ -6,11 +6,8 @@
 // in registers, into the words.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
-#include "common/isa.h"
+#include "packed_linear_neon.h"
+#include "packed_linear_segment.h"
 
 #ifdef GAUGEKIT_X86
 // GCC 12 takes the undefined operands inside its own intrinsics for uninitialised variables.
@@ -21,74 +18,6 @@
 #endif
 
 namespace gaugekit::packed {
-
-constexpr int64_t BLOCK = 64, SEGMENT_BLOCKS = 16, SEGMENT = BLOCK * SEGMENT_BLOCKS;
-// Escapes are patched four at a time without a branch, so a stream is read, and bytes are written, a little
-// further.
-constexpr int64_t SLACK = 64;
-
-struct Weight {
-  const uint8_t* raw;
-  const uint64_t* planes;
-  const uint8_t* escapes;
-  const int32_t* offsets;
-  const uint8_t* window;
-  int64_t rows, blocks, escape_count, plane_count;
-  const uint16_t* plain =
-      nullptr;  // the words themselves, [rows, blocks * BLOCK], for the product's PLAIN twin
-
-  bool half() const { return plane_count > 4; }
-  int code_bits() const { return static_cast<int>(half() ? plane_count - 3 : plane_count); }
-  int64_t segments() const { return (blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS; }
-  int64_t blocks_of(int64_t segment) const {
-    return std::min(SEGMENT_BLOCKS, blocks - segment * SEGMENT_BLOCKS);
-  }
-  const uint8_t* raw_at(int64_t row, int64_t segment) const {
-    return raw + row * blocks * BLOCK + segment * SEGMENT;
-  }
-  const uint64_t* planes_at(int64_t row, int64_t segment) const {
-    return planes + row * plane_count * blocks + segment * SEGMENT_BLOCKS;
-  }
-};
-
-// One row's part of a segment, ready to decode.
-struct Segment {
-  const uint8_t* raw;
-  const uint64_t* planes;  // plane p at planes + p * stride
-  int64_t stride;
-  const uint8_t* escapes;
-  int64_t blocks;
-  uint8_t window;
-};
-
-// `tail` (SEGMENT + SLACK bytes) holds the escapes where the stream ends too soon to be read freely.
-inline Segment segment_of(const Weight& w, int64_t row, int64_t s, uint8_t* tail) {
-  const int64_t offset = std::clamp<int64_t>(w.offsets[row * w.segments() + s], 0, w.escape_count);
-  const uint8_t* escapes = w.escapes + offset;
-  const int64_t left = w.escape_count - offset;
-  if (left < SEGMENT + SLACK) {
-    std::memset(tail, 0, SEGMENT + SLACK);
-    if (left > 0) std::memcpy(tail, escapes, std::min(left, SEGMENT));
-    escapes = tail;
-  }
-  return {w.raw_at(row, s), w.planes_at(row, s), w.blocks, escapes, w.blocks_of(s), w.window[row]};
-}
-
-// What plane p adds to the byte.
-template <bool HALF, int C>
-constexpr uint8_t plane_value(int p) {
-  if (!HALF) return static_cast<uint8_t>(1 << p);
-  return p < C ? static_cast<uint8_t>(4 << p) : p == C ? 1 : p == C + 1 ? 2 : 0x80;
-}
-template <bool HALF, int C>
-constexpr int planes_of = HALF ? C + 3 : C;
-
-template <int C>
-GAUGEKIT_INLINE uint64_t escaped(const Segment& s, int64_t block) {
-  uint64_t mask = ~uint64_t(0);
-  for (int p = 0; p < C; ++p) mask &= s.planes[p * s.stride + block];
-  return mask;
-}
 
 // --- step one: bytes of a segment, [blocks * BLOCK + SLACK]
 // --------------------------------------------------------
@@ -219,6 +148,9 @@ void bytes_of(const Segment& s, uint8_t* bytes, Isa l) {
   if (l == Isa::avx512) return bytes_avx512<HALF, C>(s, bytes);
   if (l == Isa::avx2) return bytes_avx2<HALF, C>(s, bytes);
 #endif
+#ifdef GAUGEKIT_ARM
+  if (l >= Isa::neon) return bytes_neon<HALF, C>(s, bytes);
+#endif
   bytes_portable<HALF, C>(s, bytes);
 }
 
@@ -229,11 +161,6 @@ inline void bytes_of(const Weight& w, const Segment& s, uint8_t* bytes, Isa l) {
 
 // --- step two: words
 // ------------------------------------------------------------------------------------------------
-GAUGEKIT_INLINE uint16_t word_of(bool half, uint8_t raw, uint8_t byte) {
-  if (half) return static_cast<uint16_t>(byte << 8 | raw);
-  return static_cast<uint16_t>((raw & 0x80) << 8 | byte << 7 | (raw & 0x7f));
-}
-
 #ifdef GAUGEKIT_X86
 // The words of 64 weights in two registers, each 128-bit lane q holding weights 16q + 0..7 (lo) and 16q
 // + 8..15 (hi).
@@ -296,6 +223,10 @@ inline void join(bool half, const uint8_t* raw, const uint8_t* bytes, int64_t bl
     return half ? join_avx512<true>(raw, bytes, blocks, out) : join_avx512<false>(raw, bytes, blocks, out);
   if (l == Isa::avx2)
     return half ? join_avx2<true>(raw, bytes, blocks, out) : join_avx2<false>(raw, bytes, blocks, out);
+#endif
+#ifdef GAUGEKIT_ARM
+  if (l >= Isa::neon)
+    return half ? join_neon<true>(raw, bytes, blocks, out) : join_neon<false>(raw, bytes, blocks, out);
 #endif
   for (int64_t i = 0; i < blocks * BLOCK; ++i) out[i] = word_of(half, raw[i], bytes[i]);
 }

@@ -1,37 +1,25 @@
 // y = x Wᵀ in bfloat16 for up to a few hundred rows of x on processors that multiply pairs of bfloat16
-// numbers by themselves (AVX512-BF16). Up to FEW rows of x take each block of W as it is decoded. For more,
-// ROWS rows of W are decoded into the second-level cache and multiplied by tiles of R × T sums that stay in
-// registers. Free of torch.
+// numbers by themselves: AVX512-BF16, whose parts are here, and ARM's BF16 (packed_linear_bfdot.h). Up to FEW
+// rows of x take each block of W as it is decoded. For more, ROWS rows of W are decoded into the second-level
+// cache and multiplied by tiles of R × T sums that stay in registers. Free of torch.
 //
 // The order of summation is fixed, the same for every batch, and other than that of packed_linear_product.h.
-// The words of a block lie in two halves of 32, as words_of leaves them. Pair j of half h is added to one of
-// 32 running float sums, (h, j), as the instruction does it (vdpbf16ps, to which subnormal numbers are zero),
-// block after block; at a row's end t[j] = sum[0][j] + sum[1][j], and then t is halved by t[j] += t[j + w], w
-// = 8, 4, 2, 1.
+// With AVX512-BF16 the words of a block lie in two halves of 32, as words_of leaves them. Pair j of half h is
+// added to one of 32 running float sums, (h, j), as the instruction does it (vdpbf16ps, to which subnormal
+// numbers are zero), block after block; at a row's end t[j] = sum[0][j] + sum[1][j], and then t is halved by
+// t[j] += t[j + w], w = 8, 4, 2, 1.
 #pragma once
 
-#include "packed_linear_stream.h"
+#include "packed_linear_bfdot.h"
+#include "packed_linear_pair_layout.h"
 
 namespace gaugekit::packed {
 
-constexpr int64_t HALF_BLOCK = BLOCK / 2;
-
-struct alignas(64) WordHalf {
-  uint16_t at[HALF_BLOCK];
-};
-
-// Words from one half of a row to the other, and from one row to the next: one block more than a row has, so
-// that rows do not meet in the same lines of the cache.
-constexpr int64_t half_stride(int64_t blocks) { return (blocks + 1) * HALF_BLOCK; }
-constexpr int64_t row_stride(int64_t blocks) { return 2 * half_stride(blocks); }
-
 #ifdef GAUGEKIT_X86
+#define GAUGEKIT_PAIRS GAUGEKIT_BF16
 #define GAUGEKIT_BF16_INLINE GAUGEKIT_BF16 __attribute__((always_inline)) inline
 
-constexpr int64_t FEW = 4;         // rows of x
-constexpr int64_t SUMS = 2 * 16;   // of a row of W and a row of x
-constexpr int64_t PASS_ROWS = 48;  // of x, whose sums stay in the second-level cache beside the decoded rows
-constexpr int64_t PART_BLOCKS = 64;  // of a tile: then its rows of W and x nearly fit the first-level cache
+constexpr Isa PAIRS_LEVEL = Isa::bf16;
 
 // x as words in the order of the sums, zero beyond its columns: [batch][2][blocks + 1][32].
 GAUGEKIT_BF16 inline std::vector<WordHalf> arrange_pairs(const BFloat16* x, int64_t batch, int64_t columns,
@@ -156,6 +144,17 @@ GAUGEKIT_BF16 void multiply_tile(const uint16_t* words, const uint16_t* x, int64
   }
 }
 
+// The words of row `row` of W, [2][blocks + 1][32].
+template <int C, bool PLAIN>
+GAUGEKIT_BF16_INLINE void decode_pairs(const Weight& w, int64_t row, uint16_t* to) {
+  each_block<C, PLAIN>(w, row, [&](int64_t b, __m512i lo, __m512i hi) GAUGEKIT_BF16 {
+    _mm512_store_si512(to + b * HALF_BLOCK, lo);
+    _mm512_store_si512(to + b * HALF_BLOCK + half_stride(w.blocks), hi);
+  });
+}
+#endif
+
+#ifdef GAUGEKIT_PAIRS
 // A part of ROWS decoded rows of W times the same of `batch` rows of x, at most PASS_ROWS.
 template <bool FIRST>
 void multiply_part(const uint16_t* words, const uint16_t* x, int64_t batch, int64_t stride, int64_t blocks,
@@ -184,21 +183,15 @@ inline void multiply_group(const uint16_t* words, const uint16_t* x, int64_t bat
 }
 
 template <int C, bool PLAIN, class Give>
-GAUGEKIT_BF16 void multiply_many(const Weight& w, int64_t begin, int64_t end, const uint16_t* x,
-                                 int64_t batch, const Give& give) {
+GAUGEKIT_PAIRS void multiply_many(const Weight& w, int64_t begin, int64_t end, const uint16_t* x,
+                                  int64_t batch, const Give& give) {
   const int64_t stride = row_stride(w.blocks), passes = (batch + PASS_ROWS - 1) / PASS_ROWS;
   std::vector<WordHalf> decoded(ROWS * stride / HALF_BLOCK);
   std::vector<FloatBlock> sums(std::min(batch, PASS_ROWS) * ROWS * SUMS / BLOCK);
   for (int64_t first = begin; first < end; first += ROWS) {
     const int64_t rows =
         std::min<int64_t>(ROWS, end - first);  // others are left of the group before, or zero
-    for (int64_t r = 0; r < rows; ++r) {
-      uint16_t* to = decoded[0].at + r * stride;
-      each_block<C, PLAIN>(w, first + r, [&](int64_t b, __m512i lo, __m512i hi) GAUGEKIT_BF16 {
-        _mm512_store_si512(to + b * HALF_BLOCK, lo);
-        _mm512_store_si512(to + b * HALF_BLOCK + half_stride(w.blocks), hi);
-      });
-    }
+    for (int64_t r = 0; r < rows; ++r) decode_pairs<C, PLAIN>(w, first + r, decoded[0].at + r * stride);
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t from = batch * pass / passes, count = batch * (pass + 1) / passes - from;
       multiply_group(decoded[0].at, x + from * stride, count, w.blocks, sums[0].at);

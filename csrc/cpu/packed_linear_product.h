@@ -1,6 +1,6 @@
 // y = x Wᵀ for a few rows x, W packed: each segment is decoded once and multiplied with every x. Here is what
-// every processor runs, and AVX2; AVX-512 is in packed_linear_stream.h, AVX512-BF16, in another order of
-// summation, in packed_linear_pairs.h. Free of torch.
+// every processor runs, and AVX2; NEON is in packed_linear_neon.h, AVX-512 in packed_linear_stream.h, and
+// AVX512-BF16 and ARM's BF16, in other orders of summation, in packed_linear_pairs.h. Free of torch.
 //
 // The order of summation is fixed, the same on all these processors and for every batch. Weight p of a block
 // is added to one of 64 running float sums, (v, j) with p = position(v, j), block after block; at a row's end
@@ -28,20 +28,6 @@ constexpr int position(bool half, int v, int j) {
   return half ? 16 * ((v & 1) * 2 + j / 8) + j % 8 + 8 * (v >> 1)
               : 16 * (j / 4) + 2 * (j % 4) + (v & 1) + 8 * (v >> 1);
 }
-
-// Bytes of a block that `raw` points to.
-template <bool PLAIN>
-constexpr int64_t STRIDE = PLAIN ? 2 * BLOCK : BLOCK;
-
-// One segment of a row of W times a row of x; `sums` are [64].
-struct Tile {
-  const uint8_t* raw;
-  const uint8_t* bytes;
-  const uint8_t* next;  // what will be read after this segment
-  const float* x;
-  float* sums;
-  int64_t blocks;
-};
 
 template <bool PLAIN>
 void multiply_portable(bool half, const Tile& f) {
@@ -202,11 +188,10 @@ const uint8_t* begin_of(const Weight& w, int64_t row, int64_t s) {
 }
 
 inline void prefetch_planes(const Weight& w, int64_t row, int64_t s) {
-#ifdef GAUGEKIT_X86
+#if defined(GAUGEKIT_X86) || defined(GAUGEKIT_ARM)
   const uint64_t* planes = w.planes_at(row, s);
   for (int64_t p = 0; p < w.plane_count; ++p)
-    for (int64_t b = 0; b < SEGMENT_BLOCKS; b += 8)
-      _mm_prefetch(reinterpret_cast<const char*>(planes + p * w.blocks + b), _MM_HINT_T0);
+    for (int64_t b = 0; b < SEGMENT_BLOCKS; b += 8) __builtin_prefetch(planes + p * w.blocks + b);
 #endif
 }
 
@@ -214,6 +199,9 @@ template <bool PLAIN>
 void multiply(const Tile& f, bool half, Isa l) {
 #ifdef GAUGEKIT_X86
   if (l >= Isa::avx2) return half ? multiply_avx2<true, PLAIN>(f) : multiply_avx2<false, PLAIN>(f);
+#endif
+#ifdef GAUGEKIT_ARM
+  if (l >= Isa::neon) return half ? multiply_neon<true, PLAIN>(f) : multiply_neon<false, PLAIN>(f);
 #endif
   multiply_portable<PLAIN>(half, f);
 }

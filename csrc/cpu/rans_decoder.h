@@ -73,8 +73,8 @@ GroupsFunction vector_groups(Isa path, bool in_registers) {
 
 // The kernel of `path` for elements of this kind, and in `output` what it writes.
 inline GroupsFunction groups_function(Isa path, bool in_registers, int width, int model, Output& output) {
-  output = path == Isa::portable ? Output::symbols : output_of(width, model);
-  if (path == Isa::portable) return portable_groups;
+  output = has_avx2(path) ? output_of(width, model) : Output::symbols;
+  if (!has_avx2(path)) return portable_groups;
   if (output == Output::exponent16) return vector_groups<Output::exponent16>(path, in_registers);
   if (output == Output::high16) return vector_groups<Output::high16>(path, in_registers);
   if (output == Output::exponent_and_two) return vector_groups<Output::exponent_and_two>(path, in_registers);
@@ -119,12 +119,12 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
   p += padded(4 * e.symbols);
   Buckets buckets;
   make_buckets(table, buckets);
-  const bool in_registers = path >= Isa::avx512 && table.size <= kRegisterSymbols;
+  const bool in_registers = has_avx512(path) && table.size <= kRegisterSymbols;
   Output output;
   const GroupsFunction kernel = groups_function(path, in_registers, blob.width, model, output);
   if (in_registers) fill_registers(table, buckets, symbol_place(output), d.table);
-  if (!in_registers && path != Isa::portable) fill_slots(table, buckets, d.table);
-  if (path == Isa::portable || n % kLanes) fill_portable(table, buckets, d.table);
+  if (!in_registers && has_avx2(path)) fill_slots(table, buckets, d.table);
+  if (!has_avx2(path) || n % kLanes) fill_portable(table, buckets, d.table);
   for (int s = 0; s < kSegments; ++s) {
     d.words[s].open(p, e.words[s]);
     p += padded(2 * uint64_t(e.words[s]));

@@ -137,7 +137,7 @@ class Histogram {
       for (int k = 0; k < 8; ++k) ++parts_[k % 4][eight >> (8 * k) & 255];
     }
     for (; i < n; ++i) ++parts_[0][symbols[i]];
-    if (path_ != Isa::portable) find_range();
+    if (has_avx2(path_)) find_range();
   }
 
   void total(uint32_t (&counts)[256]) const {

@@ -3,7 +3,8 @@
 //   clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -DGAUGEKIT_LIBFUZZER -Icsrc
 //   csrc/fuzz/rans_fuzz.cpp g++ -std=c++17 -g -O1 -fsanitize=address,undefined -Icsrc csrc/fuzz/rans_fuzz.cpp
 // Without libFuzzer: a.out FILE... prints for each file "sound" or what is wrong with it; a.out --mutate
-// SECONDS [SEED] feeds mutations of sound blobs for so long and prints how many.
+// SECONDS [SEED] feeds mutations of sound blobs for so long and prints how many; a.out --digest prints a
+// digest of those sound blobs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -27,9 +28,9 @@ constexpr uint64_t kMaxDecodedBytes = uint64_t(1) << 22;
 
 const std::vector<gaugekit::Isa> kPaths = [] {
   std::vector<gaugekit::Isa> paths;
-  const gaugekit::Isa widest =
-      std::min(gaugekit::isa(), gaugekit::Isa::avx512);  // the widest with a form here
-  for (int path = 0; path <= int(widest); ++path) paths.push_back(gaugekit::Isa(path));
+  constexpr int kForms = 3;  // levels for which there is a form here
+  const int widest = std::min(int(gaugekit::isa()), kForms - 1);
+  for (int path = 0; path <= widest; ++path) paths.push_back(gaugekit::Isa(path));
   return paths;
 }();
 
@@ -145,6 +146,7 @@ int mutate(double seconds, uint64_t seed) {
 int main(int argc, char** argv) {
   if (argc > 2 && std::strcmp(argv[1], "--mutate") == 0)
     return mutate(std::atof(argv[2]), argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 0);
+  if (argc > 1 && std::strcmp(argv[1], "--digest") == 0) return std::printf("%u\n", Mutator(1).digest()) < 0;
   for (int i = 1; i < argc; ++i) {
     std::ifstream file(argv[i], std::ios::binary);
     const std::vector<char> read{std::istreambuf_iterator<char>(file), {}};

@@ -68,6 +68,13 @@ class Mutator {
       }
   }
 
+  // Of the sound blobs, the same on every processor.
+  uint32_t digest() const {
+    uint32_t crc = 0;
+    for (const Bytes& blob : seeds_) crc = crc32c(blob.data(), blob.size()) ^ (crc << 1 | crc >> 31);
+    return crc;
+  }
+
   Bytes next() {
     Bytes blob = seeds_[below(seeds_.size())];
     for (uint64_t left = 1 + below(4); left--;) mutate(blob);

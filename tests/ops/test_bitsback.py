@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import arm
 from gaugekit import _library
 from gaugekit.ops.bitsback import Stack, composition, operator, rotate
 from gaugekit.ops.canonical_qr import canonical_qr
@@ -18,6 +19,8 @@ from gaugekit.reference import bitsback as reference
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = (-1, 0, 1, 2)
+# what version 1 of the payload means: QR of 150 by 161; a rotation of 16 bits and one of 10, coded and recovered
+DIGEST = "6a9dbdda98a48150 ffe24531c571f628 87dab73c15151c"
 BINARY = pytest.mark.skipif(not _library.backends()["cpu"].loaded, reason="needs the C++ binary")
 
 
@@ -307,8 +310,16 @@ def test_the_compiler_changes_no_bit(tmp_path):
         lines = done.stdout.splitlines()
         assert len(lines) >= 2  # an instruction set, on one thread and on two
         digests |= set(lines)
-    # what version 1 of the payload means: QR of 150 by 161; a rotation of 16 bits and one of 10, coded and recovered
-    assert digests == {"6a9dbdda98a48150 ffe24531c571f628 87dab73c15151c"}
+    assert digests == {DIGEST}
+
+
+@arm.EMULATED
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["-O0"], ["-O2", "-ffp-contract=fast"]])
+def test_arm_changes_no_bit(tmp_path, flags):
+    binary = arm.compiled(ROOT / "tests" / "ops" / "bitsback_digest.cpp", tmp_path / "digest", *flags)
+    lines = arm.run(binary, "max")
+    assert len(lines) == 6 and set(lines) == {DIGEST}  # three levels, on one thread and on two
 
 
 def test_contract():

@@ -161,7 +161,8 @@ def test_bad_weight(weight, options, message):
 
 
 def test_plan_is_a_table_by_processor(monkeypatch):
-    for kind, most in (("avx2", 16), ("avx512", 64), ("pairs", 256), ("16-bit", 4), ("other", 16)):
+    tables = (("avx2", 16), ("avx512", 64), ("pairs", 256), ("16-bit", 4), ("other", 16))
+    for kind, most in (*tables, ("arm", 16), ("arm-bf16", 16)):
         monkeypatch.setattr(planning, "kind", lambda dtype, kind=kind: kind)
         assert planning.plan(most, torch.bfloat16, "cpu") == "fused"
         assert planning.plan(most + 1, torch.bfloat16, "cpu") == "decode"
@@ -171,13 +172,29 @@ def test_plan_is_a_table_by_processor(monkeypatch):
     assert planning.plan(257, torch.float16, "cuda") == planning.plan(1, torch.bfloat16, "mps") == "decode"
 
 
+UNMEASURED = ("16-bit", "arm", "arm-bf16", "other")
+
+
 def test_the_note_on_speed_says_where_packed_products_lose(monkeypatch):
     said = {}
     for kind in planning.FUSED_ROWS:
         monkeypatch.setattr(planning, "kind", lambda dtype, kind=kind: kind)
         said[kind] = planning.speed_note()
     assert "0.82" in said["avx2"] and "Zen 3" in said["avx2"]
-    assert "Zen 4" in said["pairs"] and all("not been measured" in said[kind] for kind in ("16-bit", "other"))
+    assert "Zen 4" in said["pairs"] and all("not been measured" in said[kind] for kind in UNMEASURED)
+
+
+def test_arm_is_known_by_its_name_and_its_features(monkeypatch):
+    found = lambda dtype: planning.kind.__wrapped__(dtype)  # noqa: E731
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: "processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert [found(dtype) for dtype in (torch.bfloat16, torch.float16)] == ["arm-bf16", "arm"]
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: "Features\t: fp asimd\n")
+    assert found(torch.bfloat16) == "arm"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # then the binary takes its portable form
+    assert found(torch.bfloat16) == "other"
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])

@@ -6,30 +6,52 @@ from pathlib import Path
 
 import pytest
 
+import arm
+
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+FLAGS = ["-O1", "-ffp-contract=off"]
+NATIVE = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+MATRICES, PAIRED = 20, 10  # of the twin; PAIRED of them are bfloat16
+DIGEST = 3421395786  # of the sums in the order that every processor has
 
 
-def run(name: str, folder: Path) -> tuple[list[str], list[int]]:
+def source(name: str) -> Path:
+    return ROOT / "tests" / "ops" / f"{name}.cpp"
+
+
+def read(lines: list[str]) -> tuple[list[str], list[int]]:
     """Lines that name a difference, and the numbers of the last line."""
-    binary, source = folder / name, ROOT / "tests" / "ops" / f"{name}.cpp"
-    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["g++", *flags, str(source), "-o", str(binary)], check=True, timeout=300)
-    done = subprocess.run([str(binary)], capture_output=True, text=True, check=True, timeout=120)
-    *differing, summary = done.stdout.splitlines()
+    *differing, summary = lines
     return differing, [int(part.split()[1]) for part in summary.split(", ")]
 
 
+def run(name: str, folder: Path) -> tuple[list[str], list[int]]:
+    command = ["g++", "-std=c++17", "-Wno-psabi", *FLAGS, f"-I{ROOT / 'csrc'}", str(source(name))]
+    subprocess.run([*command, "-o", str(folder / name)], check=True, timeout=300)
+    done = subprocess.run([str(folder / name)], capture_output=True, text=True, check=True, timeout=120)
+    return read(done.stdout.splitlines())
+
+
+def check_twin(lines: list[str], levels: int, pairs: bool) -> None:
+    """Five batches and all rows at each level; seven batches of pairs, held against plain, alone and exact ones."""
+    differing, (found, cases, checked, digest) = read(lines)
+    assert not differing
+    assert found == levels
+    assert cases == levels * (5 + 1) * MATRICES + (3 * 7 * PAIRED if pairs else 0)
+    assert checked > (8000 if pairs else 2500)  # infinities and NaNs are left out
+    assert digest == DIGEST
+
+
+@NATIVE
 def test_same_bits_as_on_plain_weights_on_every_instruction_set(tmp_path):
     """Packed weights give the bits that the same product, in the same order of summation, gives on plain weights."""
-    differing, (levels, cases) = run("packed_linear_twin", tmp_path)
-    assert not differing
-    pairs = (
-        2 * 7 * 10 if levels == 5 else 0
-    )  # waits for AVX512-BF16: seven batches, twice, ten matrices of bfloat16
-    assert cases == levels * 5 * 20 + pairs  # five batches, twenty matrices
+    differing, numbers = run("packed_linear_twin", tmp_path)
+    levels = numbers[0]
+    summary = "levels {}, cases {}, checked {}, digest {}".format(*numbers)
+    check_twin([*differing, summary], levels, levels == 5)  # pairs wait for AVX512-BF16
 
 
+@NATIVE
 def test_products_on_pairs_and_tiles_are_those_of_their_instructions(tmp_path):
     """Scalar models of vdpbf16ps and tdpbf16ps in the documented order; the tile registers of AMX are emulated."""
     differing, (levels, cases) = run("packed_linear_models", tmp_path)
@@ -38,12 +60,24 @@ def test_products_on_pairs_and_tiles_are_those_of_their_instructions(tmp_path):
     assert cases == (2 * 6 * 4 * 2 if levels == 5 else 0)
 
 
+@arm.EMULATED
+@pytest.mark.slow
+def test_same_bits_on_arm(tmp_path):
+    """And NEON gives the bits that x86 gives; bfdot has an order of its own."""
+    binary = arm.compiled(source("packed_linear_twin"), tmp_path / "twin", *FLAGS)
+    for processor, levels in arm.PROCESSORS.items():
+        check_twin(arm.run(binary, processor), levels, levels == 3)
+    check_twin(arm.run(binary, "max", capability="default"), 1, False)
+
+
+@NATIVE
 def test_lanes_of_the_gpu_product_decode_every_word(tmp_path):
     differing, (halves, cases) = run("packed_linear_lanes", tmp_path)
     assert not differing
     assert (halves, cases) == (65536, 16)
 
 
+@NATIVE
 def test_lanes_of_the_product_on_tensor_cores_decode_every_word(tmp_path):
     differing, (passes, cases) = run("packed_linear_tile", tmp_path)
     assert not differing

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import functools
+import os
+import platform
 from pathlib import Path
 
 import torch
 
 # Rows of x up to which a product that decodes as it goes is taken; beyond, W is decoded by tiles for torch's matmul.
 # Kinds of processor by what they multiply with: "pairs" has AVX512-BF16 and VBMI2 and no AMX, "16-bit" multiplies the
-# weights' dtype in another way.
+# weights' dtype in another way; "arm" is 64-bit ARM, "arm-bf16" one that multiplies pairs of bfloat16 numbers.
 FUSED_ROWS = {
     "avx2": 16,  # measured (Zen 3): 16 rows take about as long either way, 24 are faster by tiles
     "avx512": 64,  # measured (Cascade Lake)
     "pairs": 256,  # measured (Zen 4): 256 rows take about as long by tiles of 4,096 columns, longer of 14,336
+<<<<<<< HEAD
     "16-bit": 4,  # not measured; AMX's own product (csrc/cpu/packed_linear_amx.h) waits for such a processor
+=======
+    "16-bit": 4,  # not measured
+    "arm": 16,  # not measured, nor the next: what "other" takes
+    "arm-bf16": 16,
+>>>>>>> arm-packed
     "other": 16,
 }
 CUDA_FUSED_ROWS = 256
 FLOAT_ROWS = 16  # of float32, whatever the processor
 FLAGS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
+ARM = ("aarch64", "arm64")  # as Linux and macOS name it
 PAIRS = {"avx512_bf16", "avx512_vbmi2"}  # what the product on pairs of bfloat16 numbers needs
 
 NOTES = {
@@ -31,6 +40,9 @@ NOTES = {
     "torch's at 1 row, 1.1 times it at 16, as fast at 64 and at 0.91 to 0.96 of it at 128 and 256",
     "16-bit": "this processor multiplies 16-bit numbers itself, by instructions with which packed products have not "
     "been measured beside torch's: they save memory",
+    "arm": "on ARM processors packed products are tested in an emulator only: their speed has not been measured",
+    "arm-bf16": "on ARM processors with BF16 packed products, of pairs of bfloat16 numbers there, are tested in an "
+    "emulator only: their speed has not been measured",
     "other": "on this kind of processor packed products have not been measured beside torch's",
 }
 
@@ -41,6 +53,8 @@ def kind(dtype: torch.dtype) -> str:
     instructions it takes.
     """
     capability, flags = torch.backends.cpu.get_cpu_capability(), _flags()
+    if platform.machine() in ARM and os.environ.get("ATEN_CPU_CAPABILITY") != "default":
+        return "arm-bf16" if dtype == torch.bfloat16 and "bf16" in flags else "arm"
     if capability.startswith("AVX512") and FLAGS[dtype] in flags:
         pairs = dtype == torch.bfloat16 and flags >= PAIRS and "amx_bf16" not in flags
         return "pairs" if pairs else "16-bit"
@@ -52,7 +66,7 @@ def _flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+    return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
 def plan(rows: int, dtype: torch.dtype, device: str) -> str:
