@@ -10,6 +10,7 @@
 #include "rans_decoder_avx2.h"
 #include "rans_decoder_avx512.h"
 #include "rans_decoder_table.h"
+#include "rans_decoder_vbmi2.h"
 #include "rans_planes.h"
 
 namespace gaugekit::rans {
@@ -65,6 +66,8 @@ inline Output output_of(int width, int model) {
 template <Output output>
 GroupsFunction vector_groups(Isa path, bool in_registers) {
 #ifdef GAUGEKIT_X86
+  if constexpr (output != Output::exponent_and_two)
+    if (path >= Isa::vbmi2 && in_registers) return vbmi2::groups<output>;
   if (path >= Isa::avx512) return in_registers ? avx512::groups<true, output> : avx512::groups<false, output>;
   if (path >= Isa::avx2) return avx2::groups<output>;
 #endif
@@ -123,6 +126,7 @@ inline const char* decode_chunk(const Blob& blob, uint64_t i, uint8_t* out, Isa 
   Output output;
   const GroupsFunction kernel = groups_function(path, in_registers, blob.width, model, output);
   if (in_registers) fill_registers(table, buckets, symbol_place(output), d.table);
+  if (in_registers && path >= Isa::vbmi2) fill_halves(table, buckets, d.table.halves);
   if (!in_registers && path != Isa::portable) fill_slots(table, buckets, d.table);
   if (path == Isa::portable || n % kLanes) fill_portable(table, buckets, d.table);
   for (int s = 0; s < kSegments; ++s) {
