@@ -12,10 +12,11 @@
 #define GAUGEKIT_AVX2 __attribute__((target("avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_VBMI2 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
-#define GAUGEKIT_BF16 \
-  __attribute__((     \
-      target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
+  __attribute__((      \
+      target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
+#define GAUGEKIT_BF16    \
+  __attribute__((target( \
+      "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
 #endif
 
 #define GAUGEKIT_NOINLINE __attribute__((noinline))
@@ -40,8 +41,7 @@ inline Isa isa() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2 && avx512 && !at_most_avx2) {
-      if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2"))
-        return Isa::avx512;
+      if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2")) return Isa::avx512;
       return __builtin_cpu_supports("avx512bf16") ? Isa::bf16 : Isa::vbmi2;
     }
     if (avx2) return Isa::avx2;

@@ -11,12 +11,14 @@ namespace gaugekit::rans {
 
 constexpr int kRegisterSymbols = 32;
 
-// The buckets in 16-bit lanes.
+// The buckets in 16-bit lanes, for frequencies up to kMostOfHalves. Behind the entries of the buckets' first
+// symbols stand those of their second.
+constexpr int kMostOfHalves = 2048;
 struct alignas(64) HalfTable {
-  // (divider - 1) << 9 | first symbol: whether (x mod 128) << 9 is above it says which.
-  uint16_t divider[kRegisterSymbols];
-  uint16_t second[kRegisterSymbols];  // the second symbol
-  uint16_t frequency[2][kRegisterSymbols], rank[2][kRegisterSymbols];  // rank - position in the bucket
+  uint16_t last[kRegisterSymbols];          // slot of the first symbol
+  uint16_t frequency[2][kRegisterSymbols];  // * 16
+  uint16_t rank[2][kRegisterSymbols];       // - slot
+  uint16_t symbol[2][kRegisterSymbols];     // << symbol_place
 };
 
 struct alignas(64) DecoderTable {
@@ -79,12 +81,15 @@ inline void fill_registers(const Table& table, const Buckets& b, int place, Deco
   });
 }
 
-inline void fill_halves(const Table& table, const Buckets& b, HalfTable& out) {
+inline void fill_halves(const Table& table, const Buckets& b, int place, HalfTable& out) {
   each_bucket(table, b, [&](int i, int divider, int first, int second, uint32_t rank, uint32_t second_rank) {
-    out.divider[i] = uint16_t((divider - 1) << 9 | table.symbol[first]);
-    out.second[i] = table.symbol[second];
-    out.frequency[0][i] = table.frequency[first], out.frequency[1][i] = table.frequency[second];
-    out.rank[0][i] = uint16_t(rank), out.rank[1][i] = uint16_t(second_rank);
+    const int slot = i * b.width;
+    out.last[i] = uint16_t(slot + divider - 1);
+    out.frequency[0][i] = uint16_t(table.frequency[first] * 16);
+    out.frequency[1][i] = uint16_t(table.frequency[second] * 16);
+    out.rank[0][i] = uint16_t(rank - slot), out.rank[1][i] = uint16_t(second_rank - slot);
+    out.symbol[0][i] = uint16_t(table.symbol[first] << place);
+    out.symbol[1][i] = uint16_t(table.symbol[second] << place);
   });
 }
 
@@ -153,5 +158,12 @@ struct Decoder {
 // Decodes up to `groups` groups while words may be read, and returns how many. `plane` is plane 0 of these
 // groups; nothing reads it when symbols are asked for.
 using GroupsFunction = int (*)(Decoder&, int groups, const uint8_t* plane, uint8_t* out);
+
+// The same for two chunks, as many groups of each.
+struct Streams {
+  const uint8_t* plane;
+  uint8_t* out;
+};
+using PairFunction = int (*)(Decoder&, Decoder&, int groups, Streams, Streams);
 
 }  // namespace gaugekit::rans
