@@ -25,6 +25,7 @@ namespace gaugekit {
 
 // In rising order, each with all of those before it: a kernel that has no form for a level runs that of a
 // lower one.
+// vbmi2 is AVX512-VBMI2 with VBMI and VPCLMULQDQ, bf16 is AVX512-BF16.
 enum class Isa { portable, avx2, avx512, vbmi2, bf16 };
 
 // The widest level this processor has, or the lower one that ATEN_CPU_CAPABILITY (torch's own switch:
@@ -41,7 +42,10 @@ inline Isa isa() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2 && avx512 && !at_most_avx2) {
-      if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2")) return Isa::avx512;
+      // They came together, but a hypervisor may hide some.
+      if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2") ||
+          !__builtin_cpu_supports("vpclmulqdq"))
+        return Isa::avx512;
       return __builtin_cpu_supports("avx512bf16") ? Isa::bf16 : Isa::vbmi2;
     }
     if (avx2) return Isa::avx2;
