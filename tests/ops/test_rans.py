@@ -96,7 +96,14 @@ def test_two_chunks_at_a_time(dtype, symbols, of_first):
     one = one[torch.randperm(16384, generator=generator)]
     other = normal(16384, dtype)
     noise = torch.randint(-(2**15), 2**15, (16384,), generator=generator).to(torch.int16).view(dtype)
-    for parts in ((one, one), (one, other), (other, one), (noise, one, other), (other, noise), (one, other[:9000])):
+    for parts in (
+        (one, one),
+        (one, other),
+        (other, one),
+        (noise, one, other),
+        (other, noise),
+        (one, other[:9000]),
+    ):
         check_all_paths(torch.cat(parts), symbols, with_oracle=False)
 
 
