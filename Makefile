@@ -122,9 +122,10 @@ bench: build
 doctor: build
 	@$(VENV)/bin/gaugekit doctor
 
-# The README's picture, drawn anew by the measurement it shows.
+# The README's picture and that of docs/pack.md, drawn anew by the measurements they show.
 picture: build
 	@$(VENV)/bin/python docs/figures/sizes.py
+	@$(VENV)/bin/python docs/figures/codec_speed.py
 
 constraints: $(VENV)/.created
 	@$(PIP) uv

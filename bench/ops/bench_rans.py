@@ -1,4 +1,4 @@
-"""Coding of weights beside zstd, ZipNN and htscodecs: 64 MiB of N(0, 0.02²) and all-MiniLM-L6-v2, in bfloat16.
+"""Coding of weights beside zstd, ZipNN, OpenZL and htscodecs: 64 MiB of N(0, 0.02²) and all-MiniLM-L6-v2, in bfloat16.
 
 Speeds compare the whole pipeline from tensor to bytes or back. A fresh output buffer costs page faults as large as the
 coding itself, so rows say whether the output is fresh or reused. ZipNN overwrites what it compresses: it is given a
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import gaugekit as gk
+import tensor_codecs
 from gaugekit.codec.tensors.blob import encode_bytes
 from gaugekit.ops.rans import operator as rans
 from htscodecs import Htscodecs
@@ -80,10 +81,16 @@ def coding(name: str, tensor: torch.Tensor, device: str, quick: bool, threads: i
         coded["ZipNN"] = huffman.compress(bytes(bytearray(raw)))
         rivals["encode"]["ZipNN"] = lambda: huffman.compress(bytes(bytearray(raw)))
         rivals["decode"]["ZipNN"] = lambda: huffman.decompress(coded["ZipNN"])
+    openzl = tensor_codecs.openzl()
+    if openzl is not None:
+        coded["OpenZL"] = openzl.encode(raw)
+        rivals["encode"]["OpenZL"] = lambda: openzl.encode(raw)
+        rivals["decode"]["OpenZL"] = lambda: openzl.decode(coded["OpenZL"])
     for table in rivals.values():
         table.setdefault("zstd -3", None)
     for table in (rivals["encode"], rivals["decode"]):
         table.setdefault("ZipNN", None)
+        table.setdefault("OpenZL", None)
     rivals["decode"]["copy"] = tensor.clone
     rivals["decode reused"]["copy"] = lambda: out.copy_(tensor)
     sizes |= {f"coded_bytes_{name}": len(data) for name, data in coded.items()}

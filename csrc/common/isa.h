@@ -12,10 +12,11 @@
 #define GAUGEKIT_AVX2 __attribute__((target("avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_VBMI2 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
-#define GAUGEKIT_BF16 \
-  __attribute__((     \
-      target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
+  __attribute__((      \
+      target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
+#define GAUGEKIT_BF16    \
+  __attribute__((target( \
+      "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
 #endif
 
 #if defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -31,7 +32,7 @@
 namespace gaugekit {
 
 // This architecture's levels in rising order, each with all of those before it: a kernel that has no form for
-// a level runs that of a lower one.
+// a level runs that of a lower one. vbmi2 is AVX512-VBMI2 with VBMI and VPCLMULQDQ, bf16 is AVX512-BF16.
 #ifdef GAUGEKIT_ARM
 enum class Isa { portable, neon, bfdot };
 #else
@@ -43,9 +44,11 @@ enum class Isa { portable, avx2, avx512, vbmi2, bf16 };
 #ifdef GAUGEKIT_ARM
 constexpr bool has_avx2(Isa) { return false; }
 constexpr bool has_avx512(Isa) { return false; }
+constexpr bool has_vbmi2(Isa) { return false; }
 #else
 constexpr bool has_avx2(Isa level) { return level >= Isa::avx2; }
 constexpr bool has_avx512(Isa level) { return level >= Isa::avx512; }
+constexpr bool has_vbmi2(Isa level) { return level >= Isa::vbmi2; }
 #endif
 
 #ifdef GAUGEKIT_ARM
@@ -78,7 +81,10 @@ inline Isa isa() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2 && avx512 && !at_most_avx2) {
-      if (!__builtin_cpu_supports("avx512vbmi2")) return Isa::avx512;
+      // They came together, but a hypervisor may hide some.
+      if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2") ||
+          !__builtin_cpu_supports("vpclmulqdq"))
+        return Isa::avx512;
       return __builtin_cpu_supports("avx512bf16") ? Isa::bf16 : Isa::vbmi2;
     }
     if (avx2) return Isa::avx2;

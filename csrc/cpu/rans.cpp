@@ -99,11 +99,15 @@ const char* decode_blob(const Blob& blob, uint64_t start, uint64_t stop, uint8_t
   const uint64_t last_chunk = blob.chunks - 1;
   const uint64_t from = std::min(start >> blob.chunk_log2, last_chunk);
   const uint64_t to = std::min((stop - 1) >> blob.chunk_log2, last_chunk) + 1;
-  std::vector<const char*> errors(to - from, nullptr);
+  const uint64_t threads = torch::stable::get_num_threads();
+  const uint64_t together = decodes_pairs(path) && to - from >= 2 * threads ? 2 : 1;
+  std::vector<const char*> errors((to - from + together - 1) / together, nullptr);
   const double chunk_bytes = std::min<uint64_t>(stop - start, uint64_t(1) << blob.chunk_log2) * blob.width;
-  take_turns(to - from, torch::stable::get_num_threads(), kDecodeNs * chunk_bytes, [&](auto& next) {
-    for (uint64_t i; (i = next()) < errors.size();)
-      errors[i] = decode_overlap(blob, from + i, start, stop, out, path);
+  take_turns(errors.size(), threads, kDecodeNs * chunk_bytes * together, [&](auto& next) {
+    for (uint64_t i; (i = next()) < errors.size();) {
+      const uint64_t chunk = from + i * together;
+      errors[i] = decode_overlaps(blob, chunk, std::min(chunk + together, to), start, stop, out, path);
+    }
   });
   for (const char* error : errors)
     if (error) return error;
@@ -115,9 +119,10 @@ void check_bytes(const Tensor& tensor, const char* name) {
                   name, ": expected a contiguous one-dimensional uint8 tensor");
 }
 
-// 0 portable, 1 AVX2, 2 AVX-512, or the widest the processor has where that is less; -1 that widest.
+// 0 portable, 1 AVX2, 2 AVX-512, 3 with VBMI2, or the widest the processor has where that is less; -1 that
+// widest.
 Isa chosen(int64_t path) {
-  STD_TORCH_CHECK(-1 <= path && path <= 2, "path: expected -1 to 2");
+  STD_TORCH_CHECK(-1 <= path && path <= 3, "path: expected -1 to 3");
   return path < 0 ? isa() : std::min(Isa(path), isa());
 }
 

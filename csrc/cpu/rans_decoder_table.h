@@ -11,6 +11,16 @@ namespace gaugekit::rans {
 
 constexpr int kRegisterSymbols = 32;
 
+// The buckets in 16-bit lanes, for frequencies up to kMostOfHalves. Behind the entries of the buckets' first
+// symbols stand those of their second.
+constexpr int kMostOfHalves = 2048;
+struct alignas(64) HalfTable {
+  uint16_t last[kRegisterSymbols];          // slot of the first symbol
+  uint16_t frequency[2][kRegisterSymbols];  // * 16
+  uint16_t rank[2][kRegisterSymbols];       // - slot
+  uint16_t symbol[2][kRegisterSymbols];     // << symbol_place
+};
+
 struct alignas(64) DecoderTable {
   uint32_t before[16];  // vector loads may read three entries before `slot` and behind it
   // (frequency - 1) << 20 | rank << 8 | symbol
@@ -20,6 +30,7 @@ struct alignas(64) DecoderTable {
   uint32_t bucket[kRegisterSymbols];
   // (rank - position in the bucket) << 16 | frequency, for the first and the second symbol
   uint32_t part[2][kRegisterSymbols];
+  HalfTable halves;
   // The same without vectors: a load is cheaper than a shift and a mask.
   uint8_t symbol_of[kSlots];
   uint16_t rank_of[kSlots];
@@ -45,20 +56,41 @@ inline void fill_slots(const Table& table, const Buckets& buckets, DecoderTable&
   });
 }
 
-// `place` is where the symbols' lowest bits stand in `bucket`, 0 to 8.
-inline void fill_registers(const Table& table, const Buckets& b, int place, DecoderTable& out) {
+// Calls put(bucket, divider, first, second, rank of first, rank of second less the divider).
+template <class Put>
+void each_bucket(const Table& table, const Buckets& b, Put put) {
   uint32_t rank[kMaxSymbols] = {};
   for (int i = 0; i < kRegisterSymbols; ++i) {
     // A bucket whose first part is empty is all its alias; one whose second part is empty never looks there.
     const int divider = b.divider[i] ? b.divider[i] : b.width, first = b.divider[i] ? i : b.alias[i];
     const int second = divider < b.width ? b.alias[i] : first;
-    const uint32_t symbols = uint32_t(table.symbol[second]) << 8 | table.symbol[first];
-    out.bucket[i] = uint32_t(divider - 1) << 25 | symbols << place;
-    out.part[0][i] = rank[first] << 16 | table.frequency[first];
+    const uint32_t first_rank = rank[first];
     rank[first] += divider;
-    out.part[1][i] = (rank[second] - divider) << 16 | table.frequency[second];
+    put(i, divider, first, second, first_rank, rank[second] - divider);
     rank[second] += b.width - divider;
   }
+}
+
+// `place` is where the symbols' lowest bits stand in `bucket`, 0 to 8.
+inline void fill_registers(const Table& table, const Buckets& b, int place, DecoderTable& out) {
+  each_bucket(table, b, [&](int i, int divider, int first, int second, uint32_t rank, uint32_t second_rank) {
+    const uint32_t symbols = uint32_t(table.symbol[second]) << 8 | table.symbol[first];
+    out.bucket[i] = uint32_t(divider - 1) << 25 | symbols << place;
+    out.part[0][i] = rank << 16 | table.frequency[first];
+    out.part[1][i] = second_rank << 16 | table.frequency[second];
+  });
+}
+
+inline void fill_halves(const Table& table, const Buckets& b, int place, HalfTable& out) {
+  each_bucket(table, b, [&](int i, int divider, int first, int second, uint32_t rank, uint32_t second_rank) {
+    const int slot = i * b.width;
+    out.last[i] = uint16_t(slot + divider - 1);
+    out.frequency[0][i] = uint16_t(table.frequency[first] * 16);
+    out.frequency[1][i] = uint16_t(table.frequency[second] * 16);
+    out.rank[0][i] = uint16_t(rank - slot), out.rank[1][i] = uint16_t(second_rank - slot);
+    out.symbol[0][i] = uint16_t(table.symbol[first] << place);
+    out.symbol[1][i] = uint16_t(table.symbol[second] << place);
+  });
 }
 
 // The words of one segment not yet read. 64 bytes (the most that a group takes) may be read while next <=
@@ -126,5 +158,12 @@ struct Decoder {
 // Decodes up to `groups` groups while words may be read, and returns how many. `plane` is plane 0 of these
 // groups; nothing reads it when symbols are asked for.
 using GroupsFunction = int (*)(Decoder&, int groups, const uint8_t* plane, uint8_t* out);
+
+// The same for two chunks, as many groups of each.
+struct Streams {
+  const uint8_t* plane;
+  uint8_t* out;
+};
+using PairFunction = int (*)(Decoder&, Decoder&, int groups, Streams, Streams);
 
 }  // namespace gaugekit::rans

@@ -8,6 +8,7 @@
 #include "rans_encoder_avx2.h"
 #include "rans_encoder_avx512.h"
 #include "rans_encoder_table.h"
+#include "rans_encoder_vbmi2.h"
 #include "rans_planes.h"
 
 namespace gaugekit::rans {
@@ -96,6 +97,10 @@ inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTabl
 #ifdef GAUGEKIT_X86
   if (path >= Isa::avx512) {
     const int breaks = table.table.size <= kCells ? table.cells.breaks : kMostBreaks + 1;
+    if (path >= Isa::vbmi2 && breaks <= kMostBreaks) {
+      const auto groups = breaks <= 3 ? vbmi2::encode_groups<3> : vbmi2::encode_groups<kMostBreaks>;
+      return groups(symbols, whole / kLanes, table, states, words, ahead);
+    }
     const auto groups = breaks <= 3             ? avx512::encode_groups<3>
                         : breaks <= kMostBreaks ? avx512::encode_groups<kMostBreaks>
                                                 : avx512::encode_groups<0>;

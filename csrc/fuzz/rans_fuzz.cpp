@@ -28,7 +28,7 @@ constexpr uint64_t kMaxDecodedBytes = uint64_t(1) << 22;
 
 const std::vector<gaugekit::Isa> kPaths = [] {
   std::vector<gaugekit::Isa> paths;
-  constexpr int kForms = 3;  // levels for which there is a form here
+  constexpr int kForms = 4;  // levels for which there is a form here
   const int widest = std::min(int(gaugekit::isa()), kForms - 1);
   for (int path = 0; path <= widest; ++path) paths.push_back(gaugekit::Isa(path));
   return paths;
@@ -65,11 +65,25 @@ void decode_by_lanes(const Blob& blob, uint64_t i, const uint8_t* expected) {
   require(!expected || (sound && std::memcmp(out.get(), expected, bytes) == 0));
 }
 
+// Two chunks at a time, where they are decoded so: as each of them alone.
+void decode_twos(const Blob& blob) {
+  for (uint64_t i = 0; i + 1 < blob.chunks; ++i) {
+    const uint64_t first = blob.symbols(i) * blob.width, bytes = first + blob.symbols(i + 1) * blob.width;
+    std::unique_ptr<uint8_t[]> out(new uint8_t[bytes]), other(new uint8_t[bytes]);
+    const char* error = decode_chunk(blob, i, out.get(), kPaths.back());
+    const char* second = decode_chunk(blob, i + 1, out.get() + first, kPaths.back());
+    const char* also = decode_two_chunks(blob, i, other.get(), kPaths.back());
+    require(also == (error ? error : second));
+    require(also || std::memcmp(out.get(), other.get(), bytes) == 0);
+  }
+}
+
 // Through every path; all must agree on whether the blob is sound, and on every byte of what it holds.
 const char* open_and_decode(const uint8_t* data, size_t size) {
   Blob blob{};
   if (const char* error = open_blob(data, size, blob)) return error;
   if (blob.count > kMaxDecodedBytes / blob.width) return nullptr;
+  decode_twos(blob);
   for (uint64_t i = 0; i < blob.chunks; ++i) {
     const uint64_t n = blob.symbols(i);
     const uint64_t bytes = n * blob.width;

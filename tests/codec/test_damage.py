@@ -31,7 +31,7 @@ def test_damage_is_refused(name):
         codec.decode(DAMAGED[name])
     with pytest.raises(RuntimeError, match=header.CORRUPT):
         numpy_decode(DAMAGED[name])
-    for path in (0, 1, 2):
+    for path in (0, 1, 2, 3):
         with pytest.raises(codec.CorruptFile, match="not a sound coded blob: "):
             blob = as_byte_tensor(DAMAGED[name])
             count = rans.open_blob(blob)[1].numel()

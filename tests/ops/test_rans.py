@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaugekit import _library
+from gaugekit.ops.packed_linear.choice import _flags
 from gaugekit.ops.rans import composition, encoder
 from gaugekit.ops.rans import operator as rans
 from gaugekit.reference import rans as oracle
 
 SYMBOLS = [(dtype, symbols) for dtype, choice in rans.SYMBOLS.items() for symbols in choice]
 # Of the C++ code; the operator takes the widest there is for one that the processor lacks.
-PATHS = range({"DEFAULT": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2) + 1)
+PATHS = range({"DEFAULT": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 3) + 1)
+VBMI2 = {"avx512_vbmi2", "avx512vbmi", "vpclmulqdq"} <= _flags() and PATHS[-1] == 3
 SIZES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 500]
 
 
@@ -80,6 +82,46 @@ def test_arbitrary_bits_on_all_paths(kind, count, alphabet, seed):
     data = bytearray(b"".join(alphabet[i][:width] for i in pick))
     tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     check_all_paths(tensor, symbols)
+
+
+@pytest.mark.skipif(not VBMI2, reason="waits for a processor with AVX512-VBMI2")
+@pytest.mark.parametrize("of_first", [2047, 2048, 2049, 4095, 4096])
+@pytest.mark.parametrize(("dtype", "symbols"), [(torch.bfloat16, "exponent"), (torch.float16, "high-byte")])
+def test_two_chunks_at_a_time(dtype, symbols, of_first):
+    """The form with VBMI2 takes frequencies up to 2048, and the chunks by twos. One of them may be raw, or shorter."""
+    generator = torch.Generator().manual_seed(of_first)
+    exponents = (torch.arange(16384) % 4096 >= of_first).to(torch.int16) + 120
+    one = exponents << (7 if symbols == "exponent" else 8)
+    one = (one + torch.randint(0, 127, (16384,), generator=generator).to(torch.int16)).view(dtype)
+    one = one[torch.randperm(16384, generator=generator)]
+    other = normal(16384, dtype)
+    noise = torch.randint(-(2**15), 2**15, (16384,), generator=generator).to(torch.int16).view(dtype)
+    for parts in (
+        (one, one),
+        (one, other),
+        (other, one),
+        (noise, one, other),
+        (other, noise),
+        (one, other[:9000]),
+    ):
+        check_all_paths(torch.cat(parts), symbols, with_oracle=False)
+
+
+@pytest.mark.skipif(not VBMI2, reason="waits for a processor with AVX512-VBMI2")
+def test_of_two_chunks_the_first_error_is_told():
+    tensor = normal(16384 * 3, torch.bfloat16)
+    blob = rans.encode(tensor, "exponent", 14)
+    out = torch.empty_like(tensor)
+    for at in range(200, len(blob), 997):  # behind the index
+        damaged = blob.clone()
+        damaged[at] ^= 4
+        damaged[-1 - at // 9] ^= 1
+        told = set()
+        for path in PATHS:
+            with pytest.raises(ValueError, match="not a sound coded blob") as caught:
+                rans.decode(damaged, 0, tensor.numel(), out, path)
+            told.add(str(caught.value))
+        assert len(told) == 1
 
 
 @pytest.mark.parametrize("size", [31, 32, 33, 64, 65, 128, 129, 256])

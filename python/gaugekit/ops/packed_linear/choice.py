@@ -16,20 +16,17 @@ FUSED_ROWS = {
     "avx2": 16,  # measured (Zen 3): 16 rows take about as long either way, 24 are faster by tiles
     "avx512": 64,  # measured (Cascade Lake)
     "pairs": 256,  # measured (Zen 4): 256 rows take about as long by tiles of 4,096 columns, longer of 14,336
-<<<<<<< HEAD
     "16-bit": 4,  # not measured; AMX's own product (csrc/cpu/packed_linear_amx.h) waits for such a processor
-=======
-    "16-bit": 4,  # not measured
     "arm": 16,  # not measured, nor the next: what "other" takes
     "arm-bf16": 16,
->>>>>>> arm-packed
     "other": 16,
 }
 CUDA_FUSED_ROWS = 256
 FLOAT_ROWS = 16  # of float32, whatever the processor
 FLAGS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 ARM = ("aarch64", "arm64")  # as Linux and macOS name it
-PAIRS = {"avx512_bf16", "avx512_vbmi2"}  # what the product on pairs of bfloat16 numbers needs
+# What the product on pairs of bfloat16 numbers needs: the level bf16 of csrc/common/isa.h.
+PAIRS = {"avx512_bf16", "avx512_vbmi2", "avx512vbmi", "vpclmulqdq"}
 
 NOTES = {
     "avx2": "on an AMD EPYC (Zen 3, AVX2), one thread, packed bfloat16 products ran at 0.82 to 1.0 of the speed of "

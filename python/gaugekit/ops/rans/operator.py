@@ -110,8 +110,9 @@ def encode(tensor: torch.Tensor, symbols: str, chunk_log2: int, path: int = -1) 
     """The coded blob [bytes] uint8 of a CPU tensor of one of ``SYMBOLS``' dtypes, of any shape and strides.
 
     ``symbols`` are "exponent", "high-byte" or "exponent-and-mantissa" (the exponent and the two highest mantissa
-    bits), ``chunk_log2`` is 14 to 20. ``path`` (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, -1 the widest there is;
-    a wider one than the processor has is the widest) changes the speed, never a byte. ValueError for anything else.
+    bits), ``chunk_log2`` is 14 to 20. ``path`` (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, 3 with VBMI2, -1 the
+    widest there is; a wider one than the processor has is the widest) changes the speed, never a byte. ValueError for
+    anything else.
     """
     if tensor.dtype not in ELEMENTS:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in ELEMENTS)
