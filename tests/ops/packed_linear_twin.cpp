@@ -1,6 +1,7 @@
 // Prints one line for each case in which the product on packed weights and the same product on the plain ones
-// differ in a bit, in which two instruction sets do, or in which a sum is not the exact one but for rounding; and
-// then how many cases there were. Compiled and run by test_packed_linear_twin.py, for ARM in an emulator too.
+// differ in a bit, in which two instruction sets do, or in which a sum is not the exact one but for rounding;
+// and then how many cases there were. Compiled and run by test_packed_linear_twin.py, for ARM in an emulator
+// too.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -46,7 +47,8 @@ struct Matrix {
 
   Matrix(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random)
       : rows(rows), columns(columns), half(half), code_bits(code_bits), words(rows * columns), window(rows) {
-    const int64_t blocks = (columns + BLOCK - 1) / BLOCK, segments = (blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS;
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK,
+                  segments = (blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS;
     for (auto& word : words) word = random() % 20 ? bits_of(normal(random), half) : random() & 0xffff;
     plain.resize(rows * blocks * BLOCK), raw.resize(rows * blocks * BLOCK);
     planes.resize(rows * plane_count() * blocks), offsets.resize(rows * segments + 1);
@@ -61,21 +63,28 @@ struct Matrix {
     escapes.resize(begins[rows]);
     for (int64_t row = 0; row < rows; ++row)
       encode_row(words.data() + row * columns, columns, half, code_bits,
-                 Target{raw.data() + row * blocks * BLOCK, planes.data() + row * plane_count() * blocks, blocks,
-                        escapes.data() + begins[row], escapes.data() + begins[row + 1], window[row]},
+                 Target{raw.data() + row * blocks * BLOCK, planes.data() + row * plane_count() * blocks,
+                        blocks, escapes.data() + begins[row], escapes.data() + begins[row + 1], window[row]},
                  begins[row], offsets.data() + row * segments, Isa::portable);
     offsets.back() = static_cast<int32_t>(begins[rows]);
   }
 
   int64_t plane_count() const { return code_bits + (half ? 3 : 0); }
   Weight weight() const {
-    return Weight{raw.data(),    planes.data(), escapes.data(),
-                  offsets.data(), window.data(), rows,
-                  (columns + BLOCK - 1) / BLOCK, static_cast<int64_t>(escapes.size()), plane_count(), plain.data()};
+    return Weight{raw.data(),
+                  planes.data(),
+                  escapes.data(),
+                  offsets.data(),
+                  window.data(),
+                  rows,
+                  (columns + BLOCK - 1) / BLOCK,
+                  static_cast<int64_t>(escapes.size()),
+                  plane_count(),
+                  plain.data()};
   }
   void differ(const char* what, int level, int64_t batch) const {
-    std::printf("differ: %s, level %d, batch %d, half %d, %d code bits, %dx%d\n", what, level, static_cast<int>(batch),
-                half, code_bits, static_cast<int>(rows), static_cast<int>(columns));
+    std::printf("differ: %s, level %d, batch %d, half %d, %d code bits, %dx%d\n", what, level,
+                static_cast<int>(batch), half, code_bits, static_cast<int>(rows), static_cast<int>(columns));
   }
 };
 
@@ -89,8 +98,8 @@ bool same(Sums a, Sums b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-// Whether all sums that are numbers are near the exact ones: the rounding of 4,200 additions in 32 to 64 strands
-// stays far below the bound, and a wrong pairing far above.
+// Whether all sums that are numbers are near the exact ones: the rounding of 4,200 additions in 32 to 64
+// strands stays far below the bound, and a wrong pairing far above.
 bool exact(const Matrix& m, const uint16_t* x, int64_t batch, const Sums& y) {
   bool near = true;
   for (int64_t t = 0; t < batch; ++t)
@@ -108,7 +117,8 @@ bool exact(const Matrix& m, const uint16_t* x, int64_t batch, const Sums& y) {
   return near;
 }
 
-// The product on pairs: few rows of x, some, and more than a pass, packed and plain, and each row of x by itself.
+// The product on pairs: few rows of x, some, and more than a pass, packed and plain, and each row of x by
+// itself.
 void compare_pairs([[maybe_unused]] const Matrix& m, [[maybe_unused]] const std::vector<uint16_t>& words) {
 #ifdef GAUGEKIT_PAIRS
   if (m.half || isa() < PAIRS_LEVEL) return;
@@ -117,16 +127,19 @@ void compare_pairs([[maybe_unused]] const Matrix& m, [[maybe_unused]] const std:
     std::vector<uint16_t> x(batch * m.columns);
     for (size_t i = 0; i < x.size(); ++i) x[i] = words[(i * 7) % words.size()];
     const auto run = [&](auto plain, int64_t count, const uint16_t* from, float* to) {
-      const auto arranged = arrange_pairs(reinterpret_cast<const BFloat16*>(from), count, m.columns, w.blocks);
-      product_of_pairs<decltype(plain)::value>(w, 0, m.rows, arranged[0].at, count,
-                                               [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t n) {
-                                                 for (int64_t i = 0; i < n; ++i) to[t * m.rows + row + i] = sums[i];
-                                               });
+      const auto arranged =
+          arrange_pairs(reinterpret_cast<const BFloat16*>(from), count, m.columns, w.blocks);
+      product_of_pairs<decltype(plain)::value>(
+          w, 0, m.rows, arranged[0].at, count,
+          [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t n) {
+            for (int64_t i = 0; i < n; ++i) to[t * m.rows + row + i] = sums[i];
+          });
     };
     Sums y(batch * m.rows, 1.0f), twin(batch * m.rows, 2.0f), alone(batch * m.rows, 3.0f);
     run(std::false_type{}, batch, x.data(), y.data());
     run(std::true_type{}, batch, x.data(), twin.data());
-    for (int64_t t = 0; t < batch; ++t) run(std::false_type{}, 1, x.data() + t * m.columns, alone.data() + t * m.rows);
+    for (int64_t t = 0; t < batch; ++t)
+      run(std::false_type{}, 1, x.data() + t * m.columns, alone.data() + t * m.rows);
     cases += 3;
     const int level = static_cast<int>(isa());
     if (!same(y, twin)) m.differ("pairs from plain", level, batch);
@@ -180,7 +193,8 @@ int main() {
   std::mt19937 random(0);
   for (const bool half : {false, true})
     for (const int code_bits : {3, 4})
-      for (const auto& [rows, columns] : {std::pair<int, int>{1, 1}, {9, 70}, {19, 1024}, {10, 2100}, {9, 4200}})
+      for (const auto& [rows, columns] :
+           {std::pair<int, int>{1, 1}, {9, 70}, {19, 1024}, {10, 2100}, {9, 4200}})
         compare(Matrix(rows, columns, half, code_bits, random), random);
   std::printf("levels %d, cases %d, checked %d, digest %u\n", static_cast<int>(isa()) + 1, cases,
               static_cast<int>(checked), digest);
