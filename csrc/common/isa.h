@@ -16,6 +16,7 @@
 #define GAUGEKIT_BF16 \
   __attribute__((     \
       target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
+#define GAUGEKIT_BF16_INLINE GAUGEKIT_BF16 __attribute__((always_inline)) inline
 #endif
 
 #define GAUGEKIT_NOINLINE __attribute__((noinline))

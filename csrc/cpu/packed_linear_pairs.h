@@ -26,8 +26,6 @@ constexpr int64_t half_stride(int64_t blocks) { return (blocks + 1) * HALF_BLOCK
 constexpr int64_t row_stride(int64_t blocks) { return 2 * half_stride(blocks); }
 
 #ifdef GAUGEKIT_X86
-#define GAUGEKIT_BF16_INLINE GAUGEKIT_BF16 __attribute__((always_inline)) inline
-
 constexpr int64_t FEW = 4;         // rows of x
 constexpr int64_t SUMS = 2 * 16;   // of a row of W and a row of x
 constexpr int64_t PASS_ROWS = 48;  // of x, whose sums stay in the second-level cache beside the decoded rows
