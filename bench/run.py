@@ -42,7 +42,11 @@ GPU_SECONDS = 0.5  # of measuring a case, after what it compiles
 COLUMNS = ["op", "shape", "dtype", "baseline", "median_ms", "baseline_ms", "ratio", "share_of_peak", "label"]
 
 
-INSTRUCTIONS = {"avx512_bf16": "BF16", "amx_bf16": "AMX", "avx512_fp16": "FP16"}  # of /proc/cpuinfo, beyond AVX-512
+INSTRUCTIONS = {
+    "avx512_bf16": "BF16",
+    "amx_bf16": "AMX",
+    "avx512_fp16": "FP16",
+}  # of /proc/cpuinfo, beyond AVX-512
 
 
 def machine(device: str) -> str:

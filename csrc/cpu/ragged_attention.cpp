@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "cpu/ragged_attention_backward.h"
+#include "cpu/ragged_attention_pairs_backward.h"
 #include "cpu/ragged_attention_pairs_forward.h"
 #include "cpu/shaped_combine_tensors.h"
 
@@ -152,10 +153,20 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<int
 template <class S, class T>
 void backward_into(const RaggedBackward<S, T>& f, const Shape& shape, const std::vector<Sequence>& all) {
   const std::vector<Sight> seen = sights(shape, all);
-  parallel_for(0, all.size() * shape.heads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin)
-      attend_backward(f, all[begin / shape.heads], seen[begin / shape.heads], begin % shape.heads);
-  });
+  const auto each = [&](const auto& attend) {
+    parallel_for(0, all.size() * shape.heads, 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin)
+        attend(all[begin / shape.heads], seen[begin / shape.heads], begin % shape.heads);
+    });
+  };
+#ifdef GAUGEKIT_X86
+  if constexpr (std::is_same_v<S, BFloat16>)
+    if (isa() >= Isa::bf16)
+      return each([&](const Sequence& s, const Sight& sight, int64_t head) {
+        attend_backward_pairs(f, s, sight, head);
+      });
+#endif
+  each([&](const Sequence& s, const Sight& sight, int64_t head) { attend_backward(f, s, sight, head); });
 }
 
 // Adds the parts of the query heads that share a key head, in their order, and writes the sums.
