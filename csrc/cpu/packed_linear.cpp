@@ -3,8 +3,8 @@
 
 #include "common/check.h"
 #include "common/turns.h"
+#include "packed_linear_amx.h"
 #include "packed_linear_encode.h"
-#include "packed_linear_pairs.h"
 #include "packed_linear_tiles.h"
 
 namespace gaugekit::packed {
@@ -187,15 +187,21 @@ void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch
 #ifdef GAUGEKIT_X86
 void fused_pairs(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch, int64_t columns,
                  Tensor& out) {
-  const std::vector<WordHalf> arranged = arrange_pairs(data<BFloat16>(x), batch, columns, w.blocks);
   const BFloat16* shift = bias ? data<BFloat16>(*bias) : nullptr;
   BFloat16* to = static_cast<BFloat16*>(out.mutable_data_ptr());
+  const auto give = [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t count) GAUGEKIT_BF16 {
+    if (shift) sums += load<ROWS>(shift + row, count);
+    store<ROWS>(to + t * w.rows + row, sums, count);
+  };
+  const std::vector<WordHalf> arranged = arrange_pairs(data<BFloat16>(x), batch, columns, w.blocks);
+  if (batch > FEW && Registers::usable()) {
+    const std::vector<WordHalf> tiles = arrange_tiles(arranged[0].at, batch, w.blocks);
+    return over_pieces(w, columns, [&](int64_t begin, int64_t end) {
+      product_of_tiles(w, begin, end, tiles[0].at, batch, give);
+    });
+  }
   over_pieces(w, columns, [&](int64_t begin, int64_t end) {
-    product_of_pairs(w, begin, end, arranged[0].at, batch,
-                     [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t count) GAUGEKIT_BF16 {
-                       if (shift) sums += load<ROWS>(shift + row, count);
-                       store<ROWS>(to + t * w.rows + row, sums, count);
-                     });
+    product_of_pairs(w, begin, end, arranged[0].at, batch, give);
   });
 }
 #endif

@@ -1,4 +1,4 @@
-// Random matrices, packed as the tests of the GPU's lanes need them: one weight in twenty is any bit pattern.
+// Random matrices, packed as the tests of lanes need them: one weight in `odd_ones` is any bit pattern.
 #pragma once
 
 #include <random>
@@ -29,7 +29,8 @@ struct Matrix {
   }
 };
 
-inline Matrix pack(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random) {
+inline Matrix pack(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random,
+                   int odd_ones = 20) {
   std::normal_distribution<float> normal(0, 0.02f);
   std::uniform_int_distribution<int> any(0, 65535);
   Matrix m{rows, columns};
@@ -37,7 +38,7 @@ inline Matrix pack(int64_t rows, int64_t columns, bool half, int code_bits, std:
   for (int64_t i = 0; i < rows * columns; ++i) {
     uint32_t word = bits_of(normal(random)) >> 16;
     if (half) word = 0x2000 | any(random) % 0x800 | (any(random) & 0x8000);
-    m.words.push_back(static_cast<uint16_t>(any(random) % 20 ? word : any(random)));
+    m.words.push_back(static_cast<uint16_t>(any(random) % odd_ones ? word : any(random)));
   }
   const Words from{m.words.data(), rows, columns, half};
   const int64_t count = code_bits + (half ? 3 : 0);

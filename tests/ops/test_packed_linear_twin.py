@@ -30,6 +30,14 @@ def test_same_bits_as_on_plain_weights_on_every_instruction_set(tmp_path):
     assert cases == levels * 5 * 20 + pairs  # five batches, twenty matrices
 
 
+def test_products_on_pairs_and_tiles_are_those_of_their_instructions(tmp_path):
+    """Scalar models of vdpbf16ps and tdpbf16ps in the documented order; the tile registers of AMX are emulated."""
+    differing, (levels, cases) = run("packed_linear_models", tmp_path)
+    assert not differing
+    # Waits for AVX512-BF16, by which both decode: two code widths, six batches, four matrices, two kinds of words.
+    assert cases == (2 * 6 * 4 * 2 if levels == 5 else 0)
+
+
 def test_lanes_of_the_gpu_product_decode_every_word(tmp_path):
     differing, (halves, cases) = run("packed_linear_lanes", tmp_path)
     assert not differing

@@ -14,7 +14,7 @@ FUSED_ROWS = {
     "avx2": 16,  # measured (Zen 3): 16 rows take about as long either way, 24 are faster by tiles
     "avx512": 64,  # measured (Cascade Lake)
     "pairs": 256,  # measured (Zen 4): 256 rows take about as long by tiles of 4,096 columns, longer of 14,336
-    "16-bit": 4,  # not measured
+    "16-bit": 4,  # not measured; AMX's own product (csrc/cpu/packed_linear_amx.h) waits for such a processor
     "other": 16,
 }
 CUDA_FUSED_ROWS = 256
