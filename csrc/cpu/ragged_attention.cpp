@@ -88,19 +88,23 @@ void forward_into(const RaggedForward<S>& f, const std::vector<Sequence>& all, c
   const std::vector<Block> key_blocks = blocks(all, true), query_blocks = blocks(all, false);
   const std::vector<Sight> seen = sights(f.shape, all);
   const int64_t key_size = Form::key_words(f), value_size = Form::value_words(f), groups = f.shape.groups;
-  const int64_t count = key_blocks.size();
+  // Where only one block of queries comes to a block of keys, it packs that block for itself, beside it.
+  const bool packs = f.ranks.repeats > 1 || query_blocks.size() > all.size();
+  const int64_t count = packs ? key_blocks.size() : 0;
   const Tensor packed = torch::stable::new_empty(like, {count * (key_size + value_size)},
                                                  std::make_optional(accumulated(like)));
   static_assert(sizeof(Word) == sizeof(accumulator<S>));
   Word* memory = static_cast<Word*>(packed.mutable_data_ptr());
   std::vector<KeyBlocks<Word>> of_sequence(all.size(), {nullptr, nullptr});
-  for (const Block& b : key_blocks)
-    of_sequence[b.sequence] = {memory + b.before * key_size,
-                               memory + count * key_size + b.before * value_size};
+  if (packs)
+    for (const Block& b : key_blocks)
+      of_sequence[b.sequence] = {memory + b.before * key_size,
+                                 memory + count * key_size + b.before * value_size};
   parallel_for(0, count * groups, 4, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       const Block& b = key_blocks[begin / groups];
-      Form::pack(f, all[b.sequence], b.index, begin % groups, of_sequence[b.sequence]);
+      const int64_t group = begin % groups;
+      Form::pack(f, all[b.sequence], b.index, group, Form::place(f, of_sequence[b.sequence], b.index, group));
     }
   });
   const int64_t each = query_blocks.size(),

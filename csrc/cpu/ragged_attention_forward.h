@@ -66,7 +66,8 @@ struct RaggedForward {
   double scale;
 };
 
-// The keys and the values of every block of one sequence's keys, as a form has them.
+// The keys and the values of every block of one sequence's keys, or of a key head in one block, as a form has
+// them.
 template <class Word>
 struct KeyBlocks {
   Word *keys, *values;
@@ -99,7 +100,7 @@ void end_rows(const RaggedForward<S>& f, const Sequence& s, const Glance& glance
 
 template <class A>
 struct ForwardScratch {
-  Buffer<A> q, p, o, first, last, top, keep, lanes, sum;
+  Buffer<A> q, p, o, first, last, top, keep, lanes, sum, keys, values;
   ForwardScratch(int64_t rank, int64_t width)
       : q(EDGE * padded<A>(rank)),
         p(EDGE * EDGE),
@@ -109,8 +110,21 @@ struct ForwardScratch {
         top(EDGE),
         keep(EDGE),
         lanes(EDGE * ALIGN / sizeof(A)),
-        sum(EDGE) {}
+        sum(EDGE),
+        keys(rank * EDGE),
+        values(EDGE * padded<A>(width)) {}
 };
+
+// A block's keys and values: of all that were packed before, or else packed now.
+template <class Form, class S>
+KeyBlocks<typename Form::Word> block_of(const RaggedForward<S>& f, const Sequence& s, int64_t block,
+                                        int64_t group, const KeyBlocks<typename Form::Word>& packed,
+                                        typename Form::Scratch& x) {
+  if (packed.keys) return Form::place(f, packed, block, group);
+  const KeyBlocks<typename Form::Word> own{x.keys.data(), x.values.data()};
+  Form::pack(f, s, block, group, own);
+  return own;
+}
 
 // The forward's blocks in the accumulator's type: keys turned, values as they are.
 template <class S>
@@ -123,11 +137,9 @@ struct PlainForm {
   static int64_t value_words(const RaggedForward<S>& f) {
     return f.shape.groups * EDGE * padded<A>(f.shape.width);
   }
-  static A* keys(const RaggedForward<S>& f, const KeyBlocks<A>& of, int64_t block, int64_t group) {
-    return of.keys + (block * f.ranks.sum + f.ranks.before[group]) * EDGE;
-  }
-  static A* values(const RaggedForward<S>& f, const KeyBlocks<A>& of, int64_t block, int64_t group) {
-    return of.values + (block * f.shape.groups + group) * EDGE * padded<A>(f.shape.width);
+  static KeyBlocks<A> place(const RaggedForward<S>& f, const KeyBlocks<A>& of, int64_t block, int64_t group) {
+    return {of.keys + (block * f.ranks.sum + f.ranks.before[group]) * EDGE,
+            of.values + (block * f.shape.groups + group) * EDGE * padded<A>(f.shape.width)};
   }
 
   static void pack(const RaggedForward<S>& f, const Sequence& s, int64_t block, int64_t group,
@@ -137,11 +149,10 @@ struct PlainForm {
     Buffer<A> lines(EDGE * stride);
     read_lines(Reading<S>{f.k.at(s.batch, 0, s.first_key + key) + f.ranks.before[group], f.k.stride.row,
                           lines.data(), stride, rows, rank, A(1)});
-    turn(lines.data(), stride, rows, rank, keys(f, to, block, group));
-    A* lie = values(f, to, block, group);
-    read_lines(Reading<S>{f.v.at(s.batch, group, s.first_key + key), f.v.stride.row, lie, width, rows,
+    turn(lines.data(), stride, rows, rank, to.keys);
+    read_lines(Reading<S>{f.v.at(s.batch, group, s.first_key + key), f.v.stride.row, to.values, width, rows,
                           f.shape.width, A(1)});
-    std::fill(lie + rows * width, lie + EDGE * width, A(0));
+    std::fill(to.values + rows * width, to.values + EDGE * width, A(0));
   }
 
   static void attend(const RaggedForward<S>& f, const Sequence& s, const Sight& sight, int64_t head,
@@ -156,12 +167,11 @@ struct PlainForm {
     for (int64_t block = glance.hull.first / EDGE; block * EDGE < glance.hull.last; ++block) {
       const bool masked = glance.masks(block * EDGE);
       if (masked) glance.relative(block * EDGE, x.first.data(), x.last.data());
-      multiply(Product<A>{x.q.data(), stride, 1, keys(f, packed, block, group), EDGE, rank, rows, x.p.data(),
-                          nullptr});
+      const KeyBlocks<A> of = block_of<PlainForm>(f, s, block, group, packed, x);
+      multiply(Product<A>{x.q.data(), stride, 1, of.keys, EDGE, rank, rows, x.p.data(), nullptr});
       weigh(Weights<A>{x.p.data(), x.first.data(), x.last.data(), rows, masked, x.top.data(), x.keep.data(),
                        x.lanes.data()});
-      multiply(Product<A>{x.p.data(), EDGE, 1, values(f, packed, block, group), width, EDGE, rows, x.o.data(),
-                          x.keep.data()});
+      multiply(Product<A>{x.p.data(), EDGE, 1, of.values, width, EDGE, rows, x.o.data(), x.keep.data()});
     }
     add_lanes(Lanes<A>{x.lanes.data(), rows, x.sum.data()});
     end_rows(f, s, glance, head, query, x.o.data(), x.top.data(), x.sum.data());

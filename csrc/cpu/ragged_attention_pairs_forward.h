@@ -12,11 +12,13 @@ namespace gaugekit {
 inline int64_t padded_words(int64_t words) { return padded<Words>(words); }
 
 struct PairScratch {
-  Buffer<Words> q, p;
+  Buffer<Words> q, p, keys, values;
   Buffer<float> scores, o, first, last, top, keep, lanes, sum;
   PairScratch(int64_t rank, int64_t width)
       : q(EDGE * padded_words(pairs_of(rank))),
         p(EDGE * PAIRS),
+        keys(pairs_of(rank) * EDGE),
+        values(PAIRS * padded_words(width)),
         scores(EDGE * EDGE),
         o(EDGE * padded<float>(width)),
         first(EDGE),
@@ -40,13 +42,10 @@ struct PairForm {
   static int64_t value_words(const RaggedForward<BFloat16>& f) {
     return f.shape.groups * PAIRS * padded_words(f.shape.width);
   }
-  static Words* keys(const RaggedForward<BFloat16>& f, const KeyBlocks<Words>& of, int64_t block,
-                     int64_t group) {
-    return of.keys + block * key_words(f) + pairs_before(f.ranks, group) * EDGE;
-  }
-  static Words* values(const RaggedForward<BFloat16>& f, const KeyBlocks<Words>& of, int64_t block,
-                       int64_t group) {
-    return of.values + (block * f.shape.groups + group) * PAIRS * padded_words(f.shape.width);
+  static KeyBlocks<Words> place(const RaggedForward<BFloat16>& f, const KeyBlocks<Words>& of, int64_t block,
+                                int64_t group) {
+    return {of.keys + block * key_words(f) + pairs_before(f.ranks, group) * EDGE,
+            of.values + (block * f.shape.groups + group) * PAIRS * padded_words(f.shape.width)};
   }
 
   static void pack(const RaggedForward<BFloat16>& f, const Sequence& s, int64_t block, int64_t group,
@@ -54,9 +53,9 @@ struct PairForm {
     const int64_t key = block * EDGE, rows = std::min(EDGE, s.keys - key);
     turn_pairs({f.k.at(s.batch, 0, s.first_key + key) + f.ranks.before[group], f.k.stride.row, rows,
                 f.ranks.rank[group]},
-               keys(f, to, block, group));
-    pair_rows({f.v.at(s.batch, group, s.first_key + key), f.v.stride.row, rows, f.shape.width},
-              values(f, to, block, group), padded_words(f.shape.width), EDGE);
+               to.keys);
+    pair_rows({f.v.at(s.batch, group, s.first_key + key), f.v.stride.row, rows, f.shape.width}, to.values,
+              padded_words(f.shape.width), EDGE);
   }
 
   static void attend(const RaggedForward<BFloat16>& f, const Sequence& s, const Sight& sight, int64_t head,
@@ -72,14 +71,13 @@ struct PairForm {
     for (int64_t block = glance.hull.first / EDGE; block * EDGE < glance.hull.last; ++block) {
       const bool masked = glance.masks(block * EDGE);
       if (masked) glance.relative(block * EDGE, x.first.data(), x.last.data());
-      multiply_pairs({x.q.data(), stride, 1, keys(f, packed, block, group), EDGE, pairs, rows,
-                      x.scores.data(), nullptr});
+      const KeyBlocks<Words> of = block_of<PairForm>(f, s, block, group, packed, x);
+      multiply_pairs({x.q.data(), stride, 1, of.keys, EDGE, pairs, rows, x.scores.data(), nullptr});
       weigh_pairs({{x.scores.data(), x.first.data(), x.last.data(), rows, masked, x.top.data(), x.keep.data(),
                     x.lanes.data()},
                    static_cast<float>(f.scale * LOG2_E),
                    x.p.data()});
-      multiply_pairs({x.p.data(), PAIRS, 1, values(f, packed, block, group), width, PAIRS, rows, x.o.data(),
-                      x.keep.data()});
+      multiply_pairs({x.p.data(), PAIRS, 1, of.values, width, PAIRS, rows, x.o.data(), x.keep.data()});
     }
     add_lanes(Lanes<float>{x.lanes.data(), rows, x.sum.data()});
     end_rows(f, s, glance, head, query, x.o.data(), x.top.data(), x.sum.data());
