@@ -1,23 +1,12 @@
 """The product's proofs that no Python can give: compiled from the very headers of the kernels, and run."""
 
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from twins import run
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-def run(name: str, folder: Path) -> tuple[list[str], list[int]]:
-    """Lines that name a difference, and the numbers of the last line."""
-    binary, source = folder / name, ROOT / "tests" / "ops" / f"{name}.cpp"
-    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["g++", *flags, str(source), "-o", str(binary)], check=True, timeout=300)
-    done = subprocess.run([str(binary)], capture_output=True, text=True, check=True, timeout=120)
-    *differing, summary = done.stdout.splitlines()
-    return differing, [int(part.split()[1]) for part in summary.split(", ")]
 
 
 def test_same_bits_as_on_plain_weights_on_every_instruction_set(tmp_path):
