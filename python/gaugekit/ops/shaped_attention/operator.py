@@ -159,7 +159,9 @@ def _ragged_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> T
     """``gaugekit::ragged_attention``, whose heads stand side by side in a row. For a few queries on a cache that holds
     head after head, each key head is a sequence of its own, so that no key is copied."""
     batch, groups, _, width = k.shape
-    few = q.shape[2] < FEWEST_QUERIES and groups > 1 and mask.cu_seqlens is None
+    # A number that a graph leaves open is not asked for: the graph would hold on one side only.
+    few = not isinstance(q.shape[2], torch.SymInt) and q.shape[2] < FEWEST_QUERIES
+    few = few and groups > 1 and mask.cu_seqlens is None
     if not few or k.stride(1) < k.stride(2) or (batch > 1 and k.stride(0) != groups * k.stride(1)):
         rows = (x.transpose(1, 2).flatten(2) for x in (q, k))
         return torch.ops.gaugekit.ragged_attention(*rows, v, [width] * groups, *mask, scale)[0]
