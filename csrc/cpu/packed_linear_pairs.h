@@ -17,7 +17,6 @@ namespace gaugekit::packed {
 
 #ifdef GAUGEKIT_X86
 #define GAUGEKIT_PAIRS GAUGEKIT_BF16
-#define GAUGEKIT_BF16_INLINE GAUGEKIT_BF16 __attribute__((always_inline)) inline
 
 constexpr Isa PAIRS_LEVEL = Isa::bf16;
 

@@ -3,6 +3,8 @@
 #include <tuple>
 
 #include "cpu/ragged_attention_backward.h"
+#include "cpu/ragged_attention_pairs_backward.h"
+#include "cpu/ragged_attention_pairs_forward.h"
 #include "cpu/shaped_combine_tensors.h"
 
 namespace gaugekit {
@@ -79,6 +81,44 @@ std::vector<Sight> sights(const Shape& shape, const std::vector<Sequence>& all) 
   return found;
 }
 
+// Form: how blocks lie, and what multiplies them.
+template <class Form, class S>
+void forward_into(const RaggedForward<S>& f, const std::vector<Sequence>& all, const Tensor& like) {
+  using Word = typename Form::Word;
+  const std::vector<Block> key_blocks = blocks(all, true), query_blocks = blocks(all, false);
+  const std::vector<Sight> seen = sights(f.shape, all);
+  const int64_t key_size = Form::key_words(f), value_size = Form::value_words(f), groups = f.shape.groups;
+  // Where only one block of queries comes to a block of keys, it packs that block for itself, beside it.
+  const bool packs = f.ranks.repeats > 1 || query_blocks.size() > all.size();
+  const int64_t count = packs ? key_blocks.size() : 0;
+  const Tensor packed = torch::stable::new_empty(like, {count * (key_size + value_size)},
+                                                 std::make_optional(accumulated(like)));
+  static_assert(sizeof(Word) == sizeof(accumulator<S>));
+  Word* memory = static_cast<Word*>(packed.mutable_data_ptr());
+  std::vector<KeyBlocks<Word>> of_sequence(all.size(), {nullptr, nullptr});
+  if (packs)
+    for (const Block& b : key_blocks)
+      of_sequence[b.sequence] = {memory + b.before * key_size,
+                                 memory + count * key_size + b.before * value_size};
+  parallel_for(0, count * groups, 4, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      const Block& b = key_blocks[begin / groups];
+      const int64_t group = begin % groups;
+      Form::pack(f, all[b.sequence], b.index, group, Form::place(f, of_sequence[b.sequence], b.index, group));
+    }
+  });
+  const int64_t each = query_blocks.size(),
+                widest = *std::max_element(f.ranks.rank.begin(), f.ranks.rank.end());
+  parallel_for(0, each * f.shape.heads, 1, [&](int64_t begin, int64_t end) {
+    typename Form::Scratch scratch(widest, f.shape.width);
+    for (; begin < end; ++begin) {
+      const Block& b = query_blocks[begin % each];
+      Form::attend(f, all[b.sequence], seen[b.sequence], begin / each, b.index * EDGE,
+                   of_sequence[b.sequence], scratch);
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<int64_t> rank, bool causal,
                                    std::optional<int64_t> window, Optional query_start, Optional key_lengths,
                                    Optional cu_seqlens, double scale) {
@@ -105,32 +145,11 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<int
                              static_cast<A*>(log.mutable_data_ptr()),
                              q.size(1),
                              scale};
-    const std::vector<Block> key_blocks = blocks(all, true), query_blocks = blocks(all, false);
-    const std::vector<Sight> seen = sights(shape, all);
-    const int64_t key_size = ranks.sum * EDGE, value_size = shape.groups * EDGE * padded<A>(shape.width);
-    const int64_t count = key_blocks.size();
-    const Tensor packed =
-        torch::stable::new_empty(q, {count * (key_size + value_size)}, std::make_optional(accumulated(q)));
-    A* memory = static_cast<A*>(packed.mutable_data_ptr());
-    std::vector<KeyBlocks<A>> of_sequence(all.size(), {nullptr, nullptr});
-    for (const Block& b : key_blocks)
-      of_sequence[b.sequence] = {memory + b.before * key_size,
-                                 memory + count * key_size + b.before * value_size};
-    parallel_for(0, count * shape.groups, 4, [&](int64_t begin, int64_t end) {
-      for (; begin < end; ++begin) {
-        const Block& b = key_blocks[begin / shape.groups];
-        pack_keys(f, all[b.sequence], b.index, begin % shape.groups, of_sequence[b.sequence]);
-      }
-    });
-    const int64_t each = query_blocks.size(), widest = *std::max_element(rank.begin(), rank.end());
-    parallel_for(0, each * shape.heads, 1, [&](int64_t begin, int64_t end) {
-      ForwardScratch<A> scratch(widest, shape.width);
-      for (; begin < end; ++begin) {
-        const Block& b = query_blocks[begin % each];
-        attend(f, all[b.sequence], seen[b.sequence], begin / each, b.index * EDGE, of_sequence[b.sequence],
-               scratch);
-      }
-    });
+#ifdef GAUGEKIT_X86
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (isa() >= Isa::bf16) return forward_into<PairForm>(f, all, q);
+#endif
+    forward_into<PlainForm<S>>(f, all, q);
   });
   return {out, log};
 }
@@ -138,10 +157,20 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<int
 template <class S, class T>
 void backward_into(const RaggedBackward<S, T>& f, const Shape& shape, const std::vector<Sequence>& all) {
   const std::vector<Sight> seen = sights(shape, all);
-  parallel_for(0, all.size() * shape.heads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin)
-      attend_backward(f, all[begin / shape.heads], seen[begin / shape.heads], begin % shape.heads);
-  });
+  const auto each = [&](const auto& attend) {
+    parallel_for(0, all.size() * shape.heads, 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin)
+        attend(all[begin / shape.heads], seen[begin / shape.heads], begin % shape.heads);
+    });
+  };
+#ifdef GAUGEKIT_X86
+  if constexpr (std::is_same_v<S, BFloat16>)
+    if (isa() >= Isa::bf16)
+      return each([&](const Sequence& s, const Sight& sight, int64_t head) {
+        attend_backward_pairs(f, s, sight, head);
+      });
+#endif
+  each([&](const Sequence& s, const Sight& sight, int64_t head) { attend_backward(f, s, sight, head); });
 }
 
 // Adds the parts of the query heads that share a key head, in their order, and writes the sums.

@@ -45,6 +45,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   A* data() { return first_; }
+  const A* data() const { return first_; }
   A& operator[](int64_t i) { return first_[i]; }
   void fill(A value, int64_t from = 0) { std::fill(first_ + from, first_ + size_, value); }
 

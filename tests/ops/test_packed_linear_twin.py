@@ -1,14 +1,13 @@
 """The product's proofs that no Python can give: compiled from the very headers of the kernels, and run."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import arm
+from twins import ROOT, read, run
 
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-O1", "-ffp-contract=off"]
 NATIVE = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 MATRICES, PAIRED = 20, 10  # of the twin; PAIRED of them are bfloat16
@@ -17,19 +16,6 @@ DIGEST = 3421395786  # of the sums in the order that every processor has
 
 def source(name: str) -> Path:
     return ROOT / "tests" / "ops" / f"{name}.cpp"
-
-
-def read(lines: list[str]) -> tuple[list[str], list[int]]:
-    """Lines that name a difference, and the numbers of the last line."""
-    *differing, summary = lines
-    return differing, [int(part.split()[1]) for part in summary.split(", ")]
-
-
-def run(name: str, folder: Path) -> tuple[list[str], list[int]]:
-    command = ["g++", "-std=c++17", "-Wno-psabi", *FLAGS, f"-I{ROOT / 'csrc'}", str(source(name))]
-    subprocess.run([*command, "-o", str(folder / name)], check=True, timeout=300)
-    done = subprocess.run([str(folder / name)], capture_output=True, text=True, check=True, timeout=120)
-    return read(done.stdout.splitlines())
 
 
 def check_twin(lines: list[str], levels: int, pairs: bool) -> None:

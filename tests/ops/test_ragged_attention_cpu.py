@@ -10,8 +10,7 @@ import torch
 
 import gaugekit as gk
 from gaugekit import _library
-from gaugekit.ops.shaped_attention import plan, use_core
-from gaugekit.ops.shaped_attention.choice import _timed_here, cpu_core
+from gaugekit.ops.shaped_attention import choice, plan, use_core
 from gaugekit.reference.ragged_attention import ragged_attention as reference
 from helpers import assert_accurate
 from warm import python
@@ -134,17 +133,58 @@ def test_no_array_of_all_scores():
     assert out.shape == (1, 1, 4096, 8) and held("VmHWM") - before < 24
 
 
+# Whether ours is taken for (T, S, K, V), plain and under a causal mask of as many queries as keys.
+BOTH, NEITHER = (True, True), (False, False)
+TAKEN = {
+    ("avx512", torch.float32): {(1024, 1024, 48, 64): BOTH, (1024, 1024, 49, 64): NEITHER, (31, 99, 16, 64): NEITHER},
+    ("avx2", torch.float16): {(32, 32, 64, 64): BOTH, (1024, 1024, 65, 64): NEITHER, (1, 999, 16, 64): NEITHER},
+    ("native", torch.float32): {(32, 32, 48, 64): BOTH},
+    ("native", torch.bfloat16): {(1024, 1024, 16, 64): NEITHER},
+    ("pairs", torch.float32): {
+        (96, 96, 32, 64): BOTH, (95, 95, 32, 64): NEITHER, (128, 128, 64, 64): (False, True),
+        (1024, 1024, 65, 64): NEITHER,
+    },
+    ("pairs", torch.float64): {(1024, 1024, 16, 64): NEITHER},
+    ("pairs", torch.bfloat16): {
+        (40, 40, 64, 64): BOTH, (39, 39, 64, 64): NEITHER, (1, 128, 64, 64): BOTH, (1, 127, 64, 64): NEITHER,
+        (64, 64, 256, 64): BOTH, (64, 64, 257, 257): NEITHER, (64, 64, 65, 16): NEITHER,
+    },
+    ("pairs", torch.float16): {(48, 48, 64, 64): BOTH, (47, 999, 64, 64): NEITHER},
+    (None, torch.float32): {(1024, 1024, 16, 64): NEITHER},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, dtype", TAKEN)
+def test_the_table_takes_it_where_it_was_faster(kind, dtype, monkeypatch):
+    monkeypatch.setattr(choice, "_kind", lambda: kind)
+    for sizes, expected in TAKEN[kind, dtype].items():
+        found = tuple(choice.cpu_core(dtype, *sizes, causal) == "ragged" for causal in (False, True))
+        assert found == expected, sizes
+
+
+@pytest.mark.parametrize(
+    "capability, own, kind",
+    [
+        ("AVX2", (), "avx2"),
+        ("AVX512", (), "avx512"),
+        ("AVX512", ("avx512_bf16", "avx512_vbmi2"), "pairs"),
+        ("AVX512", ("avx512_bf16",), "native"),  # Cooper Lake has no VBMI2, which our products ask for
+        ("AVX512", ("avx512_bf16", "avx512_vbmi2", "amx_bf16", "amx_tile"), "native"),
+        ("AVX2", ("avx512_bf16", "avx512_vbmi2"), "native"),  # ATEN_CPU_CAPABILITY
+        ("DEFAULT", (), None),
+    ],
+)
+def test_kinds_of_processors(capability, own, kind, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(own, True))
+    assert choice._kind() == kind
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plan_takes_it_where_it_was_faster(dtype):
-    half = dtype == torch.bfloat16
-    ours = "ragged" if _timed_here(half) else "torch"
-    assert cpu_core(dtype, 1024, 16, 64) == ours and cpu_core(dtype, 1, 16, 64) == "torch"
-    assert (
-        cpu_core(dtype, 1024, 64, 64) == (ours if half else "torch")
-        and cpu_core(dtype, 1024, 96, 64) == "torch"
-    )
-    q, k, v = (torch.randn(1, 2, 64, width).to(dtype) for width in (8, 8, 16))
-    assert plan(q, k, v, causal=True).core.startswith(ours)
+def test_shaped_attention_on_it(dtype):
+    q, k, v = (torch.randn(1, 2, 128, width).to(dtype) for width in (8, 8, 16))
+    taken = choice.cpu_core(dtype, 128, 128, 8, 16, True)
+    assert plan(q, k, v, causal=True).core.startswith(taken)
     gains = {"alpha": torch.randn(2), "gamma": torch.randn(2)}
     with use_core("torch"):
         padded = gk.shaped_attention(q, k, v, **gains, causal=True)
@@ -153,3 +193,26 @@ def test_plan_takes_it_where_it_was_faster(dtype):
     assert_accurate(found, padded.double(), padded, ulps=8)
     with torch.autocast("cpu"), use_core("ragged"):
         assert gk.shaped_attention(q.float(), k.float(), v.float(), causal=True).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("heads", [3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_queries_on_a_cache_that_holds_head_after_head(dtype, heads):
+    """Its heads are then sequences, so that no key is copied: the same bits as where a row holds all heads."""
+    options = {
+        "query_start": torch.tensor([95, 40]),
+        "key_lengths": torch.tensor([100, 43]),
+        "causal": True,
+        "window": 77,
+    }
+    options = options | {"gamma": torch.randn(heads)}
+    rows = [torch.randn(2, t, h, w).to(dtype) for t, h, w in ((5, heads, 24), (120, 3, 24), (120, 3, 16))]
+    rows = [x.transpose(1, 2).requires_grad_() for x in rows]
+    cache = [x.detach().contiguous().requires_grad_() for x in rows]
+    slices = [cache[0], *(torch.cat([x, x], 2)[:, :, :120] for x in cache[1:])]
+    weight = torch.randn(2, heads, 5, 16)
+    with use_core("ragged"):
+        expected = both_ways(lambda *x: gk.shaped_attention(*x, **options), rows, weight)
+        for inputs in (cache, slices):
+            found = both_ways(lambda *x: gk.shaped_attention(*x, **options), inputs, weight)
+            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

@@ -21,6 +21,7 @@ from gaugekit.ops.ragged_attention.layout import buckets, dense, gather, spread
 from gaugekit.ops.ragged_attention.sharding import rules
 from gaugekit.ops.shaped_attention import fused
 from gaugekit.ops.shaped_attention.choice import RAGGED, asked_core, cpu_core
+from gaugekit.ops.shaped_attention.core import mask_kind
 from gaugekit.ops.shaped_attention.operator import shaped_attention
 from gaugekit.ops.shaped_combine import cuda as sweeps
 from gaugekit.ops.shaped_combine.operator import MASK
@@ -52,7 +53,7 @@ def ragged_attention(
     mask = Mask.of(q.device, causal, window, query_start, key_lengths, cu_seqlens)
     given = {"alpha": alpha, "beta": beta, "gamma": gamma, "lam": lam}
     terms = {name: gain(name, value, repeats * len(ranks), q) for name, value in given.items()}
-    if _operator(q, v, ranks):
+    if _operator(q, v, ranks, mask):
         heads = q[:, :, : repeats * len(ranks), None].transpose(1, 2)
         check(heads, v, *[terms[name] for name in ("alpha", "beta", "gamma")], v0, terms["lam"], mask)
         a = torch.ops.gaugekit.ragged_attention(q, k, v, ranks, *mask, float(scale))[0]
@@ -83,15 +84,16 @@ def ragged_attention(
     return torch.cat(parts, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
 
 
-def _operator(q: Tensor, v: Tensor, ranks: list[int]) -> bool:
+def _operator(q: Tensor, v: Tensor, ranks: list[int], mask: Mask) -> bool:
     if q.device.type == "cuda":
         return sweeps.INSTALLED and q.dtype in sweeps.DTYPES and max(ranks) <= sweeps.WIDEST
     if asked_core() is not None or torch.is_autocast_enabled(q.device.type):
         return asked_core() == RAGGED
-    return (
-        q.device.type == "cpu"
-        and cpu_core(q.dtype, q.shape[1], sum(ranks) / len(ranks), v.shape[3]) == RAGGED
-    )
+    if q.device.type != "cpu":
+        return False
+    queries, keys = q.shape[1], v.shape[2]
+    causal = mask_kind(queries, keys, mask)[0] == "is_causal"
+    return cpu_core(q.dtype, queries, keys, sum(ranks) / len(ranks), v.shape[3], causal) == RAGGED
 
 
 def composition(q: Tensor, k: Tensor, v: Tensor, ranks: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Which core ``shaped_attention`` uses: static tables, read from dtypes, shapes and the kind of mask.
 
 On CPUs our own kernel (``gaugekit::ragged_attention`` with one rank for all heads) was timed beside torch's attention,
-queries and keys padded to the values' width (docs/rank.md); where it was not, torch's stays. On GPUs:
+queries and keys padded to the values' width, by kind of processor (docs/rank.md); where it was not, torch's stays. On
+GPUs:
 
 The rules follow an analysis of FLOPs and bytes on Hopper; none of them has been timed. A fused kernel saves passes over
 memory, which counts while the sequence is short or the heads are narrow; for wide heads and long sequences the vendors'
@@ -11,7 +12,9 @@ attention kernels are ahead of any Triton kernel by more than the sweep of ``sha
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -56,28 +59,66 @@ def asked_core() -> str | None:
     return _asked[-1] if _asked else None
 
 
-def cpu_core(dtype: torch.dtype, queries: int, key_width: float, width: int) -> str:
+class Taken(NamedTuple):
+    """Calls that our kernel takes on a CPU: at least so many ``queries`` and ``keys``, keys at most ``ratio`` times as
+    wide as values and neither wider than ``widest``; ``causal``: only under a causal mask of as many queries as keys.
+    """
+
+    queries: int
+    ratio: float
+    keys: int = 1
+    widest: float = math.inf
+    causal: bool = False
+
+
+# By kind of processor and bytes of a number or dtype. Measured on a Xeon (Cascade Lake, AVX-512), taken over for AVX2;
+# "pairs" on an AMD EPYC (Zen 4). "native" processors multiply 16-bit numbers themselves in another way: not measured.
+FLOAT32, FLOAT16 = Taken(FEWEST_QUERIES, 0.75), Taken(FEWEST_QUERIES, 1)
+CPU_CORES = {
+    "avx2": {4: [FLOAT32], 8: [FLOAT32], 2: [FLOAT16]},
+    "avx512": {4: [FLOAT32], 8: [FLOAT32], 2: [FLOAT16]},
+    "native": {4: [FLOAT32], 8: [FLOAT32]},
+    "pairs": {
+        torch.float32: [Taken(96, 0.5, widest=256), Taken(128, 1, widest=256, causal=True)],
+        torch.bfloat16: [Taken(40, 4, widest=256), Taken(1, 4, keys=128, widest=256)],
+        torch.float16: [Taken(48, 4, widest=256)],
+    },
+}
+NATIVE = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_tile")
+
+
+def cpu_core(
+    dtype: torch.dtype, queries: int, keys: int, key_width: float, width: int, causal: bool = False
+) -> str:
     """The core, "ragged" or "torch", of a call on a CPU where none is asked for.
 
-    Torch's own kernel is as fast where keys are about as wide as the values; with 16-bit numbers it is not.
+    ``causal``: every query sees the keys up to its own of as many. Where our kernel was not measured to be as fast,
+    torch's is taken.
     """
-    half = dtype.itemsize == 2
-    narrow = key_width <= width if half else 4 * key_width <= 3 * width
-    return RAGGED if queries >= FEWEST_QUERIES and narrow and _timed_here(half) else TORCH
+    table = CPU_CORES.get(_kind(), {})
+    for rule in table.get(dtype, table.get(dtype.itemsize, ())):
+        narrow = key_width <= rule.ratio * width and max(key_width, width) <= rule.widest
+        if narrow and queries >= rule.queries and (causal or not rule.causal) and keys >= rule.keys:
+            return RAGGED
+    return TORCH
 
 
-def _timed_here(half: bool) -> bool:
-    """Whether this processor is of the kind the kernel was timed on: AVX2 or AVX-512, and for 16-bit numbers no
-    instructions of their own, which torch's attention would use."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return False
+def _kind() -> str | None:
+    """The kind of this processor, of those the kernel was timed on: "pairs" has AVX512-BF16 and VBMI2 and no other
+    products of 16-bit numbers, "native" has others. None: another, or our kernel is not there."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "AVX512") or not _library.implementation("ragged_attention"):
+        return None
     own = torch.cpu.get_capabilities()
-    native = any(own.get(name) for name in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_tile"))
-    return not (half and native) and _library.implementation("ragged_attention")
+    native = {name for name in NATIVE if own.get(name)}
+    if not native:
+        return capability.lower()
+    pairs = capability == "AVX512" and native == {"avx512_bf16"} and own.get("avx512_vbmi2")
+    return "pairs" if pairs else "native"
 
 
 # What torch.compiler.assume_constant_result would set, but that imports the compiler, and with it Triton.
-_timed_here._dynamo_marked_constant = True
+_kind._dynamo_marked_constant = True
 
 
 def gpu_core(

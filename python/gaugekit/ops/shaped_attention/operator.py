@@ -16,7 +16,16 @@ from torch import Tensor
 from gaugekit.ops import sharding
 from gaugekit.ops.mask import Mask, check, keys_of_queries
 from gaugekit.ops.operands import Gain, Integers, check_tensors, gains
-from gaugekit.ops.shaped_attention.choice import BACKENDS, FLEX, FUSED, RAGGED, asked_core, cpu_core, gpu_core
+from gaugekit.ops.shaped_attention.choice import (
+    BACKENDS,
+    FEWEST_QUERIES,
+    FLEX,
+    FUSED,
+    RAGGED,
+    asked_core,
+    cpu_core,
+    gpu_core,
+)
 from gaugekit.ops.shaped_attention.choice import use_core as use_core
 from gaugekit.ops.shaped_attention.core import mask_kind, packed_core, softmax_core
 from gaugekit.ops.shaped_attention.flex import flex_core
@@ -77,9 +86,7 @@ def shaped_attention(
             0
         ]
     if uses.core == RAGGED:
-        ranks = [q.shape[3]] * k.shape[1]
-        rows = (x.transpose(1, 2).flatten(2) for x in (q, k))
-        a = torch.ops.gaugekit.ragged_attention(*rows, v, ranks, *mask, float(scale))[0]
+        a = _ragged_core(q, k, v, mask, float(scale))
     else:
         core = packed_core if uses.mask == "sequences" else softmax_core
         a = (flex_core if uses.core == FLEX else core)(q, k, v, mask, scale)
@@ -133,7 +140,8 @@ def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
     # While compiling, torch's kernels would be given all packed sequences as one, and blocks want a number of rows.
     if on_cpu and kind == "blocks" and torch.compiler.is_compiling():
         asked = RAGGED if mask.cu_seqlens is not None or isinstance(q.shape[2], torch.SymInt) else asked
-    if asked == RAGGED or (on_cpu and cpu_core(_autocast(q), q.shape[2], q.shape[3], v.shape[3]) == RAGGED):
+    sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    if asked == RAGGED or (on_cpu and cpu_core(_autocast(q), *sizes, kind == "is_causal") == RAGGED):
         return Plan(RAGGED, kind, q.shape[2], v.shape[3], combine)
     if q.device.type == "cuda":
         if (
@@ -145,6 +153,24 @@ def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
     # torch's CPU kernels take only K = V; its general path is 9 to 28 times slower than zeros appended to the narrower.
     widths = (q.shape[3], v.shape[3]) if q.device.type == "cpu" else (v.shape[3],)
     return Plan(core, kind, block, max(widths), combine)
+
+
+def _ragged_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """``gaugekit::ragged_attention``, whose heads stand side by side in a row. For a few queries on a cache that holds
+    head after head, each key head is a sequence of its own, so that no key is copied."""
+    batch, groups, _, width = k.shape
+    # A number that a graph leaves open is not asked for: the graph would hold on one side only.
+    few = not isinstance(q.shape[2], torch.SymInt) and q.shape[2] < FEWEST_QUERIES
+    few = few and groups > 1 and mask.cu_seqlens is None
+    if not few or k.stride(1) < k.stride(2) or (batch > 1 and k.stride(0) != groups * k.stride(1)):
+        rows = (x.transpose(1, 2).flatten(2) for x in (q, k))
+        return torch.ops.gaugekit.ragged_attention(*rows, v, [width] * groups, *mask, scale)[0]
+    q = q.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3).flatten(0, 1)
+    places = (None if x is None else x.repeat_interleave(groups) for x in mask[2:4])
+    mask = Mask(*mask[:2], *places, None)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)[:, None]
+    a = torch.ops.gaugekit.ragged_attention(q, k, v, [width], *mask, scale)[0]
+    return a.unflatten(0, (batch, groups)).flatten(1, 2)
 
 
 def _autocast(x: Tensor) -> torch.dtype:
