@@ -85,7 +85,7 @@ def cases(device: str, quick: bool):
     on = (1, 2)
     for n, k in SHAPES[:1] if quick else SHAPES:
         for threads in on:
-            for batch in (1,) if quick else (1, 2, 4, 16, 17, 64, 65):
+            for batch in (1,) if quick else (1, 2, 4, 8, 16, 17, 64, 65, 128, 256):
                 if wanted(f"batch {batch}, {n}x{k} bfloat16 {threads} threads{FROM_MEMORY}"):
                     total = TOTAL_BYTES if batch <= 4 and not quick else FEWER_BYTES
                     yield product(n, k, batch, threads, torch.bfloat16, device, total)
