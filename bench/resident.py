@@ -1,0 +1,122 @@
+"""A language model with resident packed weights beside the plain one: tokens a second, prompts, memory.
+
+    python bench/resident.py                      # SmolLM2, bfloat16, one thread and two
+    python bench/resident.py MODEL --threads 2 --save
+
+Both models take turns, in turning order. ``tokens a second`` is that of the tokens after the first, one row of x a
+product; ``prefill`` the time of one forward pass over ``--prompt`` tokens (256). ``ratio`` is the packed model's speed
+over the plain one's, the median of rounds: above 1 it is faster. Both have to give the same tokens, since packed
+weights are the plain ones, bit for bit; products may differ in the last bit of a sum, so a near tie may part them:
+``same`` says. SmolLM2's weights were 4-bit once, so that its memory is not that of a trained model; its speed is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import gaugekit as gk
+from documentation import learnt_and_measured
+from gaugekit import samples
+from gaugekit.checkpoint.resident import held_bytes
+from gaugekit.hf import loading
+from run import commit, machine, save
+
+
+class Clock(transformers.generation.BaseStreamer):
+    """Notes when each token came; the prompt is put first."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def generate(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> tuple[list[int], float]:
+    """The tokens after ``ids``, and seconds for each after the first."""
+    clock = Clock()
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens,
+        pad_token_id=0, streamer=clock,
+    )  # fmt: skip
+    return out[0, ids.shape[1] :].tolist(), (clock.times[-1] - clock.times[1]) / (tokens - 1)
+
+
+@torch.no_grad()
+def prefill(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Seconds of one pass."""
+    begin = time.perf_counter()
+    model(ids, logits_to_keep=1)
+    return time.perf_counter() - begin
+
+
+def rows_of(models: dict, ids: torch.Tensor, prompt: int, tokens: int, rounds: int) -> list[dict]:
+    """A row for tokens and one for prompts, at torch's number of threads."""
+    seconds = {kind: {name: [] for name in models} for kind in ("tokens", "prefill")}
+    texts, order = [], list(models)
+    for _ in range(rounds):
+        for name in order:
+            text, each = generate(models[name], ids[:, :16], tokens)
+            texts.append(text)
+            seconds["tokens"][name].append(each)
+            seconds["prefill"][name].append(min(prefill(models[name], ids[:, :prompt]) for _ in range(3)))
+        order.reverse()
+    rows = []
+    for kind, label in (
+        ("tokens", "1 row: tokens after the first"),
+        ("prefill", f"prefill of {prompt} tokens"),
+    ):
+        both = seconds[kind]
+        ratio = statistics.median(a / b for a, b in zip(both["plain"], both["packed"], strict=True))
+        rows.append({
+            "label": label, "median_ms": 1e3 * statistics.median(both["packed"]), "baseline": "plain",
+            "baseline_ms": 1e3 * statistics.median(both["plain"]), "ratio": ratio, "without_us": ratio,
+            "same": all(text == texts[0] for text in texts), "rounds": rounds,
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", type=Path, help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
+    options = parser.parse_args()
+    source = options.model or samples.smollm2()
+    plain = loading.model(source, torch.bfloat16)
+    packed = copy.deepcopy(plain)
+    gk.fuse(packed, packed=True, attention=False)
+    models = {"plain": plain, "packed": packed}
+    memory = {f"{name}_bytes": held_bytes(model) for name, model in models.items()}
+    tokenizer = loading.tokenizer(source)
+    ids = torch.tensor(tokenizer(learnt_and_measured()[1][: 8 * options.prompt])["input_ids"])[None]
+    where = {"op": "resident", "shape": source.name, "dtype": "bfloat16"} | memory
+    where |= {"machine": machine("cpu"), "commit": commit()}
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        rows = rows_of(models, ids, options.prompt, options.tokens, options.rounds)
+        rows = [where | row | {"threads": threads} for row in rows]
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        if options.save:
+            save(rows, f"resident-{source.name}", "cpu")
+
+
+if __name__ == "__main__":
+    main()
