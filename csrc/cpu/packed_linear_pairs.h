@@ -79,20 +79,22 @@ GAUGEKIT_BF16_INLINE void each_block(const Weight& w, int64_t row, const Take& t
 
 // The totals of ROWS rows' sums, [ROWS][2][16].
 GAUGEKIT_BF16_INLINE Vector<float, ROWS> totals(const float* sums) {
-  __m256 t[ROWS];
-  for (int i = 0; i < ROWS; ++i) {
-    const __m512 both = _mm512_add_ps(_mm512_load_ps(sums + SUMS * i), _mm512_load_ps(sums + SUMS * i + 16));
-    t[i] = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
-  }
+  const auto both = [sums](int row) GAUGEKIT_BF16 {
+    return _mm512_add_ps(_mm512_load_ps(sums + SUMS * row), _mm512_load_ps(sums + SUMS * row + 16));
+  };
   // Each step halves the numbers left of a row, and the vectors: two rows share one.
-  for (int i = 0; i < 4; ++i)
-    t[i] = _mm256_add_ps(_mm256_permute2f128_ps(t[i], t[i + 4], 0x20),
-                         _mm256_permute2f128_ps(t[i], t[i + 4], 0x31));
+  __m512 t[ROWS / 2];
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = both(i), b = both(i + 4);
+    t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
   for (int i = 0; i < 2; ++i)
-    t[i] = _mm256_add_ps(_mm256_shuffle_ps(t[i], t[i + 2], 0x44), _mm256_shuffle_ps(t[i], t[i + 2], 0xee));
-  const __m256 mixed =
-      _mm256_add_ps(_mm256_shuffle_ps(t[0], t[1], 0x88), _mm256_shuffle_ps(t[0], t[1], 0xdd));
-  return bits_as<Vector<float, ROWS>>(_mm256_permute_ps(mixed, 0xd8));  // rows 0, 2, 1, 3 of each half
+    t[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(t[i], t[i + 2], 0x88), _mm512_shuffle_f32x4(t[i], t[i + 2], 0xdd));
+  t[0] = _mm512_add_ps(_mm512_shuffle_ps(t[0], t[1], 0x44), _mm512_shuffle_ps(t[0], t[1], 0xee));
+  t[0] = _mm512_add_ps(t[0], _mm512_permute_ps(t[0], 0xb1));
+  const __m512i rows = _mm512_setr_epi32(0, 2, 8, 10, 4, 6, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+  return bits_as<Vector<float, ROWS>>(_mm512_castps512_ps256(_mm512_permutexvar_ps(rows, t[0])));
 }
 
 // T rows of x, at most FEW.
