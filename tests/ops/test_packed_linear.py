@@ -161,15 +161,20 @@ def test_bad_weight(weight, options, message):
 
 
 def test_plan_is_a_table_by_processor(monkeypatch):
+    def plan(rows, dtype=torch.bfloat16, device="cpu", shape=(4096, 4096)):
+        return planning.plan(rows, shape, dtype, device)
+
     tables = (("avx2", 16), ("avx512", 64), ("pairs", 256), ("16-bit", 4), ("other", 16))
     for kind, most in (*tables, ("arm", 16), ("arm-bf16", 16)):
         monkeypatch.setattr(planning, "kind", lambda dtype, kind=kind: kind)
-        assert planning.plan(most, torch.bfloat16, "cpu") == "fused"
-        assert planning.plan(most + 1, torch.bfloat16, "cpu") == "decode"
-        assert planning.plan(16, torch.float32, "cpu") == "fused"
-    assert planning.plan(17, torch.float32, "cpu") == planning.plan(1, torch.float64, "cpu") == "decode"
-    assert planning.plan(256, torch.float16, "cuda") == "fused"
-    assert planning.plan(257, torch.float16, "cuda") == planning.plan(1, torch.bfloat16, "mps") == "decode"
+        assert plan(most) == "fused" and plan(most + 1) == "decode"
+        assert plan(most, shape=(1023, 1024)) == plan(most, shape=(1024, 1025)) == "fused"
+        few = min(most, 96) if kind == "pairs" else most
+        assert plan(few, shape=(1024, 1024)) == "fused" and plan(few + 1, shape=(1024, 1024)) == "decode"
+        assert plan(16, torch.float32) == "fused"
+    assert plan(17, torch.float32) == plan(1, torch.float64) == "decode"
+    assert plan(256, torch.float16, "cuda") == plan(256, device="cuda", shape=(1024, 576)) == "fused"
+    assert plan(257, torch.float16, "cuda") == plan(1, device="mps") == "decode"
 
 
 UNMEASURED = ("16-bit", "arm", "arm-bf16", "other")

@@ -56,7 +56,9 @@ def planned(
     window: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    fused = plan(x.numel() // max(1, x.shape[-1]), x.dtype, x.device.type) == "fused"
+    columns = x.shape[-1]
+    rows = x.numel() // max(1, columns)
+    fused = plan(rows, (raw.shape[0], columns), x.dtype, x.device.type) == "fused"
     return torch.ops.gaugekit.packed_linear(x, raw, planes, escapes, offsets, window, bias, fused)
 
 
