@@ -21,8 +21,8 @@ FUSED_ROWS = {
     "arm-bf16": 16,
     "other": 16,
 }
-# "pairs" beside many outputs of few inputs, which leave little to do for each sum. Measured (Zen 4, 576 to 1,024 inputs):
-# fused and by tiles 0.86 and 0.91 of torch's speed at 128 rows, 0.82 and 0.95 at 256; of 576 outputs fused is as fast.
+# "pairs" where many outputs have few inputs, which leave little to do for each sum. Measured (Zen 4, 576 to 1,024
+# inputs): fused and by tiles 0.86 and 0.91 of torch's speed at 128 rows, 0.82 and 0.95 at 256; with 576 outputs alike.
 FEW_INPUTS, MANY_OUTPUTS, FEW_INPUTS_ROWS = 1024, 1024, 96
 CUDA_FUSED_ROWS = 256
 FLOAT_ROWS = 16  # of float32, whatever the processor
