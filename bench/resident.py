@@ -5,9 +5,9 @@
 
 Both models take turns, in turning order. ``tokens a second`` is that of the tokens after the first, one row of x a
 product; ``prefill`` the time of one forward pass over ``--prompt`` tokens (256). ``ratio`` is the packed model's speed
-over the plain one's, the median of rounds: above 1 it is faster. Both have to give the same tokens, since packed
-weights are the plain ones, bit for bit; products may differ in the last bit of a sum, so a near tie may part them:
-``same`` says. SmolLM2's weights were 4-bit once, so that its memory is not that of a trained model; its speed is.
+over the plain one's, the median of rounds: above 1 it is faster. Packed weights are the plain ones, bit for bit, but
+the sums of a product may have another order than torch's, so that a near tie parts the texts: ``same`` says.
+SmolLM2's weights were 4-bit once, so that its memory is not that of a trained model; its speed is.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ def rows_of(models: dict, ids: torch.Tensor, prompt: int, tokens: int, rounds: i
     ):
         both = seconds[kind]
         ratio = statistics.median(a / b for a, b in zip(both["plain"], both["packed"], strict=True))
+        p20, *_, p80 = (1e3 * part for part in statistics.quantiles(both["packed"], n=5))
         rows.append({
-            "label": label, "median_ms": 1e3 * statistics.median(both["packed"]), "baseline": "plain",
+            "label": label, "median_ms": 1e3 * statistics.median(both["packed"]), "p20_ms": p20, "p80_ms": p80,
+            "share_of_peak": None, "peak_bytes": held_bytes(models["packed"]), "baseline": "plain",
             "baseline_ms": 1e3 * statistics.median(both["plain"]), "ratio": ratio, "without_us": ratio,
             "same": all(text == texts[0] for text in texts), "rounds": rounds,
         })  # fmt: skip
@@ -106,7 +108,7 @@ def main() -> None:
     memory = {f"{name}_bytes": held_bytes(model) for name, model in models.items()}
     tokenizer = loading.tokenizer(source)
     ids = torch.tensor(tokenizer(learnt_and_measured()[1][: 8 * options.prompt])["input_ids"])[None]
-    where = {"op": "resident", "shape": source.name, "dtype": "bfloat16"} | memory
+    where = {"op": "resident", "shape": source.name, "dtype": "bfloat16", "device": "cpu"} | memory
     where |= {"machine": machine("cpu"), "commit": commit()}
     for threads in options.threads:
         torch.set_num_threads(threads)

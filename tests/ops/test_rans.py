@@ -84,10 +84,19 @@ def test_arbitrary_bits_on_all_paths(kind, count, alphabet, seed):
     check_all_paths(tensor, symbols)
 
 
+@pytest.fixture
+def one_thread():
+    """More threads take chunks one by one where there are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not VBMI2, reason="waits for a processor with AVX512-VBMI2")
 @pytest.mark.parametrize("of_first", [2047, 2048, 2049, 4095, 4096])
 @pytest.mark.parametrize(("dtype", "symbols"), [(torch.bfloat16, "exponent"), (torch.float16, "high-byte")])
-def test_two_chunks_at_a_time(dtype, symbols, of_first):
+def test_two_chunks_at_a_time(one_thread, dtype, symbols, of_first):
     """The form with VBMI2 takes frequencies up to 2048, and the chunks by twos. One of them may be raw, or shorter."""
     generator = torch.Generator().manual_seed(of_first)
     exponents = (torch.arange(16384) % 4096 >= of_first).to(torch.int16) + 120
@@ -108,7 +117,7 @@ def test_two_chunks_at_a_time(dtype, symbols, of_first):
 
 
 @pytest.mark.skipif(not VBMI2, reason="waits for a processor with AVX512-VBMI2")
-def test_of_two_chunks_the_first_error_is_told():
+def test_of_two_chunks_the_first_error_is_told(one_thread):
     tensor = normal(16384 * 3, torch.bfloat16)
     blob = rans.encode(tensor, "exponent", 14)
     out = torch.empty_like(tensor)
