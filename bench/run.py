@@ -18,7 +18,6 @@ import datetime
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 
 import gaugekit
+from gaugekit import doctor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -40,13 +40,8 @@ from registry import BENCHMARKS, GPU_BENCHMARKS, ONLY, OWN_SHAPES, Own, name_of,
 CHECKOUT = (HERE.parent / "setup.py").is_file()  # else these files came with an installed wheel
 GPU_SECONDS = 0.5  # of measuring a case, after what it compiles
 COLUMNS = ["op", "shape", "dtype", "baseline", "median_ms", "baseline_ms", "ratio", "share_of_peak", "label"]
-
-
-INSTRUCTIONS = {
-    "avx512_bf16": "BF16",
-    "amx_bf16": "AMX",
-    "avx512_fp16": "FP16",
-}  # of /proc/cpuinfo, beyond AVX-512
+# What tells processors with AVX-512 apart.
+INSTRUCTIONS = {"avx512_bf16": "BF16", "amx_bf16": "AMX", "avx512_fp16": "FP16"}
 
 
 def machine(device: str) -> str:
@@ -56,17 +51,9 @@ def machine(device: str) -> str:
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
-    name, flags = platform.processor() or platform.machine(), ""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        flags = next(line for line in lines if line.startswith("flags"))
-    except (OSError, StopIteration):
-        pass
-    instructions = [torch.backends.cpu.get_cpu_capability()]
-    if instructions[0].startswith("AVX512"):
-        instructions += [short for flag, short in INSTRUCTIONS.items() if flag in flags.split()]
-    return f"{name} ({', '.join(instructions)}), {os.cpu_count()} cores"
+    found = doctor.machine()
+    instructions = [found["vector"], *(INSTRUCTIONS[f] for f in found["features"] if f in INSTRUCTIONS)]
+    return f"{found['name']} ({', '.join(instructions)}), {found['cores']} cores"
 
 
 def commit() -> str:

@@ -2,8 +2,9 @@
 // rows of W are decoded into the second-level cache as packed_linear_pairs.h does, and multiplied by squares
 // of two by two tiles of 16 × 16 sums. Free of torch.
 //
-// The order of summation is fixed and the same for every batch: each sum takes its half blocks one after the
-// other, block by block, both halves of a block in turn; within 32 words as tdpbf16ps does it.
+// The order of summation is fixed and the same for every batch of more than FEW rows, and other than that of
+// fewer: each sum takes its half blocks one after the other, block by block, both halves of a block in turn;
+// within 32 words as tdpbf16ps does it.
 //
 // Not run on such a processor yet: the tests emulate the registers (`Registers` below is their only use).
 #pragma once

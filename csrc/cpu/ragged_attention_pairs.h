@@ -113,16 +113,8 @@ GAUGEKIT_BF16 inline void pair_rows(const PairSource& f, Words* to, int64_t stri
     }
 }
 
-// C = keep · C + A B, as Product has it, of words: A[r, p] and B [depth, width] hold pairs of the summed
-// axis.
-struct PairProduct {
-  const Words* a;
-  int64_t a_row, a_step;
-  const Words* b;
-  int64_t width, depth, rows;
-  float* c;
-  const float* keep;
-};
+// A[r, p] and B [depth, width] are words: pairs of the summed axis.
+using PairProduct = Product<float, Words>;
 
 template <int MR, int NV>
 GAUGEKIT_BF16_INLINE void pair_tile(const PairProduct& f, int64_t column, int64_t row) {

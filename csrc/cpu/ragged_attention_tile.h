@@ -57,12 +57,12 @@ class Buffer {
 
 // C = keep · C + A B, for `rows` rows (and up to the next multiple of the tile's height, at most EDGE, which
 // hold anything). B is [depth, width] and C [EDGE, width], dense, width padded; A[r, p] stands at a + r·a_row
-// + p·a_step. keep is per row; null: C is overwritten.
-template <class A>
+// + p·a_step. keep is per row; null: C is overwritten. A and B may be of other words than C, such as pairs.
+template <class A, class Word = A>
 struct Product {
-  const A* a;
+  const Word* a;
   int64_t a_row, a_step;
-  const A* b;
+  const Word* b;
   int64_t width, depth, rows;
   A* c;
   const A* keep;

@@ -20,18 +20,12 @@ from gaugekit.ops.rans import operator as rans
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 import tensor_codecs
+from run import machine
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 620, 330, 60, 30, 130, 50
 SLOWEST, FASTEST, LEAST, MOST = 0.02, 30, 65, 80  # GB/s, percent
 STYLE = """<style>text { font: 12px system-ui, "Segoe UI", Arial, sans-serif; fill: #566267; }
 .name { fill: #1c2326; } .grid { stroke: #dde3e5; } .ours { fill: #0072b2; } .other { fill: #8d979b; }</style>"""
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "an unknown processor"
 
 
 def speed(call, size: int) -> float:
@@ -114,7 +108,7 @@ def drawing(points: dict[str, tuple[float, float]], where: str) -> str:
         parts.append(f'<circle class="{kind}" cx="{to:.1f}" cy="{at:.1f}" r="5"/>')
         parts.append(f'<text class="name" x="{to:.1f}" y="{at + 20 + 17 * step:.1f}" text-anchor="middle">')
         parts.append(f"{escape(name)}</text>")
-    label = f"decoded, GB/s on one thread of {escape(where)}: further right is faster, higher is smaller"
+    label = f"decoded, GB/s, one thread, {escape(where)}: further right is faster, higher is smaller"
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 12}">{label}</text>')
     spoken = "; ".join(
         f"{name}: {speed:.2f} GB/s, {percent:.1f} %" for name, (speed, percent) in points.items()
@@ -132,7 +126,9 @@ def main() -> None:
     torch.set_num_threads(1)
     tensor = (torch.randn(4 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     points = rivals(tensor.view(torch.uint8).numpy().tobytes()) | ours(tensor)
-    Path(__file__).with_suffix(".svg").write_text(drawing(points, processor()), encoding="utf-8")
+    Path(__file__).with_suffix(".svg").write_text(
+        drawing(points, machine("cpu").rpartition(",")[0]), encoding="utf-8"
+    )
     for name, (gigabytes, percent) in points.items():
         print(f"{name}: {gigabytes:.2f} GB/s, {percent:.2f} %")
 

@@ -20,7 +20,10 @@ EXTRAS = {
     "bench": ("transformers", "safetensors", "tqdm", "zstandard", "zipnn"),
     "triton": ("triton",),
 }
-CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
+CPU_FEATURES = (
+    "avx2", "fma3", "f16c", "avx512_f", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile",
+    "amx_bf16",
+)  # fmt: skip
 
 
 def report() -> Report:

@@ -13,7 +13,7 @@ using namespace gaugekit::packed;
 
 template <bool HALF, int C>
 int compare(int64_t rows, int64_t columns, std::mt19937& random) {
-  const Matrix m = pack(rows, columns, HALF, C, random);
+  const Matrix m(rows, columns, HALF, C, random);
   const Lanes w = m.lanes();
   const int64_t width = w.blocks * 64;
   std::vector<float> x(2 * width + 4, 0.0f);  // two rows, at a multiple of 16 bytes

@@ -1,63 +1,75 @@
-// Random matrices, packed as the tests of lanes need them: one weight in `odd_ones` is any bit pattern.
+// Random matrices beside their packed form, as the programs here need them. Other words than the common ones
+// come in `odd_ones` weights: one of so many is any bit pattern.
 #pragma once
 
 #include <random>
 #include <vector>
 
 #include "common/packed_lane.h"
+#include "common/simd.h"
 #include "cpu/packed_linear_encode.h"
 
 namespace gaugekit::packed {
 
+// A word of a number that is about normal, of deviation 0.018, by nothing that C libraries round in ways of
+// their own.
+inline uint16_t word_near_zero(std::mt19937& random, bool half) {
+  int sum = -2 * 65535;
+  for (int i = 0; i < 4; ++i) sum += static_cast<int>(random() >> 16);
+  const Vector<float, 1> value{static_cast<float>(sum) * 0x1p-21f};
+  return half ? gaugekit::narrow<1>(value, Float16{})[0] : gaugekit::narrow<1>(value, BFloat16{})[0];
+}
+
 struct Matrix {
   int64_t rows, columns;
-  std::vector<uint16_t> words;
+  bool half;
+  int code_bits;
+  std::vector<uint16_t> words, plain;  // plain: rows of whole blocks
   std::vector<uint8_t> raw, window, escapes;
   std::vector<uint64_t> planes;
   std::vector<int32_t> offsets;
 
+  Matrix(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random, int odd_ones = 20)
+      : rows(rows), columns(columns), half(half), code_bits(code_bits), words(rows * columns), window(rows) {
+    const int64_t segments = (blocks() + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS;
+    for (auto& word : words) word = random() % odd_ones ? word_near_zero(random, half) : random() & 0xffff;
+    plain.resize(rows * blocks() * BLOCK);
+    raw.resize(rows * blocks() * BLOCK + 16);  // lanes read a little further
+    planes.resize(rows * plane_count() * blocks()), offsets.resize(rows * segments + 1);
+    const Words from{words.data(), rows, columns, half};
+    std::vector<int64_t> begins(rows + 1);
+    for (int64_t row = 0; row < rows; ++row) {
+      const Survey found = survey_row(from, row);
+      window[row] = static_cast<uint8_t>(found.window[code_bits - 3]);
+      begins[row + 1] = begins[row] + found.escapes[code_bits - 3];
+      std::copy_n(words.data() + row * columns, columns, plain.data() + row * blocks() * BLOCK);
+    }
+    escapes.resize(begins[rows]);
+    for (int64_t row = 0; row < rows; ++row)
+      encode_row(
+          words.data() + row * columns, columns, half, code_bits,
+          Target{raw.data() + row * blocks() * BLOCK, planes.data() + row * plane_count() * blocks(),
+                 blocks(), escapes.data() + begins[row], escapes.data() + begins[row + 1], window[row]},
+          begins[row], offsets.data() + row * segments, Isa::portable);
+    offsets.back() = static_cast<int32_t>(begins[rows]);
+  }
+
+  int64_t blocks() const { return (columns + BLOCK - 1) / BLOCK; }
+  int64_t plane_count() const { return code_bits + (half ? 3 : 0); }
+  int64_t escape_count() const { return static_cast<int64_t>(escapes.size()); }
+
+  // As the processor's products take it, and as the lanes of the GPU's.
+  Weight weight() const {
+    return Weight{raw.data(), planes.data(), escapes.data(), offsets.data(), window.data(),
+                  rows,       blocks(),      escape_count(), plane_count(),  plain.data()};
+  }
   Lanes lanes() const {
-    return Lanes{raw.data(),
-                 reinterpret_cast<const uint32_t*>(planes.data()),
-                 escapes.data(),
-                 offsets.data(),
-                 window.data(),
-                 rows,
-                 (columns + 63) / 64,
-                 (columns + kSegment - 1) / kSegment,
-                 static_cast<int64_t>(escapes.size())};
+    return Lanes{raw.data(),     reinterpret_cast<const uint32_t*>(planes.data()),
+                 escapes.data(), offsets.data(),
+                 window.data(),  rows,
+                 blocks(),       (columns + kSegment - 1) / kSegment,
+                 escape_count()};
   }
 };
-
-inline Matrix pack(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random,
-                   int odd_ones = 20) {
-  std::normal_distribution<float> normal(0, 0.02f);
-  std::uniform_int_distribution<int> any(0, 65535);
-  Matrix m{rows, columns};
-  const int64_t blocks = (columns + 63) / 64, segments = (columns + kSegment - 1) / kSegment;
-  for (int64_t i = 0; i < rows * columns; ++i) {
-    uint32_t word = bits_of(normal(random)) >> 16;
-    if (half) word = 0x2000 | any(random) % 0x800 | (any(random) & 0x8000);
-    m.words.push_back(static_cast<uint16_t>(any(random) % odd_ones ? word : any(random)));
-  }
-  const Words from{m.words.data(), rows, columns, half};
-  const int64_t count = code_bits + (half ? 3 : 0);
-  m.raw.resize(rows * blocks * 64 + 16), m.planes.resize(rows * count * blocks), m.window.resize(rows);
-  m.offsets.resize(rows * segments + 1);
-  std::vector<int64_t> begins(rows + 1);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Survey found = survey_row(from, row);
-    m.window[row] = static_cast<uint8_t>(found.window[code_bits - 3]);
-    begins[row + 1] = begins[row] + found.escapes[code_bits - 3];
-  }
-  m.escapes.resize(begins[rows]);
-  for (int64_t row = 0; row < rows; ++row)
-    encode_row(m.words.data() + row * columns, columns, half, code_bits,
-               Target{m.raw.data() + row * blocks * 64, m.planes.data() + row * count * blocks, blocks,
-                      m.escapes.data() + begins[row], m.escapes.data() + begins[row + 1], m.window[row]},
-               begins[row], m.offsets.data() + row * segments, Isa::portable);
-  m.offsets.back() = static_cast<int32_t>(begins[rows]);
-  return m;
-}
 
 }  // namespace gaugekit::packed

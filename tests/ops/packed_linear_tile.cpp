@@ -84,7 +84,7 @@ int compare_escapes(const Matrix& m, const Lanes& w, int64_t row, const std::vec
 
 template <bool HALF, int C>
 int compare(int64_t rows, int64_t columns, std::mt19937& random) {
-  const Matrix m = pack(rows, columns, HALF, C, random);
+  const Matrix m(rows, columns, HALF, C, random);
   const Lanes w = m.lanes();
   int wrong = 0;
   for (int64_t row = 0; row < rows; ++row) {
@@ -110,7 +110,7 @@ int main() {
     cases += compare<false, 3>(rows, columns, random) + compare<false, 4>(rows, columns, random);
     cases += compare<true, 3>(rows, columns, random) + compare<true, 4>(rows, columns, random);
   }
-  const Matrix m = pack(1, 9000, false, 3, random);
+  const Matrix m(1, 9000, false, 3, random);
   escapes = static_cast<int>(m.escapes.size()) / kListed;
   std::printf("passes %d, cases %d\n", escapes, cases);
 }

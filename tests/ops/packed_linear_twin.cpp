@@ -9,6 +9,7 @@
 
 #include "cpu/packed_linear_encode.h"
 #include "cpu/packed_linear_pairs.h"
+#include "packed_linear_matrix.h"
 
 using namespace gaugekit;
 using namespace gaugekit::packed;
@@ -19,74 +20,16 @@ int cases = 0;
 int64_t checked = 0;           // sums held against the exact ones
 uint32_t digest = 0x811c9dc5;  // of the sums in the order that every processor has
 
-uint16_t bits_of(float value, bool half) {
-  return half ? narrow<1>(Vector<float, 1>{value}, Float16{})[0]
-              : narrow<1>(Vector<float, 1>{value}, BFloat16{})[0];
-}
-
 float value_of(uint16_t bits, bool half) {
-  return half ? widen<1>(Vector<uint16_t, 1>{bits}, Float16{})[0] : bits_as<float>(uint32_t(bits) << 16);
+  return half ? gaugekit::widen<1>(Vector<uint16_t, 1>{bits}, Float16{})[0]
+              : bits_as<float>(uint32_t(bits) << 16);
 }
 
-// About normal, of deviation 0.018, by nothing that C libraries round in ways of their own.
-float normal(std::mt19937& random) {
-  int sum = -2 * 65535;
-  for (int i = 0; i < 4; ++i) sum += static_cast<int>(random() >> 16);
-  return static_cast<float>(sum) * 0x1p-21f;
+void differ(const Matrix& m, const char* what, int level, int64_t batch) {
+  std::printf("differ: %s, level %d, batch %d, half %d, %d code bits, %dx%d\n", what, level,
+              static_cast<int>(batch), m.half, m.code_bits, static_cast<int>(m.rows),
+              static_cast<int>(m.columns));
 }
-
-// A packed matrix beside its plain words; one in twenty is any bit pattern.
-struct Matrix {
-  int64_t rows, columns;
-  bool half;
-  int code_bits;
-  std::vector<uint16_t> words, plain;
-  std::vector<uint8_t> raw, window, escapes;
-  std::vector<uint64_t> planes;
-  std::vector<int32_t> offsets;
-
-  Matrix(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random)
-      : rows(rows), columns(columns), half(half), code_bits(code_bits), words(rows * columns), window(rows) {
-    const int64_t blocks = (columns + BLOCK - 1) / BLOCK,
-                  segments = (blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS;
-    for (auto& word : words) word = random() % 20 ? bits_of(normal(random), half) : random() & 0xffff;
-    plain.resize(rows * blocks * BLOCK), raw.resize(rows * blocks * BLOCK);
-    planes.resize(rows * plane_count() * blocks), offsets.resize(rows * segments + 1);
-    const Words from{words.data(), rows, columns, half};
-    std::vector<int64_t> begins(rows + 1);
-    for (int64_t row = 0; row < rows; ++row) {
-      const Survey found = survey_row(from, row);
-      window[row] = static_cast<uint8_t>(found.window[code_bits - 3]);
-      begins[row + 1] = begins[row] + found.escapes[code_bits - 3];
-      std::copy_n(words.data() + row * columns, columns, plain.data() + row * blocks * BLOCK);
-    }
-    escapes.resize(begins[rows]);
-    for (int64_t row = 0; row < rows; ++row)
-      encode_row(words.data() + row * columns, columns, half, code_bits,
-                 Target{raw.data() + row * blocks * BLOCK, planes.data() + row * plane_count() * blocks,
-                        blocks, escapes.data() + begins[row], escapes.data() + begins[row + 1], window[row]},
-                 begins[row], offsets.data() + row * segments, Isa::portable);
-    offsets.back() = static_cast<int32_t>(begins[rows]);
-  }
-
-  int64_t plane_count() const { return code_bits + (half ? 3 : 0); }
-  Weight weight() const {
-    return Weight{raw.data(),
-                  planes.data(),
-                  escapes.data(),
-                  offsets.data(),
-                  window.data(),
-                  rows,
-                  (columns + BLOCK - 1) / BLOCK,
-                  static_cast<int64_t>(escapes.size()),
-                  plane_count(),
-                  plain.data()};
-  }
-  void differ(const char* what, int level, int64_t batch) const {
-    std::printf("differ: %s, level %d, batch %d, half %d, %d code bits, %dx%d\n", what, level,
-                static_cast<int>(batch), half, code_bits, static_cast<int>(rows), static_cast<int>(columns));
-  }
-};
 
 using Sums = std::vector<float>;
 
@@ -142,9 +85,9 @@ void compare_pairs([[maybe_unused]] const Matrix& m, [[maybe_unused]] const std:
       run(std::false_type{}, 1, x.data() + t * m.columns, alone.data() + t * m.rows);
     cases += 3;
     const int level = static_cast<int>(isa());
-    if (!same(y, twin)) m.differ("pairs from plain", level, batch);
-    if (!same(y, alone)) m.differ("pairs from rows alone", level, batch);
-    if (!exact(m, x.data(), batch, y)) m.differ("pairs from exact", level, batch);
+    if (!same(y, twin)) differ(m, "pairs from plain", level, batch);
+    if (!same(y, alone)) differ(m, "pairs from rows alone", level, batch);
+    if (!exact(m, x.data(), batch, y)) differ(m, "pairs from exact", level, batch);
   }
 #endif
 }
@@ -155,14 +98,14 @@ void compare_rows(const Matrix& m, Isa l) {
   for (int64_t row = 0; row < m.rows; ++row) {
     decode_row(m.weight(), row, m.columns, out.data(), l);
     if (!std::equal(out.begin(), out.end(), m.words.begin() + row * m.columns))
-      return m.differ("decoded words", static_cast<int>(l), row);
+      return differ(m, "decoded words", static_cast<int>(l), row);
   }
 }
 
 void compare(const Matrix& m, std::mt19937& random) {
   const Weight w = m.weight();
   std::vector<uint16_t> x(MAX_BATCH * m.columns);
-  for (auto& value : x) value = bits_of(normal(random), m.half);
+  for (auto& value : x) value = word_near_zero(random, m.half);
   for (const int64_t batch : {1, 2, 3, 5, 16}) {
     const auto arranged =
         m.half ? arrange(reinterpret_cast<const Float16*>(x.data()), batch, m.columns, w.blocks, true)
@@ -176,10 +119,10 @@ void compare(const Matrix& m, std::mt19937& random) {
                     [&](int64_t t, int64_t row, float s) { twin[t * m.rows + row] = s; });
       if (level == 0) portable = y;
       ++cases;
-      if (!same(y, twin)) m.differ("packed from plain", level, batch);
-      if (!same(y, portable)) m.differ("level from portable", level, batch);
+      if (!same(y, twin)) differ(m, "packed from plain", level, batch);
+      if (!same(y, portable)) differ(m, "level from portable", level, batch);
     }
-    if (!exact(m, x.data(), batch, portable)) m.differ("portable from exact", 0, batch);
+    if (!exact(m, x.data(), batch, portable)) differ(m, "portable from exact", 0, batch);
     for (const float sum : portable)
       if (sum == sum) digest = (digest ^ bits_as<uint32_t>(sum)) * 0x01000193;
   }

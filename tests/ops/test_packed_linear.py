@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 import gaugekit as gk
+from gaugekit.ops import processor
 from gaugekit.ops.packed_linear import choice as planning
 from gaugekit.ops.packed_linear import pack_weight, packed_linear
 from gaugekit.reference import packed_linear as reference
@@ -194,6 +195,7 @@ def test_arm_is_known_by_its_name_and_its_features(monkeypatch):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(processor, "flags", processor.flags.__wrapped__)
     monkeypatch.setattr("pathlib.Path.read_text", lambda path: "processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert [found(dtype) for dtype in (torch.bfloat16, torch.float16)] == ["arm-bf16", "arm"]
     monkeypatch.setattr("pathlib.Path.read_text", lambda path: "Features\t: fp asimd\n")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaugekit import _library
-from gaugekit.ops.packed_linear.choice import _flags
+from gaugekit.ops import processor
 from gaugekit.ops.rans import composition, encoder
 from gaugekit.ops.rans import operator as rans
 from gaugekit.reference import rans as oracle
@@ -17,7 +17,7 @@ from gaugekit.reference import rans as oracle
 SYMBOLS = [(dtype, symbols) for dtype, choice in rans.SYMBOLS.items() for symbols in choice]
 # Of the C++ code; the operator takes the widest there is for one that the processor lacks.
 PATHS = range({"DEFAULT": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 3) + 1)
-VBMI2 = {"avx512_vbmi2", "avx512vbmi", "vpclmulqdq"} <= _flags() and PATHS[-1] == 3
+VBMI2 = processor.PAIRS - {"avx512_bf16"} <= processor.flags() and PATHS[-1] == 3
 SIZES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 500]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from pathlib import Path
 
 import torch
+
+from gaugekit.ops import processor
 
 # Rows of x up to which a product that decodes as it goes is taken; beyond, W is decoded by tiles for torch's matmul.
 # Kinds of processor by what they multiply with: "pairs" has AVX512-BF16 and VBMI2 and no AMX, "16-bit" multiplies the
@@ -28,8 +29,6 @@ CUDA_FUSED_ROWS = 256
 FLOAT_ROWS = 16  # of float32, whatever the processor
 FLAGS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 ARM = ("aarch64", "arm64")  # as Linux and macOS name it
-# What the product on pairs of bfloat16 numbers needs: the level bf16 of csrc/common/isa.h.
-PAIRS = {"avx512_bf16", "avx512_vbmi2", "avx512vbmi", "vpclmulqdq"}
 
 NOTES = {
     "avx2": "on an AMD EPYC (Zen 3, AVX2), one thread, packed bfloat16 products ran at 0.82 to 1.0 of the speed of "
@@ -52,21 +51,13 @@ def kind(dtype: torch.dtype) -> str:
     """The kind of this machine's processor for weights of ``dtype``, found when first asked: torch settles then which
     instructions it takes.
     """
-    capability, flags = torch.backends.cpu.get_cpu_capability(), _flags()
+    capability, flags = torch.backends.cpu.get_cpu_capability(), processor.flags()
     if platform.machine() in ARM and os.environ.get("ATEN_CPU_CAPABILITY") != "default":
         return "arm-bf16" if dtype == torch.bfloat16 and "bf16" in flags else "arm"
     if capability.startswith("AVX512") and FLAGS[dtype] in flags:
-        pairs = dtype == torch.bfloat16 and flags >= PAIRS and "amx_bf16" not in flags
+        pairs = dtype == torch.bfloat16 and flags >= processor.PAIRS and "amx_bf16" not in flags
         return "pairs" if pairs else "16-bit"
     return {"AVX2": "avx2", "AVX512": "avx512"}.get(capability, "other")
-
-
-def _flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
 def plan(rows: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> str:
@@ -77,9 +68,9 @@ def plan(rows: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> 
         return "decode"
     if device == "cuda":
         return "fused" if rows <= CUDA_FUSED_ROWS else "decode"
-    processor = kind(dtype) if dtype in FLAGS else None
-    most = FLOAT_ROWS if processor is None else FUSED_ROWS[processor]
-    if processor == "pairs" and shape[0] >= MANY_OUTPUTS and shape[1] <= FEW_INPUTS:
+    here = kind(dtype) if dtype in FLAGS else None
+    most = FLOAT_ROWS if here is None else FUSED_ROWS[here]
+    if here == "pairs" and shape[0] >= MANY_OUTPUTS and shape[1] <= FEW_INPUTS:
         most = FEW_INPUTS_ROWS
     return "fused" if rows <= most else "decode"
 

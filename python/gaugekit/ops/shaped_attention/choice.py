@@ -12,6 +12,7 @@ attention kernels are ahead of any Triton kernel by more than the sweep of ``sha
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from gaugekit import _library
+from gaugekit.ops import processor
 from gaugekit.ops.shaped_combine.cuda import DTYPES, INSTALLED, WIDEST
 
 FUSED = "fused"
@@ -106,14 +108,19 @@ def cpu_core(
 def _kind() -> str | None:
     """The kind of this processor, of those the kernel was timed on: "pairs" has AVX512-BF16 and VBMI2 and no other
     products of 16-bit numbers, "native" has others. None: another, or our kernel is not there."""
+    return _processor() if _library.implementation("ragged_attention") else None
+
+
+@functools.cache
+def _processor() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in ("AVX2", "AVX512") or not _library.implementation("ragged_attention"):
+    if capability not in ("AVX2", "AVX512"):
         return None
     own = torch.cpu.get_capabilities()
     native = {name for name in NATIVE if own.get(name)}
     if not native:
         return capability.lower()
-    pairs = capability == "AVX512" and native == {"avx512_bf16"} and own.get("avx512_vbmi2")
+    pairs = capability == "AVX512" and native == {"avx512_bf16"} and processor.flags() >= processor.PAIRS
     return "pairs" if pairs else "native"
 
 
