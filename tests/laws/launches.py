@@ -144,7 +144,7 @@ def _numbers(x) -> bool:
 CUDA_ONLY = ("tests/codec", "tests/ops/test_packed_linear_rows.py")
 # Tests that need torch's numbers from a GPU, and what is lost where they stop.
 STOP = {
-    "tests/hf/cache/test_generating.py::test_offloaded": "a cache whose layers transformers moves by a stream of the card",
+    "tests/hf/cache/test_generating.py::test_offloaded": "layers that transformers moves by a stream of the card",
     "tests/nn/test_forms.py": "float64 products of torch",
     "tests/nn/test_triangular_projection.py": "float64 products of torch",
     "tests/symmetry/test_skipless.py": "inverses of matrices that torch computes; models in float64",
