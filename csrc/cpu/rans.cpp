@@ -62,28 +62,40 @@ uint64_t encode_blob(const uint8_t* in, uint64_t count, int element, int model, 
   const uint64_t width = element_bytes(element), chunks = chunk_count(count, chunk_log2);
   std::vector<ChunkEntry> entries(chunks);
   Places places(padded(kHeaderBytes + 8 * uint64_t(rank)) + chunks * kIndexEntryBytes, chunks);
-  auto input = [&](uint64_t i) { return in + (i << chunk_log2) * width; };
-  auto symbols = [&](uint64_t i) {
-    return i + 1 == chunks ? count - (i << chunk_log2) : uint64_t(1) << chunk_log2;
+  auto elements = [&](uint64_t i) {
+    const uint64_t first = i << chunk_log2;
+    return Elements{in + first * width, i + 1 == chunks ? count - first : uint64_t(1) << chunk_log2};
   };
   const uint64_t threads = std::min<uint64_t>(chunks, torch::stable::get_num_threads());
+  const uint64_t together = encodes_pairs(path, model) && chunks >= kTogether * threads ? kTogether : 1;
+  const uint64_t turns = (chunks + together - 1) / together;
   const uint64_t chunk_bytes = std::min(count, uint64_t(1) << chunk_log2) * width;
-  take_turns(chunks, threads, kEncodeNs * chunk_bytes, [&](auto& next) {
-    Kept kept(std::max(symbols(0), symbols(chunks - 1)), int(width), threads);
+  take_turns(turns, threads, kEncodeNs * chunk_bytes * together, [&](auto& next) {
+    Kept kept(std::max(elements(0).count, elements(chunks - 1).count), int(width), threads, together);
+    const auto last = [&](uint64_t turn) { return std::min((turn + 1) * together, chunks) - 1; };
     const auto put_oldest = [&] {
-      const auto& [i, coded] = kept.oldest();
-      const uint64_t place = entries[i].offset = places.of(i);
-      pages.reach(out + place, out + place + entries[i].length);
-      put_chunk(input(i), symbols(i), int(width), *coded, entries[i], out + place);
+      const auto& [turn, coded] = kept.oldest();
+      for (uint64_t first = turn * together, i = first; i <= last(turn); ++i) {
+        const uint64_t place = entries[i].offset = places.of(i);
+        pages.reach(out + place, out + place + entries[i].length);
+        put_chunk(elements(i), int(width), coded[i - first], entries[i], out + place);
+      }
       kept.drop_oldest();
     };
-    for (uint64_t i; (i = next()) < chunks;) {
-      EncoderScratch& coded = kept.next();
-      coded.ahead = {input(std::min(i + threads, chunks - 1)), out + places.guess(i), int(width)};
-      entries[i] = code_chunk(input(i), symbols(i), element, model, coded, path);
-      places.add(i, entries[i].length);
-      kept.keep(i);
-      while (!kept.empty() && places.knows(kept.oldest().index)) put_oldest();
+    for (uint64_t turn; (turn = next()) < turns;) {
+      const uint64_t first = turn * together, count = last(turn) - first + 1;
+      EncoderScratch* coded = kept.next();
+      Elements parts[kTogether];
+      for (uint64_t k = 0; k < count; ++k) {
+        const uint64_t i = first + k;
+        parts[k] = elements(i);
+        const uint8_t* later = elements(std::min(i + threads * together, chunks - 1)).data;
+        coded[k].ahead = {later, out + places.guess(i), int(width)};
+      }
+      code_chunks(parts, int(count), element, model, coded, &entries[first], path);
+      for (uint64_t k = 0; k < count; ++k) places.add(first + k, entries[first + k].length);
+      kept.keep(turn);
+      while (!kept.empty() && places.knows(last(kept.oldest().index))) put_oldest();
       if (!kept.make_room()) put_oldest();
     }
     while (!kept.empty()) put_oldest();

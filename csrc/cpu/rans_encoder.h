@@ -9,6 +9,7 @@
 #include "rans_encoder_avx512.h"
 #include "rans_encoder_table.h"
 #include "rans_encoder_vbmi2.h"
+#include "rans_histogram.h"
 #include "rans_planes.h"
 
 namespace gaugekit::rans {
@@ -26,10 +27,20 @@ class Buffer {
   T* data() { return data_.get(); }
   const T* data() const { return data_.get(); }
   T* end() { return data_.get() + size_; }
+  const T* end() const { return data_.get() + size_; }
 
  private:
   std::unique_ptr<T[]> data_;
   uint64_t size_ = 0;
+};
+
+// So many chunks may be coded at once.
+constexpr int kTogether = 2;
+
+// What a chunk is made of.
+struct Elements {
+  const uint8_t* data;
+  uint64_t count;
 };
 
 // What one thread uses again for chunk after chunk: buffers, and the chunk that it coded last.
@@ -81,96 +92,80 @@ GAUGEKIT_INLINE void encode_step(uint32_t& state, uint8_t symbol, const Portable
   state = quotient << kProbabilityBits | t.slots[symbol][x - quotient * t.frequency[symbol]];
 }
 
-// Runs the coder from the last symbol to the first, so that a decoder reads first to last. words[s] comes in
-// as the end of a buffer with room for every symbol of the segment and kMostStored more, and leaves as the
-// first word to read.
-inline void encode_symbols(const uint8_t* symbols, uint64_t n, const EncoderTable& table, uint32_t* states,
-                           uint16_t** words, const Ahead& ahead, Isa path) {
-  for (int i = 0; i < kLanes; ++i) states[i] = kStateLower;
-  const PortableTable steps(table);
+// Codes what is behind the chunk's last whole group: where each segment's coder begins, since it runs from
+// the last symbol to the first, so that a decoder reads first to last.
+inline Coder begin_symbols(EncoderScratch& chunk, uint64_t n) {
+  for (uint32_t& state : chunk.states) state = kStateLower;
+  for (int s = 0; s < kSegments; ++s) chunk.first_word[s] = chunk.words[s].end();
+  const Coder c{chunk.symbols.data(), &chunk.codes, chunk.states, chunk.first_word, chunk.ahead};
+  const PortableTable steps(chunk.codes);
   const uint64_t whole = n - n % kLanes;
   for (int s = 0; s < kSegments; ++s)
     for (int lane = kSegmentLanes - 1; lane >= 0; --lane) {
       const uint64_t e = whole + s * kSegmentLanes + lane_element(lane);
-      if (e < n) encode_step(states[s * kSegmentLanes + lane], symbols[e], steps, words[s]);
+      if (e < n) encode_step(c.states[s * kSegmentLanes + lane], c.symbols[e], steps, c.words[s]);
     }
-#ifdef GAUGEKIT_X86
-  if (path >= Isa::avx512) {
-    const int breaks = table.table.size <= kCells ? table.cells.breaks : kMostBreaks + 1;
-    if (path >= Isa::vbmi2 && breaks <= kMostBreaks) {
-      const auto groups = breaks <= 3 ? vbmi2::encode_groups<3> : vbmi2::encode_groups<kMostBreaks>;
-      return groups(symbols, whole / kLanes, table, states, words, ahead);
-    }
-    const auto groups = breaks <= 3             ? avx512::encode_groups<3>
-                        : breaks <= kMostBreaks ? avx512::encode_groups<kMostBreaks>
-                                                : avx512::encode_groups<0>;
-    return groups(symbols, whole / kLanes, table, states, words, ahead);
-  }
-  if (path >= Isa::avx2) return avx2::encode_groups(symbols, whole / kLanes, table, states, words, ahead);
-#endif
+  return c;
+}
+
+inline void encode_groups(const Coder& c, uint64_t groups) {
+  const PortableTable steps(*c.table);
   for (int s = 0; s < kSegments; ++s) {
-    uint32_t* state = states + s * kSegmentLanes;
-    const uint8_t* segment = symbols + s * kSegmentLanes;
-    uint16_t* next = words[s];
-    for (uint64_t group = whole; group;) {
+    uint32_t* state = c.states + s * kSegmentLanes;
+    const uint8_t* segment = c.symbols + s * kSegmentLanes;
+    uint16_t* next = c.words[s];
+    for (uint64_t group = groups * kLanes; group;) {
       group -= kLanes;
       for (int odd = 1; odd >= 0; --odd)
 #pragma GCC unroll 4
         for (int i = 15; i >= 0; --i)
           encode_step(state[16 * odd + i], segment[group + 2 * i + odd], steps, next);
     }
-    words[s] = next;
+    c.words[s] = next;
   }
 }
 
-// How often each symbol occurs, block by block.
-class Histogram {
- public:
-  explicit Histogram(Isa path) : path_(path) {}
-
-  void add(const uint8_t* symbols, uint64_t n) {
+// Codes the `groups` whole groups from c.symbols on, the last first.
+inline void encode_groups(const Coder& c, uint64_t groups, Isa path) {
 #ifdef GAUGEKIT_X86
-    if (windows_ && n % 64 == 0) {
-      const auto count = path_ >= Isa::avx512 ? avx512::count_range : avx2::count_range;
-      if (count(symbols, n, low_, windows_, parts_[0]) > n / 16) windows_ = 0;
-      return;
-    }
+  if (path >= Isa::avx512) {
+    const int breaks = breaks_of(c);
+    if (path >= Isa::vbmi2 && breaks <= kMostBreaks)
+      return breaks <= 3 ? vbmi2::encode_groups<3>(c, groups) : vbmi2::encode_groups<kMostBreaks>(c, groups);
+    return breaks <= 3             ? avx512::encode_groups<3>(c, groups)
+           : breaks <= kMostBreaks ? avx512::encode_groups<kMostBreaks>(c, groups)
+                                   : avx512::encode_groups<0>(c, groups);
+  }
+  if (path >= Isa::avx2) return avx2::encode_groups(c, groups);
 #endif
-    uint64_t i = 0;  // four parts, so that runs of one symbol do not wait for their own stores
-    for (; i + 8 <= n; i += 8) {
-      const uint64_t eight = load<uint64_t>(symbols + i);
-      for (int k = 0; k < 8; ++k) ++parts_[k % 4][eight >> (8 * k) & 255];
-    }
-    for (; i < n; ++i) ++parts_[0][symbols[i]];
-    if (has_avx2(path_)) find_range();
-  }
+  encode_groups(c, groups);
+}
 
-  void total(uint32_t (&counts)[256]) const {
-    for (int s = 0; s < 256; ++s) counts[s] = parts_[0][s] + parts_[1][s] + parts_[2][s] + parts_[3][s];
-  }
+// What codes as many groups of each of two chunks at once; null where they are coded one by one.
+using EncodePair = void (*)(const Coder&, const Coder&, uint64_t);
 
- private:
-  // Counting is faster by vectors where nearly all symbols are of a few consecutive ones. Exponents are.
-  void find_range() {
+inline EncodePair pair_encoder(const Coder& a, const Coder& b, Isa path) {
 #ifdef GAUGEKIT_X86
-    uint32_t counts[256], up_to[257] = {};
-    total(counts);
-    for (int s = 0; s < 256; ++s) up_to[s + 1] = up_to[s] + counts[s];
-    for (int windows = 1; windows <= 4 && !windows_; ++windows) {
-      const int size = windows * kWindow;
-      low_ = 0;
-      for (int s = 1; s <= 256 - size; ++s)
-        if (up_to[s + size] - up_to[s] > up_to[low_ + size] - up_to[low_]) low_ = s;
-      if (up_to[256] - (up_to[low_ + size] - up_to[low_]) <= up_to[256] / 32) windows_ = windows;
-    }
-    if (!windows_) path_ = Isa::portable;
+  const int breaks = std::max(breaks_of(a), breaks_of(b));
+  if (path >= Isa::vbmi2 && breaks <= kMostBreaks)
+    return breaks <= 3 ? vbmi2::encode_groups_of_two<3> : vbmi2::encode_groups_of_two<kMostBreaks>;
 #endif
-  }
+  return nullptr;
+}
 
-  Isa path_;
-  int low_ = 0, windows_ = 0;
-  uint32_t parts_[4][256] = {};
-};
+// Codes the symbols of one chunk, or of two.
+inline void encode_symbols(EncoderScratch* chunks, const Elements* elements, int count, Isa path) {
+  Coder coders[kTogether];
+  for (int k = 0; k < count; ++k) coders[k] = begin_symbols(chunks[k], elements[k].count);
+  const EncodePair pair = count == kTogether ? pair_encoder(coders[0], coders[1], path) : nullptr;
+  const uint64_t both = pair ? std::min(elements[0].count, elements[1].count) / kLanes : 0;
+  for (int k = 0; k < count; ++k) {
+    Coder rest = coders[k];
+    rest.symbols += both * kLanes;
+    encode_groups(rest, elements[k].count / kLanes - both, path);
+  }
+  if (pair) pair(coders[0], coders[1], both);
+}
 
 inline bool is_constant(const uint8_t* p, uint64_t n) { return n < 2 || std::memcmp(p, p + 1, n - 1) == 0; }
 
@@ -192,10 +187,10 @@ inline uint8_t* put_six(uint8_t* out, const uint8_t* data, uint64_t n) {
   return out + kSixBytes;
 }
 
-// Codes n > 0 elements of `in` and keeps them in `scratch`; a chunk that would not become shorter is to be
-// stored raw. Everything in the entry is set but its offset and the coded checksum.
-inline ChunkEntry code_chunk(const uint8_t* in, uint64_t n, int element, int model, EncoderScratch& scratch,
-                             Isa path) {
+// Symbols, planes and table of elements into `scratch`, and what is known of the chunk so far into its entry.
+inline ChunkEntry prepare_chunk(Elements elements, int element, int model, EncoderScratch& scratch,
+                                Isa path) {
+  const auto [in, n] = elements;
   const int width = element_bytes(element);
   ChunkEntry entry{};
   entry.method = kCoded;
@@ -205,6 +200,7 @@ inline ChunkEntry code_chunk(const uint8_t* in, uint64_t n, int element, int mod
     if (shift < 0) entry.method = kCodedByExponent, model = kExponent, shift = 0;
   }
   scratch.reserve(n, width);
+  scratch.model = model;
   uint8_t* symbols = scratch.symbols.data();
   // The elements are read from memory once: checksum, planes and histogram of a block while it is in cache.
   constexpr uint64_t kBlock = 4096;
@@ -225,25 +221,39 @@ inline ChunkEntry code_chunk(const uint8_t* in, uint64_t n, int element, int mod
   normalize(counts, n, table);
   table.shift = shift;
   fill(scratch.codes);
-
-  const uint16_t* ends[kSegments];
-  for (int s = 0; s < kSegments; ++s) ends[s] = scratch.first_word[s] = scratch.words[s].end();
-  encode_symbols(symbols, n, scratch.codes, scratch.states, scratch.first_word, scratch.ahead, path);
-
-  scratch.model = model;
   entry.symbols = uint16_t(table.size);
+  return entry;
+}
+
+// The entry of a chunk whose symbols are coded; one that would not become shorter is to be stored raw.
+inline ChunkEntry finish_chunk(ChunkEntry entry, uint64_t n, int width, const EncoderScratch& scratch) {
   for (int plane = 0; plane < width - 1; ++plane)
     entry.constant |= uint8_t(is_constant(scratch.planes[plane].data(), n) << plane);
-  for (int s = 0; s < kSegments; ++s) entry.words[s] = uint32_t(ends[s] - scratch.first_word[s]);
-  const uint64_t length = coded_length(entry, n, width, model), raw = padded(n * width);
+  for (int s = 0; s < kSegments; ++s)
+    entry.words[s] = uint32_t(scratch.words[s].end() - scratch.first_word[s]);
+  const uint64_t length = coded_length(entry, n, width, scratch.model), raw = padded(n * width);
   if (length >= raw) return {0, uint32_t(raw), 0, kRaw, 0, {0, 0}, 0, entry.crc_decoded};
   entry.length = uint32_t(length);
   return entry;
 }
 
+// Codes one chunk or two, of n > 0 elements each, and keeps them in `scratch`. Everything in the entries is
+// set but offsets and the coded checksums.
+inline void code_chunks(const Elements* chunks, int count, int element, int model, EncoderScratch* scratch,
+                        ChunkEntry* entries, Isa path) {
+  for (int k = 0; k < count; ++k) entries[k] = prepare_chunk(chunks[k], element, model, scratch[k], path);
+  encode_symbols(scratch, chunks, count, path);
+  for (int k = 0; k < count; ++k)
+    entries[k] = finish_chunk(entries[k], chunks[k].count, element_bytes(element), scratch[k]);
+}
+
+// Whether chunks are faster two at a time.
+inline bool encodes_pairs(Isa path, int model) { return has_vbmi2(path) && model == kExponent; }
+
 // Puts the chunk that `scratch` has just coded at out[0, entry.length), and its checksum into the entry.
-inline void put_chunk(const uint8_t* in, uint64_t n, int width, const EncoderScratch& scratch,
-                      ChunkEntry& entry, uint8_t* out) {
+inline void put_chunk(Elements elements, int width, const EncoderScratch& scratch, ChunkEntry& entry,
+                      uint8_t* out) {
+  const auto [in, n] = elements;
   if (entry.method == kRaw) {
     put_section(out, in, n * width);
   } else {
@@ -271,8 +281,10 @@ inline void put_chunk(const uint8_t* in, uint64_t n, int width, const EncoderScr
 // Both, for a chunk whose place is known: `out` has room for padded(n * width) bytes.
 inline ChunkEntry encode_chunk(const uint8_t* in, uint64_t n, int element, int model, uint8_t* out,
                                EncoderScratch& scratch, Isa path = isa()) {
-  ChunkEntry entry = code_chunk(in, n, element, model, scratch, path);
-  put_chunk(in, n, element_bytes(element), scratch, entry, out);
+  const Elements elements{in, n};
+  ChunkEntry entry;
+  code_chunks(&elements, 1, element, model, &scratch, &entry, path);
+  put_chunk(elements, element_bytes(element), scratch, entry, out);
   return entry;
 }
 

@@ -62,8 +62,9 @@ GAUGEKIT_AVX2 GAUGEKIT_INLINE void divide(__m256i x, const uint8_t* symbols, con
 }
 
 // Codes `groups` whole groups, the last first.
-GAUGEKIT_AVX2 inline void encode_groups(const uint8_t* symbols, uint64_t groups, const EncoderTable& t,
-                                        uint32_t* states, uint16_t** words, const Ahead& ahead) {
+GAUGEKIT_AVX2 inline void encode_groups(const Coder& coder, uint64_t groups) {
+  const auto& [symbols, table, states, words, ahead] = coder;
+  const EncoderTable& t = *table;
   __m256i* memory = reinterpret_cast<__m256i*>(states);
   __m256i x[8];
   for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu_si256(memory + i);

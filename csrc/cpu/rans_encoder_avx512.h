@@ -131,8 +131,9 @@ GAUGEKIT_AVX512 GAUGEKIT_INLINE __m512i indices(__m512i symbols, const IndexRows
 
 // Codes `groups` whole groups, the last first.
 template <int breaks>
-GAUGEKIT_AVX512 void encode_groups(const uint8_t* symbols, uint64_t groups, const EncoderTable& t,
-                                   uint32_t* states, uint16_t** words, const Ahead& ahead) {
+GAUGEKIT_AVX512 void encode_groups(const Coder& coder, uint64_t groups) {
+  const auto& [symbols, table, states, words, ahead] = coder;
+  const EncoderTable& t = *table;
   IndexRows rows;
   Codes<breaks> codes;
   if constexpr (breaks) fill_rows(t.table, rows), codes = load_codes<breaks>(t.cells);

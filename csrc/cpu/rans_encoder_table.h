@@ -35,6 +35,22 @@ struct Ahead {
   }
 };
 
+// A chunk that is being coded: its symbols, and what each step changes. words[s] is the last word of segment
+// s that is written.
+struct Coder {
+  const uint8_t* symbols;
+  const EncoderTable* table;
+  uint32_t* states;
+  uint16_t** words;
+  Ahead ahead;
+};
+
+// The most breaks in any cell of a chunk's table; more than kMostBreaks where it has no cells that are of
+// use.
+inline int breaks_of(const Coder& c) {
+  return c.table->table.size <= kCells ? c.table->cells.breaks : kMostBreaks + 1;
+}
+
 inline void fill(EncoderTable& t) {
   Buckets buckets;
   make_buckets(t.table, buckets);

@@ -14,35 +14,30 @@ namespace gaugekit::rans::vbmi2 {
 using avx512::kAll16;
 using avx512::kTruncate;
 
-// Of a group's 64 elements, those of the lanes: as 16-bit lanes of each segment, and as 32-bit lanes of each
-// of its halves. And 16-bit lanes of a half as 32-bit ones.
+// Of a group's 64 elements, those of each segment's lanes, twice: as bytes of 16-bit lanes.
 struct LaneOrder {
-  alignas(64) uint8_t words[2][64], floats[2][2][64];
-  alignas(64) uint16_t wide[2][32];
+  alignas(64) uint8_t words[2][64];
 };
 
 constexpr LaneOrder make_lane_order() {
   LaneOrder order{};
   for (int segment = 0; segment < 2; ++segment)
-    for (int lane = 0; lane < kSegmentLanes; ++lane) {
-      const uint8_t element = uint8_t(kSegmentLanes * segment + lane_element(lane));
-      for (int byte = 0; byte < 2; ++byte) order.words[segment][2 * lane + byte] = element;
-      for (int byte = 0; byte < 4; ++byte) order.floats[segment][lane / 16][4 * (lane % 16) + byte] = element;
-    }
-  for (int half = 0; half < 2; ++half)
-    for (int i = 0; i < 16; ++i) order.wide[half][2 * i] = uint16_t(16 * half + i);
+    for (int lane = 0; lane < kSegmentLanes; ++lane)
+      for (int byte = 0; byte < 2; ++byte)
+        order.words[segment][2 * lane + byte] = uint8_t(kSegmentLanes * segment + lane_element(lane));
   return order;
 }
 
 inline constexpr LaneOrder kLaneOrder = make_lane_order();
 
-// By index in the table: EncoderCells in 16-bit lanes, and reciprocals; and by symbol the index.
+// EncoderCells in 16-bit lanes, and reciprocals; and by symbol the index in those of symbols.
 template <int breaks>
 struct Codes {
   __m512i frequency, start, number[breaks + 1], last[breaks];
-  __m512i most[2];  // a state at which a word is spilled
   __m512 reciprocal[2];
   __m512i index[4];
+  bool direct;  // the low five bits of the symbols, where no two have the same, are the index: lookups see no
+                // others
 };
 
 GAUGEKIT_VBMI2 GAUGEKIT_INLINE __m512i half_table(const uint32_t* table, int shift, uint32_t mask) {
@@ -55,25 +50,32 @@ template <int breaks>
 GAUGEKIT_VBMI2 GAUGEKIT_INLINE Codes<breaks> load_codes(const EncoderTable& t) {
   constexpr uint32_t number = kSlots - 1, all = 0xFFFF;
   Codes<breaks> c;
-  c.frequency = half_table(t.cells.code, 0, all), c.start = half_table(t.cells.code, 16, all);
+  uint32_t low_bits = 0;
+  for (int i = 0; i < t.table.size; ++i) low_bits |= 1u << t.table.symbol[i] % kCells;
+  c.direct = __builtin_popcount(low_bits) == t.table.size;
+  alignas(64) uint8_t index[256] = {};
+  alignas(64) uint32_t code[kCells];
+  std::fill_n(code, kCells, 1u);
+  for (int i = 0; i < t.table.size; ++i) {
+    const int symbol = t.table.symbol[i];
+    index[symbol] = uint8_t(c.direct ? symbol % kCells : i);
+    code[index[symbol]] = t.cells.code[i];
+  }
+  for (int k = 0; k < 4; ++k) c.index[k] = _mm512_load_si512(index + 64 * k);
+  c.frequency = half_table(code, 0, all), c.start = half_table(code, 16, all);
+  for (int half = 0; half < 2; ++half)
+    c.reciprocal[half] = avx512::reciprocal_of(_mm512_load_si512(code + 16 * half));
   c.number[0] = half_table(t.cells.at[0], 0, number);
   for (int k = 0; k < breaks; ++k) {
     c.number[k + 1] = half_table(t.cells.at[k], k ? 0 : 12, number);
     c.last[k] = half_table(t.cells.at[k], 25, all);
   }
-  for (int half = 0; half < 2; ++half) {
-    const __m512i code = _mm512_loadu_si512(t.cells.code + 16 * half);
-    c.reciprocal[half] = avx512::reciprocal_of(code);
-    c.most[half] = _mm512_maskz_slli_epi32(kAll16, code, 19);
-  }
-  alignas(64) uint8_t index[256] = {};
-  for (int i = 0; i < t.table.size; ++i) index[t.table.symbol[i]] = uint8_t(i);
-  for (int k = 0; k < 4; ++k) c.index[k] = _mm512_load_si512(index + 64 * k);
   return c;
 }
 
 template <int breaks>
 GAUGEKIT_VBMI2 GAUGEKIT_INLINE __m512i indices(__m512i symbols, const Codes<breaks>& c) {
+  if (c.direct) return symbols;
   return _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(c.index[0], symbols, c.index[1]),
                               _mm512_movepi8_mask(symbols),
                               _mm512_permutex2var_epi8(c.index[2], symbols, c.index[3]));
@@ -87,90 +89,146 @@ GAUGEKIT_VBMI2 GAUGEKIT_INLINE __m512i pick_bytes(const uint8_t* order, __m512i 
   return _mm512_maskz_permutexvar_epi8(kAll64, _mm512_load_si512(order), bytes);
 }
 
-// One segment's step, in two parts: the states' quotients by the frequencies with what is left, and the
-// states that follow. `place` is the rank behind its symbol's start.
+// 32 states x = 2^16 * high + low. A segment's step has two parts: between them there are the states that
+// follow without their slots, and `place`, the rank behind its symbol's start.
+struct States {
+  __m512i high, low;
+};
+
 struct Step {
-  __m512i quotient[2], place;
+  States state;
+  __m512i place;
   __mmask32 mapped;
 };
+
+constexpr __mmask32 kOdd = 0xAAAAAAAA;
+
+GAUGEKIT_VBMI2 GAUGEKIT_INLINE States load_states(const uint32_t* states) {
+  const __m512i a = _mm512_loadu_si512(states), b = _mm512_loadu_si512(states + 16);
+  return {_mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder.high), b),
+          _mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder.low), b)};
+}
+
+GAUGEKIT_VBMI2 GAUGEKIT_INLINE void store_states(const States& s, uint32_t* states) {
+  _mm512_storeu_si512(states, _mm512_permutex2var_epi16(s.low, _mm512_load_si512(kOrder.first), s.high));
+  _mm512_storeu_si512(states + 16,
+                      _mm512_permutex2var_epi16(s.low, _mm512_load_si512(kOrder.second), s.high));
+}
 
 GAUGEKIT_VBMI2 GAUGEKIT_INLINE void put_words(__m512i words, __mmask32 spill, uint16_t*& next) {
   const int spilled = __builtin_popcount(spill);
   next -= spilled;
-  _mm512_mask_storeu_epi16(next, __mmask32((uint64_t(1) << spilled) - 1),
-                           _mm512_maskz_compress_epi16(spill, words));
+  words = _mm512_maskz_compress_epi16(spill, words);
+  if (__builtin_expect(spilled <= 16, true))  // half as many bytes are stored in half of the time
+    _mm256_mask_storeu_epi16(next, __mmask16((1u << spilled) - 1),
+                             _mm512_maskz_extracti64x4_epi64(avx512::kAll8, words, 0));
+  else
+    _mm512_mask_storeu_epi16(next, __mmask32((uint64_t(1) << spilled) - 1), words);
 }
 
+GAUGEKIT_VBMI2 GAUGEKIT_INLINE __m512i quotient(__m512i x, __m512 reciprocal) {
+  return _mm512_maskz_cvttps_epi32(
+      kAll16, _mm512_maskz_mul_round_ps(kAll16, _mm512_maskz_cvt_roundepi32_ps(kAll16, x, kTruncate),
+                                        reciprocal, kTruncate));
+}
+
+// A state of at least 2^19 * frequency spills its low word. Only the quotients take 32 bits a lane: those of
+// even lanes and those of odd ones.
 template <int breaks>
-GAUGEKIT_VBMI2 GAUGEKIT_INLINE Step divide(const __m512i (&state)[2], __m512i index, int segment,
+GAUGEKIT_VBMI2 GAUGEKIT_INLINE Step divide(const States& state, __m512i index, int segment,
                                            const Codes<breaks>& c, uint16_t*& next) {
-  const __m512i words = pick_bytes(kLaneOrder.words[segment], index);
-  const __m512i frequency = pick(c.frequency, words), start = pick(c.start, words);
-  const __m512i lows = _mm512_load_si512(kOrder.low);
-  Step s;
-  __m512i x[2];
-  __mmask16 spill[2];
-  for (int half = 0; half < 2; ++half) {
-    const __m512i lane = pick_bytes(kLaneOrder.floats[segment][half], index);
-    spill[half] = _mm512_cmpge_epu32_mask(state[half], avx512::lookup(c.most, lane));
-    x[half] = _mm512_mask_srli_epi32(state[half], spill[half], state[half], 16);
-    s.quotient[half] = _mm512_maskz_cvttps_epi32(
-        kAll16,
-        _mm512_maskz_mul_round_ps(kAll16, _mm512_maskz_cvt_roundepi32_ps(kAll16, x[half], kTruncate),
-                                  _mm512_permutex2var_ps(c.reciprocal[0], lane, c.reciprocal[1]), kTruncate));
-  }
-  put_words(_mm512_permutex2var_epi16(state[0], lows, state[1]), _mm512_kunpackw(spill[1], spill[0]), next);
-  const __m512i low = _mm512_permutex2var_epi16(x[0], lows, x[1]);
-  const __m512i quotient = _mm512_permutex2var_epi16(s.quotient[0], lows, s.quotient[1]);
-  __m512i rest = _mm512_sub_epi16(low, _mm512_mullo_epi16(quotient, frequency));
+  const __m512i even = pick_bytes(kLaneOrder.words[segment], index),
+                odd = _mm512_maskz_srli_epi32(kAll16, even, 16);
+  const __m512i frequency = pick(c.frequency, even), start = pick(c.start, even);
+  const __mmask32 spill = _mm512_cmpge_epu16_mask(state.high, _mm512_slli_epi16(frequency, 3));
+  const __m512i high = _mm512_maskz_mov_epi16(~spill, state.high);
+  const __m512i low = _mm512_mask_mov_epi16(state.low, spill, state.high);
+  put_words(state.low, spill, next);
+  const __m512i a = quotient(_mm512_mask_mov_epi16(low, kOdd, _mm512_maskz_slli_epi32(kAll16, high, 16)),
+                             _mm512_permutex2var_ps(c.reciprocal[0], even, c.reciprocal[1]));
+  const __m512i b = quotient(_mm512_mask_mov_epi16(_mm512_maskz_srli_epi32(kAll16, low, 16), kOdd, high),
+                             _mm512_permutex2var_ps(c.reciprocal[0], odd, c.reciprocal[1]));
+  const __m512i words = _mm512_mask_mov_epi16(a, kOdd, _mm512_maskz_slli_epi32(kAll16, b, 16));
+  __m512i rest = _mm512_sub_epi16(low, _mm512_mullo_epi16(words, frequency));
   const __mmask32 more = _mm512_cmpge_epu16_mask(rest, frequency);  // as in avx512::divide
-  for (int half = 0; half < 2; ++half)
-    s.quotient[half] = _mm512_mask_sub_epi32(s.quotient[half], __mmask16(more >> (16 * half)),
-                                             s.quotient[half], _mm512_set1_epi32(-1));
   rest = _mm512_mask_sub_epi16(rest, more, rest, frequency);
+  Step s;
+  s.state.low = _mm512_slli_epi16(words, kProbabilityBits);
+  s.state.low = _mm512_mask_add_epi16(s.state.low, more, s.state.low, _mm512_set1_epi16(kSlots));
+  const __mmask32 carry = _mm512_mask_testn_epi16_mask(more, s.state.low, s.state.low);
+  s.state.high = _mm512_mask_mov_epi16(_mm512_maskz_srli_epi32(kAll16, a, 4), kOdd,
+                                       _mm512_maskz_slli_epi32(kAll16, b, kProbabilityBits));
+  s.state.high = _mm512_mask_sub_epi16(s.state.high, carry, s.state.high, _mm512_set1_epi16(-1));
   s.place = _mm512_add_epi16(rest, start);
   s.mapped = _mm512_movepi16_mask(start);
   return s;
 }
 
 template <int breaks>
-GAUGEKIT_VBMI2 GAUGEKIT_INLINE void finish(const Step& s, const Codes<breaks>& c, __m512i (&state)[2]) {
+GAUGEKIT_VBMI2 GAUGEKIT_INLINE void finish(const Step& s, const Codes<breaks>& c, States& state) {
   const __m512i cell = _mm512_srli_epi16(s.place, 7);  // the lookup takes the low five bits
   const __m512i place = _mm512_and_si512(s.place, _mm512_set1_epi16(kCellPositions - 1));
   __m512i number = pick(c.number[0], cell);
   for (int k = 0; k < breaks; ++k)
-    number = _mm512_mask_mov_epi16(number, _mm512_cmpgt_epu16_mask(place, pick(c.last[k], cell)),
-                                   pick(c.number[k + 1], cell));
+    number = _mm512_mask_permutexvar_epi16(number, _mm512_cmpgt_epu16_mask(place, pick(c.last[k], cell)),
+                                           cell, c.number[k + 1]);
   const __m512i slot = _mm512_mask_add_epi16(s.place, s.mapped, s.place, number);
-  for (int half = 0; half < 2; ++half) {
-    const __m512i wide =
-        _mm512_maskz_permutexvar_epi16(kAll32, _mm512_load_si512(kLaneOrder.wide[half]), slot);
-    state[half] =
-        _mm512_ternarylogic_epi32(_mm512_maskz_slli_epi32(kAll16, s.quotient[half], kProbabilityBits), wide,
-                                  _mm512_set1_epi32(kSlots - 1), 0xF8);  // a | (b & c)
-  }
+  state.high = s.state.high;
+  state.low =
+      _mm512_ternarylogic_epi32(s.state.low, slot, _mm512_set1_epi16(kSlots - 1), 0xF8);  // a | (b & c)
 }
 
-// As avx512::encode_groups, with cells.
+// What coding changes of a chunk, in registers: groups from `symbols` on, their last first.
 template <int breaks>
-GAUGEKIT_VBMI2 void encode_groups(const uint8_t* symbols, uint64_t groups, const EncoderTable& t,
-                                  uint32_t* states, uint16_t** words, const Ahead& ahead) {
-  const Codes<breaks> codes = load_codes<breaks>(t);
-  __m512i x[2] = {_mm512_loadu_si512(states), _mm512_loadu_si512(states + 16)};
-  __m512i y[2] = {_mm512_loadu_si512(states + 32), _mm512_loadu_si512(states + 48)};
-  uint16_t *a = words[0], *b = words[1];
+struct CodedChunk {
+  Codes<breaks> codes;
+  const uint8_t* symbols;
+  States x, y;
+  uint16_t *a, *b;
+  const Ahead ahead;
+
+  GAUGEKIT_VBMI2 GAUGEKIT_INLINE CodedChunk(const Coder& c)
+      : codes(load_codes<breaks>(*c.table)),
+        symbols(c.symbols),
+        x(load_states(c.states)),
+        y(load_states(c.states + kSegmentLanes)),
+        a(c.words[0]),
+        b(c.words[1]),
+        ahead(c.ahead) {}
+  GAUGEKIT_VBMI2 GAUGEKIT_INLINE void leave(const Coder& c) const {
+    store_states(x, c.states), store_states(y, c.states + kSegmentLanes);
+    c.words[0] = a, c.words[1] = b;
+  }
+  GAUGEKIT_VBMI2 GAUGEKIT_INLINE __m512i index(uint64_t group) const {
+    return indices(_mm512_loadu_si512(symbols + group * kLanes), codes);
+  }
+};
+
+// Codes `groups` whole groups by their cells, the last first.
+template <int breaks>
+GAUGEKIT_VBMI2 void encode_groups(const Coder& coder, uint64_t groups) {
+  CodedChunk<breaks> c(coder);
   for (uint64_t g = groups; g--;) {
-    const __m512i index = indices(_mm512_loadu_si512(symbols + g * kLanes), codes);
-    const Step s = divide(x, index, 0, codes, a), r = divide(y, index, 1, codes, b);
-    finish(s, codes, x), finish(r, codes, y);
-    ahead.ask(g);
+    const __m512i index = c.index(g);
+    const Step s = divide(c.x, index, 0, c.codes, c.a), r = divide(c.y, index, 1, c.codes, c.b);
+    finish(s, c.codes, c.x), finish(r, c.codes, c.y);
+    c.ahead.ask(g);
   }
-  for (int half = 0; half < 2; ++half) {
-    _mm512_storeu_si512(states + 16 * half, x[half]);
-    _mm512_storeu_si512(states + 32 + 16 * half, y[half]);
+  c.leave(coder);
+}
+
+// The same of two chunks: the chains of one chunk's two segments leave half of the processor idle.
+template <int breaks>
+GAUGEKIT_VBMI2 void encode_groups_of_two(const Coder& first, const Coder& second, uint64_t groups) {
+  CodedChunk<breaks> c(first), e(second);
+  for (uint64_t g = groups; g--;) {
+    const __m512i i = c.index(g), k = e.index(g);
+    const Step s = divide(c.x, i, 0, c.codes, c.a), r = divide(c.y, i, 1, c.codes, c.b);
+    const Step t = divide(e.x, k, 0, e.codes, e.a), u = divide(e.y, k, 1, e.codes, e.b);
+    finish(s, c.codes, c.x), finish(r, c.codes, c.y), finish(t, e.codes, e.x), finish(u, e.codes, e.y);
+    c.ahead.ask(g), e.ahead.ask(g);
   }
-  words[0] = a;
-  words[1] = b;
+  c.leave(first), e.leave(second);
 }
 
 }  // namespace gaugekit::rans::vbmi2

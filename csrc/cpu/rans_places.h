@@ -50,63 +50,65 @@ class Places {
   uint64_t known_ = 0;
 };
 
-// One thread's coded chunks that have no place yet, the oldest first, and memory for the next one. While
-// another thread is held up with an early chunk, this one goes on with later ones.
+// What one thread coded at its turns, one or two chunks at each, that have no place yet, the oldest first,
+// and memory for the next turn. While another thread is held up with an early chunk, this one goes on with
+// later ones.
 class Kept {
  public:
-  struct Chunk {
+  struct Turn {
     uint64_t index;
-    std::unique_ptr<EncoderScratch> coded;
+    std::unique_ptr<EncoderScratch[]> coded;
   };
 
-  // One of `threads`, for chunks of up to `symbols` elements. std::bad_alloc where there is no memory for
-  // one.
-  Kept(uint64_t symbols, int width, uint64_t threads)
+  // One of `threads`, for turns of `together` chunks of up to `symbols` elements. std::bad_alloc where there
+  // is no memory for one.
+  Kept(uint64_t symbols, int width, uint64_t threads, uint64_t together)
       : symbols_(symbols),
         width_(width),
-        most_(std::max<uint64_t>(1, kMostBytes / (threads * symbols * width))) {
+        together_(together),
+        most_(std::max<uint64_t>(1, kMostBytes / (threads * together * symbols * width))) {
     free_.reserve(most_ + 1);
     free_.push_back(fresh());
   }
 
-  bool empty() const { return chunks_.empty(); }
-  const Chunk& oldest() const { return chunks_.front(); }
-  EncoderScratch& next() { return *free_.back(); }
+  bool empty() const { return turns_.empty(); }
+  const Turn& oldest() const { return turns_.front(); }
+  EncoderScratch* next() { return free_.back().get(); }
 
-  // The chunk in next() is number i; then there is no next() before make_room() or drop_oldest().
+  // What is in next() is of turn i; then there is no next() before make_room() or drop_oldest().
   void keep(uint64_t i) {
-    chunks_.push_back({i, std::move(free_.back())});
+    turns_.push_back({i, std::move(free_.back())});
     free_.pop_back();
   }
   // False where there is no memory for a next one before the oldest is dropped; no error, since others may
   // wait for this thread's chunks.
   bool make_room() {
-    if (free_.empty() && chunks_.size() <= most_) try {
+    if (free_.empty() && turns_.size() <= most_) try {
         free_.push_back(fresh());
       } catch (const std::bad_alloc&) {
       }
     return !free_.empty();
   }
   void drop_oldest() {
-    free_.push_back(std::move(chunks_.front().coded));
-    chunks_.pop_front();
+    free_.push_back(std::move(turns_.front().coded));
+    turns_.pop_front();
   }
 
  private:
   static constexpr uint64_t kMostBytes = uint64_t(16)
                                          << 20;  // of all threads' elements: of two, six milliseconds' work
 
-  std::unique_ptr<EncoderScratch> fresh() const {
-    auto scratch = std::make_unique<EncoderScratch>();
-    scratch->reserve(symbols_, width_);
+  std::unique_ptr<EncoderScratch[]> fresh() const {
+    std::unique_ptr<EncoderScratch[]> scratch(new EncoderScratch[together_]);
+    for (uint64_t k = 0; k < together_; ++k) scratch[k].reserve(symbols_, width_);
     return scratch;
   }
 
   uint64_t symbols_;
   int width_;
-  uint64_t most_;
-  std::vector<std::unique_ptr<EncoderScratch>> free_;
-  std::deque<Chunk> chunks_;
+  uint64_t together_, most_;
+  std::vector<std::unique_ptr<EncoderScratch[]>> free_;
+  std::deque<Turn> turns_;
 };
 
 }  // namespace gaugekit::rans

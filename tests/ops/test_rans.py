@@ -116,6 +116,28 @@ def test_two_chunks_at_a_time(one_thread, dtype, symbols, of_first):
         check_all_paths(torch.cat(parts), symbols, with_oracle=False)
 
 
+def with_exponents(exponents: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """bfloat16 numbers with these exponents, 0 to 255, in any order, and mantissas and signs of any kind."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = exponents[torch.randperm(len(exponents), generator=generator)]
+    rest = torch.randint(0, 128, exponents.shape, generator=generator)
+    return (exponents * 128 + rest).to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.mark.skipif(not VBMI2, reason="waits for a processor with AVX512-VBMI2")
+def test_two_chunks_are_coded_at_a_time(one_thread):
+    """Of each kind that tables can be: indices by the symbols' low bits or not, few breaks in the cells or many."""
+    n, generator = 16384, torch.Generator().manual_seed(3)
+    consecutive = 100 + torch.randint(0, 32, (n,), generator=generator)  # steps that spill more than 16 words
+    same_low_bits = 32 * torch.randint(0, 8, (n,), generator=generator) + 3
+    outliers = torch.where(torch.arange(n) % 500 == 0, torch.arange(n) // 500 % 256, consecutive % 20 + 90)
+    tiny = (-torch.log2(torch.rand(n, generator=generator) + 1e-9)).long() + 60
+    kinds = [with_exponents(k) for k in (consecutive, same_low_bits, outliers, tiny)]
+    for first in kinds:
+        for second in (*kinds, kinds[0][:9000], kinds[3][:1024]):
+            check_all_paths(torch.cat([first, second]), "exponent", with_oracle=False)
+
+
 @pytest.mark.skipif(not VBMI2, reason="waits for a processor with AVX512-VBMI2")
 def test_of_two_chunks_the_first_error_is_told(one_thread):
     tensor = normal(16384 * 3, torch.bfloat16)
