@@ -24,6 +24,10 @@ constexpr int64_t LINE_BYTES = 64;
 // cache, for few from memory, and sooner.
 constexpr int64_t ahead(int rows) { return rows >= 4 ? 12 : 48; }
 
+// So many products are added up one after another, then their sum to those before: one chain of all of them
+// would round several times as coarsely.
+constexpr int64_t SPAN = 128;
+
 template <class S>
 struct GaugeHead {
   const S* x;                          // [rows, inputs], rows x_row apart
@@ -37,38 +41,87 @@ struct GaugeHead {
   const S* next;  // F of the piece after this one: fetched meanwhile
 };
 
-// Columns [column, column + NV W) of MR rows; line[m] is row m of x.
-template <int W, int MR, int NV, class S>
-GAUGEKIT_INLINE void gauge_tile(const GaugeHead<S>& f, const accumulator<S>* const (&line)[MR], S* out,
-                                int64_t column) {
+// A tile of MR rows by NV registers. Few rows add up several terms at once, or each would wait for the one
+// before.
+template <class S, int W, int MR, int NV>
+struct GaugeTile {
   using A = accumulator<S>;
-  Vector<A, W> sum[MR][NV] = {};
-  const S* b = f.free + column;
-  // What is written last is fetched first: stores that wait for their lines would hold up the next tile.
+  using Sums = Vector<A, W>[MR][NV];
+  static constexpr int TERMS = MR == 1 ? 4 : MR == 2 ? 2 : 1;
+
+  const GaugeHead<S>& f;
+  const A* const (&line)[MR];  // row m of x
+  int64_t column;
+
+  // Adds x[., others[p]] F[p, .] for `terms` p from the given one on, each to sums of its own.
+  template <int terms>
+  GAUGEKIT_INLINE void add(int64_t p, Sums* sums) const {
+#pragma GCC unroll 4
+    for (int t = 0; t < terms; ++t) {
+      const S* b = f.free + (p + t) * f.width + column;
+      const int64_t i = f.others[p + t];
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) __builtin_prefetch(out + m * f.out_row + column, 1);
-  for (int64_t p = 0; p < f.depth; ++p, b += f.width) {
-    const int64_t i = f.others[p];
+      for (int64_t at = 0; at < (MR >= 4 ? 1 : NV * W); at += LINE_BYTES / sizeof(S))
+        __builtin_prefetch(b + ahead(MR) * f.width + at);
+      Vector<A, W> right[NV];
 #pragma GCC unroll 8
-    for (int64_t at = 0; at < (MR >= 4 ? 1 : NV * W); at += LINE_BYTES / sizeof(S))
-      __builtin_prefetch(b + ahead(MR) * f.width + at);
-    Vector<A, W> right[NV];
+      for (int n = 0; n < NV; ++n) right[n] = load<W>(b + n * W, W);
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) right[n] = load<W>(b + n * W, W);
+      for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; ++n) sums[t][m][n] += line[m][i] * right[n];
+    }
+  }
+
+  // The products of p from `begin` to `end`.
+  GAUGEKIT_INLINE void multiply(int64_t begin, int64_t end, Sums& sum) const {
+    Sums sums[TERMS] = {};
+    int64_t p = begin;
+    for (; p + TERMS <= end; p += TERMS) add<TERMS>(p, sums);
+    for (; TERMS > 1 && p < end; ++p) add<1>(p, sums);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) sum[m][n] += line[m][i] * right[n];
+      for (int n = 0; n < NV; ++n) {
+        sum[m][n] = sums[0][m][n];
+#pragma GCC unroll 4
+        for (int t = 1; t < TERMS; ++t) sum[m][n] += sums[t][m][n];
+      }
   }
+
+  // The head's own inputs and its bias: what the products are added to.
+  GAUGEKIT_INLINE Vector<A, W> start(int m, int n) const {
+    const int64_t first = column + n * W;
+    Vector<A, W> own;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) own[lane] = line[m][f.own[first + lane]];
+    return f.bias ? own + load<W>(f.bias + first, W) : own;
+  }
+};
+
+// Columns [column, column + NV W) of MR rows.
+template <int W, int MR, int NV, class S>
+GAUGEKIT_INLINE void gauge_tile(const GaugeHead<S>& f, const accumulator<S>* const (&line)[MR], S* out,
+                                int64_t column) {
+  using Tile = GaugeTile<S, W, MR, NV>;
+  const Tile tile{f, line, column};
+  typename Tile::Sums before = {}, sum;  // of whole spans, in memory: the registers are full
+  // What is written last is fetched first: stores that wait for their lines would hold up the next tile.
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) __builtin_prefetch(out + m * f.out_row + column, 1);
+  int64_t begin = 0;
+  for (; begin + SPAN < f.depth; begin += SPAN) {
+    tile.multiply(begin, begin + SPAN, sum);
+    for (int m = 0; m < MR; ++m)
+      for (int n = 0; n < NV; ++n) before[m][n] += sum[m][n];
+  }
+  tile.multiply(begin, f.depth, sum);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) {
-      Vector<A, W> start;
-#pragma GCC unroll 16
-      for (int lane = 0; lane < W; ++lane) start[lane] = line[m][f.own[column + n * W + lane]];
-      if (f.bias) start += load<W>(f.bias + column + n * W, W);
-      store<W>(out + m * f.out_row + column + n * W, sum[m][n] + start, W);
+      const auto all = before[m][n] + sum[m][n];
+      store<W>(out + m * f.out_row + column + n * W, all + tile.start(m, n), W);
     }
 }
 
