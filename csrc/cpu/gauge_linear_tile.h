@@ -41,25 +41,22 @@ struct GaugeHead {
   const S* next;  // F of the piece after this one: fetched meanwhile
 };
 
-// A tile of MR rows by NV registers. Few rows add up several terms at once, or each would wait for the one
-// before.
+// A tile of MR rows by NV registers.
 template <class S, int W, int MR, int NV>
 struct GaugeTile {
   using A = accumulator<S>;
   using Sums = Vector<A, W>[MR][NV];
-  static constexpr int TERMS = MR == 1 ? 4 : MR == 2 ? 2 : 1;
 
   const GaugeHead<S>& f;
   const A* const (&line)[MR];  // row m of x
   int64_t column;
 
-  // Adds x[., others[p]] F[p, .] for `terms` p from the given one on, each to sums of its own.
-  template <int terms>
-  GAUGEKIT_INLINE void add(int64_t p, Sums* sums) const {
-#pragma GCC unroll 4
-    for (int t = 0; t < terms; ++t) {
-      const S* b = f.free + (p + t) * f.width + column;
-      const int64_t i = f.others[p + t];
+  // The products of p from `begin` to `end`.
+  GAUGEKIT_INLINE void multiply(int64_t begin, int64_t end, Sums& sums) const {
+    Sums sum = {};  // in registers, unlike what is handed over
+    const S* b = f.free + begin * f.width + column;
+    for (int64_t p = begin; p < end; ++p, b += f.width) {
+      const int64_t i = f.others[p];
 #pragma GCC unroll 8
       for (int64_t at = 0; at < (MR >= 4 ? 1 : NV * W); at += LINE_BYTES / sizeof(S))
         __builtin_prefetch(b + ahead(MR) * f.width + at);
@@ -69,24 +66,12 @@ struct GaugeTile {
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) sums[t][m][n] += line[m][i] * right[n];
+        for (int n = 0; n < NV; ++n) sum[m][n] += line[m][i] * right[n];
     }
-  }
-
-  // The products of p from `begin` to `end`.
-  GAUGEKIT_INLINE void multiply(int64_t begin, int64_t end, Sums& sum) const {
-    Sums sums[TERMS] = {};
-    int64_t p = begin;
-    for (; p + TERMS <= end; p += TERMS) add<TERMS>(p, sums);
-    for (; TERMS > 1 && p < end; ++p) add<1>(p, sums);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) {
-        sum[m][n] = sums[0][m][n];
-#pragma GCC unroll 4
-        for (int t = 1; t < TERMS; ++t) sum[m][n] += sums[t][m][n];
-      }
+      for (int n = 0; n < NV; ++n) sums[m][n] = sum[m][n];
   }
 
   // The head's own inputs and its bias: what the products are added to.
