@@ -74,20 +74,31 @@ class StreamSymmetry(ABC):
         return element
 
 
-def stream_of(model: nn.Module) -> StreamView:
-    """The stream of a live transformers model, float64; ValueError, with the reason, where its family has no view."""
+def streams_of(model: nn.Module) -> tuple[StreamView, ...]:
+    """The streams of a live transformers model, float64; ValueError, with the reason, where its family has no view."""
     live = Live(model)
-    stream = live.family.stream()
+    streams = live.family.streams()
     tensors = {
         name: parameter.detach().to("cpu", torch.float64, copy=True)
         for name, parameter in model.named_parameters()
     }
-    return StreamView.of(stream, live.prefix, tensors, hasattr(model, stream.head))
+    modules = {name for name, _ in model.named_modules()}
+    return tuple(
+        StreamView.of(stream, live.prefix, tensors, stream.head in modules, live=True) for stream in streams
+    )
+
+
+def stream_of(model: nn.Module) -> StreamView:
+    """The stream of a live model that has one; ValueError, beside ``streams_of``'s, where it has several."""
+    views = streams_of(model)
+    if len(views) > 1:
+        raise ValueError(f"model: expected one stream, got {len(views)}; symmetry.streams_of gives them all")
+    return views[0]
 
 
 def put_stream(model: nn.Module, view: StreamView) -> None:
     """Copies the tensors of a view into the live model it was taken of, rounded to its dtype."""
-    prefix, own = Live(model).prefix, f"{view.stream.head}."
+    prefix, own = Live(model).prefix, tuple(f"{head}." for head in view.heads)
     for name, tensor in view.tensors.items():
         stored = name if name.startswith(own) else prefix + name
         model.get_parameter(stored).data.copy_(tensor)
