@@ -80,9 +80,9 @@ class Stream:
     Of some families alone: ``norm`` is None where the last norm is that of a junction; ``tables`` are names of other
     tensors [..., D] in the first sum, ``patches`` is the convolution in it, ``entries`` are norms that it goes through
     before layer 0, ``exchanges`` what may go from one of its terms to another beside tokens and positions. ``heads``
-    read what ``head`` reads. ``parts`` are readers that are no modules, by the paths they go by here. A norm multiplies
-    by its weight and ``offset``. ``unturned`` says why no rotation passes. ``raw``: without its head, a model
-    gives the stream as it is before the last norm.
+    read what ``head`` reads, each ``reads`` tokens at once. ``parts`` are readers that are no modules, by the paths
+    they go by here. A norm multiplies by its weight and ``offset``. ``unturned`` says why no rotation passes. ``raw``:
+    without its head, a model gives the stream as it is before the last norm.
     """
 
     size: int
@@ -101,6 +101,7 @@ class Stream:
     entries: tuple[str, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     heads: tuple[str, ...] = ()
+    reads: int = 1
     parts: Mapping[str, Part] = field(default_factory=dict)
     offset: float = 0.0
     unturned: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,7 +41,7 @@ class StreamView:
         """
         if stream.norm is None:
             return cls(stream, _taken(stream, prefix, tensors), "inner")
-        if live and f"{stream.head}.weight" in tensors:
+        if live and cls.has_head(stream, tensors):
             stream = replace(
                 stream, tied=False
             )  # whatever the config says: transformers unties what files hold apart
@@ -60,6 +60,12 @@ class StreamView:
         if stream.tied:
             taken.pop(f"{stream.head}.weight", None)  # a file may hold the table twice
         return cls(stream, taken, "tied" if stream.tied else "own")
+
+    @staticmethod
+    def has_head(stream: Stream, names: Container[str]) -> bool:
+        """Whether a model with tensors of these ``names`` has a head of its own."""
+        part = stream.parts.get(stream.head) if stream.head else None
+        return (part.weight if part else f"{stream.head}.weight") in names
 
     @property
     def norms(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -137,7 +143,7 @@ class StreamView:
         if self.head == "tied":
             return "its head shares the table of embeddings, and no two gains of its last norm agree"
         if self.kept:
-            return "norms whose gains stand on the stream itself have no two that agree"
+            return "it takes channels of the same gain in each norm that stands on the stream itself"
         return None
 
     def read(self, name: str) -> Tensor | None:
@@ -188,12 +194,12 @@ class StreamView:
 
 
 def _classifiers(stream: Stream, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The modules that make a classifier's scores of the stream, by their matrices [labels, D or n·D]."""
+    """The modules that make a classifier's scores of the stream, by their matrices [labels, n·D]."""
     weights = {path: tensors.get(f"{path}.weight") for path in CLASSIFIERS}
     return tuple(
         path
         for path, weight in weights.items()
-        if weight is not None and weight.dim() == 2 and weight.shape[1] % stream.size == 0
+        if weight is not None and weight.dim() == 2 and weight.shape[1] == stream.reads * stream.size
     )
 
 
