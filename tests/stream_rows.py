@@ -22,13 +22,16 @@ WHISPER = dict(
 )  # fmt: skip
 TOWER = dict(hidden_size=4, num_attention_heads=2, num_hidden_layers=2, intermediate_size=3)
 IMAGE = dict(TOWER, image_size=4, patch_size=2, num_channels=1)
-LABELS = dict(IMAGE, num_labels=3)  # four patches of four numbers each
+LABELS = dict(
+    IMAGE, num_labels=3, layer_norm_eps=1e-3
+)  # four patches of four numbers; a length that can be seen
 DINO = dict(LABELS, mlp_ratio=1)
 TEXT = dict(TOWER, vocab_size=13, max_position_embeddings=6, bos_token_id=0, eos_token_id=12)
 BOTH = dict(text_config=TEXT, vision_config=IMAGE, projection_dim=3)
 GEMMA = dict(
-    {**TOWER, "num_hidden_layers": 1}, vocab_size=11, bos_token_id=0, eos_token_id=1, pad_token_id=None, num_key_value_heads=1, head_dim=2,
-    query_pre_attn_scalar=2, rope_parameters={"rope_type": "default", "rope_theta": 10.0},
+    {**TOWER, "num_hidden_layers": 1}, vocab_size=11, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    num_key_value_heads=1, head_dim=2, query_pre_attn_scalar=2,
+    rope_parameters={"rope_type": "default", "rope_theta": 10.0},
 )  # fmt: skip
 GEMMA_3 = {k: v for k, v in GEMMA.items() if k != "rope_parameters"}
 OLMO = {k: v for k, v in GEMMA.items() if k not in ("head_dim", "query_pre_attn_scalar")}
@@ -59,7 +62,8 @@ MODELS = {
     "whisper": (
         "WhisperForConditionalGeneration", "WhisperConfig", WHISPER,
         {"value_output": 24, "query_key": 24, "value_bias": 12},
-        [{**IN_WHISPER, "stream_means": 5 + WRITES + READS + 8}, {**IN_WHISPER, "stream_means": 6 + 5 + WRITES + READS + 4}],
+        [{**IN_WHISPER, "stream_means": 5 + WRITES + READS + 8},
+         {**IN_WHISPER, "stream_means": 6 + 5 + WRITES + READS + 4}],
     ),
     "whisper's encoder": (
         "WhisperForAudioClassification", "WhisperConfig", WHISPER,
@@ -174,7 +178,9 @@ def inputs(model, rows=40):
     elif "CLIP" in kind or "Siglip" in kind:
         text = ids(12)
         text[torch.arange(rows), torch.randint(3, 6, (rows,), generator=generator)] = 12  # where a text ends
-        read = {"input_ids": text} | ({"pixel_values": normal(1, 4, 4)} if hasattr(model, "vision_model") else {})
+        read = {"input_ids": text} | (
+            {"pixel_values": normal(1, 4, 4)} if hasattr(model, "vision_model") else {}
+        )
     else:
         read = {"input_ids": ids(config.vocab_size)}
     if kind.endswith("ConditionalGeneration"):

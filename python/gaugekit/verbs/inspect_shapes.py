@@ -165,7 +165,9 @@ def _streams(
     views = []
     try:
         for stream in layers.family.streams():
-            headed = StreamView.has_head(stream, tensors) or of_file if live is None else stream.head in modules
+            headed = (
+                StreamView.has_head(stream, tensors) or of_file if live is None else stream.head in modules
+            )
             views.append(StreamView.of(stream, layers.prefix, tensors, headed, live=live is not None))
     except ValueError as odd:
         reason = str(odd).removeprefix("model_type: ").removeprefix("model: ")
