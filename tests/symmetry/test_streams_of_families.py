@@ -112,7 +112,7 @@ def test_fix_is_one_point_of_the_orbit(name, index, group):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "t5, untied"])
 def test_a_config_a_file_and_a_live_model_count_the_same(name, tmp_path):
-    """Files of vision transformers name their tensors otherwise; a config has no gains, nor have two random ones one."""
+    """Files of vision transformers name their tensors otherwise. A config has no gains, and no two drawn here agree."""
     model = build(name)
     model.save_pretrained(tmp_path)
     *_, attention, streams = MODELS[name]
