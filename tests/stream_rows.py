@@ -20,6 +20,11 @@ WHISPER = dict(
     encoder_ffn_dim=3, decoder_ffn_dim=3, num_mel_bins=2, max_source_positions=5, max_target_positions=6,
     begin_suppress_tokens=None, suppress_tokens=None, classifier_proj_size=3, num_labels=5,
 )  # fmt: skip
+BART = dict(
+    TOKENS, d_model=4, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=3, decoder_ffn_dim=3, max_position_embeddings=6, activation_function="gelu",
+    scale_embedding=False,
+)  # fmt: skip
 TOWER = dict(hidden_size=4, num_attention_heads=2, num_hidden_layers=2, intermediate_size=3)
 IMAGE = dict(TOWER, image_size=4, patch_size=2, num_channels=1)
 LABELS = dict(
@@ -43,6 +48,9 @@ IN_WHISPER = {"norm_gains": 3 * 4, "norm_biases": 3 * 4}
 WRITES, READS = 5 + 4, 12 + 3
 PICTURE = {"norm_gains": 5 * 4, "norm_biases": 5 * 4, "stream_rotation": 3}
 PROJECTED = {"norm_gains": 5 * 4, "norm_biases": 4 * 4, "stream_offsets": 3}
+IN_BART = {"norm_gains": 6 * 4, "norm_biases": 6 * 4}
+KIN = 2 * (WRITES + READS) + 5 + 4 + 8  # of cross-attention a writer, a query, keys and values
+EVERY = {group: 3 * size for group, size in ALL.items()}
 TWO = 2 * (WRITES + READS)
 TWICE = {group: 2 * size for group, size in ALL.items()}
 # name: (model, config, sizes, the groups of all attention together, those of each stream)
@@ -64,6 +72,21 @@ MODELS = {
         {"value_output": 24, "query_key": 24, "value_bias": 12},
         [{**IN_WHISPER, "stream_means": 5 + WRITES + READS + 8},
          {**IN_WHISPER, "stream_means": 6 + 5 + WRITES + READS + 4}],
+    ),
+    # tied; positions of both sides, in mBART two more a side; a mean of each first norm's bias
+    "blenderbot": (
+        "BlenderbotForConditionalGeneration", "BlenderbotConfig", BART, EVERY, [{**IN_BART, "stream_means": 12 + KIN}],
+    ),
+    "blenderbot, bare": (
+        "BlenderbotModel", "BlenderbotConfig", BART, EVERY,
+        [{**IN_BART, "stream_means": 13 + 12 + KIN, "stream_offsets": 3}],
+    ),
+    "pegasus": (
+        "PegasusForConditionalGeneration", "PegasusConfig", BART, EVERY, [{**IN_BART, "stream_means": 12 + KIN}],
+    ),
+    "m2m_100": ("M2M100ForConditionalGeneration", "M2M100Config", BART, EVERY, [{**IN_BART, "stream_means": KIN}]),
+    "mbart": (
+        "MBartForConditionalGeneration", "MBartConfig", BART, EVERY, [{**IN_BART, "stream_means": 16 + 2 + KIN}],
     ),
     "whisper's encoder": (
         "WhisperForAudioClassification", "WhisperConfig", WHISPER,
@@ -183,12 +206,12 @@ def inputs(model, rows=40):
         )
     else:
         read = {"input_ids": ids(config.vocab_size)}
-    if kind.endswith("ConditionalGeneration"):
+    if kind.endswith(("ConditionalGeneration", "BlenderbotModel")):
         read["decoder_input_ids"] = ids(config.vocab_size)
     return read
 
 
 def output(answer):
-    """Logits, or what a tower projects."""
-    names = ("logits", "logits_per_image", "image_embeds", "text_embeds")
+    """Logits, what a tower projects, or the last hidden states."""
+    names = ("logits", "logits_per_image", "image_embeds", "text_embeds", "last_hidden_state")
     return next(answer[name] for name in names if name in answer)

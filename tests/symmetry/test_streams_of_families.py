@@ -21,10 +21,10 @@ TOWERS = (
 # positions have; two matrices in a row; the biases of two classifiers whose mean is taken; a token for masks, its mean
 # aside; a pooling that a classifier passes by; of a projection without a bias, the last norm's in the direction that
 # LayerNorms do not see. CLIP's first norm has one number more: of the gains g whose P diag(g) P has the same singular
-# values, P what takes the mean off, there is a curve
+# values, P what takes the mean off, there is a curve. mBART has two positions more a side than a text fills
 BESIDE = {
     "t5": 6, "t5, untied": 6, "mt5": 6, "umt5": 6, "t5's encoder": 4, "whisper's encoder": 12, "deit": 3, "dinov2": 3,
-    "dinov2, registers": 3, "siglip's images": 123, "clip's images": 4 + 1, "clip's text": 4,
+    "dinov2, registers": 3, "siglip's images": 123, "clip's images": 4 + 1, "clip's text": 4, "mbart": 4 * 3,
 }  # fmt: skip
 ACTING = [(m, i, g) for m, (*_, views) in MODELS.items() for i, groups in enumerate(views) for g in groups]
 

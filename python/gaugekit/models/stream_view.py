@@ -113,10 +113,11 @@ class StreamView:
     @property
     def exchanges(self) -> list[Exchange]:
         """Where a constant may go from one term of a sum to another."""
-        stream, tied = self.stream, self.head == "tied"
-        pairs = list(stream.exchanges)
-        if stream.tokens and stream.positions and not tied:
+        stream, pairs = self.stream, list(self.stream.exchanges)
+        if stream.tokens and stream.positions:
             pairs.append(Exchange((f"{stream.positions}.weight",), f"{stream.tokens}.weight"))
+        if self.head == "tied":  # a head shows what its table takes up
+            pairs = [pair for pair in pairs if pair.taker != f"{stream.tokens}.weight"]
         for junction in self.junctions:
             biases = [f"{path}.bias" for path in junction.writers if self.read(f"{path}.bias") is not None]
             pairs += [Exchange((bias,), biases[-1]) for bias in biases[:-1]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gaugekit.models.encoder_decoders.stacks import EncoderDecoder, Stack
 from gaugekit.models.family import Read
-from gaugekit.models.stream import Junction, Mlp, Stream
+from gaugekit.models.stream import Exchange, Junction, Mlp, Stream
 from gaugekit.models.view import AttentionView
 
 NAMES = (
@@ -20,6 +20,7 @@ NAMES = (
 )
 UNBIASED = {"whisper": "k"}  # the parts without a bias
 POST_NORM = ("bart", "marian", "blenderbot-small", "plbart")  # after the sum, on the stream itself
+COMPUTED = ("m2m_100",)  # positions
 PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
 
@@ -89,7 +90,7 @@ class Bart(EncoderDecoder):
                 "leave them, and no rotation passes them"
             )
         if self.name != "whisper":
-            return super().streams()
+            return (self._joint_stream(),) if self.decodes else super().streams()
         if self.decodes:
             return self._stream("encoder"), self._stream("decoder")
         if self.config.get("use_weighted_layer_sum"):
@@ -115,4 +116,31 @@ class Bart(EncoderDecoder):
             unturned="a GELU stands before the encoder's stream, which no rotation passes"
             if encodes
             else None,
+        )
+
+    def _joint_stream(self) -> Stream:
+        """One: the encoder's and the decoder's begin in the same table. mBART's go through a norm before the blocks."""
+        sides = ("encoder", "decoder")
+        tables = () if self.name in COMPUTED else tuple(f"{side}.embed_positions.weight" for side in sides)
+        constants = bool(tables) and not self.config.get(
+            "scale_embedding"
+        )  # where tokens are added as they stand
+        return Stream(
+            size=self.config["d_model"],
+            junctions=(
+                *self.junctions("encoder"),
+                self.memory("encoder.layer_norm"),
+                *self.junctions("decoder", "cross"),
+            ),
+            tokens="shared",
+            positions=None,
+            norm="decoder.layer_norm",
+            head="lm_head",
+            tied=bool(self.config.get("tie_word_embeddings", True)),
+            eps=1e-5,
+            centred=True,
+            tables=tables,
+            entries=tuple(f"{side}.layernorm_embedding" for side in sides) if self.name == "mbart" else (),
+            exchanges=(Exchange(tables, "shared.weight"),) if constants else (),
+            unturned=None if tables else "its positions are sines that no tensor holds",
         )
