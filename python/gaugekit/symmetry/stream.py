@@ -10,11 +10,17 @@ the model's logits do not move under
   write to the stream side by side
 - stream_rotation: x → x Q with Q in O(D), or in O(D − 1), what leaves 1ᵀ alone, where norms subtract the mean
 - neuron_scales: a hidden unit's way in times s, its way out times 1/s, where the MLP is gated or f(s x) = s f(x), s > 0
+- layer_scales: where diag(λ) multiplies what W adds to the stream, λ → λ ⊙ s and W → diag(1/s) W
 
 A head that shares the table of embeddings is turned with it, and its last norm's gain stands between the two: a
 rotation then has to leave that gain alone, which is possible only among channels of the same gain. So is a model whose
-stream is its output: there everyone sees the last norm. Models that put their norms on the stream itself, after the sum
-(BERT), have none of these: the skip carries g ⊙ n(x) + β on, so no gain can leave the norm and no rotation passes it.
+stream is its output: there everyone sees the last norm. So is one with a norm behind a part or before the first block,
+whose answer is added as it is: n(u) diag(g) Q is n(u Q) diag(g) for such a Q alone. Models that put their norms on the
+stream itself, after the sum (BERT), have none of these: the skip carries g ⊙ n(x) + β on, so no gain can leave the norm
+and no rotation passes it.
+
+A model may have several streams, which share no tensor (``streams_of``). The end of an encoder's is read by the
+decoder's keys and values. A bias that keys lack they need not have: what β adds to all of them, softmax does not see.
 """
 
 from __future__ import annotations
