@@ -5,9 +5,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from gaugekit.models import FAMILIES, family  # noqa: E402
+from gaugekit.models import FAMILIES, Live, family  # noqa: E402
 from sliceable import FAMILIES as SLICEABLE  # noqa: E402
 from sliceable import build, exact, ids  # noqa: E402
+from stream_rows import MODELS, Offset  # noqa: E402
+from stream_rows import build as build_row  # noqa: E402
 
 KINDS = {SLICEABLE[name][0].lower() for name in SLICEABLE}
 
@@ -102,10 +104,29 @@ def test_a_family_whose_stream_is_not_sliced_says_why(kind):
     with pytest.raises(ValueError, match=reason):
         adapter.stream()
     if kind in TURNED:
-        assert all(stream.size == adapter.streams()[0].size or "clip" in kind for stream in adapter.streams())
+        assert len(adapter.streams()) == (2 if kind in ("whisper", "clip", "siglip") else 1)
         return
     reason = (
         "put their norms on the stream itself" if kind in POST_NORM else "has no view yet|cannot be sliced"
     )
     with pytest.raises(ValueError, match=reason):
         adapter.streams()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_view_of_another_family_says_of_its_norms_is_so(name):
+    model = build_row(name)
+    live = Live(model)
+    for stream in live.family.streams():
+        junctions = [junction for junctions in stream.junctions for junction in junctions]
+        norms = {*stream.entries, stream.norm, *(n for j in junctions for n in (j.norm, j.after))} - {None}
+        for norm in (model.get_submodule(live.prefix + path) for path in norms):
+            assert isinstance(norm, torch.nn.LayerNorm) is stream.centred
+            assert stream.eps == norm.eps
+            assert stream.offset == (1.0 if isinstance(norm, Offset) else 0.0)
+
+
+def test_a_backbone_that_shows_its_stream_has_no_view():
+    config = transformers.Dinov2Config(apply_layernorm=False).to_dict()
+    with pytest.raises(ValueError, match="apply_layernorm: expected true, got false"):
+        family(config).streams()
