@@ -42,9 +42,8 @@ class StreamView:
         if stream.norm is None:
             return cls(stream, _taken(stream, prefix, tensors), "inner")
         if live and cls.has_head(stream, tensors):
-            stream = replace(
-                stream, tied=False
-            )  # whatever the config says: transformers unties what files hold apart
+            # Whatever the config says: transformers unties what a file holds apart.
+            stream = replace(stream, tied=False)
         classifiers = () if headed else _classifiers(stream, tensors)
         if not headed and stream.raw:
             raise ValueError(

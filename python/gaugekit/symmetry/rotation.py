@@ -139,9 +139,8 @@ class StreamRotation(StreamSymmetry):
             return [torch.tensor([channel]) for channel in range(size)]
         gains = [view.gain(norm) for norm, _ in view.norms]
         gains += [view.tensors[scale] for _, scale in view.writers if scale is not None]
-        marks = [
-            (gain == 0).double() for gain in gains if not gain.is_meta
-        ]  # where only shapes are known, none is 0
+        # Where only shapes are known, none is 0.
+        marks = [(gain == 0).double() for gain in gains if not gain.is_meta]
         marks += [gain.double() for gain in kept]
         if not marks:
             return [torch.arange(size)]

@@ -20,6 +20,7 @@ NAMES = (
 )
 UNBIASED = {"whisper": "k"}  # the parts without a bias
 POST_NORM = ("bart", "marian", "blenderbot-small", "plbart")  # after the sum, on the stream itself
+GELU = "a GELU stands before the encoder's stream, which no rotation passes"
 COMPUTED = ("m2m_100",)  # positions
 PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
@@ -113,18 +114,15 @@ class Bart(EncoderDecoder):
             tied=not encodes and bool(self.config.get("tie_word_embeddings", True)),
             eps=1e-5,  # torch's own for a LayerNorm
             centred=True,
-            unturned="a GELU stands before the encoder's stream, which no rotation passes"
-            if encodes
-            else None,
+            unturned=GELU if encodes else None,
         )
 
     def _joint_stream(self) -> Stream:
         """One: the encoder's and the decoder's begin in the same table. mBART's go through a norm before the blocks."""
         sides = ("encoder", "decoder")
         tables = () if self.name in COMPUTED else tuple(f"{side}.embed_positions.weight" for side in sides)
-        constants = bool(tables) and not self.config.get(
-            "scale_embedding"
-        )  # where tokens are added as they stand
+        # A constant goes from positions to tokens as it is only where tokens are added as they stand.
+        constants = bool(tables) and not self.config.get("scale_embedding")
         return Stream(
             size=self.config["d_model"],
             junctions=(
