@@ -32,6 +32,7 @@ ROWS = {
     "norm_gains": "gains of norms, `norm_gains`",
     "norm_biases": "biases of norms, `norm_biases`",
     "stream_means": "means of the stream, `stream_means`",
+    "stream_offsets": "constants in two places, `stream_offsets`",
     "stream_rotation": "basis of the stream, `stream_rotation`",
     "neuron_scales": "hidden units, `neuron_scales`",
 }

@@ -90,6 +90,40 @@ def test_counts_of_llamas_are_the_formulas(reports, name):
     assert any("tied" in note or "shares the table" in note for note in reports[name].notes) is tied
 
 
+def test_counts_of_a_vision_transformer_and_of_two_stacks_are_the_formulas(reports):
+    """DeiT-tiny: a class token, 196 patches, 1,000 labels. Whisper-tiny: two streams, keys without a bias, the
+    encoder's last norm read by keys and values of four blocks; its basis stays, one behind a GELU, one tied."""
+    deit, whisper = config("deit-tiny"), config("whisper-tiny")
+    size, layers, hidden = deit["hidden_size"], deit["num_hidden_layers"], deit["intermediate_size"]
+    patch = deit["patch_size"] ** 2 * deit["num_channels"] + 1
+    width = size // deit["num_attention_heads"]
+    assert unobservable(reports["deit-tiny"]) == {
+        "value_output": layers * size * width,
+        "query_key": layers * size * width,
+        "key_bias": layers * size,
+        "value_bias": layers * size,
+        "norm_gains": (2 * layers + 1) * size,
+        "norm_biases": (2 * layers + 1) * size,
+        "stream_means": 1
+        + 197
+        + patch
+        + layers * (3 * size + hidden + size + hidden + 2)
+        + deit["num_labels"],
+        "stream_offsets": 2 * (size - 1),
+        "stream_rotation": (size - 1) * (size - 2) // 2,
+    }
+    size, layers, hidden = whisper["d_model"], whisper["encoder_layers"], whisper["encoder_ffn_dim"]
+    positions = whisper["max_source_positions"] + whisper["max_target_positions"]
+    # encoder: 3 D + M rows read, D + M and two biases write; decoder: D more of each, a bias, and 2 D read the encoder
+    rows = 2 * (3 * size + hidden + size + hidden + 2) + (size + size + 1) + 2 * size
+    counts = unobservable(reports["whisper-tiny"])
+    assert counts["norm_gains"] == counts["norm_biases"] == (2 * layers + 1 + 3 * layers) * size
+    assert counts["stream_means"] == positions + layers * rows
+    assert counts.keys() & {"stream_rotation", "stream_offsets", "neuron_scales"} == set()
+    notes = reports["whisper-tiny"].notes
+    assert any("since a GELU" in note for note in notes) and any("shares the table" in note for note in notes)
+
+
 def test_counts_that_others_published(reports):
     """GPT-2 as of van Nierop's groups of heads, biases included; Llama-2-7B and Llama-3-8B of V/O and rotary pairs."""
     assert reports["gpt2"]["removable"] == reports["bert-base"]["removable"] == 1_198_080
@@ -114,7 +148,7 @@ def test_a_config_a_file_and_a_folder_say_the_same(tmp_path, reports):
         assert gk.inspect(source).fields == reports["deit-tiny"].fields
     report = gk.inspect(tmp_path)
     assert report["layers"] == [] and report["exponent_entropy_bits"] is None
-    assert "without weights" in report.done and any("stream" in note for note in report.notes)
+    assert "without weights" in report.done and not any("stream" in note for note in report.notes)
     with pytest.raises(ValueError, match="text: expected none beside a config without weights"):
         gk.inspect(tmp_path, text=["a"])
 

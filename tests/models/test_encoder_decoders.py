@@ -93,8 +93,9 @@ def test_a_decoder_s_block_holds_two_layers():
 
 @pytest.mark.parametrize(("kind", "tables"), [("t5", 2 + 2), ("mt5", 2 + 2), ("umt5", 6)])
 def test_heads_that_share_a_bias_change_places_in_all_layers_at_once(kind, tables):
-    """One table for the encoder, one for the decoder, none in cross-attention; UMT5 has one for each layer."""
-    bits = tables * math.log2(math.factorial(3))
+    """One table for the encoder, one for the decoder, none in cross-attention; UMT5 has one for each layer. Beside
+    them, the hidden units of four MLPs."""
+    bits = tables * math.log2(math.factorial(3)) + 4 * math.log2(math.factorial(32))
     assert gk.inspect({"model_type": kind, **T5})["permutation_bits"] == pytest.approx(bits, rel=1e-12)
     if kind == "t5":
         assert gk.inspect(KIN["t5"].model())["permutation_bits"] == pytest.approx(bits, rel=1e-12)

@@ -5,9 +5,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from gaugekit.models import FAMILIES, family  # noqa: E402
+from gaugekit.models import FAMILIES, Live, family  # noqa: E402
 from sliceable import FAMILIES as SLICEABLE  # noqa: E402
 from sliceable import build, exact, ids  # noqa: E402
+from stream_rows import MODELS, Offset  # noqa: E402
+from stream_rows import build as build_row  # noqa: E402
 
 KINDS = {SLICEABLE[name][0].lower() for name in SLICEABLE}
 
@@ -81,11 +83,50 @@ def test_what_a_view_says_of_norms_and_ends_is_so(name):
     assert all(entry in model.config.to_dict() for entry in stream.dropouts)
 
 
+# What has streams that groups act on, though none that slicing cuts
+TURNED = {
+    "t5", "mt5", "umt5", "whisper", "vit", "deit", "dinov2", "dinov2_with_registers", "clip", "clip_text_model",
+    "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model", "gemma", "gemma2", "gemma3_text",
+    "olmo2", "olmo3", "mbart", "pegasus", "blenderbot", "m2m_100",
+}  # fmt: skip
+POST_NORM = {"bart", "marian", "blenderbot-small", "plbart"}
+
+
 @pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - KINDS))
-def test_a_family_without_a_view_says_so(kind):
-    """Norms behind the parts, experts, encoders: nobody has said how their stream turns."""
-    config = transformers.AutoConfig.for_model(kind).to_dict()
-    with pytest.raises(
-        ValueError, match=f"model_type: the residual stream of '{kind}' models has no view yet"
-    ):
-        family(config).stream()
+def test_a_family_whose_stream_is_not_sliced_says_why(kind):
+    """Norms behind the parts, images, two stacks; of experts and others nobody has said how their stream turns."""
+    adapter = family(transformers.AutoConfig.for_model(kind).to_dict())
+    reason = (
+        "model: .*cannot be sliced: "
+        if kind in TURNED | POST_NORM
+        else f"model_type: .* '{kind}' models has no view yet"
+    )
+    with pytest.raises(ValueError, match=reason):
+        adapter.stream()
+    if kind in TURNED:
+        assert len(adapter.streams()) == (2 if kind in ("whisper", "clip", "siglip") else 1)
+        return
+    reason = (
+        "put their norms on the stream itself" if kind in POST_NORM else "has no view yet|cannot be sliced"
+    )
+    with pytest.raises(ValueError, match=reason):
+        adapter.streams()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_view_of_another_family_says_of_its_norms_is_so(name):
+    model = build_row(name)
+    live = Live(model)
+    for stream in live.family.streams():
+        junctions = [junction for junctions in stream.junctions for junction in junctions]
+        norms = {*stream.entries, stream.norm, *(n for j in junctions for n in (j.norm, j.after))} - {None}
+        for norm in (model.get_submodule(live.prefix + path) for path in norms):
+            assert isinstance(norm, torch.nn.LayerNorm) is stream.centred
+            assert stream.eps == norm.eps
+            assert stream.offset == (1.0 if isinstance(norm, Offset) else 0.0)
+
+
+def test_a_backbone_that_shows_its_stream_has_no_view():
+    config = transformers.Dinov2Config(apply_layernorm=False).to_dict()
+    with pytest.raises(ValueError, match="apply_layernorm: expected true, got false"):
+        family(config).streams()

@@ -11,6 +11,7 @@ pytest.importorskip("tokenizers")
 from safetensors.torch import load_file, save_file
 
 import gaugekit as gk
+import stream_rows
 from gaugekit.calibration import streaming
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.hf import loading
@@ -283,6 +284,24 @@ def test_families_without_a_view_of_their_stream_are_refused(tmp_path):
     source, text = save("opt", tmp_path / "opt", do_layer_norm_before=False)
     with pytest.raises(ValueError, match="do_layer_norm_before: expected True, got False"):
         gk.slicing.slice(source, tmp_path / "out", calibration=text)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("t5", "a calibration runs one text through one stack"),
+        ("vit", "what begins this stream is an image"),
+        ("clip's text", "slicing takes models of language"),
+        ("olmo2", "norms over all D channels stand behind its parts"),
+        ("gemma", r"its norms multiply by 1 \+ w"),
+    ],
+)
+def test_streams_that_groups_turn_and_slicing_cannot_cut_are_refused(tmp_path, name, reason):
+    stream_rows.build(name).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("abc " * 100)
+    with pytest.raises(ValueError, match=f"cannot be sliced: .*{reason}"):
+        gk.slicing.slice(tmp_path / "model", tmp_path / "out", calibration=tmp_path / "text.txt")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("part", ["embed_tokens", "mlp.up_proj", "post_attention_layernorm"])

@@ -13,7 +13,8 @@ from gaugekit.models.decoders.fused import bloom, falcon, gpt_bigcode, gpt_neox,
 from gaugekit.models.encoder_decoders import bart, t5
 from gaugekit.models.encoders import albert, bert, clip, distilbert, modernbert, vit
 from gaugekit.models.family import Family, Read
-from gaugekit.models.stream import Junction, Mlp, Stream, StreamView
+from gaugekit.models.stream import Junction, Mlp, Stream
+from gaugekit.models.stream_view import StreamView
 from gaugekit.models.view import (
     AttentionView,
     Compact,

@@ -26,6 +26,7 @@ class Family(ABC):
     names: tuple[str, ...]  # the model types it is the adapter of
     anchor: str  # a tensor every checkpoint of the family has, at layer 0
     once = True  # whether a model runs each layer once
+    unsliced: str | None = None  # why the streams that there are cannot be sliced
 
     def __init__(self, config: dict):
         self.config = config
@@ -93,8 +94,17 @@ class Family(ABC):
         return None
 
     def stream(self) -> Stream:
-        """The residual stream of the model; ValueError, with the reason, where this house cannot turn it."""
-        raise ValueError(f"model_type: the residual stream of {self.name!r} models has no view yet")
+        """The residual stream of the model, where slicing can cut it; ValueError, with the reason, where not."""
+        raise ValueError(
+            self.unsliced or f"model_type: the residual stream of {self.name!r} models has no view yet"
+        )
+
+    def streams(self) -> tuple[Stream, ...]:
+        """All residual streams of the model, for the groups that act on them; ValueError as ``stream``'s without any.
+
+        Streams share no tensor: two that begin in one table are one.
+        """
+        return (self.stream(),)
 
     def entry(self, *names: str) -> Any:
         """The first entry of the config called so that is not null; KeyError, with the first name, without one."""

@@ -12,7 +12,7 @@ from gaugekit.symmetry.groups import (
 )
 from gaugekit.symmetry.rows import balanced, coordinates, max_volume, shared_partition
 from gaugekit.symmetry.skipless import JointBasis, absorb
-from gaugekit.symmetry.stream import StreamSymmetry, put_stream, stream_of
+from gaugekit.symmetry.stream import StreamSymmetry, put_stream, stream_of, streams_of
 
 __all__ = [
     "REMOVED",
@@ -34,4 +34,5 @@ __all__ = [
     "put_stream",
     "shared_partition",
     "stream_of",
+    "streams_of",
 ]

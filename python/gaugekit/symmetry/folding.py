@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from gaugekit.models import Mlp, StreamView
-from gaugekit.models.stream import centred, folded
+from gaugekit.models.stream import Exchange, added, centred, folded
 from gaugekit.symmetry.stream import StreamSymmetry, factors, without_mean
 
 DEGREES = {"relu": 1, "relu2": 2, "linear": 1}  # activations with f(s x) = sᵖ f(x) for s > 0: p
@@ -26,24 +26,60 @@ class NormGains(StreamSymmetry):
     def act(self, view: StreamView, element: Tensor) -> StreamView:
         pieces = self._check(view, element).split(view.stream.size)
         for (norm, readers), by in zip(view.norms, pieces, strict=True):
-            shift = view.read(f"{norm}.bias")
-            moved = {f"{norm}.weight": view.tensors[f"{norm}.weight"] * by}
-            view = view.with_tensors(moved if shift is None else moved | {f"{norm}.bias": shift * by})
-            for reader in readers:
-                weight, bias = view.linear(reader)
-                view = view.with_linear(reader, weight / by, bias)
+            view = self._moved(view, norm, readers, view.gain(norm) * by, by)
         return view
 
     def fix(self, view: StreamView) -> StreamView:
         for norm, readers in view.norms:
-            gain, shift = view.tensors[f"{norm}.weight"], view.read(f"{norm}.bias")
-            by = torch.where(gain == 0, 1.0, gain)
-            moved = {f"{norm}.weight": torch.where(gain == 0, 0.0, torch.ones_like(gain))}
-            view = view.with_tensors(moved if shift is None else moved | {f"{norm}.bias": shift / by})
-            for reader in readers:
-                weight, bias = view.linear(reader)
-                view = view.with_linear(reader, weight * by, bias)
+            gain = view.gain(norm)
+            by = 1 / torch.where(gain == 0, 1.0, gain)
+            view = self._moved(view, norm, readers, torch.where(gain == 0, 0.0, torch.ones_like(gain)), by)
         return view
+
+    @staticmethod
+    def _moved(view: StreamView, norm: str, readers: tuple[str, ...], gain: Tensor, by: Tensor) -> StreamView:
+        shift = view.read(f"{norm}.bias")
+        view = view.with_gain(norm, gain, None if shift is None else shift * by)
+        for reader in readers:
+            weight, bias = view.linear(reader)
+            view = view.with_linear(reader, weight / by, bias)
+        return view
+
+
+class LayerScales(StreamSymmetry):
+    """What multiplies all that a part adds to the stream, channel by channel. Fixed: 1, and a scale of 0 stays."""
+
+    name = "layer_scales"
+
+    def dimension(self, view: StreamView) -> int:
+        return len(self._ways(view)) * view.stream.size
+
+    def random(self, view: StreamView, generator: Generator | None = None) -> Tensor:
+        return factors(self.dimension(view), generator)
+
+    def act(self, view: StreamView, element: Tensor) -> StreamView:
+        pieces = self._check(view, element).split(view.stream.size)
+        for (path, scale), by in zip(self._ways(view), pieces, strict=True):
+            view = self._moved(view, path, scale, view.tensors[scale] * by, by)
+        return view
+
+    def fix(self, view: StreamView) -> StreamView:
+        for path, scale in self._ways(view):
+            size = view.tensors[scale]
+            by = 1 / torch.where(size == 0, 1.0, size)
+            view = self._moved(view, path, scale, torch.where(size == 0, 0.0, torch.ones_like(size)), by)
+        return view
+
+    @staticmethod
+    def _moved(view: StreamView, path: str, scale: str, size: Tensor, by: Tensor) -> StreamView:
+        weight, bias = view.linear(path)
+        view = view.with_linear(path, weight / by[:, None], None if bias is None else bias / by)
+        return view.with_tensors({scale: size})
+
+    @staticmethod
+    def _ways(view: StreamView) -> list[tuple[str, str]]:
+        """(what adds to the stream, the tensor that multiplies it)."""
+        return [(path, scale) for path, scale in view.writers if scale is not None]
 
 
 class NormBiases(StreamSymmetry):
@@ -63,7 +99,7 @@ class NormBiases(StreamSymmetry):
             view = view.with_tensors({f"{norm}.bias": view.tensors[f"{norm}.bias"] + by})
             for reader in readers:
                 weight, bias = view.linear(reader)
-                view = view.with_linear(reader, weight, bias - weight @ by)
+                view = view.with_linear(reader, weight, None if bias is None else added(bias, -weight @ by))
         return view
 
     def fix(self, view: StreamView) -> StreamView:
@@ -83,7 +119,7 @@ class NormBiases(StreamSymmetry):
             (norm, readers)
             for norm, readers in view.norms
             if view.read(f"{norm}.bias") is not None
-            and all(view.linear(path)[1] is not None for path in readers)
+            and all(path in view.keys or view.linear(path)[1] is not None for path in readers)
         ]
 
 
@@ -111,43 +147,52 @@ class StreamMeans(StreamSymmetry):
     def fix(self, view: StreamView) -> StreamView:
         for kind, path, _ in self._rows(view):
             if kind == "table":
-                by = -view.tensors[path].mean(-1)
+                by = -view.tensors[path].mean(-1).flatten()
+            elif kind == "reader":
+                by = -(view.linear(path)[0] * self._gain(view, path)).mean(-1)
             else:
                 weight, bias = view.linear(path)
-                if kind == "reader":
-                    by = -(weight * self._gain(view, path)).mean(-1)
-                else:
-                    by = -weight.mean(0) if bias is None else -torch.cat([weight.mean(0), bias.mean()[None]])
+                scale = self._scale(view, path)[:, None]
+                by = -(scale * (weight if bias is None else torch.cat([weight, bias[:, None]], 1))).mean(0)
             view = self._moved(view, kind, path, by)
         return view
 
     def _moved(self, view: StreamView, kind: str, path: str, by: Tensor) -> StreamView:
         if kind == "table":
-            return view.with_tensors({path: view.tensors[path] + by[:, None]})
+            tensor = view.tensors[path]
+            return view.with_tensors({path: tensor + by.view(*tensor.shape[:-1], 1)})
         weight, bias = view.linear(path)
         if kind == "writer":
-            inputs = weight.shape[1]
-            return view.with_linear(path, weight + by[:inputs], None if bias is None else bias + by[inputs:])
+            inputs, moved = weight.shape[1], by / self._scale(view, path)[:, None]
+            return view.with_linear(
+                path, weight + moved[:, :inputs], None if bias is None else bias + moved[:, inputs]
+            )
         gain, shift = self._gain(view, path), view.read(f"{self._norm(view, path)}.bias")
         moved = by[:, None] / gain
-        return view.with_linear(path, weight + moved, bias if shift is None else bias - moved @ shift)
+        unmoved = shift is None or bias is None
+        return view.with_linear(path, weight + moved, bias if unmoved else added(bias, -moved @ shift))
 
     def _rows(self, view: StreamView) -> list[tuple[str, str, int]]:
         """What has such a mean: ("table", "writer" or "reader", its path, how many)."""
         if not view.stream.centred:
             return []
-        rows = [("table", name, view.tensors[name].shape[0]) for name in view.tables]
-        for junction in view.junctions:
-            for path in junction.writers:
-                weight, bias = view.linear(path)
-                rows.append(("writer", path, weight.shape[1] + (bias is not None)))
+        tied = [f"{view.stream.tokens}.weight"] if view.head == "tied" else []
+        rows = [
+            ("table", name, view.tensors[name].numel() // view.stream.size)
+            for name in view.rows
+            if name not in tied
+        ]
+        for path, scale in view.writers:
+            if scale is not None and _hides(view.tensors[scale]):
+                continue  # no multiple of 1ᵀ gets through
+            weight, bias = view.linear(path)
+            rows.append(("writer", path, weight.shape[1] + (bias is not None)))
         for norm, readers in view.norms:
-            gain = view.tensors[f"{norm}.weight"]
-            if not gain.is_meta and bool((gain == 0).any()):
+            if _hides(view.gain(norm)):
                 continue  # no row of W times this gain is a multiple of 1ᵀ
             for path in readers:
                 weight, bias = view.linear(path)
-                if view.read(f"{norm}.bias") is None or bias is not None:
+                if view.read(f"{norm}.bias") is None or bias is not None or path in view.keys:
                     rows.append(("reader", path, weight.shape[0]))
         return rows
 
@@ -156,52 +201,54 @@ class StreamMeans(StreamSymmetry):
         return next(norm for norm, readers in view.norms if reader in readers)
 
     def _gain(self, view: StreamView, reader: str) -> Tensor:
-        return view.tensors[f"{self._norm(view, reader)}.weight"]
+        return view.gain(self._norm(view, reader))
+
+    @staticmethod
+    def _scale(view: StreamView, writer: str) -> Tensor:
+        scale = next(scale for path, scale in view.writers if path == writer)
+        return torch.ones(view.stream.size, dtype=torch.float64) if scale is None else view.tensors[scale]
+
+
+def _hides(gain: Tensor) -> bool:
+    """Whether some channel does not get through; where only shapes are known, none is said to."""
+    return not gain.is_meta and bool((gain == 0).any())
 
 
 class StreamOffsets(StreamSymmetry):
     """Constants that go from one term of a sum to another: the tables of embeddings, biases of parts side by side.
 
-    Where norms subtract the mean, constants without one: the rest is among ``stream_means``. Fixed: position 0, and all
-    biases but the last, are 0.
+    Where norms subtract the mean, constants without one: the rest is among ``stream_means``. Fixed: the first row of
+    what gives (position 0, a class token), and all biases but the last, are 0.
     """
 
     name = "stream_offsets"
 
     def dimension(self, view: StreamView) -> int:
-        return len(self._pairs(view)) * (view.stream.size - view.stream.centred)
+        return len(view.exchanges) * (view.stream.size - view.stream.centred)
 
     def random(self, view: StreamView, generator: Generator | None = None) -> Tensor:
         return torch.randn(self.dimension(view), dtype=torch.float64, generator=generator)
 
     def act(self, view: StreamView, element: Tensor) -> StreamView:
-        pairs = self._pairs(view)
+        pairs = view.exchanges
         pieces = self._check(view, element).view(len(pairs), -1) if pairs else self._check(view, element)
         for pair, by in zip(pairs, pieces, strict=True):
             view = self._moved(view, pair, by @ without_mean(view.stream.size) if view.stream.centred else by)
         return view
 
     def fix(self, view: StreamView) -> StreamView:
-        for pair in self._pairs(view):
-            first = view.tensors[pair[0]]
-            by = first if first.dim() == 1 else first[0]
+        for pair in view.exchanges:
+            by = view.tensors[pair.givers[0]].reshape(-1, view.stream.size)[0]
             view = self._moved(view, pair, -(centred(by) if view.stream.centred else by))
         return view
 
     @staticmethod
-    def _moved(view: StreamView, pair: tuple[str, str], by: Tensor) -> StreamView:
-        first, second = pair
-        return view.with_tensors({first: view.tensors[first] + by, second: view.tensors[second] - by})
-
-    @staticmethod
-    def _pairs(view: StreamView) -> list[tuple[str, str]]:
-        """(what loses a constant, what takes it up)."""
-        tables = view.tables
-        pairs = [(tables[1], tables[0])] if len(tables) == 2 else []
-        for junction in view.junctions:
-            biases = [f"{path}.bias" for path in junction.writers if view.read(f"{path}.bias") is not None]
-            pairs += [(bias, biases[-1]) for bias in biases[:-1]]
-        return pairs
+    def _moved(view: StreamView, pair: Exchange, by: Tensor) -> StreamView:
+        taker = view.tensors[pair.taker].clone()
+        rows = taker if taker.dim() == 1 else taker[..., pair.first : pair.end, :]
+        rows -= by
+        given = {name: view.tensors[name] + by for name in pair.givers}
+        return view.with_tensors({**given, pair.taker: taker})
 
 
 class NeuronScales(StreamSymmetry):

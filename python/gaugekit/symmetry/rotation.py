@@ -14,13 +14,15 @@ class StreamRotation(StreamSymmetry):
 
     Gains of norms stand where they are, so a reader becomes W diag(g) Q diag(1/g): fix ``norm_gains`` first where some
     are small. Channels that a gain of 0 hides turn only among each other: what reads the norm could not take them up.
+    Scales of what is added are treated likewise. Where no reader takes up a norm's gain (``StreamView.kept``), it turns
+    channels of the same gain alone: there n(u) diag(g) Q = n(u Q) diag(g).
     Fixed: the first D independent rows of what writes to the stream are lower triangular.
     """
 
     name = "stream_rotation"
 
     def dimension(self, view: StreamView) -> int:
-        if view.head == "none":
+        if view.head == "none" or view.stream.unturned:
             return 0
         less = 1 if view.stream.centred else 0
         sizes = [len(channels) - less for channels in self._classes(view)]
@@ -42,19 +44,22 @@ class StreamRotation(StreamSymmetry):
 
     def act(self, view: StreamView, element: Tensor) -> StreamView:
         self._check_rotation(view, element)
-        for name in [f"{path}.weight" for path in (view.stream.tokens, view.stream.positions) if path]:
-            view = view.with_tensors({name: view.tensors[name] @ element})
-        for junction in view.junctions:
-            for path in junction.writers:
-                weight, bias = view.linear(path)
-                view = view.with_linear(path, element.mT @ weight, None if bias is None else bias @ element)
+        view = view.with_tensors({name: view.tensors[name] @ element for name in view.rows})
+        for path, scale in view.writers:
+            size = _divisor(view, scale)[:, None]
+            weight, bias = view.linear(path)
+            turned = None if bias is None else (bias * size[:, 0]) @ element / size[:, 0]
+            view = view.with_linear(path, element.mT @ (size * weight) / size, turned)
         for norm, readers in _norms(view):
-            gain, shift = _divisor(view, norm), view.read(f"{norm}.bias")
+            gain, shift = _nonzero(view.gain(norm)), view.read(f"{norm}.bias")
             for path in () if readers == (view.stream.tokens,) else readers:  # that table was turned above
                 weight, bias = view.linear(path)
                 view = view.with_linear(path, (weight * gain) @ element / gain, bias)
             if shift is not None:
                 view = view.with_tensors({f"{norm}.bias": (shift / gain) @ element * gain})
+        for path in _bare(view):
+            weight, bias = view.linear(path)
+            view = view.with_linear(path, weight @ element, bias)
         return view
 
     def fix(self, view: StreamView) -> StreamView:
@@ -97,12 +102,8 @@ class StreamRotation(StreamSymmetry):
     def _check_rotation(self, view: StreamView, element: Tensor) -> None:
         size = view.stream.size
         if self.dimension(view) == 0:
-            why = {
-                "none": "its stream is its output",
-                "tied": "its head shares the table of embeddings, and no two gains of its last norm agree",
-            }
             raise ValueError(
-                f"{self.name}: this model has no such freedom ({why.get(view.head, 'no two channels may be turned')})"
+                f"{self.name}: this model has no such freedom ({view.still or 'no two channels may be turned'})"
             )
         if element.shape != (size, size):
             raise ValueError(
@@ -126,19 +127,21 @@ class StreamRotation(StreamSymmetry):
                     "channels whose gains in the last norm differ, since the head shares the table of embeddings, "
                     f"and between {why}"
                 )
+            elif view.kept:
+                why = f"channels whose gains differ in a norm on the stream itself, and between {why}"
             raise ValueError(f"element of {self.name}: expected zeros between {why}")
 
     @staticmethod
     def _classes(view: StreamView) -> list[Tensor]:
         """The channels that may be turned among each other; ones of a single channel included."""
-        size, last = view.stream.size, view.tensors[f"{view.stream.norm}.weight"]
-        if last.is_meta and view.head != "own":
+        size, kept = view.stream.size, [view.gain(norm) for norm in view.kept]
+        if any(gain.is_meta for gain in kept):  # gains that are not known agree nowhere
             return [torch.tensor([channel]) for channel in range(size)]
-        gains = [view.tensors[f"{norm}.weight"] for norm, _ in view.norms]
-        marks = [
-            (gain == 0).double() for gain in gains if not gain.is_meta
-        ]  # where only shapes are known, none is 0
-        marks += [last.double()] if view.head != "own" else []
+        gains = [view.gain(norm) for norm, _ in view.norms]
+        gains += [view.tensors[scale] for _, scale in view.writers if scale is not None]
+        # Where only shapes are known, none is 0.
+        marks = [(gain == 0).double() for gain in gains if not gain.is_meta]
+        marks += [gain.double() for gain in kept]
         if not marks:
             return [torch.arange(size)]
         kinds = torch.stack(marks).unique(dim=1, return_inverse=True)[1]
@@ -152,31 +155,45 @@ def _norms(view: StreamView) -> list[tuple[str, tuple[str, ...]]]:
     return [*view.norms, (view.stream.norm, (view.stream.tokens,))]
 
 
-def _divisor(view: StreamView, norm: str) -> Tensor:
-    """The gain of ``norm``, with 1 for 0: such channels are a class, where the norm's bias is all there is."""
-    gain = view.tensors[f"{norm}.weight"]
+def _bare(view: StreamView) -> list[str]:
+    """What reads the stream through no norm."""
+    return [path for junction in view.junctions if junction.norm is None for path in junction.readers]
+
+
+def _divisor(view: StreamView, scale: str | None) -> Tensor:
+    """The tensor that multiplies what is added, with 1 for 0."""
+    if scale is None:
+        return torch.ones(view.stream.size, dtype=torch.float64)
+    return _nonzero(view.tensors[scale])
+
+
+def _nonzero(gain: Tensor) -> Tensor:
+    """With 1 for 0: such channels are a class, where a norm's bias is all there is."""
     return torch.where(gain == 0, 1.0, gain)
 
 
 def _left_alone(view: StreamView) -> list[str]:
-    """What no basis changes: the gains of norms, and the biases of what reads them."""
+    """What no basis changes: the gains of norms, scales, and the biases of what reads the stream."""
     names = [f"{norm}.weight" for norm, _ in _norms(view)]
+    names += [f"{norm}.weight" for norm in view.kept]
+    names += [scale for _, scale in view.writers if scale is not None]
     names += [f"{path}.bias" for _, readers in _norms(view) for path in readers]
+    names += [f"{path}.bias" for path in _bare(view)]
     return [name for name in names if name in view.tensors]
 
 
 def _rows_of_stream(view: StreamView) -> Tensor:
     """All that is added to the stream or reads it, gains included, as rows [.., D]; and 1ᵀ where means go."""
-    tables = [f"{path}.weight" for path in (view.stream.tokens, view.stream.positions) if path]
-    rows = [view.tensors[name] for name in tables]
-    for junction in view.junctions:
-        for path in junction.writers:
-            weight, bias = view.linear(path)
-            rows += [weight.mT] if bias is None else [weight.mT, bias[None]]
+    rows = [view.tensors[name].reshape(-1, view.stream.size) for name in view.rows]
+    for path, scale in view.writers:
+        weight, bias = view.linear(path)
+        added = weight.mT if bias is None else torch.cat([weight.mT, bias[None]])
+        rows.append(added * _divisor(view, scale))
     for norm, readers in _norms(view):
-        gain, shift = _divisor(view, norm), view.read(f"{norm}.bias")
+        gain, shift = _nonzero(view.gain(norm)), view.read(f"{norm}.bias")
         rows += [view.linear(path)[0] * gain for path in readers]
         rows += [] if shift is None else [(shift / gain)[None]]
+    rows += [view.linear(path)[0] for path in _bare(view)]
     if view.stream.centred:
         rows.append(torch.ones(1, view.stream.size, dtype=torch.float64))
     return torch.cat(rows)

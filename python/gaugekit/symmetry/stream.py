@@ -10,11 +10,17 @@ the model's logits do not move under
   write to the stream side by side
 - stream_rotation: x → x Q with Q in O(D), or in O(D − 1), what leaves 1ᵀ alone, where norms subtract the mean
 - neuron_scales: a hidden unit's way in times s, its way out times 1/s, where the MLP is gated or f(s x) = s f(x), s > 0
+- layer_scales: where diag(λ) multiplies what W adds to the stream, λ → λ ⊙ s and W → diag(1/s) W
 
 A head that shares the table of embeddings is turned with it, and its last norm's gain stands between the two: a
 rotation then has to leave that gain alone, which is possible only among channels of the same gain. So is a model whose
-stream is its output: there everyone sees the last norm. Models that put their norms on the stream itself, after the sum
-(BERT), have none of these: the skip carries g ⊙ n(x) + β on, so no gain can leave the norm and no rotation passes it.
+stream is its output: there everyone sees the last norm. So is one with a norm behind a part or before the first block,
+whose answer is added as it is: n(u) diag(g) Q is n(u Q) diag(g) for such a Q alone. Models that put their norms on the
+stream itself, after the sum (BERT), have none of these: the skip carries g ⊙ n(x) + β on, so no gain can leave the norm
+and no rotation passes it.
+
+A model may have several streams, which share no tensor (``streams_of``). The end of an encoder's is read by the
+decoder's keys and values. A bias that keys lack they need not have: what β adds to all of them, softmax does not see.
 """
 
 from __future__ import annotations
@@ -74,20 +80,31 @@ class StreamSymmetry(ABC):
         return element
 
 
-def stream_of(model: nn.Module) -> StreamView:
-    """The stream of a live transformers model, float64; ValueError, with the reason, where its family has no view."""
+def streams_of(model: nn.Module) -> tuple[StreamView, ...]:
+    """The streams of a live transformers model, float64; ValueError, with the reason, where its family has no view."""
     live = Live(model)
-    stream = live.family.stream()
+    streams = live.family.streams()
     tensors = {
         name: parameter.detach().to("cpu", torch.float64, copy=True)
         for name, parameter in model.named_parameters()
     }
-    return StreamView.of(stream, live.prefix, tensors, hasattr(model, stream.head))
+    modules = {name for name, _ in model.named_modules()}
+    return tuple(
+        StreamView.of(stream, live.prefix, tensors, stream.head in modules, live=True) for stream in streams
+    )
+
+
+def stream_of(model: nn.Module) -> StreamView:
+    """The stream of a live model that has one; ValueError, beside ``streams_of``'s, where it has several."""
+    views = streams_of(model)
+    if len(views) > 1:
+        raise ValueError(f"model: expected one stream, got {len(views)}; symmetry.streams_of gives them all")
+    return views[0]
 
 
 def put_stream(model: nn.Module, view: StreamView) -> None:
     """Copies the tensors of a view into the live model it was taken of, rounded to its dtype."""
-    prefix, own = Live(model).prefix, f"{view.stream.head}."
+    prefix, own = Live(model).prefix, tuple(f"{head}." for head in view.heads)
     for name, tensor in view.tensors.items():
         stored = name if name.startswith(own) else prefix + name
         model.get_parameter(stored).data.copy_(tensor)

@@ -97,10 +97,10 @@ def inspect(
         row |= {"token_cosine": cosine, "energy": energy}
     notes += _smoothing(cosines)
     notes += [*left_alone(barred), *inspect_shapes.values_tied(layers.config)]
-    stream = inspect_shapes.stream_of(layers, sizes, read, notes)
+    streams = inspect_shapes.streams_of(layers, sizes, read, notes)
     fields = {
         "parameters": parameters,
-        **inspect_shapes.hidden(outlines, stream),
+        **inspect_shapes.hidden(outlines, streams),
         "exponent_entropy_bits": _entropy(histogram),
         "token_cosine": cosines[-1],
         "layers": rows,

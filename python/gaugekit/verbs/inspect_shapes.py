@@ -19,6 +19,8 @@ from gaugekit.verbs import wording
 
 GROUPS = (*symmetry.SYMMETRIES, *symmetry.STREAM_SYMMETRIES)
 
+HEADED = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")  # classes with logits, in a config
+
 TIED = (
     "stream_rotation: none, since the head shares the table of embeddings and the gain of the last norm stands between "
     "the two (where all channels have gains of their own, as trained models do)"
@@ -64,17 +66,17 @@ def inspect_config(config: dict, model: Any, text: Any = None) -> Report:
     layers = Layers(live.config.to_dict() | config, tensors, tensors.__getitem__)
     views = [layers.attention(layer) for layer in range(len(layers))]
     counted, notes = [outline(view) for view in views], []
-    stream = _stream(layers, tensors, live, notes)
+    streams = _streams(layers, tensors, live, notes)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     fields = {
         "parameters": parameters,
-        **hidden(counted, stream),
+        **hidden(counted, streams),
         "exponent_entropy_bits": None,
         "token_cosine": None,
         "layers": [],
     }
     notes += left_alone([view.barred for view in views])
-    if stream is not None and stream.head == "tied":
+    if any(stream.head == "tied" for stream in streams):
         notes.append(TIED)
     notes.insert(0, meaning(fields, counted))
     return wording.inspected(Report("inspect", fields, notes), named, 1.0)
@@ -116,14 +118,15 @@ def outline(view: AttentionView) -> Counted:
     )
 
 
-def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
+def hidden(layers: list[Counted], streams: Sequence[StreamView]) -> dict[str, Any]:
     """The counts of a report: ``unobservable`` {group: numbers, total}, ``removable``, ``permutation_bits``."""
     unobservable = dict.fromkeys(GROUPS, 0)
     for layer in layers:
         for group, dimension in layer.dimensions.items():
             unobservable[group] += dimension
-    if stream is not None:
-        unobservable |= symmetry.count_stream(stream)
+    for stream in streams:
+        for group, dimension in symmetry.count_stream(stream).items():
+            unobservable[group] += dimension
     removable = sum(unobservable[group] for group in symmetry.REMOVED)
     total = sum(unobservable.values())
     heads = {
@@ -134,15 +137,15 @@ def hidden(layers: list[Counted], stream: StreamView | None) -> dict[str, Any]:
     return {
         "unobservable": {**unobservable, "total": total},
         "removable": removable,
-        "permutation_bits": symmetry.permutation_bits(heads.values(), stream),
+        "permutation_bits": symmetry.permutation_bits(heads.values(), streams),
     }
 
 
-def stream_of(
+def streams_of(
     layers: Layers, sizes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor], notes: list[str]
-) -> StreamView | None:
-    """The stream of a model with tensors of these ``sizes``; None, with a note, where its family has no view of it, or
-    tensors of it are missing.
+) -> list[StreamView]:
+    """The streams of a model with tensors of these ``sizes``; none, with a note, where its family has no view of them,
+    or tensors of them are missing.
 
     Only tensors with one axis are ``read``: gains and biases, which are few.
     """
@@ -150,22 +153,32 @@ def stream_of(
         name: read(name) if len(size) == 1 else torch.empty(size, device="meta")
         for name, size in sizes.items()
     }
-    return _stream(layers, tensors, layers.model if isinstance(layers, Live) else None, notes)
+    return _streams(layers, tensors, layers.model if isinstance(layers, Live) else None, notes)
 
 
-def _stream(
+def _streams(
     layers: Layers, tensors: Mapping[str, Tensor], live: nn.Module | None, notes: list[str]
-) -> StreamView | None:
+) -> list[StreamView]:
     names = layers.config.get("architectures") or ()
-    of_file = any(name.endswith(("LMHeadModel", "ForCausalLM")) for name in names)
+    of_file = any(name.endswith(HEADED) for name in names)
+    modules = {name for name, _ in live.named_modules()} if live is not None else set()
+    views = []
     try:
-        stream = layers.family.stream()
-        headed = of_file if live is None else hasattr(live, stream.head)
-        return StreamView.of(stream, layers.prefix, tensors, headed)
+        for stream in layers.family.streams():
+            headed = (
+                StreamView.has_head(stream, tensors) or of_file if live is None else stream.head in modules
+            )
+            views.append(StreamView.of(stream, layers.prefix, tensors, headed, live=live is not None))
     except ValueError as odd:
         reason = str(odd).removeprefix("model_type: ").removeprefix("model: ")
-        notes.append(f"norms, stream and MLPs: not counted, since {reason}")
-        return None
+        notes.append(f"norms, stream and MLPs: not {'all ' if views else ''}counted, since {reason}")
+    notes += [f"stream_rotation: not of all channels, since {view.still}" for view in views if _quiet(view)]
+    return views
+
+
+def _quiet(view: StreamView) -> bool:
+    """Whether a note has to say why a stream does not turn: that of ties, and of a bare model's, says so elsewhere."""
+    return view.still is not None and view.head in ("own", "inner")
 
 
 def meaning(fields: dict[str, Any], layers: list[Counted]) -> str:

@@ -29,6 +29,7 @@ GROUPS = {
     "stream_offsets": "constants in two places",
     "stream_rotation": "basis of the stream",
     "neuron_scales": "scales of hidden units",
+    "layer_scales": "scales of what layers add",
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from gaugekit.models import rope
 from gaugekit.models.decoders.llama import Llama
 from gaugekit.models.family import Read
+from gaugekit.models.stream import Junction, Stream
 from gaugekit.models.view import CAPPED, AttentionView
 
 
@@ -14,6 +15,7 @@ class Gemma(Llama):
     """Decoders of model_type "gemma", "gemma2" and "gemma3_text"."""
 
     names = ("gemma", "gemma2", "gemma3_text")
+    ties = True
 
     @property
     def head_width(self) -> int:
@@ -47,6 +49,25 @@ class Gemma(Llama):
             or self.config.get("rope_local_base_freq")
             or 10_000.0
         )
+
+    @property
+    def behind(self) -> bool:
+        return self.name != "gemma"
+
+    @property
+    def unsliced(self) -> str | None:
+        alone = "model: its stream cannot be sliced: its norms multiply by 1 + w, and slicing's by w"
+        return super().unsliced or alone
+
+    def streams(self) -> tuple[Stream, ...]:
+        return (self.whole_stream(offset=1.0),)
+
+    def junctions(self, block: str) -> tuple[Junction, Junction]:
+        """Gemma 2 and 3 have norms before their parts and behind them."""
+        if not self.behind:
+            return super().junctions(block)
+        around = ("input", "pre_feedforward", "post_attention", "post_feedforward")
+        return self.around(block, *(f"{place}_layernorm" for place in around))
 
     def attention(self, layer: int, read: Read) -> AttentionView:
         view = super().attention(layer, read)

@@ -24,6 +24,7 @@ STREAMS = (
 BIASED = {"qwen2": "qkv", "mistral": "", "ministral": "", "mixtral": ""}
 # Of others (the entry that switches biases on, the parts that then have one, what holds where the entry is missing)
 SWITCHES = {"starcoder2": ("use_bias", "qkvo", True), "qwen2_moe": ("qkv_bias", "qkv", True)}
+BEHIND = "model: its stream cannot be sliced: norms over all D channels stand behind its parts, where slicing has none"
 SWITCH = ("attention_bias", "qkvo", False)
 
 
@@ -31,6 +32,7 @@ class Llama(Linears):
     """Decoders of the model types in ``NAMES``: every channel of a head is turned by position."""
 
     names = NAMES
+    ties = False  # whether the head shares the table of tokens where the config does not say
     anchor = "layers.0.self_attn.o_proj.weight"
 
     @property
@@ -123,28 +125,50 @@ class Llama(Linears):
     def recomputed(self, name: str) -> bool:
         return name.endswith(".self_attn.rotary_emb.inv_freq")
 
+    @property
+    def behind(self) -> bool:
+        """Whether norms stand behind attention and MLP, on what goes into the stream."""
+        return self.name in WHOLE
+
+    @property
+    def unsliced(self) -> str | None:
+        return BEHIND if self.behind else None
+
     def stream(self) -> Stream:
-        if self.name not in STREAMS:
-            return super().stream()
+        return self.whole_stream() if self.name in STREAMS else super().stream()
+
+    def streams(self) -> tuple[Stream, ...]:
+        return (self.whole_stream(),) if self.behind else super().streams()
+
+    def whole_stream(self, offset: float = 0.0) -> Stream:
+        """From the table of tokens to the head; norms multiply by ``offset`` and their weight."""
         return Stream(
             size=self.size,
-            junctions=tuple(self._junctions(self.block(layer)) for layer in range(self.layers)),
+            junctions=tuple(self.junctions(self.block(layer)) for layer in range(self.layers)),
             tokens="embed_tokens",
             positions=None,
             norm="norm",
             head="lm_head",
-            tied=bool(self.config.get("tie_word_embeddings", False)),
+            tied=bool(self.config.get("tie_word_embeddings", self.ties)),
             eps=self.config.get("rms_norm_eps", 1e-6),
             centred=False,
+            offset=offset,
         )
 
-    def _junctions(self, block: str) -> tuple[Junction, Junction]:
-        attention = tuple(f"{block}.self_attn.{part}_proj" for part in "qkvo")
-        activation = self.config.get("hidden_act", "silu")
+    def junctions(self, block: str) -> tuple[Junction, Junction]:
+        """Of the block of that path."""
+        before = ("input_layernorm", "post_attention_layernorm", None, None)
+        behind = (None, None, "post_attention_layernorm", "post_feedforward_layernorm")
+        return self.around(block, *(behind if self.behind else before))
+
+    def around(self, block: str, *norms: str | None) -> tuple[Junction, Junction]:
+        """Attention and MLP with ``norms``: before the one, before the other, behind the one, behind the other."""
+        q, k, v, o = (f"{block}.self_attn.{part}_proj" for part in "qkvo")
         gate, up, down = (f"{block}.mlp.{part}_proj" for part in ("gate", "up", "down"))
+        activation = self.config.get("hidden_activation") or self.config.get("hidden_act", "silu")
+        mlp = Mlp(up, down, activation, gate)
+        first, second, third, fourth = (name and f"{block}.{name}" for name in norms)
         return (
-            Junction(f"{block}.input_layernorm", attention[:3], attention[3:]),
-            Junction(
-                f"{block}.post_attention_layernorm", (gate, up), (down,), Mlp(up, down, activation, gate)
-            ),
+            Junction(first, (q, k, v), (o,), after=third),
+            Junction(second, (gate, up), (down,), mlp, after=fourth),
         )

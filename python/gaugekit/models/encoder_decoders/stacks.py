@@ -7,6 +7,12 @@ from collections.abc import Iterable
 from gaugekit.models.compound import Compound, Place
 from gaugekit.models.family import Family
 from gaugekit.models.linears import Linears
+from gaugekit.models.stream import Junction
+
+UNSLICED = (
+    "model: its streams cannot be sliced: a calibration runs one text through one stack, and an encoder-decoder has "
+    "two of each"
+)
 
 
 class Stack(Linears):
@@ -29,6 +35,10 @@ class Stack(Linears):
     def size(self) -> int:
         return self.config["d_model"]
 
+    def junctions(self, layer: int) -> tuple[Junction, ...]:
+        """Those of a layer, where its norms stand before its parts; the MLP is the last attention's of a block."""
+        raise NotImplementedError
+
 
 class EncoderDecoder(Compound):
     """The encoder's layers, then of each block of the decoder its self-attention and its cross-attention.
@@ -38,6 +48,7 @@ class EncoderDecoder(Compound):
     """
 
     stack: type[Stack]
+    unsliced = UNSLICED
 
     @property
     def divided(self) -> str | None:
@@ -61,3 +72,15 @@ class EncoderDecoder(Compound):
         for layer in range(decoder.layers if self.decodes else 0):
             places += [Place("", decoder, layer), Place("", cross, layer)]
         return places
+
+    def junctions(self, *kinds: str) -> tuple[tuple[Junction, ...], ...]:
+        """Those of each layer of these kinds."""
+        return tuple(place.part.junctions(place.layer) for place in self.places() if place.part.kind in kinds)
+
+    def memory(self, norm: str) -> tuple[Junction, ...]:
+        """Where the decoder's keys and values read what the encoder's last ``norm`` gives."""
+        crossed = [place for place in self.places() if place.part.kind == "cross"]
+        read = [(place.part, place.part.projections(place.layer)) for place in crossed]
+        readers = tuple(paths[part] for _, paths in read for part in "kv")
+        keys = tuple(paths["k"] for stack, paths in read if not stack.biased("k"))
+        return (Junction(norm, readers, (), keys=keys),)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from gaugekit.models.encoder_decoders.stacks import EncoderDecoder, Stack
 from gaugekit.models.family import Read
+from gaugekit.models.stream import Junction, Mlp, Stream
 from gaugekit.models.view import AttentionView
 
 NAMES = ("t5", "mt5", "umt5")
+ACTIVATIONS = {"t5": "relu"}  # where the config does not say; mT5 and UMT5 have gates
 
 
 class T5Stack(Stack):
@@ -51,6 +53,28 @@ class T5Stack(Stack):
             shared_bias=f"{self.block(0)}.layer.0.SelfAttention.relative_attention_bias" if shared else None,
         )
 
+    def junctions(self, layer: int) -> tuple[Junction, ...]:
+        """Those of a block, its MLP behind the last of its attentions."""
+        q, k, v, o = self.projections(layer).values()
+        norm = q.rpartition(".")[0].rpartition(".")[0] + ".layer_norm"
+        if self.kind == "decoder":
+            return (Junction(norm, (q, k, v), (o,)),)
+        mlp, place = self._mlp(layer), 2 if self.kind == "cross" else 1
+        readers = (q,) if self.kind == "cross" else (q, k, v)
+        ways = (mlp.gate, mlp.up) if mlp.gate else (mlp.up,)
+        return (
+            Junction(norm, readers, (o,)),
+            Junction(f"{self.block(layer)}.layer.{place}.layer_norm", ways, (mlp.down,), mlp),
+        )
+
+    def _mlp(self, layer: int) -> Mlp:
+        place = 2 if self.kind == "cross" else 1
+        path = f"{self.block(layer)}.layer.{place}.DenseReluDense"
+        kind = self.config.get("feed_forward_proj") or ACTIVATIONS.get(self.name, "gated-gelu")
+        gated, activation = kind.startswith("gated"), kind.rpartition("-")[2]
+        up, gate = (f"{path}.wi_1", f"{path}.wi_0") if gated else (f"{path}.wi", None)
+        return Mlp(up, f"{path}.wo", activation, gate)
+
 
 class T5(EncoderDecoder):
     """Encoder-decoders of model_type "t5", "mt5" and "umt5", and their encoders alone."""
@@ -64,3 +88,21 @@ class T5(EncoderDecoder):
         if self.name == "umt5":
             return self.divided
         return self.divided or "its first block hands the bias of position on to the others"
+
+    def streams(self) -> tuple[Stream, ...]:
+        """One: the encoder's and the decoder's begin in the same table, so that no one basis changes alone."""
+        last = "encoder.final_layer_norm"
+        decoder = (self.memory(last), *self.junctions("decoder", "cross")) if self.decodes else ()
+        return (
+            Stream(
+                size=self.config["d_model"],
+                junctions=(*self.junctions("encoder"), *decoder),
+                tokens="shared",
+                positions=None,
+                norm="decoder.final_layer_norm" if self.decodes else last,
+                head="lm_head",
+                tied=bool(self.config.get("tie_word_embeddings", True)),
+                eps=self.config.get("layer_norm_epsilon", 1e-6),
+                centred=False,
+            ),
+        )
