@@ -22,7 +22,8 @@ GAUGEKIT_BF16_INLINE __mmask32 first_columns(int64_t count) {
 }
 
 // Scores of `queries` rows of words q [·, stride] beside keys of `channels` numbers; row m's stand at
-// scores + m·EDGE. Meanwhile the rows of the next block are fetched, as far as a row of this one is long.
+// scores + m·EDGE. Meanwhile the rows of the next block are fetched, without which it takes half as long
+// again.
 struct PairScores {
   const Words* q;
   int64_t stride, queries, channels;
@@ -102,7 +103,7 @@ struct PairSum {
 struct PairSums {
   const PairSum* sums;
   int64_t count;
-  const BFloat16* const* values;  // two for each pair, each at its first column
+  const BFloat16* const* values;  // two for each pair
   int64_t column, width, pairs;
 };
 
@@ -164,7 +165,6 @@ GAUGEKIT_BF16 inline void add_weighted_pairs(const PairSums& f) {
   if (of < end) pair_sums_columns<1, 4>(f, of, 0);
 }
 
-// Turning of one row of values into a key, rounded.
 GAUGEKIT_BF16_INLINE __m512 widened(const BFloat16* from, __mmask16 mask) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
