@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/shaped_combine_tensors.h"
-#include "cpu/single_cache_attention_split.h"
+#include "cpu/single_cache_attention_pairs.h"
 
 namespace gaugekit {
 namespace {
@@ -84,6 +84,26 @@ void check_pages(const SplitOperands& f, const Queries& queries, int64_t pages) 
     STD_TORCH_CHECK(0 <= table[p] && table[p] < pages, "block_table: expected pages of the cache");
 }
 
+// Every split of every item, then the sums of each item's. Blocks: how they are multiplied.
+template <class Blocks, class S>
+void attend_items(const CacheSplit<S>& f, const std::vector<Queries>& items) {
+  std::vector<std::pair<int64_t, int64_t>> turns;  // an item and one of its splits
+  for (size_t item = 0; item < items.size(); ++item)
+    for (int64_t i = 0; i < items[item].splits(); ++i) turns.push_back({item, i});
+  std::atomic<size_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), turns.size());
+  const auto take = [&](int64_t, int64_t) {
+    typename Blocks::Scratch scratch(f.scratch());
+    for (size_t i; (i = next++) < turns.size();)
+      attend_split<Blocks>(f, items[turns[i].first], turns[i].second, scratch);
+  };
+  if (threads > 1) parallel_for(0, threads, 1, take);
+  if (threads == 1) take(0, 1);
+  parallel_for(0, items.size(), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) combine_splits(f, items[begin]);
+  });
+}
+
 template <class S>
 void attend_into(const CacheArguments& given, double scale, const Tensor& out) {
   using A = accumulator<S>;
@@ -109,7 +129,6 @@ void attend_into(const CacheArguments& given, double scale, const Tensor& out) {
   if (cos) f.cos = static_cast<const A*>(cos->const_data_ptr()), f.pairs = cos->size(1);
   if (cos) f.sin = static_cast<const A*>(sin->const_data_ptr());
   std::vector<Queries> items;
-  std::vector<std::pair<int64_t, int64_t>> turns;  // an item and one of its splits
   int64_t size = 0;
   for (const Sequence& s : all)
     for (int64_t group = 0; group < shape.groups; ++group)
@@ -117,22 +136,14 @@ void attend_into(const CacheArguments& given, double scale, const Tensor& out) {
         items.push_back(f.item(s, group, t, size));
         check_pages(f, items.back(), cache.size(0));
         size += items.back().splits() * f.part(items.back()).size;
-        for (int64_t i = 0; i < items.back().splits(); ++i) turns.push_back({items.size() - 1, i});
       }
   const Tensor held = torch::stable::new_empty(q, {size + 1}, std::make_optional(given.accumulated()));
   f.parts = static_cast<A*>(held.mutable_data_ptr());
-  std::atomic<size_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), turns.size());
-  const auto take = [&](int64_t, int64_t) {
-    SplitScratch<A> scratch(f.scratch());
-    for (size_t i; (i = next++) < turns.size();)
-      attend_split(f, items[turns[i].first], turns[i].second, scratch);
-  };
-  if (threads > 1) parallel_for(0, threads, 1, take);
-  if (threads == 1) take(0, 1);
-  parallel_for(0, items.size(), 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) combine_splits(f, items[begin]);
-  });
+#ifdef GAUGEKIT_X86
+  if constexpr (std::is_same_v<S, BFloat16>)
+    if (isa() >= Isa::bf16) return attend_items<PairBlocks>(f, items);
+#endif
+  attend_items<PlainBlocks<S>>(f, items);
 }
 
 Tensor single_cache_attention(Tensor q, Tensor cache, bool slices, Optional alpha, Optional beta,

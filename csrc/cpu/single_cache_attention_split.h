@@ -92,76 +92,60 @@ struct CacheSplit : SplitOperands {
   }
 };
 
+// What the softmax of a block's rows needs, whatever multiplies them; squares of EDGE rows beside EDGE keys.
 template <class A>
-struct SplitScratch {
-  int64_t squares;  // of EDGE rows
-  Buffer<A> q, p, values, keys, first, last, top, keep, lanes;
-  std::vector<const A*> value_rows, key_rows;
-  std::vector<const char*> next;
-  explicit SplitScratch(ScratchSizes s)
+struct SplitRows {
+  int64_t squares;
+  Buffer<A> p, first, last, top, keep, lanes;
+  std::vector<const char*> next;  // rows of the block after this one
+  explicit SplitRows(ScratchSizes s)
       : squares(s.rows / EDGE + 1),
-        q(s.rows * s.width),
         p(squares * EDGE * EDGE),
-        values(s.values),
-        keys(s.keys),
         first(squares * EDGE),
         last(squares * EDGE),
         top(squares * EDGE),
         keep(squares * EDGE),
         lanes(squares * EDGE * ALIGN / sizeof(A)),
-        value_rows(EDGE),
-        key_rows(EDGE),
         next(EDGE) {}
+  // The square whose first row is r.
+  Weights<A> square(const Part& part, int64_t r, bool masked) {
+    return {p.data() + r * EDGE,
+            first.data() + r,
+            last.data() + r,
+            std::min(EDGE, part.rows + part.means - r),
+            masked,
+            top.data() + r,
+            keep.data() + r,
+            lanes.data() + r * (ALIGN / sizeof(A))};
+  }
 };
 
-template <class S>
-void read_queries(const CacheSplit<S>& f, const Queries& of, SplitScratch<accumulator<S>>& x) {
-  using A = accumulator<S>;
-  const int64_t width = padded<A>(f.shape.width);
-  for (int64_t h = 0; h < f.repeats(); ++h)
-    read_lines(Reading<S>{f.q.at(of.batch, of.group * f.repeats() + h, of.first), f.q.stride.row,
-                          x.q.data() + h * of.count * width, width, of.count, f.shape.width,
-                          static_cast<A>(f.scale * LOG2_E)});
-}
+template <class A>
+struct SplitScratch : SplitRows<A> {
+  Buffer<A> q, values, keys;
+  std::vector<const A*> value_rows, key_rows;
+  explicit SplitScratch(ScratchSizes s)
+      : SplitRows<A>(s),
+        q(s.rows * s.width),
+        values(s.values),
+        keys(s.keys),
+        value_rows(EDGE),
+        key_rows(EDGE) {}
+};
 
-// Where the block's rows and those of the next one are; rows that are not multiplied as they lie are brought
-// into the scratch.
+// Where the rows of the next block are; behind the last one, this block's.
 template <class S>
-void read_block(const CacheSplit<S>& f, const Queries& of, int64_t first, int64_t count,
-                SplitScratch<accumulator<S>>& x) {
-  using A = accumulator<S>;
-  const int64_t width = padded<A>(f.shape.width);
+void fetch_rows(const CacheSplit<S>& f, const Queries& of, int64_t first, int64_t count,
+                SplitRows<accumulator<S>>& x) {
   for (int64_t j = 0; j < EDGE; ++j) {
     const int64_t ahead = first + EDGE + j, here = first + std::min(j, count - 1);
     x.next[j] = reinterpret_cast<const char*>(f.row(of, ahead < of.seen.last ? ahead : here));
-    if constexpr (std::is_same_v<S, A>) x.value_rows[j] = x.key_rows[j] = f.row(of, here);
-  }
-  if (f.direct()) return;
-  for (int64_t j = 0; j < count;) {
-    const int64_t rows = std::min(f.run(first + j), count - j);
-    read_lines(Reading<S>{f.row(of, first + j), f.cache.stride.row, x.values.data() + j * width, width, rows,
-                          f.shape.width, A(1)});
-    j += rows;
-  }
-  if (f.cos)
-    turn_keys(Turning<A>{x.values.data(), x.keys.data(), width, f.shape.width / 2, f.pairs, count,
-                         f.key_gain.empty() ? nullptr : f.key_gain.data(), f.cos + first * f.pairs,
-                         f.sin + first * f.pairs, f.pairs, f.pairs});
-  for (int64_t j = 0; j < EDGE; ++j) {
-    const int64_t at = std::min(j, count - 1) * width;
-    x.value_rows[j] = x.values.data() + at;
-    x.key_rows[j] = (f.cos ? x.keys : x.values).data() + at;
   }
 }
 
-// Scores to the softmax's numerators, for all rows; the uniform attention's scores are 0.
-template <class S>
-void weigh_block(const CacheSplit<S>& f, const Queries& of, const Part& part, int64_t first, int64_t count,
-                 SplitScratch<accumulator<S>>& x) {
-  using A = accumulator<S>;
-  const int64_t width = padded<A>(f.shape.width);
-  score(Scores<A>{x.q.data(), part.rows, width, x.key_rows.data(), count, x.p.data(), x.next.data(),
-                  int64_t(f.shape.width * sizeof(S))});
+// What each row sees of the block; whether that is less than all. The uniform attention's scores are 0.
+template <class A>
+bool see_rows(const Queries& of, const Part& part, int64_t first, int64_t count, SplitRows<A>& x) {
   bool masked = count < EDGE;
   for (int64_t r = 0; r < part.rows + part.means; ++r) {
     const Span keys = of.keys_of[r % of.count];
@@ -172,28 +156,60 @@ void weigh_block(const CacheSplit<S>& f, const Queries& of, const Part& part, in
     masked = masked || keys.first > first || keys.last < first + count;
     if (r >= part.rows) std::fill_n(x.p.data() + r * EDGE, EDGE, A(0));
   }
-  for (int64_t r = 0; r < part.rows + part.means; r += EDGE)
-    weigh(Weights<A>{x.p.data() + r * EDGE, x.first.data() + r, x.last.data() + r,
-                     std::min(EDGE, part.rows + part.means - r), masked, x.top.data() + r, x.keep.data() + r,
-                     x.lanes.data() + r * (ALIGN / sizeof(A))});
+  return masked;
 }
 
-// Split `index` of an item: every block's scores, weights and weighted sums.
+// A split's blocks in the accumulator's type.
 template <class S>
-void attend_split(const CacheSplit<S>& f, const Queries& of, int64_t index, SplitScratch<accumulator<S>>& x) {
+struct PlainBlocks {
   using A = accumulator<S>;
-  const Part part = f.part(of);
-  A* to = f.parts + of.place + index * part.size;
-  std::fill_n(to, part.top(), A(0));
-  // Far below any score, and finite: the difference of two of them is 0.
-  x.top.fill(std::numeric_limits<A>::lowest() / 2);
-  x.lanes.fill(A(0));
-  read_queries(f, of, x);
-  const int64_t begin = (of.first_split() + index) * SPLIT, end = std::min(begin + SPLIT, of.seen.last);
-  for (int64_t j = std::max(begin, of.seen.first / EDGE * EDGE); j < end; j += EDGE) {
-    const int64_t count = std::min(EDGE, end - j);
-    read_block(f, of, j, count, x);
-    weigh_block(f, of, part, j, count, x);
+  using Split = CacheSplit<S>;
+  using Scratch = SplitScratch<A>;
+
+  static void read_queries(const Split& f, const Queries& of, Scratch& x) {
+    const int64_t width = padded<A>(f.shape.width);
+    for (int64_t h = 0; h < f.repeats(); ++h)
+      read_lines(Reading<S>{f.q.at(of.batch, of.group * f.repeats() + h, of.first), f.q.stride.row,
+                            x.q.data() + h * of.count * width, width, of.count, f.shape.width,
+                            static_cast<A>(f.scale * LOG2_E)});
+  }
+
+  // Rows that are not multiplied as they lie are brought into the scratch.
+  static void read_block(const Split& f, const Queries& of, int64_t first, int64_t count, Scratch& x) {
+    const int64_t width = padded<A>(f.shape.width);
+    fetch_rows(f, of, first, count, x);
+    if constexpr (std::is_same_v<S, A>)
+      for (int64_t j = 0; j < EDGE; ++j)
+        x.value_rows[j] = x.key_rows[j] = f.row(of, first + std::min(j, count - 1));
+    if (f.direct()) return;
+    for (int64_t j = 0; j < count;) {
+      const int64_t rows = std::min(f.run(first + j), count - j);
+      read_lines(Reading<S>{f.row(of, first + j), f.cache.stride.row, x.values.data() + j * width, width,
+                            rows, f.shape.width, A(1)});
+      j += rows;
+    }
+    if (f.cos)
+      turn_keys(Turning<A>{x.values.data(), x.keys.data(), width, f.shape.width / 2, f.pairs, count,
+                           f.key_gain.empty() ? nullptr : f.key_gain.data(), f.cos + first * f.pairs,
+                           f.sin + first * f.pairs, f.pairs, f.pairs});
+    for (int64_t j = 0; j < EDGE; ++j) {
+      const int64_t at = std::min(j, count - 1) * width;
+      x.value_rows[j] = x.values.data() + at;
+      x.key_rows[j] = (f.cos ? x.keys : x.values).data() + at;
+    }
+  }
+
+  // Scores to the softmax's numerators, for all rows.
+  static void weigh_block(const Split& f, const Queries& of, const Part& part, int64_t first, int64_t count,
+                          Scratch& x) {
+    score(Scores<A>{x.q.data(), part.rows, padded<A>(f.shape.width), x.key_rows.data(), count, x.p.data(),
+                    x.next.data(), int64_t(f.shape.width * sizeof(S))});
+    const bool masked = see_rows(of, part, first, count, x);
+    for (int64_t r = 0; r < part.rows + part.means; r += EDGE) weigh(x.square(part, r, masked));
+  }
+
+  static void add_block(const Split& f, const Queries& of, const Part& part, int64_t count, A* to,
+                        Scratch& x) {
     const auto sums = [&](int64_t row, int64_t rows, int64_t column, int64_t width, A* sums_to,
                           int64_t step) {
       add_weighted(WeightedSums<A>{x.p.data() + row * EDGE, x.keep.data() + row, rows, x.value_rows.data(),
@@ -208,6 +224,26 @@ void attend_split(const CacheSplit<S>& f, const Queries& of, int64_t index, Spli
     }
     if (!f.slices()) sums(0, part.rows, 0, part.wide, to, part.wide);
     if (part.means && !together) sums(part.rows, part.means, 0, part.whole, to + part.mean(), part.whole);
+  }
+};
+
+// Split `index` of an item: every block's scores, weights and weighted sums. Blocks: how they are multiplied.
+template <class Blocks, class S>
+void attend_split(const CacheSplit<S>& f, const Queries& of, int64_t index, typename Blocks::Scratch& x) {
+  using A = accumulator<S>;
+  const Part part = f.part(of);
+  A* to = f.parts + of.place + index * part.size;
+  std::fill_n(to, part.top(), A(0));
+  // Far below any score, and finite: the difference of two of them is 0.
+  x.top.fill(std::numeric_limits<A>::lowest() / 2);
+  x.lanes.fill(A(0));
+  Blocks::read_queries(f, of, x);
+  const int64_t begin = (of.first_split() + index) * SPLIT, end = std::min(begin + SPLIT, of.seen.last);
+  for (int64_t j = std::max(begin, of.seen.first / EDGE * EDGE); j < end; j += EDGE) {
+    const int64_t count = std::min(EDGE, end - j);
+    Blocks::read_block(f, of, j, count, x);
+    Blocks::weigh_block(f, of, part, j, count, x);
+    Blocks::add_block(f, of, part, count, to, x);
   }
   std::copy_n(x.top.data(), part.rows + part.means, to + part.top());
   for (int64_t r = 0; r < part.rows + part.means; r += EDGE)

@@ -79,8 +79,8 @@ GAUGEKIT_INLINE void scores_tile(const Scores<A>& f, int64_t m, int64_t n) {
 
 template <int W, int MR, class A>
 GAUGEKIT_INLINE int64_t scores_rows(const Scores<A>& f, int64_t m, int64_t n, int64_t keys) {
-  constexpr int SUMS = W * sizeof(A) == ALIGN ? 24 : 12;  // held in registers
-  constexpr int NR = SUMS / MR > 12 ? 12 : SUMS / MR;
+  constexpr int SUMS = W * sizeof(A) == ALIGN ? 24 : 12;                  // held in registers
+  constexpr int FIT = SUMS / MR, NR = FIT >= 12 ? 12 : FIT >= 6 ? 6 : 4;  // divides twelve
   for (; m + MR <= f.queries; m += MR)
     for (int64_t j = n; j < n + keys; j += NR) {
       scores_tile<W, MR, NR>(f, m, j);
