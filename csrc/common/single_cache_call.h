@@ -13,8 +13,7 @@ namespace gaugekit::cache {
 constexpr int kLanes = 32, kWarps = 8, kQueryRows = 16, kTileRows = 16, kStages = 3, kStepChannels = 16;
 constexpr int kSplit = 512;  // rows of the cache; a constant, so that no bit depends on card or batch
 constexpr int kMostSteps = 16, kMostTurnedSteps = 4;  // of a warp; where keys turn
-constexpr int kFar = 1 << 29;                         // beyond every position
-constexpr int kCombineThreads = 128;
+constexpr int kFar = 1 << 29;                         // beyond every position, and the most rows
 constexpr float kLow = -1e30f;  // far below any score, and finite: the difference of two of them is 0
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kScoreBytes = 2 * kWarps * kQueryRows * kTileRows * 4, kBarrierBytes = 128;

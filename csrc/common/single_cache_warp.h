@@ -134,18 +134,23 @@ GAUGEKIT_DEVICE GAUGEKIT_INLINE void bring_tile(M& m, const Call& f, const Work&
   const int warp = m.fresh(m.warp), group = m.fresh(at.group), batch = m.fresh(at.batch);
   const int table_bytes = 4 * f.pairs, place = At::place(stage, f.pairs);
   if (warp == 0) m.expect(stage, 2 * kTileRows * (f.width + table_bytes));
+  int j[each];
+  const char* from[each];  // all before the first copy: pages are looked up side by side
+#pragma unroll
+  for (int i = 0; i < each; ++i) {
+    j[i] = least(at.first + tile * kTileRows + warp * each + i, at.last - 1);
+    from[i] = row_at(f, batch, group, j[i]);
+  }
 #pragma unroll
   for (int i = 0; i < each; ++i) {
     const int row = warp * each + i, to = place + row * At::row;
-    const int j = least(at.first + tile * kTileRows + row, at.last - 1);
-    const char* from = row_at(f, batch, group, j);
     const bool whole = f.width == At::half;
-    m.copy(stage, to, from, whole ? 2 * f.width : f.width);
-    if (!whole) m.copy(stage, to + At::half, from + f.width, f.width);
+    m.copy(stage, to, from[i], whole ? 2 * f.width : f.width);
+    if (!whole) m.copy(stage, to + At::half, from[i] + f.width, f.width);
     if (!f.pairs) continue;
     const int tables = place + At::tables + row * At::table_row(f.pairs);
-    m.copy(stage, tables, f.cos + int64_t(j) * f.pairs, table_bytes);
-    m.copy(stage, tables + kTileRows * At::table_row(f.pairs), f.sin + int64_t(j) * f.pairs, table_bytes);
+    m.copy(stage, tables, f.cos + int64_t(j[i]) * f.pairs, table_bytes);
+    m.copy(stage, tables + kTileRows * At::table_row(f.pairs), f.sin + int64_t(j[i]) * f.pairs, table_bytes);
   }
 }
 
@@ -179,10 +184,10 @@ GAUGEKIT_DEVICE GAUGEKIT_INLINE void turn_keys(const M& m, const Call& f, int ta
 template <Form FORM, class M, int STEPS>
 GAUGEKIT_DEVICE GAUGEKIT_INLINE void multiply_keys(M& m, const Call& f, int place, const Lane<STEPS>& lane,
                                                    Quad (&score)[2]) {
-  // The halves of the rows apart: twice as many products that wait for no other.
+  // In long rows their halves apart: twice as many products that wait for no other.
+  using At = Stage<STEPS>;
   constexpr int CHAINS = STEPS > 8 ? 2 : 1;
   float part[CHAINS][8] = {};
-  using At = Stage<STEPS>;
   const int rows = place + At::matrix(m.lane) + At::step(0, m.warp);
 #pragma unroll
   for (int step = 0; step < STEPS; step += 2) {

@@ -14,7 +14,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kMostKeys = 1 << 30, kMostPairs = 65535;
+constexpr int64_t kMostPairs = 65535;
 
 struct Given {
   const Tensor &q, &cache;
@@ -64,8 +64,8 @@ void Given::check() const {
                   "gamma: expected at most 8 queries beside slices, and no cos");
   STD_TORCH_CHECK(bool(cos) == bool(sin) && (cos || !key_gain), "cos, sin: expected together");
   STD_TORCH_CHECK(!window || *window > 0, "window: expected a positive number");
-  STD_TORCH_CHECK(0 < keys() && keys() <= kMostKeys && q.size(0) * cache.size(1) <= kMostPairs,
-                  "cache: expected at most 2^30 rows and 65535 sequences and groups");
+  STD_TORCH_CHECK(0 < keys() && keys() <= kFar && q.size(0) * cache.size(1) <= kMostPairs,
+                  "cache: expected at most 2^29 rows and 65535 sequences and groups");
   for (const Optional* gain : {&alpha, &beta, &gamma})
     check_dense("alpha, beta, gamma", *gain, ScalarType::Float, {q.size(1)});
   check_dense("query_start", query_start, ScalarType::Long, {q.size(0)});
@@ -79,7 +79,8 @@ void Given::check_layout() const {
   STD_TORCH_CHECK(cache.stride(3) == 1 && reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % 16 == 0,
                   "cache: expected neighbouring channels at a multiple of 16 bytes");
   for (int axis = 0; axis < 3; ++axis)
-    STD_TORCH_CHECK(q.stride(axis) % 2 == 0 && cache.stride(axis) % 8 == 0,
+    STD_TORCH_CHECK((q.size(axis) == 1 || q.stride(axis) % 2 == 0) &&
+                        (cache.size(axis) == 1 || cache.stride(axis) % 8 == 0),
                     "q, cache: expected strides of an even number and of a multiple of 8");
   if (block_table)
     check_dense("block_table", block_table, ScalarType::Int, {q.size(0), block_table->size(1)});

@@ -123,6 +123,8 @@ struct Machine : Numbers<HALF> {
   }
 };
 
+constexpr int kCombineThreads = 128;
+
 // Blocks on a multiprocessor: two where registers and shared memory let them, since one waits while its warps
 // take the softmax.
 constexpr int blocks_of(Form form, int steps) { return steps > (form == Form::means ? 4 : 8) ? 1 : 2; }

@@ -58,6 +58,7 @@ struct Block {
   std::vector<Quad> memory;
   std::vector<Arrival> coming[kStages];
   int expected[kStages] = {}, phases[kStages] = {}, running = -1, finished = 0, conflicts = 0;
+  int64_t moves = 0;
   Together warps[kWarps], all;
   std::vector<ucontext_t> threads{kThreads};
   std::vector<std::unique_ptr<char[]>> stacks;
@@ -74,7 +75,7 @@ struct Block {
   static void enter(unsigned low, unsigned high) {
     Block* block = reinterpret_cast<Block*>(uint64_t(high) << 32 | low);
     block->body(block->running);
-    ++block->finished;
+    ++block->finished, ++block->moves;
     block->threads[block->running].uc_link = nullptr;
     for (;;) block->pause();
   }
@@ -89,12 +90,23 @@ struct Block {
       makecontext(&threads[i], reinterpret_cast<void (*)()>(&Block::enter), 2, unsigned(self),
                   unsigned(self >> 32));
     }
-    for (int round = 0; finished < kThreads; ++round) {
-      require(round < 1 << 20, "threads wait for ever");
-      for (running = 0; running < kThreads; ++running)
-        if (threads[running].uc_link) swapcontext(&scheduler, &threads[running]);
+    for (int64_t before = -1; finished < kThreads;) {
+      require(moves != before, "threads wait for ever");
+      before = moves;
+      for (int warp = 0; warp < kWarps; ++warp) run_warp(warp);
     }
     for (const auto& stage : coming) require(stage.empty(), "copies that nobody waits for");
+  }
+
+  // A warp goes as far ahead of the others as it can.
+  void run_warp(int warp) {
+    for (int64_t before = -1; moves != before;) {
+      before = moves;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        running = warp * kLanes + lane;
+        if (threads[running].uc_link) swapcontext(&scheduler, &threads[running]);
+      }
+    }
   }
 
   // The last of `count` threads does for all of them what they came for, with what each has given.
@@ -106,7 +118,7 @@ struct Block {
       return;
     }
     act(group.given);
-    group.arrived = 0, ++group.turn;
+    group.arrived = 0, ++group.turn, ++moves;
   }
 
   void arrive(const Arrival& copy) { std::memcpy(shared() + copy.to, copy.from, copy.bytes); }
@@ -172,6 +184,7 @@ struct Machine : Numbers<HALF> {
   }
   void wait(int stage, int phase) {
     for (block.complete(stage); block.phases[stage] % 2 == phase; block.complete(stage)) block.pause();
+    ++block.moves;
   }
 
   void load(int place, uint32_t (&x)[4]) {

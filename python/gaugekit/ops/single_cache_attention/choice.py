@@ -18,7 +18,7 @@ TRITON, CUDA = "triton", "cuda"
 CAPABILITY = (9, 0)
 QUERY_ROWS = 16  # heads of a group times queries: what one product on tensor cores takes
 WIDEST, WIDEST_TURNED = 2048, 512  # channels; of keys that are turned
-MOST_KEYS, MOST_GROUPS = 1 << 30, 65535  # rows of a sequence; sequences times groups
+MOST_KEYS, MOST_GROUPS = 1 << 29, 65535  # rows of a sequence; sequences times groups
 STEP = 16  # channels of one product; slices and angles are whole steps, and a row is pairs of them
 _asked: list[str] = []  # innermost last
 
