@@ -18,7 +18,7 @@ EVERY = bool(os.environ.get("GAUGEKIT_EVERY_ARCHITECTURE"))
 TILE_WEIGHTS, TILE_BUDGET = 64, {1: 8, 2: 11}
 # bfloat16's loop of eight groups has 220, of which those that bring words run in a third of the turns: 26 a group.
 SLOT_GROUPS, SLOT_LOOP = 8, 220
-# Attention from one cache: steps of a warp -> instructions of a thread a tile of 16 rows, of which one lane alone issues
+# Attention from one cache: steps of a warp -> instructions of a thread a tile of 16 rows, of which one lane alone has
 # some 200. An H200's memory leaves 8 warps 1,765 at 16 steps and 882 at 8; the 441 at 4 are not kept: narrow rows may
 # wait for issue, turned keys more so.
 CACHE_LOOP, CACHE_TURNED_LOOP = {4: 570, 8: 700, 16: 880}, 920

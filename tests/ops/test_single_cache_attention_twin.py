@@ -12,5 +12,5 @@ def test_blocks_on_the_processor_give_the_equation(tmp_path):
     """Matrix instructions, exchanges and copies are emulated; copies come at once, or when they are waited for."""
     differing, (cases, checked, conflicts) = run("single_cache_block", tmp_path)
     assert not differing
-    assert (cases, checked) == (38, 119744)
+    assert (cases, checked) == (38, 119488)
     assert conflicts == 0  # eight rows of a matrix lie in different banks of shared memory
