@@ -74,7 +74,7 @@ def pieces(out: Path) -> list[Piece]:
         timed("nonlocal_energy", out, 15, "nonlocal_energy"),
         timed("ragged_attention", out, 15, "ragged_attention"),
         timed("gauge_linear", out, 15, "gauge_linear"),
-        timed("single_cache_attention", out, 15, "single_cache_attention"),
+        timed("single_cache_attention", out, 20, "single_cache_attention"),
         timed("packed_linear_16", out, 12, "packed_linear", "batch 16,"),
         timed("packed_linear_256", out, 12, "packed_linear", "batch 256,"),
         program("tiles", out, 42),

@@ -13,7 +13,12 @@ from pathlib import Path
 import gpu_ledger as ledger
 
 # Operators in csrc/cuda have their tests in these files.
-CUDA_FILES = ("test_device.py", "test_transfer.py", "test_packed_linear_rows.py")
+CUDA_FILES = (
+    "test_device.py",
+    "test_transfer.py",
+    "test_packed_linear_rows.py",
+    "test_single_cache_attention_rows.py",
+)
 
 if os.environ.get("GAUGEKIT_TEST_AS_GPU") == "1":
     import torch

@@ -141,7 +141,11 @@ def _numbers(x) -> bool:
 
 
 # Tests of kernels that are CUDA's own: no Triton kernel is behind them, and they are not run.
-CUDA_ONLY = ("tests/codec", "tests/ops/test_packed_linear_rows.py")
+CUDA_ONLY = (
+    "tests/codec",
+    "tests/ops/test_packed_linear_rows.py",
+    "tests/ops/test_single_cache_attention_rows.py",
+)
 # Tests that need torch's numbers from a GPU, and what is lost where they stop.
 STOP = {
     "tests/hf/cache/test_generating.py::test_offloaded": "layers that transformers moves by a stream of the card",

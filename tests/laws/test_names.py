@@ -41,7 +41,6 @@ ABSENT = {
         "cpu",
     ): "its softmax core is torch's SDPA, with one more column; the rest is one product",
     ("nonlocal_energy", "cuda"): "planned in Triton only",
-    ("single_cache_attention", "cuda"): "not written yet; the Triton kernel serves",
     ("rans", "triton"): "a state machine on integers, planned in CUDA only",
     (
         "canonical_qr",

@@ -227,10 +227,8 @@ def fake(q, cache, slices, *rest):
     return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
 
 
-_library.define(
-    "single_cache_attention(Tensor q, Tensor cache, bool slices, Tensor? alpha, Tensor? beta, Tensor? gamma, "
-    "Tensor? key_gain, Tensor? cos, Tensor? sin, bool causal, int? window, Tensor? query_start, "
-    "Tensor? key_lengths, Tensor? block_table, float scale) -> Tensor",
-    composition,
-    fake,
+ARGUMENTS = (
+    "Tensor q, Tensor cache, bool slices, Tensor? alpha, Tensor? beta, Tensor? gamma, Tensor? key_gain, Tensor? cos, "
+    "Tensor? sin, bool causal, int? window, Tensor? query_start, Tensor? key_lengths, Tensor? block_table, float scale"
 )
+_library.define(f"single_cache_attention({ARGUMENTS}) -> Tensor", composition, fake)
