@@ -124,7 +124,7 @@ def _rounds(case: Case, seconds: float) -> tuple[dict[str, list[float]], dict[st
     repeats = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, min(1000, int(2e-3 / max(clock(call), 1e-7))))
+        repeats[name] = max(1, min(1000, int(case.block / max(clock(call), 1e-7))))
     times, others = ({name: [] for name in calls} for _ in range(2))
     order, begin = list(calls), time.perf_counter()
     while not enough(

@@ -82,6 +82,7 @@ class Case:
     slower than it can be was disturbed, on a core that the system believes to be ours.
     ``processor_time``: of one thread, what the processor spent on it is timed instead of the clock on the wall, and no
     round counts as disturbed: waiting for a processor is left out then, what others do to the caches is not.
+    ``block``: a call is timed over as many calls as fill so many seconds.
     ``label`` says what a reader must know to compare fairly (fresh or reused buffer, page size, ...).
     ``goal`` is what a GPU row should reach: a rival's name, or "share_of_peak", and the least ratio or share.
     """
@@ -100,6 +101,7 @@ class Case:
     threads: int | None = None
     rounds: int = 25
     seconds: float = 3.0
+    block: float = 2e-3
     control: tuple[str, str] | None = None
     processor_time: bool = False
     goal: tuple[str, float] | None = None
