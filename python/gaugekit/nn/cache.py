@@ -35,8 +35,17 @@ def append(old: Tensor | None, new: Tensor, columns: int, start: Tensor | None) 
     if start is None:
         old[:, :, columns:end] = new
         return old
-    row = start[:, None] + torch.arange(new.shape[2], device=new.device)
-    return old.scatter_(2, row[:, None, :, None].expand_as(new), new)
+    return put_rows(old, start[:, None] + torch.arange(new.shape[2], device=new.device), new)
+
+
+def put_rows(buffer: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """Writes ``new`` [B, G, T, ·] to the rows ``rows`` int64 [B, T] of ``buffer`` [B, G, S, ·], which is returned.
+
+    ``scatter_`` would copy the whole buffer in 16 bits: on a CPU 20 ms for 25 MB, to write four rows.
+    """
+    sequence = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
+    buffer.transpose(1, 2).index_put_((sequence, rows), new.transpose(1, 2))
+    return buffer
 
 
 class LayerCache:

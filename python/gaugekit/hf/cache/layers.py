@@ -15,6 +15,7 @@ from torch import Tensor
 from gaugekit.hf.attention.mask import Visible
 from gaugekit.hf.upstream import unfit
 from gaugekit.nn import LayerCache
+from gaugekit.nn.cache import put_rows
 
 try:
     from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
@@ -213,7 +214,7 @@ class StaticSingleLayer(StaticLayer):
         if positions is not None:
             self.offset = _offset(positions, self.offset, self.lengths, new)
         row = self.lengths[:, None] + torch.arange(count, device=key_states.device)
-        self.keys.scatter_(2, row[:, None, :, None].expand_as(key_states), key_states)
+        put_rows(self.keys, row, key_states)
         self.lengths.copy_(mask.key_lengths)
         self.cumulative_length.add_(count)
         rows = self.keys
