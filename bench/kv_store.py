@@ -186,7 +186,10 @@ def speed_cases(blocks: list[torch.Tensor], tables: KVTables, threads: int, seco
                 assert torch.equal(block.view(torch.int16), out.view(torch.int16))
 
         coding, decoding = {"copy": copy}, {"copy": copy}
-        coding[SORTED] = lambda: spread(zstandard.ZstdCompressor(level=1).compress, sorted_before, threads)
+        # A compressor each: one object must not be used by two threads.
+        coding[SORTED] = lambda: spread(
+            lambda data: zstandard.ZstdCompressor(level=1).compress(data), sorted_before, threads
+        )
         decoding[SORTED] = lambda: spread(zstd_restored, coded["zstd -1, two planes"], threads)
         for name, (level, sorted_bytes) in ZSTD.items():
             coding[name] = lambda how=(level, sorted_bytes): spread(
@@ -284,6 +287,7 @@ def rated(rows: list[dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="512 tokens, short runs")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
     parser.add_argument(
         "--cache", type=Path, help="keep the model's cache in this file, or take it from there"
