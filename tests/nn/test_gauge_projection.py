@@ -188,6 +188,8 @@ def test_the_plan_says_why():
         ("AVX2", sizes, torch.float32, "cuda", "dense", "not been measured on cuda"),
         ("AVX2", sizes, torch.float64, "cpu", "dense", "float64 on AVX2"),
         ("AVX512", sizes, torch.float32, "cpu", "dense", "float32 on AVX512"),
+        ("AVX512-BF16", sizes, torch.float32, "cpu", "kernel", "Zen 4"),
+        ("AVX512-BF16", (96, 4, 24), torch.float32, "cpu", "dense", "heads of 24 numbers"),
         ("", sizes, torch.float32, "cpu", "dense", "binary is missing"),
         ("AVX2", (100, 5, 20), torch.float32, "cpu", "dense", "heads of 20 numbers"),
         ("AVX2", (768, 2, 64), torch.float32, "cpu", "kernel", "Zen 3"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import transformers
@@ -51,7 +52,10 @@ def _kind(attention: str | None, packed: bool, cache: str | None) -> type[Manage
             return GaugekitConfig(packed=True) if packed else super().get_quantization_config()
 
         def _load_model(self, *arguments: Any, **keywords: Any) -> transformers.PreTrainedModel:
-            model = super()._load_model(*arguments, **keywords)
+            # In a thread that ends: the OpenMP threads of one that stays count as the process's, and where these are
+            # more than its processors those of the thread that answers sleep after every product (3 ms otherwise).
+            with ThreadPoolExecutor(1) as loader:
+                model = loader.submit(super()._load_model, *arguments, **keywords).result()
             own = isinstance(model, SASForCausalLM) or model.config._attn_implementation == interface.NAME
             if attention == interface.NAME and not own and (reason := probe.adopt(model)):
                 raise ValueError(

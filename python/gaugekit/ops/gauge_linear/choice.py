@@ -7,25 +7,31 @@ import functools
 import torch
 
 from gaugekit import _library
+from gaugekit.ops import processor
 
-# By the instructions torch takes on a processor and the dtype: the most inputs measured, and the most heads as wide as
-# these that would span them, each of which saves its part of the products.
-MEASURED = {("AVX2", torch.float32): (768, 12), ("AVX512", torch.float32): (768, 12)}
-REGISTER = {"AVX2": 8, "AVX512": 16}  # numbers of float32 that a head's width is a multiple of
+AVX512_BF16 = "AVX512-BF16"
+# By the kind of processor and the dtype: the most inputs measured, and the most heads as wide as these that would span
+# them, each of which saves its part of the products.
+MEASURED = {("AVX2", torch.float32): (768, 12), (AVX512_BF16, torch.float32): (768, 12)}
+REGISTER = {"AVX2": 8, AVX512_BF16: 16}  # numbers of float32 that a head's width is a multiple of
 
 FASTER = {
     "AVX2": "on an AMD EPYC (Zen 3, AVX2), one thread, the kernel ran at 1.08 times the speed of the dense product or "
     "more in every shape measured, at up to 1.5 times where heads are few",
-    "AVX512": "to be said",
+    AVX512_BF16: "on an AMD EPYC (Zen 4, AVX512-BF16), one thread and two, the kernel ran at 1.05 to 1.5 times the speed "
+    "of the dense product in every shape measured but one token of 192 inputs, at 0.98 there",
 }
 
 
 @functools.cache
 def kind() -> str:
-    """The kernel's kind of processor here: the instructions torch takes ("AVX2", "AVX512", ...), settled when first
-    asked; "" where the binary is missing.
+    """The kernel's kind of processor here: the instructions torch takes ("AVX2", "AVX512", ...), with "-BF16" where it
+    has AVX512-BF16; settled when first asked, "" where the binary is missing.
     """
-    return torch.backends.cpu.get_cpu_capability() if _library.implementation("gauge_linear") else ""
+    if not _library.implementation("gauge_linear"):
+        return ""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return AVX512_BF16 if capability == "AVX512" and "avx512_bf16" in processor.flags() else capability
 
 
 def plan(
