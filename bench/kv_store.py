@@ -147,6 +147,11 @@ def size_rows(cache: dict[str, torch.Tensor], tables: KVTables) -> Iterator[dict
         }
 
 
+def compressed(data: bytes) -> bytes:
+    """By a compressor of its own: no object may be used by two threads at once."""
+    return zstandard.ZstdCompressor(level=1).compress(data)
+
+
 def spread(call: Callable, items: list, threads: int) -> None:
     """``call`` on each item, as many at a time as there are threads."""
     if threads == 1:
@@ -186,10 +191,7 @@ def speed_cases(blocks: list[torch.Tensor], tables: KVTables, threads: int, seco
                 assert torch.equal(block.view(torch.int16), out.view(torch.int16))
 
         coding, decoding = {"copy": copy}, {"copy": copy}
-        # A compressor each: one object must not be used by two threads.
-        coding[SORTED] = lambda: spread(
-            lambda data: zstandard.ZstdCompressor(level=1).compress(data), sorted_before, threads
-        )
+        coding[SORTED] = lambda: spread(compressed, sorted_before, threads)
         decoding[SORTED] = lambda: spread(zstd_restored, coded["zstd -1, two planes"], threads)
         for name, (level, sorted_bytes) in ZSTD.items():
             coding[name] = lambda how=(level, sorted_bytes): spread(

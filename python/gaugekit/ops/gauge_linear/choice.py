@@ -18,8 +18,8 @@ REGISTER = {"AVX2": 8, AVX512_BF16: 16}  # numbers of float32 that a head's widt
 FASTER = {
     "AVX2": "on an AMD EPYC (Zen 3, AVX2), one thread, the kernel ran at 1.08 times the speed of the dense product or "
     "more in every shape measured, at up to 1.5 times where heads are few",
-    AVX512_BF16: "on an AMD EPYC (Zen 4, AVX512-BF16), one thread and two, the kernel ran at 1.05 to 1.5 times the speed "
-    "of the dense product in every shape measured but one token of 192 inputs, at 0.98 there",
+    AVX512_BF16: "on an AMD EPYC (Zen 4, AVX512-BF16), one thread and two, the kernel ran at 1.05 to 1.5 times the "
+    "speed of the dense product in every shape measured but one token of 192 inputs, at 0.98 there",
 }
 
 
