@@ -195,23 +195,33 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def alone(directory: Path, tokens: int = 48, rounds: int = 5) -> list[dict]:
-    """Tokens a second of one client, the two servers taking turns: bfloat16, plain and packed in memory."""
+    """Tokens a second of one client, the servers taking turns, in bfloat16; ``ratio``: the median over that of the
+    first in the same turn.
+    """
     request = [Request("Once upon a time", tokens)]
-    speeds: dict[str, list[float]] = {"plain": [], "packed": []}
-    plain = serving(directory, "--dtype", "bfloat16", ours=False)
-    with plain as a, serving(directory, "--dtype", "bfloat16", "--packed") as b:
+    kinds = {
+        "transformers serve": (False,),
+        "gaugekit serve": (True,),
+        "gaugekit serve --packed": (True, "--packed"),
+    }
+    speeds: dict[str, list[float]] = {label: [] for label in kinds}
+    with contextlib.ExitStack() as stack:
+        servers = {
+            label: stack.enter_context(serving(directory, "--dtype", "bfloat16", *options, ours=ours))
+            for label, (ours, *options) in kinds.items()
+        }
         for turn in range(rounds + 1):
-            for label, server in (("plain", a), ("packed", b))[:: 1 if turn % 2 else -1]:
+            for label, server in list(servers.items())[:: 1 if turn % 2 else -1]:
                 (answer,) = load(server.address, str(directory), request, 1).answers
                 assert answer.whole and answer.tokens > 1, f"{label}: {answer}"
                 if turn:
                     speeds[label].append((answer.tokens - 1) / (answer.total_s - answer.first_s))
-    ratio = statistics.median(b / a for a, b in zip(speeds["plain"], speeds["packed"], strict=True))
+    first = next(iter(speeds.values()))
     shape = f"{directory.name}, one client, {tokens} tokens"
     return [
-        {"op": "serving", "shape": shape, "dtype": "bfloat16", "label": label,
-         "tokens_per_s": statistics.median(speeds[label]), "ratio": ratio if label == "packed" else 1.0}
-        for label in speeds
+        {"op": "serving", "shape": shape, "dtype": "bfloat16", "label": label, "tokens_per_s": statistics.median(found),
+         "ratio": statistics.median(b / a for a, b in zip(first, found, strict=True))}
+        for label, found in speeds.items()
     ]  # fmt: skip
 
 

@@ -15,13 +15,12 @@ import gaugekit as gk
 import tensor_codecs
 from gaugekit.codec.tensors.blob import encode_bytes
 from gaugekit.ops.rans import operator as rans
+from host_rows import BLOCK
 from htscodecs import Htscodecs
 from registry import Case, benchmark, own_shape
 
 SECONDS = 0.4  # a case; all of them take two minutes on a machine that nobody else uses
 TWO_THREADS_SECONDS = 1.0  # and up to eight times that where others share the cores
-# By threads: torch's second one spins for some milliseconds when its work is done, on the core that ours comes to.
-BLOCK = {1: 2e-3, 2: 60e-3}
 
 try:
     import zstandard

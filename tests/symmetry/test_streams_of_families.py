@@ -126,6 +126,15 @@ def test_a_config_a_file_and_a_live_model_count_the_same(name, tmp_path):
         assert {group: size for group, size in found.items() if size} == expected
 
 
+def test_a_config_that_unties_its_head_counts_it(tmp_path):
+    """T5 v1.1's and mT5's files say so; transformers ties the two until it has read both."""
+    model = build("t5, untied")
+    config = model.config.to_dict() | {"tie_word_embeddings": False, "architectures": [type(model).__name__]}
+    live, counted = gk.inspect(model), gk.inspect(config)
+    assert not any("not counted" in note for note in counted.notes)
+    assert counted["parameters"] == live["parameters"] and counted["unobservable"] == live["unobservable"]
+
+
 @pytest.mark.parametrize(
     ("name", "norms", "dimension"),
     [
@@ -201,7 +210,7 @@ def test_what_stands_before_whispers_encoder_keeps_its_basis():
     with pytest.raises(ValueError, match="expected one stream, got 2; symmetry.streams_of"):
         stream_of(model)
     notes = gk.inspect(model).notes
-    assert any("stream_rotation: not of all channels, since a GELU" in note for note in notes)
+    assert any("stream_rotation: none, since a GELU" in note for note in notes)
 
 
 @pytest.mark.parametrize("name", ["clip's images", "clip"])

@@ -47,7 +47,7 @@ class StreamView:
         classifiers = () if headed else _classifiers(stream, tensors)
         if not headed and stream.raw:
             raise ValueError(
-                "model: its stream has a view beside a head that reads the last norm, and it has none"
+                "model: it shows its stream before the last norm, which only a projection would read, and it has none"
             )
         if classifiers:
             stream = replace(stream, head=classifiers[0], heads=classifiers[1:], tied=False)
@@ -141,7 +141,7 @@ class StreamView:
         if self.head == "none":
             return "its stream is its output"
         if self.head == "tied":
-            return "its head shares the table of embeddings, and no two gains of its last norm agree"
+            return "its head shares the table of embeddings, so that only channels of the same gains turn"
         if self.kept:
             return "it takes channels of the same gain in each norm that stands on the stream itself"
         return None

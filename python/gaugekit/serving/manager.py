@@ -7,8 +7,9 @@ is exchanged for one derived from it, while the server is built and no longer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 import transformers
@@ -38,6 +39,25 @@ def installed(attention: str | None, packed: bool, cache: str | None = None) -> 
         model_manager.ModelManager = Manager
 
 
+def _in_a_thread_that_ends(call: Callable[[], Any]) -> Any:
+    """What ``call`` returns or raises, from a thread of its own.
+
+    OpenMP's idle threads stay awake for some 3 ms to wait for more work, but only while the process has no more of them
+    than processors, and those of a thread count until it ends. Left behind by the one that loads, they would have the
+    thread that answers wake its helpers for every product.
+    """
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()  # daemon: Ctrl-C does not wait for it
+    return future.result()
+
+
 def _kind(attention: str | None, packed: bool, cache: str | None) -> type[Manager]:
     class GaugekitManager(Manager):
         """One for each server, as its class is all that the server is told."""
@@ -52,10 +72,10 @@ def _kind(attention: str | None, packed: bool, cache: str | None) -> type[Manage
             return GaugekitConfig(packed=True) if packed else super().get_quantization_config()
 
         def _load_model(self, *arguments: Any, **keywords: Any) -> transformers.PreTrainedModel:
-            # In a thread that ends: the OpenMP threads of one that stays count as the process's, and where these are
-            # more than its processors those of the thread that answers sleep after every product (3 ms otherwise).
-            with ThreadPoolExecutor(1) as loader:
-                model = loader.submit(super()._load_model, *arguments, **keywords).result()
+            return _in_a_thread_that_ends(lambda: self._loaded(*arguments, **keywords))
+
+        def _loaded(self, *arguments: Any, **keywords: Any) -> transformers.PreTrainedModel:
+            model = super()._load_model(*arguments, **keywords)
             own = isinstance(model, SASForCausalLM) or model.config._attn_implementation == interface.NAME
             if attention == interface.NAME and not own and (reason := probe.adopt(model)):
                 raise ValueError(

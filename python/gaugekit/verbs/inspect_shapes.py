@@ -63,6 +63,8 @@ def inspect_config(config: dict, model: Any, text: Any = None) -> Report:
     tensors = {
         name: parameter for name, parameter in live.named_parameters() if parameter.is_floating_point()
     }
+    if config.get("tie_word_embeddings") is False:
+        tensors |= _own_head(live)
     layers = Layers(live.config.to_dict() | config, tensors, tensors.__getitem__)
     views = [layers.attention(layer) for layer in range(len(layers))]
     counted, notes = [outline(view) for view in views], []
@@ -80,6 +82,15 @@ def inspect_config(config: dict, model: Any, text: Any = None) -> Report:
         notes.append(TIED)
     notes.insert(0, meaning(fields, counted))
     return wording.inspected(Report("inspect", fields, notes), named, 1.0)
+
+
+def _own_head(live: nn.Module) -> dict[str, Tensor]:
+    """The head of a model whose config unties it, where transformers ties it all the same (T5's kin) until it loads a
+    file that holds both.
+    """
+    head = live.get_output_embeddings()
+    paths = [path for path, module in live.named_modules() if module is head and head is not None]
+    return {f"{path}.weight": head.weight for path in paths}
 
 
 def refuse_stored(config: Mapping[str, Any]) -> None:
@@ -172,11 +183,15 @@ def _streams(
     except ValueError as odd:
         reason = str(odd).removeprefix("model_type: ").removeprefix("model: ")
         notes.append(f"norms, stream and MLPs: not {'all ' if views else ''}counted, since {reason}")
-    notes += [f"stream_rotation: not of all channels, since {view.still}" for view in views if _quiet(view)]
+    notes += [f"stream_rotation: {_turns(view)}, since {view.still}" for view in views if _explains(view)]
     return views
 
 
-def _quiet(view: StreamView) -> bool:
+def _turns(view: StreamView) -> str:
+    return "not of all channels" if symmetry.STREAM_SYMMETRIES["stream_rotation"].dimension(view) else "none"
+
+
+def _explains(view: StreamView) -> bool:
     """Whether a note has to say why a stream does not turn: that of ties, and of a bare model's, says so elsewhere."""
     return view.still is not None and view.head in ("own", "inner")
 

@@ -10,6 +10,7 @@ from gaugekit import _library
 from gaugekit.ops import processor
 
 AVX512_BF16 = "AVX512-BF16"
+INTEL = {"amx_tile", "avx512_fp16"}  # what Intel's processors have that have all of processor.PAIRS
 # By the kind of processor and the dtype: the most inputs measured, and the most heads as wide as these that would span
 # them, each of which saves its part of the products.
 MEASURED = {("AVX2", torch.float32): (768, 12), (AVX512_BF16, torch.float32): (768, 12)}
@@ -25,33 +26,34 @@ FASTER = {
 
 @functools.cache
 def kind() -> str:
-    """The kernel's kind of processor here: the instructions torch takes ("AVX2", "AVX512", ...), with "-BF16" where it
-    has AVX512-BF16; settled when first asked, "" where the binary is missing.
+    """The kernel's kind of processor here: the instructions torch takes ("AVX2", "AVX512", ...), with "-BF16" on AMD's
+    that have AVX512-BF16; settled when first asked, "" where the binary is missing.
     """
     if not _library.implementation("gauge_linear"):
         return ""
     capability = torch.backends.cpu.get_cpu_capability()
-    return AVX512_BF16 if capability == "AVX512" and "avx512_bf16" in processor.flags() else capability
+    measured = processor.PAIRS <= processor.flags() and not processor.flags() & INTEL
+    return AVX512_BF16 if capability == "AVX512" and measured else capability
 
 
 def plan(
-    processor: str, inputs: int, heads: int, width: int, dtype: torch.dtype, device: str
+    kind_of_processor: str, inputs: int, heads: int, width: int, dtype: torch.dtype, device: str
 ) -> tuple[str, str]:
     """("kernel" or "dense", the reason): how a projection of these sizes is computed on a ``device`` ("cpu", ...).
 
-    ``processor`` is its ``kind()``. It does not depend on the rows of x, so it is the same under ``torch.compile``.
+    ``kind_of_processor`` is its ``kind()``. It does not depend on the rows of x, so it is the same under ``torch.compile``.
     """
     if device != "cpu":
         return "dense", f"the kernel has not been measured on {device}"
-    if not processor:
+    if not kind_of_processor:
         return "dense", "the C++ binary is missing (gaugekit doctor says why)"
-    most = MEASURED.get((processor, dtype))
+    most = MEASURED.get((kind_of_processor, dtype))
     if most is None:
         what = str(dtype).removeprefix("torch.")
-        return "dense", f"the kernel has not been measured to be faster for {what} on {processor} processors"
-    if width % REGISTER[processor]:
+        return "dense", f"the kernel has not been measured to be faster for {what} on {kind_of_processor} processors"
+    if width % REGISTER[kind_of_processor]:
         return "dense", f"heads of {width} numbers do not fill the registers"
     if inputs > most[0] or inputs > most[1] * width:
         limit = f"{most[0]} inputs, or for heads narrower than 1/{most[1]} of them,"
         return "dense", f"beyond {limit} the kernel has not been measured to be faster"
-    return "kernel", FASTER[processor]
+    return "kernel", FASTER[kind_of_processor]
