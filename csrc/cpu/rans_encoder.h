@@ -159,11 +159,9 @@ inline void encode_symbols(EncoderScratch* chunks, const Elements* elements, int
   for (int k = 0; k < count; ++k) coders[k] = begin_symbols(chunks[k], elements[k].count);
   const EncodePair pair = count == kTogether ? pair_encoder(coders[0], coders[1], path) : nullptr;
   const uint64_t both = pair ? std::min(elements[0].count, elements[1].count) / kLanes : 0;
-  for (int k = 0; k < count; ++k) {
-    Coder rest = coders[k];
-    rest.symbols += both * kLanes;
-    encode_groups(rest, elements[k].count / kLanes - both, path);
-  }
+  for (int k = 0; k < count; ++k)
+    if (const uint64_t groups = elements[k].count / kLanes; groups > both)
+      encode_groups(coders[k].behind(both), groups - both, path);
   if (pair) pair(coders[0], coders[1], both);
 }
 

@@ -43,6 +43,16 @@ struct Coder {
   uint32_t* states;
   uint16_t** words;
   Ahead ahead;
+
+  // The same behind so many groups.
+  Coder behind(uint64_t groups) const {
+    const uint64_t lines = groups * ahead.lines;
+    return {symbols + groups * kLanes,
+            table,
+            states,
+            words,
+            {ahead.read + 64 * lines, ahead.written + 48 * lines, ahead.lines}};
+  }
 };
 
 // The most breaks in any cell of a chunk's table; more than kMostBreaks where it has no cells that are of

@@ -41,6 +41,7 @@ class Histogram {
   static constexpr int kMostWindows = 4;
 
 #ifdef GAUGEKIT_X86
+  static_assert(kMostWindows * vbmi2::kBits <= 32, "lanes_ has a row for each symbol");
   bool in_bits() const { return has_vbmi2(path_); }
 
   uint64_t count(const uint8_t* symbols, uint64_t n) {

@@ -22,7 +22,7 @@ GAUGEKIT_VBMI2 GAUGEKIT_INLINE __m512i add_bits(__m512i a, __m512i b, __m512i& c
   return carry;
 }
 
-// sums[i]: what 2^i vectors leave over. Adds `count` = 2^level vectors, and returns those that fill the next
+// sums[i]: what 2^i vectors leave over. Adds 2^level vectors, and returns those that fill the next
 // sum.
 template <int level>
 GAUGEKIT_VBMI2 GAUGEKIT_INLINE __m512i add_vectors(const uint8_t* symbols, __m512i bits, __m512i* sums) {

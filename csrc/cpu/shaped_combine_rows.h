@@ -68,6 +68,7 @@ struct Shape {
 struct Span {
   int64_t first, last;
   int64_t count() const { return last - first; }
+  int64_t nearest(int64_t i) const { return std::clamp(i, first, last - 1); }
 };
 
 inline Span keys_of_chunk(const Shape& shape, const Sequence& s, int64_t chunk) {

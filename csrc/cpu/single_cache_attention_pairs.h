@@ -231,12 +231,13 @@ struct PairBlocks {
   static void read_block(const Split& f, const Queries& of, int64_t first, int64_t count, Scratch& x) {
     fetch_rows(f, of, first, count, x);
     const int64_t width = padded<float>(f.shape.width);
+    const Span seen = f.seen_in(of, first, count);
     for (int64_t j = 0; j < EDGE; ++j) {
-      const int64_t row = std::min(j, count - 1), at = (first + row) * f.pairs;
+      const int64_t row = seen.nearest(j), at = (first + row) * f.pairs;
       x.value_rows[j] = x.key_rows[j] = f.row(of, first + row);
       if (!f.cos) continue;
       x.key_rows[j] = x.keys.data() + row * width;
-      if (j < count)
+      if (j == row)
         turn_key({x.value_rows[j], x.keys.data() + row * width, f.shape.width / 2, f.pairs,
                   f.key_gain.empty() ? nullptr : f.key_gain.data(), f.cos + at, f.sin + at});
     }

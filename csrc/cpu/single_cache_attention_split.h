@@ -60,6 +60,11 @@ struct CacheSplit : SplitOperands {
     if (!table) return cache.at(of.batch, of.group, j);
     return cache.at(table[of.batch * table_row + j / page], of.group, j % page);
   }
+  // The rows of a block from `first` on that some query may see, as places in it; what stands for one of the
+  // others has weight 0, and has to be a number.
+  static Span seen_in(const Queries& of, int64_t first, int64_t count) {
+    return {std::max<int64_t>(0, of.seen.first - first), count};
+  }
   // Rows from j on that stand one distance apart in memory.
   int64_t run(int64_t j) const { return table ? page - j % page : std::numeric_limits<int64_t>::max(); }
   // Rows are multiplied where they lie: no conversion, no turn, no register that is not full.
@@ -138,7 +143,7 @@ template <class S>
 void fetch_rows(const CacheSplit<S>& f, const Queries& of, int64_t first, int64_t count,
                 SplitRows<accumulator<S>>& x) {
   for (int64_t j = 0; j < EDGE; ++j) {
-    const int64_t ahead = first + EDGE + j, here = first + std::min(j, count - 1);
+    const int64_t ahead = first + EDGE + j, here = first + f.seen_in(of, first, count).nearest(j);
     x.next[j] = reinterpret_cast<const char*>(f.row(of, ahead < of.seen.last ? ahead : here));
   }
 }
@@ -177,23 +182,25 @@ struct PlainBlocks {
   // Rows that are not multiplied as they lie are brought into the scratch.
   static void read_block(const Split& f, const Queries& of, int64_t first, int64_t count, Scratch& x) {
     const int64_t width = padded<A>(f.shape.width);
+    const Span seen = f.seen_in(of, first, count);
     fetch_rows(f, of, first, count, x);
     if constexpr (std::is_same_v<S, A>)
-      for (int64_t j = 0; j < EDGE; ++j)
-        x.value_rows[j] = x.key_rows[j] = f.row(of, first + std::min(j, count - 1));
+      for (int64_t j = 0; j < EDGE; ++j) x.value_rows[j] = x.key_rows[j] = f.row(of, first + seen.nearest(j));
     if (f.direct()) return;
-    for (int64_t j = 0; j < count;) {
+    for (int64_t j = seen.first; j < count;) {
       const int64_t rows = std::min(f.run(first + j), count - j);
       read_lines(Reading<S>{f.row(of, first + j), f.cache.stride.row, x.values.data() + j * width, width,
                             rows, f.shape.width, A(1)});
       j += rows;
     }
-    if (f.cos)
-      turn_keys(Turning<A>{x.values.data(), x.keys.data(), width, f.shape.width / 2, f.pairs, count,
-                           f.key_gain.empty() ? nullptr : f.key_gain.data(), f.cos + first * f.pairs,
-                           f.sin + first * f.pairs, f.pairs, f.pairs});
+    if (f.cos) {
+      const int64_t at = seen.first * width, angle = (first + seen.first) * f.pairs;
+      turn_keys(Turning<A>{x.values.data() + at, x.keys.data() + at, width, f.shape.width / 2, f.pairs,
+                           seen.count(), f.key_gain.empty() ? nullptr : f.key_gain.data(), f.cos + angle,
+                           f.sin + angle, f.pairs, f.pairs});
+    }
     for (int64_t j = 0; j < EDGE; ++j) {
-      const int64_t at = std::min(j, count - 1) * width;
+      const int64_t at = seen.nearest(j) * width;
       x.value_rows[j] = x.values.data() + at;
       x.key_rows[j] = (f.cos ? x.keys : x.values).data() + at;
     }

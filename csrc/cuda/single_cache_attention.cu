@@ -189,7 +189,7 @@ Tensor attention_rows(const Tensor& q, const Tensor& cache, bool slices, const O
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   Call f = call_of(given, scale);
-  // The parts of all splits in one piece: each begins at a multiple of 8 numbers, as pairs are stored.
+  // The parts of all splits in one piece: those stored as pairs begin at a multiple of 8 numbers.
   const int64_t parts = q.size(0) * f.groups * f.splits, sums = parts * f.rows() * f.values;
   const int64_t means = gamma ? parts * f.queries * f.width : 0;
   const Tensor held = torch::stable::new_empty(q, {sums + means + 2 * parts * f.rows()}, ScalarType::Float);

@@ -28,7 +28,7 @@ float pair_added(float sum, Words a, Words b) {
   return sum;
 }
 
-// Rows of numbers of many sizes, subnormal ones among them, one column apart from what follows.
+// Numbers of many sizes, subnormal ones among them.
 std::vector<BFloat16> numbers(int64_t count, std::mt19937& random) {
   std::vector<BFloat16> x(count);
   for (BFloat16& one : x) {

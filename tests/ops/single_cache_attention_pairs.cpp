@@ -12,8 +12,7 @@ namespace {
 #ifdef GAUGEKIT_X86
 Words pair_of(BFloat16 even, BFloat16 odd) { return even.bits | Words(odd.bits) << 16; }
 
-// Rows that end where their memory does, so that nothing is read behind them unnoticed by a sanitizer, before
-// numbers that no sum may take up.
+// Rows with a number behind each that no sum may take up.
 struct Block {
   int64_t step;
   std::vector<BFloat16> numbers_;

@@ -1,5 +1,7 @@
 """Attention from one cache: against the reference and against keys and values, in every layout, with every option."""
 
+import itertools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -170,6 +172,33 @@ def test_what_nobody_sees_may_hold_anything():
         )
         torch.testing.assert_close(out[0], torch.full_like(out[0], 0.5))
         assert not out[1].any()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_lies_before_a_window_may_hold_anything(learns):
+    """In the block in which the window begins, too; a query of a sequence without rows does not widen it."""
+    for dtype, rotary, width in itertools.product((torch.float32, torch.bfloat16), (False, True), (32, 24)):
+        cos = torch.rand(64, 8) if rotary else None
+        turn = {"cos": cos, "sin": (1 - cos**2).sqrt()} if rotary else {}
+        q = torch.randn(2, 2, 1, width).to(dtype).requires_grad_(learns)
+        cache = torch.randn(2, 1, 64, width).to(dtype)
+        options = {"scale": 0.3, "window": 8, "key_lengths": [64, 0], "gamma": 0.5, **turn}
+        expected = gk.single_cache_attention(q, cache, **options)
+        cache[0, :, :56] = float("nan")
+        assert torch.equal(gk.single_cache_attention(q, cache, **options), expected)
+
+
+def test_pages_before_a_window_are_not_looked_up():
+    q, cache = torch.randn(1, 1, 1, 32), torch.randn(8, 1, 16, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        tables = torch.tensor([[0, 1, 2, 3]]).int(), torch.tensor([[2**30, 2**30, 2, 3]]).int()
+
+        def attend(table, dtype=dtype):
+            where = (True, 8, torch.tensor([40]), torch.tensor([41]), table)
+            return OP(q.to(dtype), cache.to(dtype), False, *[None] * 6, *where, 0.3)
+
+        found, other = map(attend, tables)
+        assert torch.equal(found, other)
 
 
 def test_strides():

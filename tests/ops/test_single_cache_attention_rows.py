@@ -19,6 +19,8 @@ def hopper():
     """Asked as a test runs, not while tests are collected: a rehearsal collects them without a card."""
     if torch.cuda.get_device_capability() != choice.CAPABILITY:
         pytest.skip("its copies are those of compute capability 9.0")
+
+
 NAMES = ("alpha", "beta", "gamma", "key_gain", "cos", "sin", "causal", "window", "query_start", "key_lengths",
          "block_table")  # fmt: skip
 # batch, heads, groups, queries, rows, channels; slices, terms, pairs that turn; the mask

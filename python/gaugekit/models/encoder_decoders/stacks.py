@@ -10,8 +10,8 @@ from gaugekit.models.linears import Linears
 from gaugekit.models.stream import Junction
 
 UNSLICED = (
-    "model: its streams cannot be sliced: a calibration runs one text through the decoder of a language model, and this "
-    "model is an encoder, or has one"
+    "model: its streams cannot be sliced: a calibration runs one text through the decoder of a language model, and "
+    "this model is an encoder, or has one"
 )
 
 

@@ -32,7 +32,8 @@ def kind() -> str:
     if not _library.implementation("gauge_linear"):
         return ""
     capability = torch.backends.cpu.get_cpu_capability()
-    measured = processor.PAIRS <= processor.flags() and not processor.flags() & INTEL
+    flags = processor.flags()
+    measured = flags >= processor.PAIRS and not flags & INTEL
     return AVX512_BF16 if capability == "AVX512" and measured else capability
 
 
@@ -41,7 +42,8 @@ def plan(
 ) -> tuple[str, str]:
     """("kernel" or "dense", the reason): how a projection of these sizes is computed on a ``device`` ("cpu", ...).
 
-    ``kind_of_processor`` is its ``kind()``. It does not depend on the rows of x, so it is the same under ``torch.compile``.
+    ``kind_of_processor`` is its ``kind()``. It does not depend on the rows of x, so it is the same under
+    ``torch.compile``.
     """
     if device != "cpu":
         return "dense", f"the kernel has not been measured on {device}"
@@ -50,7 +52,10 @@ def plan(
     most = MEASURED.get((kind_of_processor, dtype))
     if most is None:
         what = str(dtype).removeprefix("torch.")
-        return "dense", f"the kernel has not been measured to be faster for {what} on {kind_of_processor} processors"
+        return (
+            "dense",
+            f"the kernel has not been measured to be faster for {what} on {kind_of_processor} processors",
+        )
     if width % REGISTER[kind_of_processor]:
         return "dense", f"heads of {width} numbers do not fill the registers"
     if inputs > most[0] or inputs > most[1] * width:

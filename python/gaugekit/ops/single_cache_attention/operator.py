@@ -84,8 +84,9 @@ def composition(
     groups, keys = rows.shape[1:3]
     seen = keys_of_queries(q.shape[2], keys, Mask(causal, window, query_start, key_lengths), q.device)
     if q.numel() and keys:  # what nobody sees may be no number
-        unseen = torch.arange(keys, device=q.device) >= seen.last.amax(1, keepdim=True)
-        rows = rows.masked_fill(unseen[:, None, :, None], 0)
+        j, last = torch.arange(keys, device=q.device), seen.last.amax(1, keepdim=True)
+        first = seen.first.masked_fill(seen.last <= seen.first, keys).amin(1, keepdim=True)
+        rows = rows.masked_fill(((j < first) | (j >= last))[:, None, :, None], 0)
     k = rows if cos is None else rotated(rows, key_gain, cos[:keys], sin[:keys])
     queries = q.to(dtype).unflatten(1, (groups, -1))
     v = rows.unflatten(3, (queries.shape[2], -1)).permute(0, 1, 3, 2, 4) if slices else rows[:, :, None]
