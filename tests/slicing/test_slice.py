@@ -289,7 +289,7 @@ def test_families_without_a_view_of_their_stream_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("t5", "a calibration runs one text through one stack"),
+        ("t5", "a calibration runs one text through the decoder of a language model"),
         ("vit", "what begins this stream is an image"),
         ("clip's text", "slicing takes models of language"),
         ("olmo2", "norms over all D channels stand behind its parts"),
