@@ -220,7 +220,9 @@ def test_a_tower_that_shows_its_stream_before_the_last_norm_has_no_view(name):
     model = getattr(transformers, kind)(getattr(transformers, config)(**sizes))
     with pytest.raises(ValueError, match="it shows its stream before the last norm, which only a projection"):
         streams_of(model)
-    assert any("norms, stream and MLPs: not counted, since it shows its stream" in n for n in gk.inspect(model).notes)
+    assert any(
+        "norms, stream and MLPs: not counted, since it shows its stream" in n for n in gk.inspect(model).notes
+    )
 
 
 def test_streams_that_heads_read_at_every_layer_have_no_view():
