@@ -75,6 +75,7 @@ def test_verify_passes_between_two_forms(sliced):
 
 
 def test_it_compiles_whole(directory):
+    torch._dynamo.reset()  # what other tests compiled of the same code would be widened first, in a graph more
     model = load(directory)
     counted = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counted)
