@@ -57,10 +57,14 @@ def _status_bytes(name: str) -> int:
 
 
 DISTURBED = 0.05  # of the processors' time taken by others during a call: its round is then left out
-# Seconds a call is timed over, by threads: torch's second one spins for some milliseconds when its work is done, on the
-# core that ours comes to.
-BLOCK = {1: 2e-3, 2: 60e-3}
 TWO_CORES = 1.9  # times as fast is a product of matrices on two threads where both have a core to themselves
+
+
+def block(threads: int) -> float:
+    """Seconds over which a call is timed: torch's threads but one spin for some milliseconds when their work is done,
+    on the cores that ours come to.
+    """
+    return 2e-3 if threads == 1 else 60e-3
 
 
 def of_others() -> tuple[float, float, float]:

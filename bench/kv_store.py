@@ -213,7 +213,7 @@ def speed_cases(blocks: list[torch.Tensor], tables: KVTables, threads: int, seco
                 threads=threads,
                 rounds=7,
                 seconds=seconds,
-                block=host_rows.BLOCK[threads],
+                block=host_rows.block(threads),
                 processor_time=threads == 1,
                 label="plain bytes: " + f"{size:,}",
                 extra={

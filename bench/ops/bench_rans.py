@@ -15,7 +15,7 @@ import gaugekit as gk
 import tensor_codecs
 from gaugekit.codec.tensors.blob import encode_bytes
 from gaugekit.ops.rans import operator as rans
-from host_rows import BLOCK
+from host_rows import block
 from htscodecs import Htscodecs
 from registry import Case, benchmark, own_shape
 
@@ -243,7 +243,7 @@ def paths(name: str, tensor: torch.Tensor, device: str):
             bytes_moved=2 * count + blob.numel(),
             threads=threads,
             seconds=SECONDS if threads == 1 else TWO_THREADS_SECONDS,
-            block=BLOCK[threads],
+            block=block(threads),
             control=control if threads == 2 else None,
             extra=sizes,
         )

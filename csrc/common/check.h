@@ -15,6 +15,7 @@ namespace gaugekit {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 inline void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> sizes) {
   bool same = x.dim() == static_cast<int64_t>(sizes.size());

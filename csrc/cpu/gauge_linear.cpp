@@ -9,7 +9,6 @@
 namespace gaugekit {
 namespace {
 
-using Optional = std::optional<Tensor>;
 using torch::stable::parallel_for;
 
 constexpr int64_t MOST_ROWS = 384,

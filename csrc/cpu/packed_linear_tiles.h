@@ -13,7 +13,6 @@
 
 namespace gaugekit::packed {
 
-using Optional = std::optional<Tensor>;
 using torch::stable::parallel_for;
 
 constexpr int64_t GRAIN_WEIGHTS = 1 << 16;  // that a thread takes at a time

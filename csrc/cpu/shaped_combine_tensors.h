@@ -6,8 +6,6 @@
 
 namespace gaugekit {
 
-using Optional = std::optional<Tensor>;
-
 constexpr int64_t FAR = int64_t(1) << 40;  // keeps sums of positions and windows from overflowing
 
 template <class S, class T>

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <vector>
 
+#include "common/single_cache_arguments.h"
 #include "cpu/shaped_combine_tensors.h"
 #include "cpu/single_cache_attention_pairs.h"
 
@@ -14,14 +15,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-struct CacheArguments {
-  const Tensor &q, &cache;
-  bool slices;
-  const Optional &alpha, &beta, &gamma, &key_gain, &cos, &sin;
-  bool causal;
-  const std::optional<int64_t>& window;
-  const Optional &query_start, &key_lengths, &block_table;
-
+struct Given : CacheArguments {
   void check() const {
     STD_TORCH_CHECK(q.dim() == 4 && cache.dim() == 4, "q, cache: expected [B, H, T, C] and [B, G, S, C]");
     STD_TORCH_CHECK(cache.size(3) == q.size(3) && q.size(3) > 0 && cache.size(1) > 0 && q.size(1) > 0 &&
@@ -49,12 +43,9 @@ struct CacheArguments {
   ScalarType accumulated() const {
     return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
-  int64_t repeats() const { return q.size(1) / cache.size(1); }
-  int64_t keys() const { return block_table ? block_table->size(1) * cache.size(2) : cache.size(2); }
   Shape shape() const {
     return {q.size(1), cache.size(1), q.size(3), causal, window ? std::min(*window, FAR) : 0};
   }
-  int64_t width() const { return slices ? q.size(3) / repeats() : q.size(3); }
 };
 
 // A gain of each head (of each channel) as accumulators, empty where it is absent.
@@ -105,7 +96,7 @@ void attend_items(const CacheSplit<S>& f, const std::vector<Queries>& items) {
 }
 
 template <class S>
-void attend_into(const CacheArguments& given, double scale, const Tensor& out) {
+void attend_into(const Given& given, double scale, const Tensor& out) {
   using A = accumulator<S>;
   const Tensor q = with_contiguous_rows(given.q), cache = with_contiguous_rows(given.cache);
   const Shape shape = given.shape();
@@ -150,8 +141,8 @@ Tensor single_cache_attention(Tensor q, Tensor cache, bool slices, Optional alph
                               Optional gamma, Optional key_gain, Optional cos, Optional sin, bool causal,
                               std::optional<int64_t> window, Optional query_start, Optional key_lengths,
                               Optional block_table, double scale) {
-  const CacheArguments given{q,   cache, slices, alpha,  beta,        gamma,       key_gain,
-                             cos, sin,   causal, window, query_start, key_lengths, block_table};
+  const Given given{{q, cache, slices, alpha, beta, gamma, key_gain, cos, sin, causal, window, query_start,
+                     key_lengths, block_table}};
   given.check();
   // O lies as [B, T, H, V], so that joining the heads copies nothing.
   const Tensor out = torch::stable::transpose(

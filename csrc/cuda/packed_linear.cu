@@ -13,8 +13,6 @@
 namespace gaugekit::packed {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 constexpr int kWarps = 8, kMostRows = 16, kBlock = 64;
 constexpr int64_t kLaneVariant = 0, kTileVariant = 1;
 constexpr int64_t kPrograms = 2048;  // warps' blocks that fill the largest GPU; no result depends on the card

@@ -6,27 +6,15 @@
 
 #include <algorithm>
 
-#include "common/check.h"
+#include "common/single_cache_arguments.h"
 #include "cuda/single_cache_attention_warp.h"
 
 namespace gaugekit::cache {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 constexpr int64_t kMostPairs = 65535;
 
-struct Given {
-  const Tensor &q, &cache;
-  bool slices;
-  const Optional &alpha, &beta, &gamma, &key_gain, &cos, &sin;
-  bool causal;
-  const std::optional<int64_t>& window;
-  const Optional &query_start, &key_lengths, &block_table;
-
-  int64_t repeats() const { return q.size(1) / cache.size(1); }
-  int64_t width() const { return slices ? q.size(3) / repeats() : q.size(3); }
-  int64_t keys() const { return cache.size(2) * (block_table ? block_table->size(1) : 1); }
+struct Given : CacheArguments {
   int64_t steps() const {
     return (q.size(3) / 2 + kStepChannels * kWarps - 1) / (kStepChannels * kWarps) * 2;
   }
@@ -180,8 +168,8 @@ Tensor attention_rows(const Tensor& q, const Tensor& cache, bool slices, const O
                       const Optional& cos, const Optional& sin, bool causal,
                       const std::optional<int64_t>& window, const Optional& query_start,
                       const Optional& key_lengths, const Optional& block_table, double scale) {
-  const Given given{q,   cache, slices, alpha,  beta,        gamma,       key_gain,
-                    cos, sin,   causal, window, query_start, key_lengths, block_table};
+  const Given given{{q, cache, slices, alpha, beta, gamma, key_gain, cos, sin, causal, window, query_start,
+                     key_lengths, block_table}};
   given.check();
   const int device = q.get_device_index();
   check_card(device);

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaugekit.nn import Concat, GaugeProjection
 from gaugekit.nn.shortcuts import TriangularShortcut
+from gaugekit.ops import processor
 from gaugekit.ops.gauge_linear import choice
 from gaugekit.ops.gauge_linear.layout import free_rows
 from helpers import assert_accurate
@@ -183,7 +184,7 @@ def test_transformations_of_functions_get_a_weight_of_their_own(way):
 
 def test_the_plan_says_why():
     sizes = (384, 6, 64)
-    for processor, size, dtype, device, product, why in (
+    for kind, size, dtype, device, product, why in (
         ("AVX2", sizes, torch.float32, "cpu", "kernel", "Zen 3"),
         ("AVX2", sizes, torch.float32, "cuda", "dense", "not been measured on cuda"),
         ("AVX2", sizes, torch.float64, "cpu", "dense", "float64 on AVX2"),
@@ -196,10 +197,22 @@ def test_the_plan_says_why():
         ("AVX2", (768, 24, 32), torch.float32, "cpu", "dense", "narrower than 1/12"),
         ("AVX2", (1024, 8, 128), torch.float32, "cpu", "dense", "beyond 768 inputs"),
     ):
-        found, reason = choice.plan(processor, *size, dtype, device)
+        found, reason = choice.plan(kind, *size, dtype, device)
         assert found == product and why in reason
     here = GaugeProjection(384, 6, 64)
     assert here.product == choice.plan(choice.kind(), 384, 6, 64, torch.float32, "cpu")
+
+
+def test_processors_that_multiply_pairs_in_other_ways_too_were_not_measured(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(choice._library, "implementation", lambda name: True)
+    for flags, kind in (
+        (processor.PAIRS, "AVX512-BF16"),
+        (processor.PAIRS | {"amx_tile"}, "AVX512"),
+        (processor.PAIRS - {"avx512_vbmi2"}, "AVX512"),
+    ):
+        monkeypatch.setattr(processor, "flags", lambda flags=flags: frozenset(flags))
+        assert choice.kind.__wrapped__() == kind
 
 
 def test_a_bias_alone_may_learn(way):

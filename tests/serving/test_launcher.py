@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import threading
 import urllib.request
 
 import pytest
@@ -140,3 +141,35 @@ def test_two_servers_of_one_process_keep_their_options(model):
     own = model_manager.ModelManager
     with serving.running(model), serving.running(model, attn_implementation="gaugekit"):
         assert model_manager.ModelManager is own
+
+
+@pytest.mark.usefixtures("present")
+@pytest.mark.parametrize("options", [{}, {"attn_implementation": "gaugekit"}])
+def test_a_model_is_loaded_in_a_thread_that_ends(model, monkeypatch, options):
+    """The threads of OpenMP that a thread has count as the process's until it ends: see ``serving.manager``."""
+    from gaugekit.hf.attention import probe
+    from gaugekit.serving import manager
+
+    seen = []
+
+    def noting(call):
+        def noted(*arguments, **keywords):
+            seen.append(threading.current_thread())
+            return call(*arguments, **keywords)
+
+        return noted
+
+    monkeypatch.setattr(manager.Manager, "_load_model", noting(manager.Manager._load_model))
+    monkeypatch.setattr(probe, "adopt", noting(probe.adopt))
+    with serving.running(model, **options):
+        loading = set(seen)
+        assert len(seen) == 1 + len(options) and len(loading) == 1 and threading.main_thread() not in loading
+        loading.pop().join(5)
+        assert not seen[0].is_alive()
+
+
+def test_what_goes_wrong_in_that_thread_is_told():
+    from gaugekit.serving import manager
+
+    with pytest.raises(KeyError, match="missing"):
+        manager._in_a_thread_that_ends(lambda: {}["missing"])

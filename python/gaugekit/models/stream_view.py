@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,18 +31,17 @@ class StreamView:
 
     @classmethod
     def of(
-        cls, stream: Stream, prefix: str, tensors: Mapping[str, Tensor], headed: bool, live: bool = False
+        cls, stream: Stream, prefix: str, tensors: Mapping[str, Tensor], headed: bool, apart: bool = False
     ) -> StreamView:
         """The view in ``tensors`` by their full names; ``prefix`` stands before the base model's.
 
         ``headed``: whether the model makes logits of its stream, by the module ``stream.head``; where it does not, it
-        may have the head of a classifier. ``live``: no tensor is there twice, so that a head with a tensor shares none.
+        may have the head of a classifier. ``apart``: a head that has a tensor shares none, whatever the config says.
         ValueError, with its name, for a weight that is missing, or where the model shows more than its last norm.
         """
         if stream.norm is None:
             return cls(stream, _taken(stream, prefix, tensors), "inner")
-        if live and cls.has_head(stream, tensors):
-            # Whatever the config says: transformers unties what a file holds apart.
+        if apart and cls.has_head(stream, tensors):
             stream = replace(stream, tied=False)
         classifiers = () if headed else _classifiers(stream, tensors)
         if not headed and stream.raw:
@@ -63,7 +62,9 @@ class StreamView:
     @staticmethod
     def has_head(stream: Stream, names: Container[str]) -> bool:
         """Whether a model with tensors of these ``names`` has a head of its own."""
-        part = stream.parts.get(stream.head) if stream.head else None
+        if stream.head is None:
+            return False
+        part = stream.parts.get(stream.head)
         return (part.weight if part else f"{stream.head}.weight") in names
 
     @property
@@ -191,6 +192,16 @@ class StreamView:
 
     def _transposed(self, path: str) -> bool:
         return self.stream.transposed and path not in self.heads
+
+
+def heads_apart(stream: Stream, prefix: str, names: Container[str], read: Callable[[str], Tensor]) -> bool:
+    """Whether a file with tensors of these ``names`` holds a head whose numbers are not the table's: transformers then
+    unties the two, whatever the config says.
+    """
+    if not StreamView.has_head(stream, names) or stream.tokens is None:
+        return False
+    head, table = read(f"{stream.head}.weight"), read(f"{prefix}{stream.tokens}.weight")
+    return not torch.equal(head, table)
 
 
 def _classifiers(stream: Stream, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.checkpoint.version import VERSION
 from gaugekit.hf.sliced import Sliced
 from gaugekit.models import Stream
+from gaugekit.models.stream_view import heads_apart
 from gaugekit.rewrite import Step
 from gaugekit.rewrite.job import Job, Unit
 from gaugekit.slicing import weights
@@ -54,11 +55,11 @@ class SlicedJob(Job):
     def __init__(self, checkpoint: Checkpoint, dense: bool, dtype: torch.dtype | None):
         super().__init__(checkpoint, dense, dtype)
         self.stream: Stream = self.layers.family.stream()
-        if self.stream.tied and self._own_head():
+        names, prefix = set(checkpoint.names()), self.layers.prefix
+        if self.stream.tied and heads_apart(self.stream, prefix, names, checkpoint.read):
             raise ValueError(
                 f"checkpoint: expected no {self.stream.head}.weight of its own beside tie_word_embeddings, got one"
             )
-        names, prefix = set(checkpoint.names()), self.layers.prefix
         weights.check_shifts(
             self.stream, lambda name: self._read(prefix + name) if prefix + name in names else None
         )
@@ -146,14 +147,6 @@ class SlicedJob(Job):
 
     def _is_ends(self, unit: Unit) -> bool:
         return f"{self.layers.prefix}{self.stream.tokens}.weight" in unit.names
-
-    def _own_head(self) -> bool:
-        """Whether a head is stored whose numbers are not the embedding's."""
-        head = f"{self.stream.head}.weight"
-        if head not in self.checkpoint.names():
-            return False
-        table = f"{self.layers.prefix}{self.stream.tokens}.weight"
-        return not torch.equal(self.checkpoint.read(head), self.checkpoint.read(table))
 
     def _places(self, layer: int) -> tuple[int, int]:
         """The first of a layer's junctions, counted through the model, and how many it has."""

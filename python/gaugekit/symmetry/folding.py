@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from gaugekit.models import Mlp, StreamView
 from gaugekit.models.stream import Exchange, added, centred, folded
-from gaugekit.symmetry.stream import StreamSymmetry, factors, without_mean
+from gaugekit.symmetry.stream import StreamSymmetry, factors, nonzero, without_mean
 
 DEGREES = {"relu": 1, "relu2": 2, "linear": 1}  # activations with f(s x) = sᵖ f(x) for s > 0: p
 
@@ -32,8 +32,7 @@ class NormGains(StreamSymmetry):
     def fix(self, view: StreamView) -> StreamView:
         for norm, readers in view.norms:
             gain = view.gain(norm)
-            by = 1 / torch.where(gain == 0, 1.0, gain)
-            view = self._moved(view, norm, readers, torch.where(gain == 0, 0.0, torch.ones_like(gain)), by)
+            view = self._moved(view, norm, readers, (gain != 0).to(gain), 1 / nonzero(gain))
         return view
 
     @staticmethod
@@ -66,8 +65,7 @@ class LayerScales(StreamSymmetry):
     def fix(self, view: StreamView) -> StreamView:
         for path, scale in self._ways(view):
             size = view.tensors[scale]
-            by = 1 / torch.where(size == 0, 1.0, size)
-            view = self._moved(view, path, scale, torch.where(size == 0, 0.0, torch.ones_like(size)), by)
+            view = self._moved(view, path, scale, (size != 0).to(size), 1 / nonzero(size))
         return view
 
     @staticmethod

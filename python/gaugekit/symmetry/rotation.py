@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from gaugekit.models import StreamView
-from gaugekit.symmetry.stream import StreamSymmetry, without_mean
+from gaugekit.symmetry.stream import StreamSymmetry, nonzero, without_mean
 
 
 class StreamRotation(StreamSymmetry):
@@ -51,7 +51,7 @@ class StreamRotation(StreamSymmetry):
             turned = None if bias is None else (bias * size[:, 0]) @ element / size[:, 0]
             view = view.with_linear(path, element.mT @ (size * weight) / size, turned)
         for norm, readers in _norms(view):
-            gain, shift = _nonzero(view.gain(norm)), view.read(f"{norm}.bias")
+            gain, shift = nonzero(view.gain(norm)), view.read(f"{norm}.bias")
             for path in () if readers == (view.stream.tokens,) else readers:  # that table was turned above
                 weight, bias = view.linear(path)
                 view = view.with_linear(path, (weight * gain) @ element / gain, bias)
@@ -164,12 +164,7 @@ def _divisor(view: StreamView, scale: str | None) -> Tensor:
     """The tensor that multiplies what is added, with 1 for 0."""
     if scale is None:
         return torch.ones(view.stream.size, dtype=torch.float64)
-    return _nonzero(view.tensors[scale])
-
-
-def _nonzero(gain: Tensor) -> Tensor:
-    """With 1 for 0: such channels are a class, where a norm's bias is all there is."""
-    return torch.where(gain == 0, 1.0, gain)
+    return nonzero(view.tensors[scale])
 
 
 def _left_alone(view: StreamView) -> list[str]:
@@ -190,7 +185,7 @@ def _rows_of_stream(view: StreamView) -> Tensor:
         added = weight.mT if bias is None else torch.cat([weight.mT, bias[None]])
         rows.append(added * _divisor(view, scale))
     for norm, readers in _norms(view):
-        gain, shift = _nonzero(view.gain(norm)), view.read(f"{norm}.bias")
+        gain, shift = nonzero(view.gain(norm)), view.read(f"{norm}.bias")
         rows += [view.linear(path)[0] * gain for path in readers]
         rows += [] if shift is None else [(shift / gain)[None]]
     rows += [view.linear(path)[0] for path in _bare(view)]

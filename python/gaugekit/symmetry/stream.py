@@ -90,7 +90,7 @@ def streams_of(model: nn.Module) -> tuple[StreamView, ...]:
     }
     modules = {name for name, _ in model.named_modules()}
     return tuple(
-        StreamView.of(stream, live.prefix, tensors, stream.head in modules, live=True) for stream in streams
+        StreamView.of(stream, live.prefix, tensors, stream.head in modules, apart=True) for stream in streams
     )
 
 
@@ -113,6 +113,11 @@ def put_stream(model: nn.Module, view: StreamView) -> None:
 def factors(size: int, generator: Generator | None) -> Tensor:
     """Between ½ and 2."""
     return 2 ** (2 * torch.rand(size, dtype=torch.float64, generator=generator) - 1)
+
+
+def nonzero(gain: Tensor) -> Tensor:
+    """``gain`` with 1 for 0: a channel that a gain of 0 hides has nothing to be divided by."""
+    return torch.where(gain == 0, 1.0, gain)
 
 
 def without_mean(size: int) -> Tensor:

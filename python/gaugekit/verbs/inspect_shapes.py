@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gaugekit import symmetry
 from gaugekit.checkpoint.config import CONFIG, check_config, read_config, stored_as
 from gaugekit.files.missing import how_to_convert
-from gaugekit.models import FAMILIES, AttentionView, Layers, Live, StreamView, family, left_alone
+from gaugekit.models import FAMILIES, AttentionView, Layers, Live, Stream, StreamView, family, left_alone
+from gaugekit.models.stream_view import heads_apart
 from gaugekit.report import Report
 from gaugekit.verbs import wording
 
@@ -158,18 +159,24 @@ def streams_of(
     """The streams of a model with tensors of these ``sizes``; none, with a note, where its family has no view of them,
     or tensors of them are missing.
 
-    Only tensors with one axis are ``read``: gains and biases, which are few.
+    Only tensors with one axis are ``read``, gains and biases, which are few, and a head beside a table that should be
+    its own.
     """
     tensors = {
         name: read(name) if len(size) == 1 else torch.empty(size, device="meta")
         for name, size in sizes.items()
     }
-    return _streams(layers, tensors, layers.model if isinstance(layers, Live) else None, notes)
+    if isinstance(layers, Live):
+        return _streams(layers, tensors, layers.model, notes)
+    return _streams(
+        layers, tensors, None, notes, lambda s: s.tied and heads_apart(s, layers.prefix, sizes, read)
+    )
 
 
 def _streams(
-    layers: Layers, tensors: Mapping[str, Tensor], live: nn.Module | None, notes: list[str]
-) -> list[StreamView]:
+    layers: Layers, tensors: Mapping[str, Tensor], live: nn.Module | None, notes: list[str],
+    apart: Callable[[Stream], bool] = lambda _: True,
+) -> list[StreamView]:  # fmt: skip
     names = layers.config.get("architectures") or ()
     of_file = any(name.endswith(HEADED) for name in names)
     modules = {name for name, _ in live.named_modules()} if live is not None else set()
@@ -179,11 +186,16 @@ def _streams(
             headed = (
                 StreamView.has_head(stream, tensors) or of_file if live is None else stream.head in modules
             )
-            views.append(StreamView.of(stream, layers.prefix, tensors, headed, live=live is not None))
+            views.append(StreamView.of(stream, layers.prefix, tensors, headed, apart(stream)))
     except ValueError as odd:
         reason = str(odd).removeprefix("model_type: ").removeprefix("model: ")
         notes.append(f"norms, stream and MLPs: not {'all ' if views else ''}counted, since {reason}")
     notes += [f"stream_rotation: {_turns(view)}, since {view.still}" for view in views if _explains(view)]
+    beyond = [name for name in tensors if layers.prefix and not name.startswith(layers.prefix)]
+    if beyond and any(view.head == "none" for view in views):
+        notes.append(
+            f"norms, stream: what reads the last norm is not counted, since {beyond[0]!r} has no view here"
+        )
     return views
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 
 from gaugekit.models.compound import Compound, Place
@@ -35,9 +36,9 @@ class Stack(Linears):
     def size(self) -> int:
         return self.config["d_model"]
 
+    @abstractmethod
     def junctions(self, layer: int) -> tuple[Junction, ...]:
         """Those of a layer, where its norms stand before its parts; the MLP is the last attention's of a block."""
-        raise NotImplementedError
 
 
 class EncoderDecoder(Compound):

@@ -72,7 +72,8 @@ class Vit(Linears):
         """Its first tokens (a class, DeiT's for distillation) and its patches have positions, registers have none."""
         if not self.config.get("apply_layernorm", True):
             raise ValueError(
-                "apply_layernorm: expected true, got false: a backbone then shows its stream before the last norm"
+                "apply_layernorm: expected true, got false: a backbone of this config shows its stream before the "
+                "last norm"
             )
         positions, patches = "embeddings.position_embeddings", "embeddings.patch_embeddings.projection"
         first = ("cls_token", "distillation_token") if self.name == "deit" else ("cls_token",)

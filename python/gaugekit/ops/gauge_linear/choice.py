@@ -10,7 +10,6 @@ from gaugekit import _library
 from gaugekit.ops import processor
 
 AVX512_BF16 = "AVX512-BF16"
-INTEL = {"amx_tile", "avx512_fp16"}  # what Intel's processors have that have all of processor.PAIRS
 # By the kind of processor and the dtype: the most inputs measured, and the most heads as wide as these that would span
 # them, each of which saves its part of the products.
 MEASURED = {("AVX2", torch.float32): (768, 12), (AVX512_BF16, torch.float32): (768, 12)}
@@ -32,9 +31,7 @@ def kind() -> str:
     if not _library.implementation("gauge_linear"):
         return ""
     capability = torch.backends.cpu.get_cpu_capability()
-    flags = processor.flags()
-    measured = flags >= processor.PAIRS and not flags & INTEL
-    return AVX512_BF16 if capability == "AVX512" and measured else capability
+    return AVX512_BF16 if capability == "AVX512" and processor.multiplies_pairs_alone() else capability
 
 
 def plan(

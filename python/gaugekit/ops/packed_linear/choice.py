@@ -55,8 +55,7 @@ def kind(dtype: torch.dtype) -> str:
     if platform.machine() in ARM and os.environ.get("ATEN_CPU_CAPABILITY") != "default":
         return "arm-bf16" if dtype == torch.bfloat16 and "bf16" in flags else "arm"
     if capability.startswith("AVX512") and FLAGS[dtype] in flags:
-        pairs = dtype == torch.bfloat16 and flags >= processor.PAIRS and "amx_bf16" not in flags
-        return "pairs" if pairs else "16-bit"
+        return "pairs" if dtype == torch.bfloat16 and processor.multiplies_pairs_alone() else "16-bit"
     return {"AVX2": "avx2", "AVX512": "avx512"}.get(capability, "other")
 
 
