@@ -39,7 +39,7 @@ def append(old: Tensor | None, new: Tensor, columns: int, start: Tensor | None) 
 
 
 def put_rows(buffer: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    """Writes ``new`` [B, G, T, ·] to the rows ``rows`` int64 [B, T] of ``buffer`` [B, G, S, ·], which is returned.
+    """Writes ``new`` [B, G, T, ·] to the rows ``rows`` int64 [B, T], 0 to S − 1, of ``buffer`` [B, G, S, ·]: returned.
 
     ``scatter_`` would copy the whole buffer in 16 bits: on a CPU 20 ms for 25 MB, to write four rows.
     """
