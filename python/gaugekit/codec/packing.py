@@ -15,7 +15,7 @@ from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import SUFFIX, Entry
 from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
 from gaugekit.codec.tensors.pieces import read_at
-from gaugekit.files.durable import written
+from gaugekit.files.durable import hurry, written
 from gaugekit.files.missing import how_to_get
 from gaugekit.files.places import check_place, check_space, placed
 from gaugekit.files.ranks import Ranks
@@ -218,5 +218,6 @@ def _unpack_file(source: Path, target: Path, advance: Callable, *, crew: Crew) -
         advance(packed.stored.data_start)
         for piece in stream.restored(file, packed, crew, advance):
             out.write(piece)
+            hurry(out)
     weights = sum(entry.weights for entry in packed.original.entries)
     return packed.file_bytes, packed.original.file_bytes, weights

@@ -10,17 +10,15 @@ from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from gaugekit.codec.files import bundle, container
-from gaugekit.codec.files.chain import Chain
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
-from gaugekit.codec.files.header import BITS, DTYPES, Entry, Header
-from gaugekit.codec.tensors.blob import encode_bytes
+from gaugekit.codec.files.header import BITS, Entry, Header
 from gaugekit.codec.tensors.pieces import BlobWriter, StoredBlob, cuts, read_at
-from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans.crc32c import joined
-from gaugekit.ops.rans.header import chunk_count
+from gaugekit.coder import blob as coder
+from gaugekit.coder.blob import ELEMENTS, encode_bytes
+from gaugekit.coder.crc32c import joined
+from gaugekit.coder.header import chunk_count
 
 MIN_MEMORY_BYTES, MEMORY_BYTES = 64 << 20, 256 << 20
 THREADS = (
@@ -81,8 +79,8 @@ class Crew:
 
 def check_symbols(symbols: str | None) -> None:
     """ValueError unless ``symbols`` are some that bfloat16 can have, or None."""
-    if symbols is not None and symbols not in rans.SYMBOLS[torch.bfloat16]:
-        expected = ", ".join(map(repr, rans.SYMBOLS[torch.bfloat16]))
+    if symbols is not None and symbols not in ELEMENTS["BF16"].symbols:
+        expected = ", ".join(map(repr, ELEMENTS["BF16"].symbols))
         raise ValueError(f"symbols: expected None or one of {expected}, got {symbols!r}")
 
 
@@ -170,7 +168,7 @@ def _store(
         out.seek(begin + cursor)
         for start in range(0, entry.size, crew.piece_bytes):
             piece = read(entry, start, min(start + crew.piece_bytes, entry.size))
-            crc = rans.crc32c(torch.from_numpy(piece), crc)
+            crc = coder.crc32c(piece, crc)
             out.write(piece)
             if entry.name not in pieces:
                 advance(piece.size)
@@ -188,9 +186,9 @@ def _move_down(file: BinaryIO, begin: int, to: int, size: int, piece_bytes: int)
 
 
 def _encode(read: Callable, entry: Entry, start: int, stop: int, symbols: str | None) -> np.ndarray:
-    dtype = DTYPES[entry.dtype]
-    data = torch.from_numpy(read(entry, start * dtype.itemsize, stop * dtype.itemsize)).view(dtype)
-    return encode_bytes(data, symbols=symbols if dtype == torch.bfloat16 else None).numpy()
+    width = ELEMENTS[entry.dtype].width
+    data = read(entry, start * width, stop * width)
+    return encode_bytes(data, (stop - start,), entry.dtype, symbols if entry.dtype == "BF16" else None)
 
 
 def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> Iterator[np.ndarray]:
@@ -198,9 +196,9 @@ def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> It
     header = packed.original.raw
     yield np.frombuffer(bytearray(len(header).to_bytes(8, "little") + header), np.uint8)
     if packed.chained:
-        chain = Chain(file, packed)
-        for entry in packed.original.entries:
-            yield chain.tensor(entry).contiguous().reshape(-1).view(torch.uint8).numpy()
+        from gaugekit.codec.files.chain import Chain  # torch's work
+
+        yield from Chain(file, packed).plain()
         advance(packed.stored.data_bytes)
         return
     sums = {name: 0 for name in packed.tensors}
@@ -224,7 +222,7 @@ def _restoring(file: BinaryIO, packed: Packed, crew: Crew, sums: dict[str, int])
                 yield partial(_copied, file, entry.name, begin + start, size)
             continue
         with naming(f"tensor {entry.name!r}"):
-            blob = StoredBlob(file, begin, place.size, DTYPES[entry.dtype], entry.shape)
+            blob = StoredBlob(file, begin, place.size, entry.dtype, entry.shape)
         sums[entry.name] = blob.head_crc
         for part in blob.parts(0, blob.count, crew.piece_bytes):
             yield partial(_decoded, blob, entry.name, *part)
@@ -232,17 +230,16 @@ def _restoring(file: BinaryIO, packed: Packed, crew: Crew, sums: dict[str, int])
 
 def _copied(file: BinaryIO, name: str, start: int, size: int) -> tuple[str, np.ndarray, int, int]:
     piece = read_at(file, start, size)
-    return name, piece, rans.crc32c(torch.from_numpy(piece)), size
+    return name, piece, coder.crc32c(piece), size
 
 
 def _decoded(blob: StoredBlob, name: str, start: int, stop: int, first: int, until: int):
     with naming(f"tensor {name!r}"):
         coded, head = blob.load(first, until)
-        crc, size = rans.crc32c(coded[head:]), coded.numel() - head
-        out = torch.empty(stop - start, dtype=blob.dtype)
-        rans.open_blob(coded)
-        rans.decode(coded, 0, stop - start, out)
-    return name, out.view(torch.uint8).numpy(), crc, size
+        crc, size = coder.crc32c(coded[head:]), coded.size - head
+        out = np.empty((stop - start) * blob.width, np.uint8)
+        coder.decode(coded, 0, stop - start, out)
+    return name, out, crc, size
 
 
 def restores(packed: BinaryIO, source: BinaryIO, crew: Crew) -> bool:
@@ -253,7 +250,7 @@ def restores(packed: BinaryIO, source: BinaryIO, crew: Crew) -> bool:
         return False
     at = 0
     for piece in restored(packed, content, crew, lambda size: None):
-        if not torch.equal(torch.from_numpy(piece), torch.from_numpy(read_at(source, at, piece.size))):
+        if not np.array_equal(piece, read_at(source, at, piece.size)):
             return False
         at += piece.size
     return True
