@@ -84,11 +84,17 @@ def threads() -> int:
 
 
 def encode_bytes(
-    data: np.ndarray, shape: tuple[int, ...], dtype: str, symbols: str | None = None, path: int = -1
+    data: np.ndarray,
+    shape: tuple[int, ...],
+    dtype: str,
+    symbols: str | None = None,
+    path: int = -1,
+    room: Callable[[int], np.ndarray] | None = None,
 ) -> np.ndarray:
     """The blob, uint8 [bytes], of elements of ``ELEMENTS[dtype]``, whose bytes are ``data``.
 
     ``symbols``: some of the element's own, None for the usual ones. ``path`` as in ``ops.rans.operator.encode``.
+    ``room(bytes)`` may give the memory for it.
     """
     element = ELEMENTS[dtype]
     symbols = element.symbols[0] if symbols is None else symbols
@@ -105,7 +111,8 @@ def encode_bytes(
     if library is None:
         return encoder.encode(data, shape, element.number, kind, log2)
     data, dims = np.ascontiguousarray(data), np.array(shape, np.int64)
-    out = np.empty(library.gaugekit_rans_room(data.size, element.number, log2, rank), np.uint8)
+    most = library.gaugekit_rans_room(data.size, element.number, log2, rank)
+    out = np.empty(most, np.uint8) if room is None else room(most)
     size = ctypes.c_uint64()
     dims_at, out_at = dims.ctypes.data, out.ctypes.data
     numbers = (element.number, kind, log2, dims_at, rank, out_at, ctypes.addressof(size), threads(), path)

@@ -18,8 +18,9 @@ from gaugekit.codec.files.chain import Chain
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import Entry
 from gaugekit.codec.tensors.blob import fresh
+from gaugekit.codec.tensors.buffers import Room
 from gaugekit.codec.tensors.dtypes import DTYPES
-from gaugekit.codec.tensors.pieces import Room, StoredBlob, read_at
+from gaugekit.codec.tensors.pieces import StoredBlob, read_at
 from gaugekit.coder.blob import crc32c
 
 PIECE_BYTES = 1 << 23  # decoded bytes handled at once: the coded bytes of no more than that are in memory

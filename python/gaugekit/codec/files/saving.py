@@ -42,7 +42,7 @@ def save_file(
     with Crew() as crew, written(path) as out:
         stream.pack(
             original,
-            lambda entry, start, stop: flat[entry.name][start:stop].numpy(),
+            lambda entry, start, stop, room: flat[entry.name][start:stop].numpy(),
             out,
             crew,
             symbols,

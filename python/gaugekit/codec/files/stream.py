@@ -14,11 +14,13 @@ import numpy as np
 from gaugekit.codec.files import bundle, container
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import BITS, Entry, Header
+from gaugekit.codec.tensors.buffers import Buffers, Room
 from gaugekit.codec.tensors.pieces import BlobWriter, StoredBlob, cuts, read_at
 from gaugekit.coder import blob as coder
 from gaugekit.coder.blob import ELEMENTS, encode_bytes
 from gaugekit.coder.crc32c import joined
 from gaugekit.coder.header import chunk_count
+from gaugekit.files.durable import hurry
 
 MIN_MEMORY_BYTES, MEMORY_BYTES = 64 << 20, 256 << 20
 THREADS = (
@@ -47,6 +49,7 @@ class Crew:
         # and the C library keeps up to half as much again of freed ones for each thread.
         self.piece_bytes = memory_bytes // (6 * (self.threads + 2))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="gaugekit-codec")
+        self.buffers = Buffers()
 
     def __enter__(self) -> Crew:
         return self
@@ -86,7 +89,7 @@ def check_symbols(symbols: str | None) -> None:
 
 def pack(
     original: Header,
-    read: Callable[[Entry, int, int], np.ndarray],
+    read: Callable[[Entry, int, int, Room], np.ndarray],
     out: BinaryIO,
     crew: Crew,
     symbols: str | None,
@@ -94,9 +97,10 @@ def pack(
 ) -> int:
     """Writes the packed file of ``original`` to the empty file ``out``; returns its bytes.
 
-    ``read(entry, start, stop)`` gives bytes [start, stop) of a tensor. ``symbols`` are those of the
-    bfloat16 ones. ``advance`` is told the bytes of each piece. The file's header lists the tensors (version 1) unless
-    that cannot be, or makes a file that is larger than the original by more than a few KB (version 2).
+    ``read(entry, start, stop, room)`` gives bytes [start, stop) of a tensor, in memory that stays, or in what
+    ``room`` gives, which does not. ``symbols`` are those of the bfloat16 ones. ``advance`` is told the bytes of each
+    piece. The file's header lists the tensors (version 1) unless that cannot be, or makes a file that is larger than
+    the original by more than a few KB (version 2).
     """
     reserved = container.packed_header_bytes(original)
     begin = bundle.START if reserved is None else 8 + reserved
@@ -148,14 +152,16 @@ def _store(
 
     coded = [e for e in original.entries if container.codable(e.dtype) and e.size > LEAST_BLOB_BYTES]
     pieces = {entry.name: cuts(entry.weights, crew.step(BITS[entry.dtype] // 8)) for entry in coded}
-    blobs = crew.run(partial(_encode, read, e, *cut, symbols) for e in coded for cut in pieces[e.name])
+    blobs = crew.run(partial(_encode, read, crew, e, *cut, symbols) for e in coded for cut in pieces[e.name])
     for entry in original.entries:
         if entry.name not in pieces:
             rest.append(entry)
             continue
         blob = BlobWriter(out, begin + cursor, entry.shape)
         for start, stop in pieces[entry.name]:
-            blob.add(next(blobs))
+            piece = next(blobs)
+            blob.add(piece)
+            crew.buffers.give(piece)
             advance((stop - start) * BITS[entry.dtype] // 8)
         size, crc = blob.finish()
         if size < entry.size:
@@ -167,9 +173,11 @@ def _store(
         crc = 0
         out.seek(begin + cursor)
         for start in range(0, entry.size, crew.piece_bytes):
-            piece = read(entry, start, min(start + crew.piece_bytes, entry.size))
-            crc = coder.crc32c(piece, crc)
-            out.write(piece)
+            with crew.buffers.room() as room:
+                piece = read(entry, start, min(start + crew.piece_bytes, entry.size), room)
+                crc = coder.crc32c(piece, crc)
+                out.write(piece)
+            hurry(out)
             if entry.name not in pieces:
                 advance(piece.size)
         store(entry, entry.dtype, entry.shape, entry.size, "raw", crc)
@@ -185,14 +193,19 @@ def _move_down(file: BinaryIO, begin: int, to: int, size: int, piece_bytes: int)
         file.write(piece)
 
 
-def _encode(read: Callable, entry: Entry, start: int, stop: int, symbols: str | None) -> np.ndarray:
-    width = ELEMENTS[entry.dtype].width
-    data = read(entry, start * width, stop * width)
-    return encode_bytes(data, (stop - start,), entry.dtype, symbols if entry.dtype == "BF16" else None)
+def _encode(
+    read: Callable, crew: Crew, entry: Entry, start: int, stop: int, symbols: str | None
+) -> np.ndarray:
+    width, symbols = ELEMENTS[entry.dtype].width, symbols if entry.dtype == "BF16" else None
+    with crew.buffers.room() as room:
+        data = read(entry, start * width, stop * width, room)
+        return encode_bytes(data, (stop - start,), entry.dtype, symbols, room=crew.buffers.take)
 
 
 def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> Iterator[np.ndarray]:
-    """The original file's bytes, piece by piece; every checksum of the packed one is verified, or CorruptFile."""
+    """The original file's bytes, piece by piece; every checksum of the packed one is verified, or CorruptFile. A piece
+    is good until the next one is asked for: its memory is used again.
+    """
     header = packed.original.raw
     yield np.frombuffer(bytearray(len(header).to_bytes(8, "little") + header), np.uint8)
     if packed.chained:
@@ -206,6 +219,7 @@ def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> It
         sums[name] = joined(sums[name], crc, size)
         advance(size)
         yield piece
+        crew.buffers.give(piece)
     for name, (_, crc) in packed.tensors.items():
         if sums[name] != crc:
             raise CorruptFile(f"tensor {name!r}: the checksum of its stored bytes is wrong")
@@ -219,25 +233,25 @@ def _restoring(file: BinaryIO, packed: Packed, crew: Crew, sums: dict[str, int])
         if packed.tensors[entry.name][0] == "raw":
             for start in range(0, place.size, crew.piece_bytes):
                 size = min(crew.piece_bytes, place.size - start)
-                yield partial(_copied, file, entry.name, begin + start, size)
+                yield partial(_copied, crew, file, entry.name, begin + start, size)
             continue
         with naming(f"tensor {entry.name!r}"):
             blob = StoredBlob(file, begin, place.size, entry.dtype, entry.shape)
         sums[entry.name] = blob.head_crc
         for part in blob.parts(0, blob.count, crew.piece_bytes):
-            yield partial(_decoded, blob, entry.name, *part)
+            yield partial(_decoded, crew, blob, entry.name, *part)
 
 
-def _copied(file: BinaryIO, name: str, start: int, size: int) -> tuple[str, np.ndarray, int, int]:
-    piece = read_at(file, start, size)
+def _copied(crew: Crew, file: BinaryIO, name: str, start: int, size: int) -> tuple[str, np.ndarray, int, int]:
+    piece = read_at(file, start, size, crew.buffers.take(size))
     return name, piece, coder.crc32c(piece), size
 
 
-def _decoded(blob: StoredBlob, name: str, start: int, stop: int, first: int, until: int):
-    with naming(f"tensor {name!r}"):
-        coded, head = blob.load(first, until)
+def _decoded(crew: Crew, blob: StoredBlob, name: str, start: int, stop: int, first: int, until: int):
+    with naming(f"tensor {name!r}"), crew.buffers.room() as room:
+        coded, head = blob.load(first, until, room)
         crc, size = coder.crc32c(coded[head:]), coded.size - head
-        out = np.empty((stop - start) * blob.width, np.uint8)
+        out = crew.buffers.take((stop - start) * blob.width)
         coder.decode(coded, 0, stop - start, out)
     return name, out, crc, size
 
@@ -250,7 +264,8 @@ def restores(packed: BinaryIO, source: BinaryIO, crew: Crew) -> bool:
         return False
     at = 0
     for piece in restored(packed, content, crew, lambda size: None):
-        if not np.array_equal(piece, read_at(source, at, piece.size)):
-            return False
+        with crew.buffers.room() as room:
+            if not np.array_equal(piece, read_at(source, at, piece.size, room(piece.size))):
+                return False
         at += piece.size
     return True

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
 
+from gaugekit.codec.tensors.buffers import Room
 from gaugekit.coder import blob as coder
 from gaugekit.coder.blob import BY_NUMBER, ELEMENTS, CorruptFile
 from gaugekit.coder.crc32c import joined
 from gaugekit.coder.header import ENTRY, FIELDS, BlobHeader, header_of
 from gaugekit.files.durable import hurry
 from gaugekit.files.places import naming_file
-
-Room = Callable[[int], np.ndarray]
 
 
 def _new(size: int) -> np.ndarray:
