@@ -33,6 +33,7 @@ from host_rows import quantiles
 from run import commit, machine, save, table
 
 FILES, ROUNDS = 4, 9
+COMMAND = [sys.executable, "-m", "gaugekit"]
 CORES = len(os.sched_getaffinity(0))
 BASELINES = {"pack": f"tar | zstd -3 -T{CORES}", "unpack": "zstd -d | tar"}
 
@@ -48,15 +49,23 @@ def write_source(folder: Path, file_bytes: int) -> None:
     (folder / "config.json").write_text("{}")
 
 
-def gaugekit(verb: str, source: Path, target: Path) -> int:
-    """Bytes of memory that the command took."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gaugekit", verb, source, target], stdout=subprocess.DEVNULL
+def gaugekit(verb: str, source: Path, target: Path) -> None:
+    subprocess.run([*COMMAND, verb, source, target], stdout=subprocess.DEVNULL, check=True)
+
+
+def memory(verb: str, source: Path, target: Path) -> int:
+    """Bytes that the command takes; asked of a small process, since a child begins with what its parent holds."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"gaugekit {verb} failed"
-    return usage.ru_maxrss * 1024
+    done = subprocess.run(
+        [sys.executable, "-c", code, *COMMAND, verb, source, target],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return 1024 * int(done.stdout)
 
 
 def compress(source: Path, target: Path) -> None:
@@ -87,11 +96,11 @@ def check(source: Path, *restored: Path) -> None:
             assert filecmp.cmp(path, folder / path.name, shallow=False), f"{folder / path.name} differs"
 
 
-def seconds(call: Callable, target: Path) -> tuple[float, int | None]:
+def seconds(call: Callable[[], object], target: Path) -> float:
     remove(target)
     begin = time.perf_counter()
-    memory = call()
-    return time.perf_counter() - begin, memory
+    call()
+    return time.perf_counter() - begin
 
 
 def measure(folder: Path, rounds: int) -> list[dict]:
@@ -104,24 +113,22 @@ def measure(folder: Path, rounds: int) -> list[dict]:
         ("unpack", "ours"): (lambda: gaugekit("unpack", packed, ours), ours),
         ("unpack", "theirs"): (lambda: decompress(tarred, theirs), theirs),
     }
+    taken = {"pack": memory("pack", source, packed), "unpack": memory("unpack", packed, ours)}
+    compress(source, tarred)
+    decompress(tarred, theirs)
+    check(source, ours, theirs)
     times: dict[tuple, list[float]] = {name: [] for name in calls}
-    memory = {}
-    for number in range(rounds + 1):  # the first one is not counted
+    for number in range(rounds):
         for verb in ("pack", "unpack"):
             for who in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
-                took, used = seconds(*calls[verb, who])
-                if number:
-                    times[verb, who].append(took)
-                memory[verb, who] = used
-        if not number:
-            check(source, ours, theirs)
+                times[verb, who].append(seconds(*calls[verb, who]))
     before = sum(path.stat().st_size for path in source.iterdir())
     after = sum(path.stat().st_size for path in packed.iterdir())
     sizes = {"bytes_before": before, "coded_bytes": after, "coded_bytes_zstd": tarred.stat().st_size}
-    return [row(verb, times, memory, sizes) for verb in ("pack", "unpack")]
+    return [row(verb, times, taken[verb], sizes) for verb in ("pack", "unpack")]
 
 
-def row(verb: str, times: dict, memory: dict, sizes: dict) -> dict:
+def row(verb: str, times: dict, peak_bytes: int, sizes: dict) -> dict:
     ours, theirs = times[verb, "ours"], times[verb, "theirs"]
     p20, median, p80 = (1e3 * q for q in quantiles(ours))
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
@@ -141,7 +148,7 @@ def row(verb: str, times: dict, memory: dict, sizes: dict) -> dict:
         "ratio": ratio,
         "ratio_all_rounds": ratio,
         "share_of_peak": None,
-        "peak_bytes": memory[verb, "ours"],
+        "peak_bytes": peak_bytes,
         "without_us": ratio,
         "rounds": len(ours),
         "rounds_disturbed": 0,
