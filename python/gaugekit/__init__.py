@@ -12,7 +12,7 @@ def _torch_is_spared() -> bool:
     """
     program, *arguments = getattr(_sys, "argv", None) or [""]
     if program == "-m":  # as long as Python looks for the module
-        program = _sys.orig_argv[-1 - len(arguments)].removeprefix("-m")
+        program = "".join(_sys.orig_argv[-1 - len(arguments) :][:1]).removeprefix("-m")
     return _os.path.basename(program) == "gaugekit" and arguments[:1] in (["pack"], ["unpack"])
 
 
