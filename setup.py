@@ -1,8 +1,9 @@
 """Builds gaugekit's binaries where it can, and says in ``_build.json`` why where it cannot.
 
-Both binaries use PyTorch's stable ABI: one file serves every torch from 2.11 on. A machine without a C++ compiler, or
-an install in an isolated build environment (where torch is not visible), gets the pure Python package: every operator
-then answers through its composition of torch operators, slower and equally right. Nothing is downloaded, no GPU is
+Those of the operators (``cpu``, ``cuda``) use PyTorch's stable ABI: one file serves every torch from 2.11 on. That of
+packed files (``codec``) needs neither torch nor Python. A machine without a C++ compiler gets the pure Python package,
+an install in an isolated build environment (where torch is not visible) ``codec`` alone: every operator then answers
+through its composition of torch operators, slower and equally right. Nothing is downloaded, no GPU is
 probed. A binary that lies beside the sources already, built from them and by this file, is taken as it is.
 
 Environment: GAUGEKIT_CUDA_ARCHS (default "80;90a") names the architectures of the CUDA binary; set, it has that binary
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Distribution, find_packages, setup
+from setuptools import Distribution, Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "python" / "gaugekit"
@@ -99,21 +100,32 @@ def cuda_library_directory(nvcc: str) -> str:
     raise FileNotFoundError("libcudart_static.a stands in none of " + ", ".join(map(str, roots)))
 
 
+def compiled(kind: type, name: str, **more):
+    """The extension ``_<name>`` of all C++ files in csrc/<name>."""
+    return kind(
+        f"gaugekit._{name}",
+        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / name).glob("*.cpp")),
+        include_dirs=[str(ROOT / "csrc")],
+        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/*.h")),
+        extra_compile_args=FLAGS,
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,
+        **more,
+    )
+
+
 def plan_extensions() -> tuple[list, dict]:
     """The extensions to build, and for each binary that will not be built the reason and its remedy."""
     status = {
         "cpu": {"built": False, "why": "", "remedy": ""},
         "cuda": {"built": False, "why": "", "remedy": ""},
+        "codec": {"built": False, "why": "", "remedy": ""},
     }
     rebuild = "pip install --no-build-isolation --force-reinstall --no-deps ."
     compiler = next(
         (c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])),
         None,
     )
-    if TORCH_MISSING:
-        for entry in status.values():
-            entry.update(why=TORCH_MISSING, remedy=f"pip install torch, then {rebuild}")
-        return [], status
     if compiler is None:
         for entry in status.values():
             entry.update(
@@ -122,18 +134,12 @@ def plan_extensions() -> tuple[list, dict]:
             )
         return [], status
 
-    extensions = [
-        CppExtension(
-            "gaugekit._cpu",
-            sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
-            include_dirs=[str(ROOT / "csrc")],
-            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/*.h")),
-            define_macros=DEFINES,
-            extra_compile_args=FLAGS,
-            extra_link_args=LINK_FLAGS,
-            py_limited_api=True,
-        )
-    ]
+    extensions = [compiled(Extension, "codec")]
+    if TORCH_MISSING:
+        for name in ("cpu", "cuda"):
+            status[name].update(why=TORCH_MISSING, remedy=f"pip install torch, then {rebuild}")
+        return extensions, status
+    extensions.append(compiled(CppExtension, "cpu", define_macros=DEFINES))
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     nvcc = find_nvcc()
     if not kernels:
@@ -183,7 +189,8 @@ class BuildBinaries(BuildExtension):
                 self.link_cuda(extension, [self.compile_cuda(k, extension.nvcc) for k in extension.kernels])
             else:
                 count = len(extension.sources)
-                print(f"gaugekit: compiling {count} C++ files, two to four minutes on two cores", flush=True)
+                time = "half a minute" if count == 1 else "two to four minutes on two cores"
+                print(f"gaugekit: compiling {count} C++ file{'s'[: count - 1]}, {time}", flush=True)
                 super().build_extension(extension)
             STATUS[extension.name.rsplit("_", 1)[1]]["built"] = True
         except Exception as error:

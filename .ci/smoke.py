@@ -28,15 +28,18 @@ def main() -> None:
     assert place.is_relative_to(Path(sys.prefix).resolve()), f"expected the wheel's gaugekit, got {place}"
     names = [module.name for module in pkgutil.walk_packages(gk.__path__, "gaugekit.")]
     names = [
-        name for name in names if not name.endswith(("__main__", "_cpu", "_cuda", "_cpu.abi3", "_cuda.abi3"))
+        name
+        for name in names
+        if name.partition(".")[2].removesuffix(".abi3") not in ("__main__", "_cpu", "_cuda", "_codec")
     ]
     names = [name for name in names if name not in OF_VLLM or importlib.util.find_spec("vllm")]
     for name in names:
         importlib.import_module(name)
     (plugin,) = entry_points(group="vllm.general_plugins", name="gaugekit")
     assert plugin.load() is importlib.import_module("gaugekit.integrations.vllm").register
-    backend = _library.backends()["cpu"]
-    assert backend.loaded, f"expected the C++ binary to load: {backend.why}"
+    for name in ("cpu", "codec"):
+        backend = _library.backends()[name]
+        assert backend.loaded, f"expected the C++ binary to load: {backend.why}"
 
     q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
     ours = gk.shaped_attention(q, k, v, causal=True)

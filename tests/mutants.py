@@ -47,6 +47,7 @@ TESTS = {  # modules, or folders of them, under python/gaugekit: the tests under
     "codec/directories/job.py": f"codec/test_files.py {DIRECTORIES}",
     "codec/directories/index.py": DIRECTORIES,
     "files/durable.py": f"files/test_durable.py codec/test_files.py codec/test_places.py {DIRECTORIES}",
+    "coder/b*.py": "coder/test_blob.py cli/test_without_torch.py",
     "codec/files/saving.py": "codec/test_save_file.py codec/test_dtypes.py",
     "codec/files/bundle.py": "codec/test_bundle.py codec/test_packed_damage.py",
     "files/staging.py": f"verbs/test_convert.py {DIRECTORIES}",

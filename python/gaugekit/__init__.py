@@ -1,12 +1,25 @@
 """gaugekit removes from a transformer what nobody can observe."""
 
+import os as _os
+import sys as _sys
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from gaugekit import _library, ops
-from gaugekit.ops import sharding as _sharding
-from gaugekit.ops.nonlocal_energy.operator import nonlocal_energy
-from gaugekit.ops.shaped_attention.operator import shaped_attention
+
+def _torch_is_spared() -> bool:
+    """Whether this process is ``gaugekit pack`` or ``unpack``, or ``python -m gaugekit`` with one of them: importing
+    torch would take as long as what they do, and they do without. What needs it still imports it.
+    """
+    program, *arguments = getattr(_sys, "argv", None) or [""]
+    if program == "-m":  # as long as Python looks for the module
+        program = "".join(_sys.orig_argv[-1 - len(arguments) :][:1]).removeprefix("-m")
+    return _os.path.basename(program) == "gaugekit" and arguments[:1] in (["pack"], ["unpack"])
+
+
+if TYPE_CHECKING or not _torch_is_spared():
+    from gaugekit import ops  # registers the operators
+    from gaugekit.ops.nonlocal_energy.operator import nonlocal_energy
+    from gaugekit.ops.shaped_attention.operator import shaped_attention
 
 if TYPE_CHECKING:
     from gaugekit import calibration as statistics
@@ -57,9 +70,6 @@ __all__ = [
     "verify",
 ]
 
-_library.load()
-_sharding.register_beside()
-
 # Public names that are found when first asked for, so that importing gaugekit stays light: name -> module[:attribute].
 # Type checkers and editors, which do not run this, read the imports above instead.
 _LAZY = {
@@ -74,6 +84,8 @@ _LAZY = {
     "inspect": "gaugekit.verbs.inspect:inspect",
     "models": "gaugekit.models",
     "nn": "gaugekit.nn",
+    "nonlocal_energy": "gaugekit.ops.nonlocal_energy:nonlocal_energy",
+    "ops": "gaugekit.ops",
     "pack_weight": "gaugekit.ops.packed_linear:pack_weight",
     "packed_linear": "gaugekit.ops.packed_linear:packed_linear",
     "perplexity": "gaugekit.text.perplexity:perplexity",
@@ -81,6 +93,7 @@ _LAZY = {
     "rank": "gaugekit.rank",
     "rewrite": "gaugekit.rewrite",
     "samples": "gaugekit.text",
+    "shaped_attention": "gaugekit.ops.shaped_attention:shaped_attention",
     "single_cache_attention": "gaugekit.ops.single_cache_attention:single_cache_attention",
     "slicing": "gaugekit.slicing",
     "statistics": "gaugekit.calibration",

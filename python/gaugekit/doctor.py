@@ -30,9 +30,9 @@ def report() -> Report:
     """Versions, CPU features, backends, operators and extras as this machine has them.
 
     Fields: ``gaugekit``, ``python``, ``torch``; ``cpu`` {name, architecture, cores, threads, features}; ``cuda_device``
-    (name or None; asked of torch only where torch was built for CUDA); ``backends`` {cpu | cuda | triton: {loaded, why,
-    remedy}}; ``operators`` {name: {"cpu" | "cuda": "binary" or "composition"}}; ``extras`` {extra: {present, packages:
-    {name: version or None}, remedy}}. The notes name, one line each, what could be mended and how.
+    (name or None; asked of torch only where torch was built for CUDA); ``backends`` {cpu | cuda | triton | codec:
+    {loaded, why, remedy}}; ``operators`` {name: {"cpu" | "cuda": "binary" or "composition"}}; ``extras`` {extra:
+    {present, packages: {name: version or None}, remedy}}. The notes name, one line each, what could be mended and how.
     """
     backends = {
         name: {

@@ -32,7 +32,7 @@ def test_json_is_one_object_and_text_says_the_same(capsys):
     assert main(["doctor", "--json"]) == 0
     out, err = capsys.readouterr()
     fields = json.loads(out)
-    assert err == "" and set(fields["backends"]) == {"cpu", "cuda", "triton"}
+    assert err == "" and set(fields["backends"]) == {"cpu", "cuda", "triton", "codec"}
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for name, row in fields["operators"].items():

@@ -12,7 +12,7 @@ import torch
 from damaged_blobs import base, every, put, seal
 from gaugekit import codec
 from gaugekit.codec.tensors.blob import as_byte_tensor
-from gaugekit.ops.rans import composition, header
+from gaugekit.coder import composition, header
 from gaugekit.ops.rans import operator as rans
 from gaugekit.reference import rans as oracle
 

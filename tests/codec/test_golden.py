@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gaugekit import codec
-from gaugekit.ops.rans import encoder
+from gaugekit.coder import encoder
 from gaugekit.ops.rans import operator as rans
 from gaugekit.reference import rans as oracle
 from golden_blobs import GOLDEN, VECTORS, golden

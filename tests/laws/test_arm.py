@@ -39,7 +39,7 @@ def test_every_source_compiles_for_arm(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         return "" if done.returncode == 0 else f"{source.name}: {done.stderr[-4000:]}"
 
-    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    sources = sorted(path for name in ("cpu", "codec") for path in (ROOT / "csrc" / name).glob("*.cpp"))
     with ThreadPoolExecutor(2) as pool:
         assert not [failure for failure in pool.map(compile_one, sources) if failure]
     symbols = shutil.which("aarch64-linux-gnu-nm")

@@ -16,7 +16,7 @@ CPU = ROOT / "python" / "gaugekit" / "_cpu.abi3.so"
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The build files and one small source."""
+    """The build files and two small sources."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "triton_kernels", tmp_path / "triton_kernels")
@@ -25,8 +25,9 @@ def checkout(tmp_path):
         target = package / init.relative_to(ROOT / "python" / "gaugekit")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
-    (tmp_path / "csrc" / "cpu" / "probe.cpp").write_text("int gaugekit_probe() { return 1; }\n")
+    for name in ("cpu", "codec"):
+        (tmp_path / "csrc" / name).mkdir(parents=True)
+        (tmp_path / "csrc" / name / "probe.cpp").write_text("int gaugekit_probe() { return 1; }\n")
     return tmp_path
 
 
@@ -74,6 +75,28 @@ def test_a_binary_is_built_once_and_anew_where_anything_changed(checkout):
     (checkout / "csrc" / "cpu" / "probe.cpp").write_text("int gaugekit_probe() { return 2; }\n")
     record, _ = build(checkout)
     assert record["cpu"]["built"] and binary.read_bytes() != first
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_codec_is_built_where_torch_cannot_be_imported(checkout, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('hidden')\n")
+    record, message = build(checkout, PYTHONPATH=str(tmp_path))
+    assert record["codec"]["built"] and (checkout / "python" / "gaugekit" / "_codec.abi3.so").exists()
+    assert not record["cpu"]["built"] and "torch cannot be imported" in record["cpu"]["why"]
+    assert "codec" not in message
+
+
+CODEC = CPU.with_name("_codec.abi3.so")
+
+
+@pytest.mark.skipif(
+    not CODEC.exists() or shutil.which("readelf") is None, reason="needs the codec's binary and readelf"
+)
+def test_the_codec_needs_neither_torch_nor_python():
+    done = subprocess.run(["readelf", "-d", str(CODEC)], capture_output=True, text=True, check=True)
+    needed = {line.split("[")[1].rstrip("]") for line in done.stdout.splitlines() if "(NEEDED)" in line}
+    assert needed and not [name for name in needed if "torch" in name or "python" in name or "c10" in name]
 
 
 @pytest.mark.skipif(not CPU.exists() or shutil.which("nm") is None, reason="needs the C++ binary and nm")

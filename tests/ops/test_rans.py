@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaugekit import _library
+from gaugekit.coder import composition, encoder
 from gaugekit.ops import processor
-from gaugekit.ops.rans import composition, encoder
 from gaugekit.ops.rans import operator as rans
 from gaugekit.reference import rans as oracle
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gaugekit.checkpoint.config import CONFIG, read_config, read_json, stored_as
 from gaugekit.codec import CorruptFile, safe_open
-from gaugekit.codec.files import container
+from gaugekit.codec.tensors.dtypes import DTYPES
 from gaugekit.files.durable import sha256
 from gaugekit.files.missing import how_to_convert, how_to_get
 
@@ -57,7 +57,7 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, without reading it."""
         kind = self._file(self._find(name)).get_slice(name).get_dtype()
-        return container.DTYPES[kind]
+        return DTYPES[kind]
 
     def file(self, name: str) -> str:
         """The file a tensor stands in."""

@@ -14,8 +14,9 @@ from gaugekit.codec.files import container, stream
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
 from gaugekit.codec.files.header import SUFFIX, Entry
 from gaugekit.codec.files.stream import MEMORY_BYTES, Crew
+from gaugekit.codec.tensors.buffers import Room
 from gaugekit.codec.tensors.pieces import read_at
-from gaugekit.files.durable import written
+from gaugekit.files.durable import hurry, written
 from gaugekit.files.missing import how_to_get
 from gaugekit.files.places import check_place, check_space, placed
 from gaugekit.files.ranks import Ranks
@@ -174,8 +175,9 @@ def _pack_file(
     with source.open("rb") as file, naming(source), written(target, like=source) as out:
         original = container.read(file)
 
-        def read(entry: Entry, start: int, stop: int):
-            return read_at(file, original.data_start + entry.begin + start, stop - start)
+        def read(entry: Entry, start: int, stop: int, room: Room):
+            place = original.data_start + entry.begin + start
+            return read_at(file, place, stop - start, room(stop - start))
 
         advance(original.data_start)
         after = stream.pack(original, read, out, crew, symbols, advance)
@@ -218,5 +220,6 @@ def _unpack_file(source: Path, target: Path, advance: Callable, *, crew: Crew) -
         advance(packed.stored.data_start)
         for piece in stream.restored(file, packed, crew, advance):
             out.write(piece)
+            hurry(out)
     weights = sum(entry.weights for entry in packed.original.entries)
     return packed.file_bytes, packed.original.file_bytes, weights

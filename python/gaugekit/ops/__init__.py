@@ -1,5 +1,9 @@
-"""Operators: schema, composition of torch operators, fake, autograd and public function, one folder a stem."""
+"""Operators: schema, composition of torch operators, fake, autograd and public function, one folder a stem.
 
+Importing this registers them all, and loads the binaries that have faster implementations.
+"""
+
+import gaugekit._library as _library
 from gaugekit.ops import (
     bitsback,
     canonical_qr,
@@ -25,3 +29,8 @@ __all__ = [
     "shaped_combine",
     "single_cache_attention",
 ]
+
+import gaugekit.ops.sharding as _sharding
+
+_library.load()
+_sharding.register_beside()

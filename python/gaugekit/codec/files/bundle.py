@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gaugekit.ops.rans.operator import CorruptFile
+from gaugekit.coder.blob import CorruptFile
 
 START = 512  # where the tensors' bytes begin
 TENSORS, HEADER = (

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from gaugekit.codec.bitsback import Coupling, Group, ModelReport, decode, encode, weights
 from gaugekit.codec.bitsback.model import Progress, finite
 from gaugekit.codec.files import container, header
 from gaugekit.codec.files.container import CorruptFile, Packed
-from gaugekit.codec.files.header import DTYPES, NAMES, Entry
+from gaugekit.codec.files.header import Entry
+from gaugekit.codec.tensors.dtypes import DTYPES, NAMES
 from gaugekit.codec.tensors.pieces import read_at
 from gaugekit.files.durable import written
 from gaugekit.files.places import check_place, check_space, placed
@@ -35,6 +38,11 @@ class Chain:
             if self._tensors is None:
                 self._tensors = self._decoded()
         return self._tensors[entry.name]
+
+    def plain(self) -> Iterator[np.ndarray]:
+        """The bytes of all of them, in the order in which the original stores them."""
+        for entry in self._packed.original.entries:
+            yield self.tensor(entry).contiguous().reshape(-1).view(torch.uint8).numpy()
 
     def _decoded(self) -> dict[str, torch.Tensor]:
         stored = self._packed.stored

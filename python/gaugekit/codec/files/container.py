@@ -13,7 +13,6 @@ import numpy as np
 
 from gaugekit.codec.files import bundle
 from gaugekit.codec.files.header import (
-    DTYPES,
     MAX_HEADER_BYTES,
     Entry,
     Header,
@@ -22,10 +21,8 @@ from gaugekit.codec.files.header import (
     parse_object,
     read_raw,
 )
-from gaugekit.codec.tensors.blob import as_byte_tensor
+from gaugekit.coder.blob import ELEMENTS, CorruptFile, crc32c
 from gaugekit.files.places import naming_file
-from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans.operator import CorruptFile, crc32c
 
 # Of a packed file whose header lists the tensors, of one that holds the list compressed, and of one whose tensors were
 # coded together: each hides bits of those before it, so none can be read alone.
@@ -78,7 +75,7 @@ def seems_packed(path: str | os.PathLike) -> bool:
 
 def codable(dtype: str) -> bool:
     """Whether tensors of this dtype of the header can be coded."""
-    return DTYPES.get(dtype) in rans.ELEMENTS
+    return dtype in ELEMENTS
 
 
 def read(file: BinaryIO) -> Packed | Header:
@@ -103,7 +100,7 @@ def names(file: BinaryIO) -> set[str]:
 def _header_crc32c(raw: bytes) -> int:
     """Of the length field and the header, the checksum's own digits being zeros."""
     zeroed = len(raw).to_bytes(8, "little") + raw[: DIGITS.start] + b"0" * 8 + raw[DIGITS.stop :]
-    return crc32c(as_byte_tensor(zeroed))
+    return crc32c(zeroed)
 
 
 def _render(inner: dict, metadata: dict[str, str], entries: Iterable[Entry], length: int) -> bytes:
@@ -170,7 +167,7 @@ def render_bundled(original: Header, stored: list[tuple[Entry, str, int]]) -> tu
     end = stored[-1][0].end if stored else 0
     inner = {
         "version": BUNDLED,
-        "header": [method, len(original.raw), crc32c(as_byte_tensor(section))],
+        "header": [method, len(original.raw), crc32c(section)],
         "tensors": len(stored),
     }
     entries = (
@@ -253,7 +250,7 @@ def _parse_bundled(file: BinaryIO, listed: Header, inner: dict) -> Packed:
     data, place = listed.entries
     file.seek(listed.data_start + place.begin)
     section = file.read(place.size)
-    if len(section) != place.size or crc32c(as_byte_tensor(section)) != header[2]:
+    if len(section) != place.size or crc32c(section) != header[2]:
         raise CorruptFile("the checksum of the original header is wrong")
     parts = bundle.parse(header[0], section, header[1], count)
     original = parse_header(parts.header)

@@ -8,9 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import torch
-
-from gaugekit.ops.rans.operator import CorruptFile
+from gaugekit.coder.blob import CorruptFile
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
 MAX_RANK = 64
@@ -39,30 +37,6 @@ BITS = {  # an element's, in the order of safetensors' own enumeration: it store
     "I64": 64,
     "U64": 64,
 }
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-if hasattr(torch, "float4_e2m1fn_x2"):  # two elements of a header's F4 in one of torch's
-    DTYPES["F4"] = torch.float4_e2m1fn_x2
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

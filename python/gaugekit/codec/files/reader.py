@@ -16,10 +16,12 @@ import torch
 from gaugekit.codec.files import container
 from gaugekit.codec.files.chain import Chain
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
-from gaugekit.codec.files.header import DTYPES, Entry
+from gaugekit.codec.files.header import Entry
 from gaugekit.codec.tensors.blob import fresh
-from gaugekit.codec.tensors.pieces import Room, StoredBlob, read_at
-from gaugekit.ops.rans import operator as rans
+from gaugekit.codec.tensors.buffers import Room
+from gaugekit.codec.tensors.dtypes import DTYPES
+from gaugekit.codec.tensors.pieces import StoredBlob, read_at
+from gaugekit.coder.blob import crc32c
 
 PIECE_BYTES = 1 << 23  # decoded bytes handled at once: the coded bytes of no more than that are in memory
 
@@ -164,7 +166,7 @@ class safe_open:
                 torch.Size([(stop - start) * dtype.itemsize]), torch.uint8
             )  # all of torch's types view bytes
             read_at(self._file, begin + start * dtype.itemsize, raw.numel(), raw.numpy())
-            if crc is not None and entry.name not in self._sound and rans.crc32c(raw) != crc:
+            if crc is not None and entry.name not in self._sound and crc32c(raw.numpy()) != crc:
                 raise CorruptFile("the checksum of its stored bytes is wrong")
             return raw.view(dtype)
 
@@ -172,13 +174,14 @@ class safe_open:
         blob = self._blobs.get(entry.name)
         if blob is None:
             begin = self._stored.data_start + place.begin
-            dtype = DTYPES[entry.dtype]
-            blob = StoredBlob(self._file, begin, place.size, dtype, entry.shape)
+            blob = StoredBlob(self._file, begin, place.size, entry.dtype, entry.shape)
             self._blobs[entry.name] = blob
-        out = fresh(torch.Size([stop - start]), blob.dtype)
+        out = fresh(torch.Size([stop - start]), DTYPES[entry.dtype])
+        plain, width = out.view(torch.uint8).numpy(), blob.width
         for first, end, chunk, until in blob.parts(start, stop, PIECE_BYTES):
             with self._rooms.take() as room:
-                blob.decode(first, end, chunk, until, out[first - start : end - start], room)
+                part = plain[width * (first - start) : width * (end - start)]
+                blob.decode(first, end, chunk, until, part, room)
         return out
 
     def _check(self, name: str, begin: int, size: int, crc: int) -> None:
@@ -188,7 +191,7 @@ class safe_open:
         checksum = 0
         for offset in range(0, size, PIECE_BYTES):
             piece = read_at(self._file, begin + offset, min(PIECE_BYTES, size - offset))
-            checksum = rans.crc32c(torch.from_numpy(piece), checksum)
+            checksum = crc32c(piece, checksum)
         if checksum != crc:
             raise CorruptFile("the checksum of its stored bytes is wrong")
         self._sound.add(name)

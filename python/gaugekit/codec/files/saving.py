@@ -10,6 +10,7 @@ import torch
 
 from gaugekit.codec.files import header, stream
 from gaugekit.codec.files.stream import Crew
+from gaugekit.codec.tensors.dtypes import NAMES
 from gaugekit.files.durable import written
 from gaugekit.files.places import check_place, check_space, placed
 
@@ -30,7 +31,7 @@ def save_file(
     """
     stream.check_symbols(symbols)
     flat = {name: _stored(tensor) for name, tensor in _checked(tensors, metadata).items()}
-    raw = header.render_plain({n: (header.NAMES[t.dtype], _shape(t)) for n, t in tensors.items()}, metadata)
+    raw = header.render_plain({n: (NAMES[t.dtype], _shape(t)) for n, t in tensors.items()}, metadata)
     original = header.parse_header(raw)
     slash, path = os.fspath(path).endswith(("/", os.sep)), Path(path)
     check_place(path)
@@ -41,7 +42,7 @@ def save_file(
     with Crew() as crew, written(path) as out:
         stream.pack(
             original,
-            lambda entry, start, stop: flat[entry.name][start:stop].numpy(),
+            lambda entry, start, stop, room: flat[entry.name][start:stop].numpy(),
             out,
             crew,
             symbols,
@@ -69,11 +70,11 @@ def _checked(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) 
             raise ValueError(f"tensors, metadata: expected Unicode text, got {text!r}") from None
     spans = []
     for name, tensor in tensors.items():
-        if tensor.dtype not in header.NAMES:
+        if tensor.dtype not in NAMES:
             raise ValueError(f"tensors: {name!r} has dtype {tensor.dtype}, which .safetensors lacks")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensors: expected dense tensors with data, {name!r} is none")
-        if not tensor.dim() and header.BITS[header.NAMES[tensor.dtype]] < 8:
+        if not tensor.dim() and header.BITS[NAMES[tensor.dtype]] < 8:
             raise ValueError(
                 f"tensors: {name!r} has dtype {tensor.dtype}, which needs a dimension to be stored"
             )
@@ -100,5 +101,5 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape as a header says it: an element of torch may hold two of the file's."""
-    shape, bits = tuple(tensor.shape), header.BITS[header.NAMES[tensor.dtype]]
+    shape, bits = tuple(tensor.shape), header.BITS[NAMES[tensor.dtype]]
     return shape if bits >= 8 else (*shape[:-1], shape[-1] * 8 * tensor.itemsize // bits)

@@ -10,17 +10,17 @@ from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from gaugekit.codec.files import bundle, container
-from gaugekit.codec.files.chain import Chain
 from gaugekit.codec.files.container import CorruptFile, Packed, naming
-from gaugekit.codec.files.header import BITS, DTYPES, Entry, Header
-from gaugekit.codec.tensors.blob import encode_bytes
+from gaugekit.codec.files.header import BITS, Entry, Header
+from gaugekit.codec.tensors.buffers import Buffers, Room
 from gaugekit.codec.tensors.pieces import BlobWriter, StoredBlob, cuts, read_at
-from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans.crc32c import joined
-from gaugekit.ops.rans.header import chunk_count
+from gaugekit.coder import blob as coder
+from gaugekit.coder.blob import ELEMENTS, encode_bytes
+from gaugekit.coder.crc32c import joined
+from gaugekit.coder.header import chunk_count
+from gaugekit.files.durable import hurry
 
 MIN_MEMORY_BYTES, MEMORY_BYTES = 64 << 20, 256 << 20
 THREADS = (
@@ -49,6 +49,7 @@ class Crew:
         # and the C library keeps up to half as much again of freed ones for each thread.
         self.piece_bytes = memory_bytes // (6 * (self.threads + 2))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="gaugekit-codec")
+        self.buffers = Buffers()
 
     def __enter__(self) -> Crew:
         return self
@@ -81,14 +82,14 @@ class Crew:
 
 def check_symbols(symbols: str | None) -> None:
     """ValueError unless ``symbols`` are some that bfloat16 can have, or None."""
-    if symbols is not None and symbols not in rans.SYMBOLS[torch.bfloat16]:
-        expected = ", ".join(map(repr, rans.SYMBOLS[torch.bfloat16]))
+    if symbols is not None and symbols not in ELEMENTS["BF16"].symbols:
+        expected = ", ".join(map(repr, ELEMENTS["BF16"].symbols))
         raise ValueError(f"symbols: expected None or one of {expected}, got {symbols!r}")
 
 
 def pack(
     original: Header,
-    read: Callable[[Entry, int, int], np.ndarray],
+    read: Callable[[Entry, int, int, Room], np.ndarray],
     out: BinaryIO,
     crew: Crew,
     symbols: str | None,
@@ -96,9 +97,10 @@ def pack(
 ) -> int:
     """Writes the packed file of ``original`` to the empty file ``out``; returns its bytes.
 
-    ``read(entry, start, stop)`` gives bytes [start, stop) of a tensor. ``symbols`` are those of the
-    bfloat16 ones. ``advance`` is told the bytes of each piece. The file's header lists the tensors (version 1) unless
-    that cannot be, or makes a file that is larger than the original by more than a few KB (version 2).
+    ``read(entry, start, stop, room)`` gives bytes [start, stop) of a tensor, in memory that stays, or in what
+    ``room`` gives, which does not. ``symbols`` are those of the bfloat16 ones. ``advance`` is told the bytes of each
+    piece. The file's header lists the tensors (version 1) unless that cannot be, or makes a file that is larger than
+    the original by more than a few KB (version 2).
     """
     reserved = container.packed_header_bytes(original)
     begin = bundle.START if reserved is None else 8 + reserved
@@ -150,14 +152,16 @@ def _store(
 
     coded = [e for e in original.entries if container.codable(e.dtype) and e.size > LEAST_BLOB_BYTES]
     pieces = {entry.name: cuts(entry.weights, crew.step(BITS[entry.dtype] // 8)) for entry in coded}
-    blobs = crew.run(partial(_encode, read, e, *cut, symbols) for e in coded for cut in pieces[e.name])
+    blobs = crew.run(partial(_encode, read, crew, e, *cut, symbols) for e in coded for cut in pieces[e.name])
     for entry in original.entries:
         if entry.name not in pieces:
             rest.append(entry)
             continue
         blob = BlobWriter(out, begin + cursor, entry.shape)
         for start, stop in pieces[entry.name]:
-            blob.add(next(blobs))
+            piece = next(blobs)
+            blob.add(piece)
+            crew.buffers.give(piece)
             advance((stop - start) * BITS[entry.dtype] // 8)
         size, crc = blob.finish()
         if size < entry.size:
@@ -169,9 +173,11 @@ def _store(
         crc = 0
         out.seek(begin + cursor)
         for start in range(0, entry.size, crew.piece_bytes):
-            piece = read(entry, start, min(start + crew.piece_bytes, entry.size))
-            crc = rans.crc32c(torch.from_numpy(piece), crc)
-            out.write(piece)
+            with crew.buffers.room() as room:
+                piece = read(entry, start, min(start + crew.piece_bytes, entry.size), room)
+                crc = coder.crc32c(piece, crc)
+                out.write(piece)
+            hurry(out)
             if entry.name not in pieces:
                 advance(piece.size)
         store(entry, entry.dtype, entry.shape, entry.size, "raw", crc)
@@ -187,20 +193,25 @@ def _move_down(file: BinaryIO, begin: int, to: int, size: int, piece_bytes: int)
         file.write(piece)
 
 
-def _encode(read: Callable, entry: Entry, start: int, stop: int, symbols: str | None) -> np.ndarray:
-    dtype = DTYPES[entry.dtype]
-    data = torch.from_numpy(read(entry, start * dtype.itemsize, stop * dtype.itemsize)).view(dtype)
-    return encode_bytes(data, symbols=symbols if dtype == torch.bfloat16 else None).numpy()
+def _encode(
+    read: Callable, crew: Crew, entry: Entry, start: int, stop: int, symbols: str | None
+) -> np.ndarray:
+    width, symbols = ELEMENTS[entry.dtype].width, symbols if entry.dtype == "BF16" else None
+    with crew.buffers.room() as room:
+        data = read(entry, start * width, stop * width, room)
+        return encode_bytes(data, (stop - start,), entry.dtype, symbols, room=crew.buffers.take)
 
 
 def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> Iterator[np.ndarray]:
-    """The original file's bytes, piece by piece; every checksum of the packed one is verified, or CorruptFile."""
+    """The original file's bytes, piece by piece; every checksum of the packed one is verified, or CorruptFile. A piece
+    is good until the next one is asked for: its memory is used again.
+    """
     header = packed.original.raw
     yield np.frombuffer(bytearray(len(header).to_bytes(8, "little") + header), np.uint8)
     if packed.chained:
-        chain = Chain(file, packed)
-        for entry in packed.original.entries:
-            yield chain.tensor(entry).contiguous().reshape(-1).view(torch.uint8).numpy()
+        from gaugekit.codec.files.chain import Chain  # torch's work
+
+        yield from Chain(file, packed).plain()
         advance(packed.stored.data_bytes)
         return
     sums = {name: 0 for name in packed.tensors}
@@ -208,6 +219,7 @@ def restored(file: BinaryIO, packed: Packed, crew: Crew, advance: Advance) -> It
         sums[name] = joined(sums[name], crc, size)
         advance(size)
         yield piece
+        crew.buffers.give(piece)
     for name, (_, crc) in packed.tensors.items():
         if sums[name] != crc:
             raise CorruptFile(f"tensor {name!r}: the checksum of its stored bytes is wrong")
@@ -221,28 +233,27 @@ def _restoring(file: BinaryIO, packed: Packed, crew: Crew, sums: dict[str, int])
         if packed.tensors[entry.name][0] == "raw":
             for start in range(0, place.size, crew.piece_bytes):
                 size = min(crew.piece_bytes, place.size - start)
-                yield partial(_copied, file, entry.name, begin + start, size)
+                yield partial(_copied, crew, file, entry.name, begin + start, size)
             continue
         with naming(f"tensor {entry.name!r}"):
-            blob = StoredBlob(file, begin, place.size, DTYPES[entry.dtype], entry.shape)
+            blob = StoredBlob(file, begin, place.size, entry.dtype, entry.shape)
         sums[entry.name] = blob.head_crc
         for part in blob.parts(0, blob.count, crew.piece_bytes):
-            yield partial(_decoded, blob, entry.name, *part)
+            yield partial(_decoded, crew, blob, entry.name, *part)
 
 
-def _copied(file: BinaryIO, name: str, start: int, size: int) -> tuple[str, np.ndarray, int, int]:
-    piece = read_at(file, start, size)
-    return name, piece, rans.crc32c(torch.from_numpy(piece)), size
+def _copied(crew: Crew, file: BinaryIO, name: str, start: int, size: int) -> tuple[str, np.ndarray, int, int]:
+    piece = read_at(file, start, size, crew.buffers.take(size))
+    return name, piece, coder.crc32c(piece), size
 
 
-def _decoded(blob: StoredBlob, name: str, start: int, stop: int, first: int, until: int):
-    with naming(f"tensor {name!r}"):
-        coded, head = blob.load(first, until)
-        crc, size = rans.crc32c(coded[head:]), coded.numel() - head
-        out = torch.empty(stop - start, dtype=blob.dtype)
-        rans.open_blob(coded)
-        rans.decode(coded, 0, stop - start, out)
-    return name, out.view(torch.uint8).numpy(), crc, size
+def _decoded(crew: Crew, blob: StoredBlob, name: str, start: int, stop: int, first: int, until: int):
+    with naming(f"tensor {name!r}"), crew.buffers.room() as room:
+        coded, head = blob.load(first, until, room)
+        crc, size = coder.crc32c(coded[head:]), coded.size - head
+        out = crew.buffers.take((stop - start) * blob.width)
+        coder.decode(coded, 0, stop - start, out)
+    return name, out, crc, size
 
 
 def restores(packed: BinaryIO, source: BinaryIO, crew: Crew) -> bool:
@@ -253,7 +264,8 @@ def restores(packed: BinaryIO, source: BinaryIO, crew: Crew) -> bool:
         return False
     at = 0
     for piece in restored(packed, content, crew, lambda size: None):
-        if not torch.equal(torch.from_numpy(piece), torch.from_numpy(read_at(source, at, piece.size))):
-            return False
+        with crew.buffers.room() as room:
+            if not np.array_equal(piece, read_at(source, at, piece.size, room(piece.size))):
+                return False
         at += piece.size
     return True

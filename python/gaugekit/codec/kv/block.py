@@ -13,9 +13,9 @@ from gaugekit.codec.kv.tables import AXES, KVTables, check_axes
 from gaugekit.codec.tensors import blob as coded
 from gaugekit.codec.tensors import fixed
 from gaugekit.codec.tensors.blob import Buffer, as_byte_tensor
+from gaugekit.coder.header import padded, sealed, unsealed
 from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans.header import padded, sealed, unsealed
 from gaugekit.ops.rans.operator import CorruptFile
 
 MAGIC, VERSION = b"GKKVBK\x1a\n", 1

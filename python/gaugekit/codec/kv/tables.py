@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from gaugekit.codec.tensors.blob import as_byte_tensor
+from gaugekit.coder.header import sealed, unsealed
 from gaugekit.files.durable import written
 from gaugekit.files.places import naming_file
 from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans.header import sealed, unsealed
 from gaugekit.ops.rans.operator import ELEMENTS, CorruptFile
 
 MAGIC, VERSION = b"GKKVTB\x1a\n", 1

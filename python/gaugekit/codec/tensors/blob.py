@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from gaugekit.coder.blob import usual_chunk_log2
 from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.rans import operator as rans
 
@@ -39,7 +40,7 @@ def encode_bytes(
     if tensor.dtype in rans.SYMBOLS and symbols is None:
         symbols = rans.SYMBOLS[tensor.dtype][0]
     if chunk_log2 is None:
-        chunk_log2 = 18 if symbols == "exponent-and-mantissa" else 17
+        chunk_log2 = usual_chunk_log2(symbols)
     return rans.encode(tensor, symbols, chunk_log2)
 
 

@@ -13,10 +13,10 @@ import struct
 import torch
 
 from gaugekit.codec.tensors.blob import fresh
+from gaugekit.coder.header import padded, sealed, unsealed
 from gaugekit.ops.packed_linear import layout
 from gaugekit.ops.packed_linear.weight import PackedWeight, pack_weight
 from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans.header import padded, sealed, unsealed
 from gaugekit.ops.rans.operator import CorruptFile
 
 MAGIC, VERSION, ROW = b"GKFIXD\x1a\n", 1, layout.SEGMENT

@@ -6,22 +6,21 @@ are a blob of that part of the tensor. Taking a blob apart and putting one toget
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
-import torch
 
-from gaugekit.codec.tensors.blob import as_byte_tensor
+from gaugekit.codec.tensors.buffers import Room
+from gaugekit.coder import blob as coder
+from gaugekit.coder.blob import BY_NUMBER, ELEMENTS, CorruptFile
+from gaugekit.coder.crc32c import joined
+from gaugekit.coder.header import ENTRY, FIELDS, BlobHeader, header_of
+from gaugekit.files.durable import hurry
 from gaugekit.files.places import naming_file
-from gaugekit.ops.rans import operator as rans
-from gaugekit.ops.rans.crc32c import joined
-from gaugekit.ops.rans.header import ENTRY, FIELDS, BlobHeader, header_of
-from gaugekit.ops.rans.operator import CorruptFile
-
-Room = Callable[[int], np.ndarray]
 
 
 def _new(size: int) -> np.ndarray:
@@ -52,7 +51,7 @@ def render(like: BlobHeader, shape: tuple[int, ...], entries: np.ndarray) -> byt
     lengths = entries["length"].astype(np.uint64)
     entries["offset"] = header.index_end + np.cumsum(lengths) - lengths
     index, length = entries.tobytes(), header.index_end + int(lengths.sum())
-    return replace(header, length=length, index_crc=rans.crc32c(as_byte_tensor(index))).render() + index
+    return replace(header, length=length, index_crc=coder.crc32c(index)).render() + index
 
 
 def split(blob: np.ndarray) -> tuple[BlobHeader, np.ndarray, np.ndarray]:
@@ -65,26 +64,28 @@ def split(blob: np.ndarray) -> tuple[BlobHeader, np.ndarray, np.ndarray]:
 class StoredBlob:
     """The blob at [start, start + size) of an open file, its header and index read and checked; decoded by parts.
 
-    ``dtype`` and ``shape`` are what the file's header says of it. CorruptFile where the blob does not agree.
+    ``dtype`` and ``shape`` are what the file's header says of it, in its words. CorruptFile where the blob does not
+    agree.
     """
 
-    def __init__(self, file: BinaryIO, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]):
+    def __init__(self, file: BinaryIO, start: int, size: int, dtype: str, shape: tuple[int, ...]):
         self.file, self.start, self.dtype, self.shape = file, start, dtype, shape
-        self.count = torch.Size(shape).numel()
+        self.count, self.width = math.prod(shape), ELEMENTS[dtype].width
         self.header, self.entries = self._opened(size)
         self.log2 = self.header.chunk_log2
 
     def _opened(self, size: int) -> tuple[BlobHeader, np.ndarray]:
         start = read_at(self.file, self.start, min(size, FIELDS.size)).tobytes()
-        head = read_at(self.file, self.start, min(size, rans.header_bytes(start))).tobytes()
-        header = rans.parse_header(head, size)
-        dtype = rans.DTYPES[header.element]
+        head = read_at(self.file, self.start, min(size, coder.header_bytes(start))).tobytes()
+        header = coder.parse_header(head, size)
+        dtype = BY_NUMBER[header.element]
         if dtype != self.dtype or header.shape != tuple(self.shape):
+            said, found = (f"torch.{ELEMENTS[name].torch}" for name in (self.dtype, dtype))
             raise CorruptFile(
-                f"the header says {self.dtype} {list(self.shape)}, its blob {dtype} {list(header.shape)}"
+                f"the header says {said} {list(self.shape)}, its blob {found} {list(header.shape)}"
             )
         index = read_at(self.file, self.start + header.index_begin, header.index_end - header.index_begin)
-        index_crc = rans.crc32c(torch.from_numpy(index))
+        index_crc = coder.crc32c(index)
         if index_crc != header.index_crc:
             raise CorruptFile("not a sound coded blob: the index's checksum is wrong")
         entries = index.view(ENTRY)
@@ -92,7 +93,7 @@ class StoredBlob:
         places = np.uint64(header.index_end) + np.cumsum(lengths) - lengths
         if not np.array_equal(entries["offset"], places) or header.index_end + int(lengths.sum()) != size:
             raise CorruptFile("not a sound coded blob: its chunks do not follow each other to its end")
-        self.head_crc = joined(rans.crc32c(as_byte_tensor(head)), index_crc, index.size)
+        self.head_crc = joined(coder.crc32c(head), index_crc, index.size)
         return header, entries
 
     def parts(self, start: int, stop: int, piece_bytes: int) -> Iterator[tuple[int, int, int, int]]:
@@ -102,14 +103,14 @@ class StoredBlob:
         if start >= stop:
             return
         last = len(self.entries) - 1
-        step = max(1, piece_bytes // (self.dtype.itemsize << self.log2))
+        step = max(1, piece_bytes // (self.width << self.log2))
         first, end = min(start >> self.log2, last), min((stop - 1) >> self.log2, last) + 1
         for chunk in range(first, end, step):
             until = min(chunk + step, end)
             beyond = self.count if until > last else until << self.log2
             yield max(start, chunk << self.log2), min(stop, beyond), chunk, until
 
-    def load(self, first: int, until: int, room: Room = _new) -> tuple[torch.Tensor, int]:
+    def load(self, first: int, until: int, room: Room = _new) -> tuple[np.ndarray, int]:
         """Chunks [first, until) as a blob of their own, and the bytes of its header and index. ``room(size)`` gives the
         bytes to hold it.
         """
@@ -120,15 +121,14 @@ class StoredBlob:
         blob = room(len(head) + size)
         blob[: len(head)] = np.frombuffer(head, np.uint8)
         read_at(self.file, self.start + int(chosen["offset"][0]), size, blob[len(head) :])
-        return torch.from_numpy(blob), len(head)
+        return blob, len(head)
 
     def decode(
-        self, start: int, stop: int, first: int, until: int, out: torch.Tensor, room: Room = _new
+        self, start: int, stop: int, first: int, until: int, out: np.ndarray, room: Room = _new
     ) -> None:
-        """Elements [start, stop), which chunks [first, until) hold, into the flat tensor ``out``."""
+        """Elements [start, stop), which chunks [first, until) hold, as bytes into ``out``."""
         blob, base = self.load(first, until, room)[0], first << self.log2
-        rans.open_blob(blob)
-        rans.decode(blob, start - base, stop - base, out)
+        coder.decode(blob, start - base, stop - base, out)
 
 
 class BlobWriter:
@@ -151,16 +151,17 @@ class BlobWriter:
             self.header = replace(header, shape=self.shape)
             self.file.seek(self.start + self.header.index_end)
         self.entries.append(entries)
-        self.crc = joined(self.crc, rans.crc32c(torch.from_numpy(chunks)), chunks.size)
+        self.crc = joined(self.crc, coder.crc32c(chunks), chunks.size)
         self.size += chunks.size
         self.file.write(chunks)
+        hurry(self.file)
 
     def finish(self) -> tuple[int, int]:
         """Writes header and index; (bytes of the whole blob, their crc32c)."""
         head = render(self.header, self.shape, np.concatenate(self.entries))
         self.file.seek(self.start)
         self.file.write(head)
-        return len(head) + self.size, joined(rans.crc32c(as_byte_tensor(head)), self.crc, self.size)
+        return len(head) + self.size, joined(coder.crc32c(head), self.crc, self.size)
 
 
 def cuts(count: int, step: int) -> list[tuple[int, int]]:

@@ -10,33 +10,15 @@ from __future__ import annotations
 import torch
 
 from gaugekit import _library
-from gaugekit.ops.rans import composition, encoder, header
-from gaugekit.ops.rans.crc32c import crc32c as composed_crc32c
+from gaugekit.coder import composition, encoder
+from gaugekit.coder.blob import ELEMENTS as CODABLE
+from gaugekit.coder.blob import KINDS, CorruptFile, checked  # noqa: F401 - whoever calls these catches CorruptFile
+from gaugekit.coder.crc32c import crc32c as composed_crc32c
 
-ELEMENTS = {
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float32: 3,
-    torch.float8_e4m3fn: 4,
-    torch.float8_e5m2: 5,
-    torch.int8: 6,
-}
+# what the format says of the elements, by torch's types of them
+ELEMENTS = {getattr(torch, element.torch): element.number for element in CODABLE.values()}
 DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
-# which bits of an element are its symbol -> their number in a file
-KINDS = {"exponent": 0, "high-byte": 1, "exponent-and-mantissa": 2}
-# the symbols a dtype can have, the ones it has unless asked first
-SYMBOLS = {
-    torch.bfloat16: ("exponent", "high-byte", "exponent-and-mantissa"),
-    torch.float16: ("high-byte",),
-    torch.float32: ("exponent", "high-byte"),
-    torch.float8_e4m3fn: ("high-byte",),
-    torch.float8_e5m2: ("high-byte",),
-    torch.int8: ("high-byte",),
-}
-
-
-class CorruptFile(ValueError):
-    """The bytes are damaged, or made by a version this one cannot read. The only error that damage raises."""
+SYMBOLS = {getattr(torch, element.torch): element.symbols for element in CODABLE.values()}
 
 
 def _encode(data, shape, element, kind, chunk_log2, path=-1):
@@ -81,29 +63,8 @@ _library.define(
 )
 
 
-def _checked(operator, *arguments):
-    """The operator's answer; its complaint about the blob as CorruptFile, any other as it stands."""
-    try:
-        return operator(*arguments)
-    except RuntimeError as error:
-        _, prefix, sentence = str(error).partition(header.CORRUPT)
-        if not prefix:
-            raise
-        raise CorruptFile("not a sound coded blob: " + sentence.splitlines()[0]) from None
-
-
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def parse_header(head: bytes, size: int) -> header.BlobHeader:
-    """The header of a blob of ``size`` bytes, from its first bytes; CorruptFile."""
-    return _checked(header.parse, head, size)
-
-
-def header_bytes(start: bytes) -> int:
-    """How many bytes the header takes of a blob that begins with ``start`` (48 bytes); CorruptFile."""
-    return _checked(header.header_bytes, start)
 
 
 def encode(tensor: torch.Tensor, symbols: str, chunk_log2: int, path: int = -1) -> torch.Tensor:
@@ -134,7 +95,7 @@ def open_blob(blob: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
     """(dtype, shape) that a blob [bytes] uint8 holds, after its header, index and sizes were checked;
     CorruptFile.
     """
-    element, _, _, _, *shape = _checked(torch.ops.gaugekit.rans_open, blob).tolist()
+    element, _, _, _, *shape = checked(torch.ops.gaugekit.rans_open, blob).tolist()
     return DTYPES[element], torch.Size(shape)
 
 
@@ -142,7 +103,7 @@ def decode(blob: torch.Tensor, start: int, stop: int, out: torch.Tensor, path: i
     """Elements [start, stop) of the blob, counted in row-major order, into contiguous ``out``;
     CorruptFile.
     """
-    _checked(torch.ops.gaugekit.rans_decode, blob, start, stop, _as_bytes(out), path)
+    checked(torch.ops.gaugekit.rans_decode, blob, start, stop, _as_bytes(out), path)
 
 
 def crc32c(data: torch.Tensor, crc: int = 0) -> int:

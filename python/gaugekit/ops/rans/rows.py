@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gaugekit import _library
-from gaugekit.ops.rans import composition, header
+from gaugekit.coder import composition, header
 from gaugekit.ops.rans import operator as rans
 
 ROW = np.dtype(

@@ -1,6 +1,7 @@
-"""The composition behind ``ops/rans.py``: a coded blob in NumPy, all lanes of many chunks a step at a time.
+"""A coded blob decoded in NumPy, all lanes of many chunks a step at a time.
 
-Answers where there is no binary. Same bytes as csrc/cpu/rans_*.h, which it follows function by function.
+Answers where there is no binary, also as the composition of ``ops/rans``. Same bytes as csrc/cpu/rans_*.h, which it
+follows function by function.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gaugekit.ops.rans.crc32c import crc32c
-from gaugekit.ops.rans.header import ENTRY, chunk_count, corrupt, header_of, padded
-from gaugekit.ops.rans.tables import SLOTS, from_planes, slots_by_symbol, unpack_six
+from gaugekit.coder.crc32c import crc32c
+from gaugekit.coder.header import ENTRY, chunk_count, corrupt, header_of, padded
+from gaugekit.coder.tables import SLOTS, from_planes, slots_by_symbol, unpack_six
 
 WIDTHS = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1, 6: 1}
 LOWER, UPPER = 1 << 15, 1 << 31

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gaugekit.ops.rans.crc32c import crc32c
+from gaugekit.coder.crc32c import crc32c
 
 CORRUPT = "corrupt blob: "
 MAGIC, VERSION, MAX_RANK = b"GKRANS\x1a\n", 1, 64

@@ -1,4 +1,4 @@
-"""The encoder of the composition behind ``ops/rans.py``: bytes to a coded blob in NumPy, as csrc/cpu/rans_encoder.h."""
+"""Bytes to a coded blob in NumPy, as csrc/cpu/rans_encoder.h does it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from gaugekit.ops.rans.composition import (
+from gaugekit.coder.composition import (
     BATCH_SYMBOLS,
     BLOCK_GROUPS,
     LANE_ELEMENT,
@@ -15,9 +15,9 @@ from gaugekit.ops.rans.composition import (
     WIDTHS,
     chunk_starts,
 )
-from gaugekit.ops.rans.crc32c import crc32c
-from gaugekit.ops.rans.header import ENTRY, BlobHeader, padded
-from gaugekit.ops.rans.tables import SLOTS, frequencies, pack_six, slots_by_symbol, table_shift, to_planes
+from gaugekit.coder.crc32c import crc32c
+from gaugekit.coder.header import ENTRY, BlobHeader, padded
+from gaugekit.coder.tables import SLOTS, frequencies, pack_six, slots_by_symbol, table_shift, to_planes
 
 
 def _by_lane(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
