@@ -1,7 +1,7 @@
 """What a gauge chosen for quantisation is worth: a model rounded to 4 and 3 bits from several points of its orbit.
 
     python bench/gauge_quantize.py                     # MiniLM, 96 sentences
-    python bench/gauge_quantize.py --model smollm2     # a Llama: some half an hour on two cores
+    python bench/gauge_quantize.py --model smollm2 --seeds 2    # a Llama: some half an hour on two cores
 
 Every gauge computes the same before it is rounded (``before``, float32). Then the weights of attention are rounded,
 groups of 32 inputs with an offset and a scale each, by round-to-nearest or by GPTQ (Frantar et al. 2022) with the
@@ -244,7 +244,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
     parser.add_argument("--sentences", type=int, default=96, help="MiniLM's (96)")
-    parser.add_argument("--steps", type=int, default=120, help="SmolLM2's of training (120)")
+    parser.add_argument("--steps", type=int, default=200, help="SmolLM2's of training (200)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the rows under bench/results/")
     options = parser.parse_args()
