@@ -10,10 +10,11 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", D
 
 import pytest
 
-vllm = pytest.importorskip("vllm", reason="make test-vllm installs vLLM")
+pytest.importorskip("vllm", reason="make test-vllm installs vLLM")
 
 import torch
 import transformers
+import vllm
 
 import gaugekit as gk
 import gaugekit.integrations.transformers

@@ -1,5 +1,5 @@
-"""``vllm serve`` of packed and of gauge-fixed directories (``make test-vllm``), asked as OpenAI's client asks: in float32
-the greedy tokens of the plain model in transformers.
+"""``vllm serve`` of packed and of gauge-fixed directories (``make test-vllm``), asked through OpenAI's client: in
+float32 the greedy tokens of the plain model in transformers.
 """
 
 import contextlib
@@ -37,7 +37,15 @@ def served(directory, log, *options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "vllm", "serve", directory, "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        Path(sys.executable).parent / "vllm",
+        "serve",
+        directory,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with log.open("w") as out:
         server = subprocess.Popen(
             [*command, *options, *OPTIONS],
@@ -62,7 +70,10 @@ def wait(server, address, log):
     deadline = time.monotonic() + STARTS
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()[-4000:]
-        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(address, timeout=5):
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError),
+            urllib.request.urlopen(address, timeout=5),
+        ):
             return
         time.sleep(0.5)
     pytest.fail(f"no answer in {STARTS} s: {log.read_text()[-4000:]}")
@@ -84,7 +95,11 @@ def test_it_answers_as_the_plain_model(models, tmp_path, name, options):
     with served(directory, tmp_path / "log", *options) as address:
         client = openai.OpenAI(base_url=address, api_key="none", timeout=120)
         assert [model.id for model in client.models.list()] == [directory]
-        how = {"max_tokens": 24, "temperature": 0, "extra_body": {"return_token_ids": True, "ignore_eos": True}}
+        how = {
+            "max_tokens": 24,
+            "temperature": 0,
+            "extra_body": {"return_token_ids": True, "ignore_eos": True},
+        }
         for prompt, tokens in zip(PROMPTS, expected, strict=True):
             (choice,) = client.completions.create(model=directory, prompt=prompt, **how).choices
             assert choice.token_ids == tokens

@@ -74,7 +74,8 @@ def cut_block(attention: ShapedAttention, mlp: MLP, ranks: Ranks, prefix: str) -
         elif isinstance(part, IdentityLinear):
             setattr(attention, name, IdentityColumns(part, ranks))
         else:
-            setattr(attention, name, replace_linear_class(part, "colwise", prefix=f"{prefix}.attention.{name}"))
+            cut = replace_linear_class(part, "colwise", prefix=f"{prefix}.attention.{name}")
+            setattr(attention, name, cut)
     for name in ("alpha", "beta", "gamma") if attention.shaped else ():
         setattr(attention, name, _part(getattr(attention, name), attention.heads // ranks.count, ranks))
     attention.output = (

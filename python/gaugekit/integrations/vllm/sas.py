@@ -60,7 +60,8 @@ class SASForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
-        config, stages = vllm_config.model_config.hf_config, vllm_config.parallel_config.pipeline_parallel_size
+        config = vllm_config.model_config.hf_config
+        stages = vllm_config.parallel_config.pipeline_parallel_size
         if stages != 1:
             raise ValueError(f"pipeline_parallel_size: expected 1 for a SAS model, got {stages}")
         self.config = config
@@ -76,8 +77,8 @@ class SASForCausalLM(nn.Module):
         ranks = Ranks(group.world_size, group.rank_in_group)
         self.attention = nn.ModuleList()
         for layer, block in enumerate(self.model.layers):
-            paged = self._attention(block.attention, ranks, vllm_config, maybe_prefix(prefix, f"attention.{layer}"))
-            self.attention.append(paged)
+            path = maybe_prefix(prefix, f"attention.{layer}")
+            self.attention.append(self._attention(block.attention, ranks, vllm_config, path))
             if ranks.count > 1:
                 cut_block(block.attention, block.mlp, ranks, f"model.layers.{layer}")
 
