@@ -19,7 +19,7 @@ from served_by_vllm import PROMPTS, directories, own  # isort: skip - it says ho
 
 import gaugekit as gk
 
-STARTS, ENDS = 400, 60  # seconds
+STARTS, ENDS = 600, 60  # seconds
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "4",
            "--kv-cache-memory-bytes", str(1 << 26)]  # fmt: skip
 
