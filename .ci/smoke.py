@@ -20,7 +20,9 @@ import gaugekit as gk
 from gaugekit import _library
 
 # derived from classes of vLLM
-OF_VLLM = {f"gaugekit.integrations.vllm.{name}" for name in ("converted", "loader", "quantization", "sas")}
+OF_VLLM = {
+    f"gaugekit.integrations.vllm.{name}" for name in ("converted", "loader", "quantization", "ranks", "sas")
+}
 
 
 def main() -> None:

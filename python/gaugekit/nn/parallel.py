@@ -54,7 +54,7 @@ class SharedHeads(Share):
 
     def install(self, module: ShapedAttention, mesh: Any) -> None:
         groups = module.key_groups
-        _even("groups", groups, mesh)
+        even("groups", groups, mesh)
         parts = {"query": module.heads * module.key_width, "key": groups * module.key_width,
                  "value": module.heads * module.head_width}  # fmt: skip
         for name, width in parts.items():
@@ -86,7 +86,7 @@ class SharedProjection(Share):
     cuts = {"free": 0, "bias": 0}  # noqa: RUF012
 
     def install(self, module: GaugeProjection, mesh: Any) -> None:
-        heads = _even("heads", module.heads, mesh)
+        heads = even("heads", module.heads, mesh)
         begin = heads * mesh.get_local_rank()
         forward = module.forward
 
@@ -109,7 +109,7 @@ class SharedRanks(Share):
     cuts: dict[str, int] = {}  # noqa: RUF012
 
     def install(self, module: LowRankProjection, mesh: Any) -> None:
-        heads = _even("heads", len(module.ranks), mesh)
+        heads = even("heads", len(module.ranks), mesh)
         first = heads * mesh.get_local_rank()
         ranks = module.ranks
         rows = slice(sum(ranks[:first]), sum(ranks[: first + heads]))
@@ -145,7 +145,7 @@ class LocalColumns(nn.Module):
 
     def __init__(self, width: int, mesh: Any):
         super().__init__()
-        part = _even("width", width, mesh)
+        part = even("width", width, mesh)
         self.begin, self.end, self.mesh = (
             part * mesh.get_local_rank(),
             part * (mesh.get_local_rank() + 1),
@@ -190,7 +190,7 @@ def _parts(module: nn.Module) -> Iterator[None]:
         module._parameters.update(cut)
 
 
-def _even(name: str, count: int, mesh: Any) -> int:
+def even(name: str, count: int, mesh: Any) -> int:
     """The share of one rank; ValueError where there is none that is whole."""
     if count % mesh.size():
         raise ValueError(

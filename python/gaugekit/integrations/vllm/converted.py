@@ -15,14 +15,17 @@ from gaugekit.checkpoint.install import install
 from gaugekit.hf.sliced import Sliced
 from gaugekit.hf.sliced import install as install_sliced
 from gaugekit.integrations.vllm.quantization import Forms
+from gaugekit.integrations.vllm.ranks import Ranks, cut_forms
+from gaugekit.nn.parallel import even
 from gaugekit.nn.sliced import RotatedEmbedding
 
 
 class GaugekitForCausalLM(TransformersForCausalLM):
     """transformers' model with the forms of config.json, on vLLM's attention; not compiled.
 
-    Raises ValueError on several ranks, since the forms are cut otherwise than vLLM cuts layers, and for weights that
-    the directory lacks.
+    On several tensor-parallel ranks each has whole heads (``ranks.cut_forms``). Raises ValueError on several pipeline
+    ranks, for a sliced model on several ranks of either kind, for key heads or forms that the ranks cannot share, and
+    for weights that the directory lacks.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
@@ -30,11 +33,15 @@ class GaugekitForCausalLM(TransformersForCausalLM):
         ranks = vllm_config.parallel_config
         if not isinstance(forms, Forms):
             raise ValueError(f"{type(self).__name__}: expected a directory that gaugekit converted or sliced")
-        if (ranks.tensor_parallel_size, ranks.pipeline_parallel_size) != (1, 1):
+        if ranks.pipeline_parallel_size != 1:
             raise ValueError(
-                "tensor_parallel_size, pipeline_parallel_size: expected 1 for a model that gaugekit converted or "
-                f"sliced, got {ranks.tensor_parallel_size} and {ranks.pipeline_parallel_size}; a directory converted "
-                "with --dense can be cut"
+                "pipeline_parallel_size: expected 1 for a model that gaugekit converted or sliced, got "
+                f"{ranks.pipeline_parallel_size}; a directory converted with --dense can be cut"
+            )
+        if ranks.tensor_parallel_size != 1 and forms.sliced is not None:
+            raise ValueError(
+                "tensor_parallel_size: expected 1 for a model whose stream is sliced, since bases cannot be cut, got "
+                f"{ranks.tensor_parallel_size}"
             )
         self.sliced = None if forms.sliced is None else Sliced.read(forms.sliced)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -51,6 +58,10 @@ class GaugekitForCausalLM(TransformersForCausalLM):
             install(self.model, forms.modules, self.model_config.dtype)
             if self.sliced is not None:
                 install_sliced(self.model, self.sliced, self.model_config.dtype)
+        if self.tp_group.world_size > 1:
+            ranks = Ranks(self.tp_group.world_size, self.tp_group.rank_in_group)
+            even("num_key_value_heads", self.model_config.get_total_num_kv_heads(), ranks)
+            cut_forms(self.model, ranks, self.device_config.device)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_meta:

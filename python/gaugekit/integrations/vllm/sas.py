@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -21,7 +22,9 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from gaugekit.hf.sas import SASModel
 from gaugekit.hf.sas_pages import Pages, Step
+from gaugekit.integrations.vllm.ranks import Ranks, cut_block
 from gaugekit.nn import ShapedAttention
+from gaugekit.nn.parallel import even
 
 SIZES = (64, 96, 128, 192, 256)  # widths of a head that vLLM's backends take
 
@@ -49,16 +52,18 @@ class VllmPages(Pages):
 
 
 class SASForCausalLM(nn.Module):
-    """``gaugekit.integrations.sas.SASForCausalLM`` on vLLM's paged attention, on one rank; not compiled."""
+    """``gaugekit.integrations.sas.SASForCausalLM`` on vLLM's paged attention; not compiled.
+
+    On several tensor-parallel ranks each has whole heads (``ranks.cut_block``). ValueError on several pipeline ranks,
+    and where the ranks cannot share the groups of heads or the MLP evenly.
+    """
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
-        config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config
-        if (ranks.tensor_parallel_size, ranks.pipeline_parallel_size) != (1, 1):
-            raise ValueError(
-                "tensor_parallel_size, pipeline_parallel_size: expected 1 for a SAS model, got "
-                f"{ranks.tensor_parallel_size} and {ranks.pipeline_parallel_size}"
-            )
+        config = vllm_config.model_config.hf_config
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        if stages != 1:
+            raise ValueError(f"pipeline_parallel_size: expected 1 for a SAS model, got {stages}")
         self.config = config
         self.model = SASModel(config)
         self.model.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
@@ -68,22 +73,27 @@ class SASForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        blocks = enumerate(self.model.layers)
-        self.attention = nn.ModuleList(
-            self._attention(block.attention, vllm_config, maybe_prefix(prefix, f"attention.{layer}"))
-            for layer, block in blocks
-        )
+        group = get_tp_group()
+        ranks = Ranks(group.world_size, group.rank_in_group)
+        self.attention = nn.ModuleList()
+        for layer, block in enumerate(self.model.layers):
+            path = maybe_prefix(prefix, f"attention.{layer}")
+            self.attention.append(self._attention(block.attention, ranks, vllm_config, path))
+            if ranks.count > 1:
+                cut_block(block.attention, block.mlp, ranks, f"model.layers.{layer}")
 
-    def _attention(self, part: ShapedAttention, vllm_config: Any, prefix: str) -> Attention:
+    def _attention(self, part: ShapedAttention, ranks: Ranks, vllm_config: Any, prefix: str) -> Attention:
+        """vLLM's, for the heads of one rank."""
         width = max(part.key_width, part.head_width)
         size = next((size for size in SIZES if size >= width), None)
         if size is None:
             raise ValueError(f"key_width, head width: expected at most {SIZES[-1]} for vLLM, got {width}")
+        heads = even("num_attention_heads", part.heads, ranks)
         return Attention(
-            part.heads * (2 if part.shaped else 1),
+            heads * (2 if part.shaped else 1),
             size,
             part.key_width**-0.5,
-            num_kv_heads=part.heads,
+            num_kv_heads=heads,
             cache_config=vllm_config.cache_config,
             per_layer_sliding_window=part.window,
             prefix=prefix,
