@@ -68,7 +68,7 @@ def on_two_ranks(tmp_path):
             },
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=840,
         )
         assert bool(done.returncode) == fails, done.stdout[-3000:] + done.stderr[-3000:]
         if fails:
