@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gaugekit.nn.packed_matrix import PARTS, PackedMatrix
-from gaugekit.ops.packed_linear.weight import PackedWeight
+from gaugekit.ops.packed_linear.weight import DTYPES, PackedWeight
 
 
 class PackedLayer(nn.Module):
@@ -90,8 +90,8 @@ class PackedMatrixLayer(PackedLayer):
         device: torch.device | str | None = None,
     ):
         nn.Module.__init__(self)  # not nn.Embedding's, which would make a table
-        if weights not in ("bfloat16", "float16"):
-            raise ValueError(f"weights: expected bfloat16 or float16, got {weights!r}")
+        if weights not in {str(dtype).removeprefix("torch.") for dtype in DTYPES}:
+            raise ValueError(f"weights: expected bfloat16, float16 or float8_e5m2, got {weights!r}")
         if matrix is None:
             matrix = PackedMatrix.empty(rows, columns, getattr(torch, weights), device)
         if matrix.value.shape != (rows, columns):
