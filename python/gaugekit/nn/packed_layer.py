@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from gaugekit.nn.packed_matrix import PARTS, PackedMatrix
 from gaugekit.ops.packed_linear.weight import DTYPES, PackedWeight
@@ -75,6 +76,20 @@ class PackedLayer(nn.Module):
             for name, weight in self._parameters.items()
             if weight is not None and weight.dim() > 1
         )
+
+
+def _refuse_parameter_adapter(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """RuntimeError where PEFT's wrapper of an adapted parameter is put around a packed layer. In every forward it
+    would replace the parameter, which fails inside torch by an error that names neither."""
+    if type(module).__name__ == "ParamWrapper" and isinstance(child, PackedLayer):
+        kind = child.__dict__.get("stands_for", type(child)).__name__
+        raise RuntimeError(
+            f"an adapter on a parameter (PEFT's target_parameters) needs plain weights, and those of this {kind} are "
+            "packed: gaugekit.unfuse(model) first, or add the adapter before packing, which leaves this layer plain"
+        )
+
+
+register_module_module_registration_hook(_refuse_parameter_adapter)
 
 
 class PackedMatrixLayer(PackedLayer):
