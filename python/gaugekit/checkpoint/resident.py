@@ -78,7 +78,7 @@ def why_not(module: nn.Module) -> str | None:
     if clash := sorted(name for name in taken if any(name in names for names in held)):
         return f"it has something of its own called {clash[0]!r}"
     reasons = (_plain_weight(name, module._parameters.get(name)) for name in matrices(module))
-    return next((reason for reason in reasons if reason is not None), _why_not_e5m2(module))
+    return next((reason for reason in reasons if reason is not None), None) or _why_not_e5m2(module)
 
 
 def _why_not_e5m2(module: nn.Module) -> str | None:
@@ -86,7 +86,7 @@ def _why_not_e5m2(module: nn.Module) -> str | None:
 
     torch does not run such a linear layer by itself: whoever keeps one casts its weight before each product, which the
     packed layer does, and may scale it, which the packed layer does not."""
-    if module._parameters[matrices(module)[0]].dtype != E5M2:
+    if all(module._parameters[name].dtype != E5M2 for name in matrices(module)):
         return None
     if form_of(module) is not PackedLinear:
         return f"its weights are {E5M2}, which are packed in linear layers only"

@@ -15,9 +15,10 @@ class PackedLinear(PackedMatrixLayer):
     """y = x Wᵀ + b, W frozen in the lossless layout of docs/resident.md: x [..., inputs] -> [..., outputs].
 
     x may be of W's dtype, float32 or float64, and of float16 or bfloat16 where W is float8_e5m2 (unscaled: the numbers
-    as they are; the bias then is of torch's default dtype unless ``dtype`` says another); under autocast y has autocast's dtype, as nn.Linear's has, while W is
-    multiplied as it is. ``weight`` is a PackedMatrix, the bias a plain parameter. ``matrix`` is a PackedMatrix to share
-    (a tied embedding's); without it one is made, its weights still to be loaded. Gradients flow to x and the bias.
+    as they are; the bias then is of torch's default dtype unless ``dtype`` says another); under autocast y has
+    autocast's dtype, as nn.Linear's has, while W is multiplied as it is. ``weight`` is a PackedMatrix, the bias a plain
+    parameter. ``matrix`` is a PackedMatrix to share (a tied embedding's); without it one is made, its weights still to
+    be loaded. Gradients flow to x and the bias.
     """
 
     form = "packed_linear"

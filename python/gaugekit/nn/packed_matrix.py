@@ -36,7 +36,8 @@ class _Cell:
 
 
 class PackedMatrix(torch.Tensor):
-    """A frozen matrix W [N, K] of bfloat16, float16 or float8_e5m2 in the layout of docs/resident.md (``transposed``: shown as Wᵀ).
+    """A frozen matrix W [N, K] of bfloat16, float16 or float8_e5m2 in the layout of docs/resident.md (``transposed``:
+    shown as Wᵀ).
 
     Or ``count`` matrices of one shape, experts' weights [count, N, K], which are packed as [count · N, K], each shown
     transposed where ``transposed``.
