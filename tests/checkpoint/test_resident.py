@@ -169,9 +169,12 @@ class OwnLinear(nn.Linear):
     pass
 
 
-def with_scale():
+def with_scale(loose=False):
     layer = float8(linear())
-    layer.register_buffer("weight_scale", torch.ones(1))
+    if loose:
+        layer.weight_scale = torch.ones(1)
+    else:
+        layer.register_buffer("weight_scale", torch.ones(1))
     return layer
 
 
@@ -180,6 +183,7 @@ def with_scale():
     [
         (lambda: float8(linear(), torch.float8_e4m3fn), r"float8_e4m3fn: .* 7\.2 to 7\.3 of their 8 bits"),
         (lambda: float8(nn.Embedding(50, 128)), "packed in linear layers only"),
+        (lambda: with_scale(loose=True), "'weight_scale' beside"),
         (with_scale, "'weight_scale' beside its torch.float8_e5m2 weight"),
         (lambda: float8(linear(8, 8)), "no less memory"),
         (lambda: float8(OwnLinear(128, 128)), "it is a OwnLinear"),

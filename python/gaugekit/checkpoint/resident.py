@@ -90,7 +90,8 @@ def _why_not_e5m2(module: nn.Module) -> str | None:
         return None
     if form_of(module) is not PackedLinear:
         return f"its weights are {E5M2}, which are packed in linear layers only"
-    others = (module._parameters.keys() | module._buffers.keys()) - {"weight", "bias"}
+    loose = {name for name, value in module.__dict__.items() if isinstance(value, Tensor)}
+    others = (module._parameters.keys() | module._buffers.keys() | loose) - {"weight", "bias"}
     if others:
         return f"it has {min(others)!r} beside its {E5M2} weight, maybe a scale, which a packed layer would not apply"
     return None
