@@ -82,14 +82,13 @@ std::vector<uint16_t> in_halves(const uint16_t* row, int64_t columns, int64_t bl
 }
 
 float modelled_pairs(const std::vector<uint16_t>& w, const std::vector<uint16_t>& x, int64_t blocks) {
-  float sum[2][16] = {}, t[16];
+  float sum[16] = {};
   for (int64_t i = 0; i < 2 * blocks; ++i)
     for (int j = 0; j < 16; ++j)
-      sum[i % 2][j] = pair_added(sum[i % 2][j], &w[i * HALF_BLOCK + 2 * j], &x[i * HALF_BLOCK + 2 * j]);
-  for (int j = 0; j < 16; ++j) t[j] = sum[0][j] + sum[1][j];
+      sum[j] = pair_added(sum[j], &w[i * HALF_BLOCK + 2 * j], &x[i * HALF_BLOCK + 2 * j]);
   for (int width = 8; width; width /= 2)
-    for (int j = 0; j < width; ++j) t[j] += t[j + width];
-  return t[0];
+    for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
+  return sum[0];
 }
 
 float modelled_tiles(const std::vector<uint16_t>& w, const std::vector<uint16_t>& x, int64_t blocks) {
