@@ -44,15 +44,15 @@ GAUGEKIT_BF16_INLINE __m512 add_pairs(__m512 sum, __m512i w, __m512i x) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
 }
 
-// Row `row` of W, block after block: take(b, lo, hi). What is asked for ahead walks steadily through the
-// row's planes, which lie one after the other, so far ahead that the last one comes in time, too.
+// Blocks [b, end) of row `row` of W, from the beginning of a segment on, one after the other: take(b, lo,
+// hi). What is asked for ahead walks steadily through the row's planes, which lie one after the other, so far
+// ahead that the last one comes in time, too.
 template <int C, bool PLAIN, class Take>
-GAUGEKIT_BF16_INLINE void each_block(const Weight& w, int64_t row, const Take& take) {
+GAUGEKIT_BF16_INLINE void each_block(const Weight& w, int64_t row, int64_t b, int64_t end, const Take& take) {
   constexpr int64_t PLANE_BYTES = C * 8;  // a block's
   const int64_t planes_ahead = (C - 1) * 8 * w.blocks + AHEAD_BLOCKS * PLANE_BYTES;
   alignas(64) uint8_t tail[SEGMENT + SLACK];
-  int64_t b = 0;
-  for (int64_t s = 0; s < w.segments(); ++s) {
+  for (int64_t s = b / SEGMENT_BLOCKS; b < end; ++s) {
     Segment g{};
     if (!PLAIN) g = segment_of(w, row, s, tail);
     g.raw = begin_of<PLAIN>(w, row, s);
@@ -127,7 +127,7 @@ GAUGEKIT_BF16 void multiply_few(const Weight& w, int64_t begin, int64_t end, con
   for (int64_t row = begin; row < end; ++row) {
     __m512 here[T];
     for (int t = 0; t < T; ++t) here[t] = _mm512_setzero_ps();
-    each_block<C, PLAIN>(w, row, [&](int64_t b, __m512i lo, __m512i hi) GAUGEKIT_BF16 {
+    each_block<C, PLAIN>(w, row, 0, w.blocks, [&](int64_t b, __m512i lo, __m512i hi) GAUGEKIT_BF16 {
       for (int t = 0; t < T; ++t) {
         const uint16_t* from = x + t * row_stride(w.blocks) + b * BLOCK;
         here[t] = add_pairs(add_pairs(here[t], lo, _mm512_load_si512(from)), hi,
@@ -167,7 +167,7 @@ GAUGEKIT_BF16 void multiply_tile(const uint16_t* words, const uint16_t* x, int64
 // The words of row `row` of W, block after block.
 template <int C, bool PLAIN>
 GAUGEKIT_BF16_INLINE void decode_pairs(const Weight& w, int64_t row, uint16_t* to) {
-  each_block<C, PLAIN>(w, row, [&](int64_t b, __m512i lo, __m512i hi) GAUGEKIT_BF16 {
+  each_block<C, PLAIN>(w, row, 0, w.blocks, [&](int64_t b, __m512i lo, __m512i hi) GAUGEKIT_BF16 {
     _mm512_store_si512(to + b * BLOCK, lo);
     _mm512_store_si512(to + b * BLOCK + HALF_BLOCK, hi);
   });

@@ -18,12 +18,14 @@ def source(name: str) -> Path:
     return ROOT / "tests" / "ops" / f"{name}.cpp"
 
 
-def check_twin(lines: list[str], levels: int, pairs: bool) -> None:
-    """Five batches and all rows at each level; seven batches of pairs, held against plain, alone and exact ones."""
+def check_twin(lines: list[str], levels: int, pairs: int) -> None:
+    """Five batches and all rows at each level; seven batches of pairs, each held against ``pairs`` others: plain, alone
+    and exact ones, and outputs against plain and exact ones.
+    """
     differing, (found, cases, checked, digest) = read(lines)
     assert not differing
     assert found == levels
-    assert cases == levels * (5 + 1) * MATRICES + (3 * 7 * PAIRED if pairs else 0)
+    assert cases == levels * (5 + 1) * MATRICES + pairs * 7 * PAIRED
     assert checked > (8000 if pairs else 2500)  # infinities and NaNs are left out
     assert digest == DIGEST
 
@@ -34,11 +36,11 @@ def test_same_bits_as_on_plain_weights_on_every_instruction_set(tmp_path):
     differing, numbers = run("packed_linear_twin", tmp_path)
     levels = numbers[0]
     summary = "levels {}, cases {}, checked {}, digest {}".format(*numbers)
-    check_twin([*differing, summary], levels, levels == 5)  # pairs wait for AVX512-BF16
+    check_twin([*differing, summary], levels, 5 * (levels == 5))  # pairs wait for AVX512-BF16
 
 
 @NATIVE
-def test_products_on_pairs_and_tiles_are_those_of_their_instructions(tmp_path):
+def test_products_on_pairs_outputs_and_tiles_are_those_of_their_instructions(tmp_path):
     """Scalar models of vdpbf16ps and tdpbf16ps in the documented order; the tile registers of AMX are emulated."""
     differing, (levels, cases) = run("packed_linear_models", tmp_path)
     assert not differing
@@ -52,8 +54,8 @@ def test_same_bits_on_arm(tmp_path):
     """And NEON gives the bits that x86 gives; bfdot has an order of its own."""
     binary = arm.compiled(source("packed_linear_twin"), tmp_path / "twin", *FLAGS)
     for processor, levels in arm.PROCESSORS.items():
-        check_twin(arm.run(binary, processor), levels, levels == 3)
-    check_twin(arm.run(binary, "max", capability="default"), 1, False)
+        check_twin(arm.run(binary, processor), levels, 3 * (levels == 3))
+    check_twin(arm.run(binary, "max", capability="default"), 1, 0)
 
 
 @NATIVE
