@@ -109,13 +109,13 @@ GAUGEKIT_BF16 void outputs_of(const Weight& w, int64_t begin, int64_t end, const
                                        multiply_outputs<4>, multiply_outputs<5>, multiply_outputs<6>,
                                        multiply_outputs<7>, multiply_outputs<8>};
   const int64_t tiles = (batch + TILE_MANY - 1) / TILE_MANY;
-  const Halves words = halves(LANES * PART_STRIDE);
-  std::vector<WordHalf> decoded(PART_PAIRS * GROUP * 2 / HALF_BLOCK);
-  std::vector<FloatBlock> kept((batch * GROUP + BLOCK - 1) / BLOCK);
+  const Halves words = halves(LANES * PART_STRIDE),
+               decoded = halves(std::min(PART_BLOCKS, w.blocks) * BLOCK * GROUP);
+  const std::unique_ptr<FloatBlock[]> kept(new FloatBlock[(batch * GROUP + BLOCK - 1) / BLOCK]);
   uint32_t* pairs = reinterpret_cast<uint32_t*>(decoded[0].at);
   float* sums = kept[0].at;
   for (int64_t first = begin; first < end; first += GROUP) {
-    const int64_t rows = std::min(GROUP, end - first);  // other lanes are left of the group before, or zero
+    const int64_t rows = std::min(GROUP, end - first);  // other lanes hold anything
     for (int64_t b = 0; b < w.blocks; b += PART_BLOCKS) {
       decode_outputs<C, PLAIN>(w, first, rows, b, std::min(PART_BLOCKS, w.blocks - b), words[0].at, pairs);
       const int64_t column = b * BLOCK, count = std::min(PART_PAIRS, (stride - column) / 2);

@@ -184,10 +184,10 @@ GAUGEKIT_PAIRS void multiply_many(const Weight& w, int64_t begin, int64_t end, c
   const int64_t stride = row_stride(w.blocks), tiles = (batch + TILE_X - 1) / TILE_X;
   const int64_t group = group_rows(w.blocks);
   const int64_t calls = tiles * (group / TILE_W) * ((w.blocks + STRETCH - 1) / STRETCH);
-  std::vector<WordHalf> decoded(group * stride / HALF_BLOCK);
+  const Halves decoded = halves(group * stride);
   alignas(64) float found[TILE_X][MOST_ROWS];
   for (int64_t first = begin; first < end; first += group) {
-    const int64_t rows = std::min(group, end - first);  // others are left of the group before, or zero
+    const int64_t rows = std::min(group, end - first);  // others hold anything
     for (int64_t r = 0; r < rows; ++r) decode_pairs<C, PLAIN>(w, first + r, decoded[0].at + r * stride);
     const int64_t next = PLAIN ? end : std::min(end, first + group);
     Ahead ahead(w, next, std::min(end, next + group), calls);
