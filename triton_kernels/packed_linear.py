@@ -12,9 +12,12 @@ PROGRAMS = 1024  # that fill the largest GPU; a constant, so that no result depe
 
 @triton.jit
 def _decode(RAW, PLANES, ESCAPES, n, k, inside, window, begin, blocks, escape_count,
-            CODE: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+            CODE: tl.constexpr, HALF: tl.constexpr, E5M2: tl.constexpr):  # fmt: skip
     """float32 [n, k] of W, zero outside, and where the escapes of the next columns begin."""
-    raw = tl.load(RAW + n[:, None] * (blocks * 64) + k[None, :], mask=inside, other=0).to(tl.int32)
+    if E5M2:  # the high bytes of HALF's words, whose low ones are zero
+        raw = tl.zeros(inside.shape, tl.int32)
+    else:
+        raw = tl.load(RAW + n[:, None] * (blocks * 64) + k[None, :], mask=inside, other=0).to(tl.int32)
     PLANE_COUNT: tl.constexpr = CODE + 3 if HALF else CODE
     plane = PLANES + n[:, None] * (PLANE_COUNT * blocks * 8) + (k >> 3)[None, :]
     shift = (k & 7)[None, :]
@@ -42,7 +45,7 @@ def _decode(RAW, PLANES, ESCAPES, n, k, inside, window, begin, blocks, escape_co
 
 @triton.jit
 def _packed_linear(X, RAW, PLANES, ESCAPES, OFFSETS, WINDOW, BIAS, OUT, batch, rows, columns, blocks, segments,
-                   escape_count, segments_each, bias_stride, CODE: tl.constexpr, HALF: tl.constexpr,
+                   escape_count, segments_each, bias_stride, CODE: tl.constexpr, HALF: tl.constexpr, E5M2: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """OUT [splits, batch, rows]: the part of x Wᵀ that each split of K gives; the bias goes to the first."""
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -58,7 +61,7 @@ def _packed_linear(X, RAW, PLANES, ESCAPES, OFFSETS, WINDOW, BIAS, OUT, batch, r
         k = first + tl.arange(0, BLOCK_K)
         inside = here[:, None] & (k < columns)[None, :]
         weight, begin = _decode(
-            RAW, PLANES, ESCAPES, n, k, inside, window, begin, blocks, escape_count, CODE, HALF
+            RAW, PLANES, ESCAPES, n, k, inside, window, begin, blocks, escape_count, CODE, HALF, E5M2
         )
         x = tl.load(
             X + m[:, None] * columns + k[None, :],
@@ -103,7 +106,7 @@ def tile(batch: int, wide: bool) -> dict:
 def packed_linear(out, x, raw, planes, escapes, offsets, window, bias):
     """out [M, N] = x [M, K] Wᵀ + bias, x and out contiguous, of bf16, fp16 or fp32; at least one element each.
 
-    bias [N] may have any stride.
+    bias [N] may have any stride. W of float8_e5m2, which has no ``raw`` bytes, takes an x of any of these.
     """
     (batch, columns), rows, blocks = x.shape, raw.shape[0], planes.shape[2]
     half, sizes = planes.shape[1] > 4, tile(batch, x.dtype == torch.float32)
@@ -116,7 +119,7 @@ def packed_linear(out, x, raw, planes, escapes, offsets, window, bias):
         _packed_linear[(*tiles, splits)](
             x, raw, planes.view(torch.uint8), escapes, offsets, window, bias, parts, batch, rows, columns, blocks,
             segments, escapes.shape[0], each, 0 if bias is None else bias.stride(0), CODE=planes.shape[1] - 3 * half,
-            HALF=half, **sizes)  # fmt: skip
+            HALF=half, E5M2=not raw.shape[1], **sizes)  # fmt: skip
         if splits > 1:
             count = batch * rows
             _packed_linear_total[(triton.cdiv(count, 1024),)](

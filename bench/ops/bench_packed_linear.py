@@ -2,7 +2,8 @@
 
 Every case runs through layers of one shape that together are larger than any cache, as a model does for each token, so
 that the weights come from memory. Plain weights are ordinary allocations, and so are packed ones: no huge pages on
-either side. Rows of fp32 are what a user without fast bfloat16 on the processor would run.
+either side. Rows of fp32 are what a user without fast bfloat16 on the processor would run. float8_e5m2 weights stand
+beside what there is without us: weights widened once, of twice the memory, or at each call.
 """
 
 from functools import lru_cache
@@ -61,6 +62,37 @@ def product(n, k, batch, threads, dtype, device, total) -> Case:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=1)
+def e5m2_layers(n: int, k: int, dtype: torch.dtype, device: str, count: int) -> tuple[list, list, list]:
+    """Weights widened to ``dtype``, float8_e5m2 ones and packed ones."""
+    generator = torch.Generator().manual_seed(0)
+    first = (torch.randn(n, k, generator=generator) * 0.02).to(device, torch.float8_e5m2).view(torch.uint8)
+    stored = [first.roll(i, 0).clone().view(torch.float8_e5m2) for i in range(count)]
+    return [w.to(dtype) for w in stored], stored, [pack_weight(w) for w in stored]
+
+
+def e5m2_product(n, k, batch, threads, dtype, device, total) -> Case:
+    widened, stored, packed = e5m2_layers(n, k, dtype, device, max(2, total // (n * k * 2)))
+    x = torch.randn(batch, k, device=device).to(dtype)
+
+    def check():
+        ours, theirs = packed_linear(x, packed[0]).double(), linear(x, widened[0]).double()
+        exact = x.double() @ widened[0].double().T
+        noise = torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + noise
+
+    memory = sum(w.bytes for w in packed)
+    return Case(
+        op="packed_linear", shape=f"batch {batch}, {n}x{k} of float8_e5m2", dtype=str(dtype)[6:], device=device,
+        ours=lambda: [packed_linear(x, w) for w in packed],
+        rivals={"torch linear, widened once": lambda: [linear(x, w) for w in widened],
+                "torch linear, widened at each call": lambda: [linear(x, w.to(dtype)) for w in stored]},
+        without_us="torch linear, widened once", check=check, bytes_moved=memory, flops=2 * batch * n * k * len(packed),
+        threads=threads, label=f"{threads} threads{FROM_MEMORY}",
+        extra={"layers": len(packed), "packed_bytes": memory, "plain_bytes": sum(w.nbytes for w in stored)},
+    )  # fmt: skip
+
+
 def packing(device: str, rows: int, threads: int | None) -> Case:
     weight = (torch.randn(rows, 4096, device=device) * 0.02).bfloat16()
     copy = torch.empty_like(weight)
@@ -97,6 +129,14 @@ def cases(device: str, quick: bool):
             yield product(
                 4096, 4096, 1, threads, torch.float16, device, FEWER_BYTES if quick else TOTAL_BYTES
             )
+        for dtype in (torch.bfloat16, torch.float16):
+            for batch in (1,) if quick else (1, 4, 16, 64, 256):
+                name = (
+                    f"batch {batch}, 4096x4096 of float8_e5m2 {str(dtype)[6:]} {threads} threads{FROM_MEMORY}"
+                )
+                if wanted(name):
+                    total = TOTAL_BYTES if batch <= 4 and not quick else FEWER_BYTES
+                    yield e5m2_product(4096, 4096, batch, threads, dtype, device, total)
         rows = 2048 if quick else 16384
         if wanted(f"pack {rows}x4096 bfloat16 {threads} threads, fresh output"):
             yield packing(device, rows, threads)

@@ -57,10 +57,13 @@ Weight weight_of(const Tensor& raw, const Tensor& planes, const Tensor& escapes,
   const int64_t rows = raw.size(0), blocks = (columns + BLOCK - 1) / BLOCK, count = planes.size(1);
   STD_TORCH_CHECK(count == 3 || count == 4 || count == 6 || count == 7,
                   "planes: expected 3, 4, 6 or 7 a block");
-  check_shape("raw", raw, {rows, blocks * BLOCK});
+  const bool e5m2 = count > 4 && blocks > 0 && raw.size(1) == 0;
+  check_shape("raw", raw, {rows, e5m2 ? 0 : blocks * BLOCK});
   check_shape("planes", planes, {rows, count, blocks});
   check_shape("window", window, {rows});
-  const Weight w{data<uint8_t>(raw),
+  const Weight w{e5m2          ? nullptr
+                 : raw.numel() ? data<uint8_t>(raw)
+                               : NO_LOW_BYTES,
                  data<uint64_t>(planes),
                  data<uint8_t>(escapes),
                  data<int32_t>(offsets),
@@ -126,12 +129,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode(const Tensor& weight, const Te
   return {raw, plane, escapes, offsets};
 }
 
-// Rows `index` of W (or rows first, first + 1, ...) into out [count, columns].
-void decode(const Weight& w, const int64_t* index, int64_t first, int64_t count, int64_t columns,
-            uint16_t* out) {
+// Rows `index` of W (or the first ones) into out [count, columns]: words, or the bytes of E5M2.
+template <class T>
+void decode(const Weight& w, const int64_t* index, int64_t count, int64_t columns, T* out) {
   over_rows(count, columns, DECODE_NS, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      decode_row(w, index ? index[i] : first + i, columns, out + i * columns, isa());
+      decode_row(w, index ? index[i] : i, columns, out + i * columns, isa());
   });
 }
 
@@ -148,8 +151,12 @@ Tensor rows(const Optional& index, const Tensor& raw, const Tensor& planes, cons
     for (int64_t i = 0; i < count; ++i)
       STD_TORCH_CHECK(0 <= at[i] && at[i] < w.rows, "index: expected rows of the packed weight, 0 to N - 1");
   }
-  Tensor out = torch::stable::new_empty(raw, {count, columns}, dtype_of(w));
-  decode(w, at, 0, count, columns, static_cast<uint16_t*>(out.mutable_data_ptr()));
+  Tensor out =
+      torch::stable::new_empty(raw, {count, columns}, w.e5m2() ? ScalarType::Float8_e5m2 : word_dtype(w));
+  if (w.e5m2())
+    decode(w, at, count, columns, static_cast<uint8_t*>(out.mutable_data_ptr()));
+  else
+    decode(w, at, count, columns, static_cast<uint16_t*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -207,7 +214,7 @@ void fused_pairs(const Weight& w, const Tensor& x, const Optional& bias, int64_t
 #endif
   const Halves arranged = arrange_pairs(data<BFloat16>(x), batch, columns, w.blocks);
 #ifdef GAUGEKIT_X86
-  if (batch > FEW && Registers::usable()) {
+  if (batch > FEW && !w.e5m2() && Registers::usable()) {
     const std::vector<WordHalf> tiles = arrange_tiles(arranged[0].at, batch, w.blocks);
     return over_pieces(w, columns, whole, ROWS, [&](int64_t begin, int64_t end) {
       product_of_tiles(w, begin, end, tiles[0].at, batch, give);
@@ -238,7 +245,8 @@ Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Te
   const Optional shift = bias ? Optional(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor out = torch::stable::new_empty(x, {batch, w.rows});
   const ScalarType dtype = x.scalar_type();
-  const bool suits = dtype == dtype_of(w) || dtype == ScalarType::Float;
+  const bool suits =
+      dtype == word_dtype(w) || dtype == ScalarType::Float || (w.e5m2() && dtype == ScalarType::BFloat16);
   if (out.numel() == 0) {
   } else if (!fuse || !suits) {
     Tiles(w, flat, shift, columns, out).run();
@@ -247,7 +255,7 @@ Tensor linear(const Tensor& x, const Tensor& raw, const Tensor& planes, const Te
   } else if (dtype == ScalarType::Half) {
     fused<Float16>(w, flat, shift, batch, columns, out);
 #ifdef GAUGEKIT_PAIRS
-  } else if (isa() >= PAIRS_LEVEL && w.segments() > 0) {
+  } else if (isa() >= PAIRS_LEVEL && w.segments() > 0 && (!w.e5m2() || PAIRS_OF_E5M2)) {
     fused_pairs(w, flat, shift, batch, columns, out);
 #endif
   } else {

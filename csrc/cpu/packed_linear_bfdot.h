@@ -17,7 +17,8 @@
 namespace gaugekit::packed {
 
 constexpr Isa PAIRS_LEVEL = Isa::bfdot;
-constexpr int VECTORS = 8;  // of a block's words, and of a row's sums
+constexpr bool PAIRS_OF_E5M2 = false;  // they take the product of packed_linear_product.h
+constexpr int VECTORS = 8;             // of a block's words, and of a row's sums
 constexpr int HALF_VECTORS = VECTORS / 2;
 constexpr int64_t VECTOR_WORDS = BLOCK / VECTORS;
 

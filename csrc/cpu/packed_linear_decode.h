@@ -178,6 +178,46 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline void words_of(
   hi = _mm512_unpackhi_epi8(raw, byte);
 }
 
+// What the magnitudes of E5M2 numbers, seven bits, are as bfloat16 numbers, all of them exactly: high and low
+// bytes.
+struct WidenedE5M2 {
+  alignas(64) uint8_t high[128], low[128];
+};
+constexpr WidenedE5M2 widened_e5m2() {
+  WidenedE5M2 table{};
+  for (int magnitude = 0; magnitude < 128; ++magnitude) {
+    const int exponent = magnitude >> 2;
+    constexpr int tiny[] = {0, 111 << 7, 112 << 7, 112 << 7 | 1 << 6};  // 0, 1, 2 and 3 times 2^-16
+    const int word = exponent == 0    ? tiny[magnitude]
+                     : exponent == 31 ? 255 << 7 | (magnitude & 3) << 5
+                                      : (magnitude << 5) + (112 << 7);
+    table.high[magnitude] = static_cast<uint8_t>(word >> 8),
+    table.low[magnitude] = static_cast<uint8_t>(word);
+  }
+  return table;
+}
+inline constexpr WidenedE5M2 WIDENED_E5M2 = widened_e5m2();
+
+// A block as bfloat16 words, arranged as words_of does, of P planes: bfloat16's 3 or 4, or E5M2's 6 or 7.
+template <int P>
+__attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vbmi2,popcnt"), always_inline)) inline void
+bfloat16_words(const Segment& s, const uint8_t*& next, __m512i& lo, __m512i& hi) {
+  if constexpr (P <= 4) {
+    words_of<false>(_mm512_loadu_si512(s.raw), block_vbmi2<false, P>(s, 0, next), lo, hi);
+  } else {
+    const __m512i byte = block_vbmi2<true, P - 3>(s, 0, next),
+                  sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    const auto widened = [byte](const uint8_t* table) __attribute__((target("avx512f,avx512vbmi"))) {
+      return _mm512_permutex2var_epi8(_mm512_load_si512(table), byte, _mm512_load_si512(table + 64));
+    };
+    const __m512i low = widened(WIDENED_E5M2.low);
+    const __m512i high =
+        _mm512_ternarylogic_epi32(widened(WIDENED_E5M2.high), byte, sign, 0xf8);  // a | b & c
+    lo = _mm512_unpacklo_epi8(low, high);
+    hi = _mm512_unpackhi_epi8(low, high);
+  }
+}
+
 template <bool HALF>
 GAUGEKIT_AVX512 void join_avx512(const uint8_t* raw, const uint8_t* bytes, int64_t blocks, uint16_t* out) {
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
@@ -242,6 +282,15 @@ inline void decode_row(const Weight& w, int64_t row, int64_t columns, uint16_t* 
     const bool whole = count == segment.blocks * BLOCK;
     join(w.half(), segment.raw, bytes, segment.blocks, whole ? out + s * SEGMENT : last, l);
     if (!whole) std::memcpy(out + s * SEGMENT, last, count * sizeof(uint16_t));
+  }
+}
+
+// The first `columns` weights of a row of E5M2.
+inline void decode_row(const Weight& w, int64_t row, int64_t columns, uint8_t* out, Isa l) {
+  alignas(64) uint8_t bytes[SEGMENT + SLACK], tail[SEGMENT + SLACK];
+  for (int64_t s = 0; s < w.segments(); ++s) {
+    bytes_of(w, segment_of(w, row, s, tail), bytes, l);
+    std::memcpy(out + s * SEGMENT, bytes, std::min(SEGMENT, columns - s * SEGMENT));
   }
 }
 

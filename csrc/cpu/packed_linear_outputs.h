@@ -134,6 +134,9 @@ GAUGEKIT_BF16 void outputs_of(const Weight& w, int64_t begin, int64_t end, const
 template <bool PLAIN = false, class Give>
 void product_of_outputs(const Weight& w, int64_t begin, int64_t end, const uint16_t* x, int64_t stride,
                         int64_t batch, const Give& give) {
+  if (w.e5m2())
+    return w.code_bits() == 3 ? outputs_of<6, PLAIN>(w, begin, end, x, stride, batch, give)
+                              : outputs_of<7, PLAIN>(w, begin, end, x, stride, batch, give);
   return w.code_bits() == 3 ? outputs_of<3, PLAIN>(w, begin, end, x, stride, batch, give)
                             : outputs_of<4, PLAIN>(w, begin, end, x, stride, batch, give);
 }

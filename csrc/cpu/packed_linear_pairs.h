@@ -20,6 +20,7 @@ namespace gaugekit::packed {
 #define GAUGEKIT_PAIRS GAUGEKIT_BF16
 
 constexpr Isa PAIRS_LEVEL = Isa::bf16;
+constexpr bool PAIRS_OF_E5M2 = true;
 
 // x as words in the order of the sums, zero beyond its columns: [batch][row_stride].
 GAUGEKIT_BF16 inline Halves arrange_pairs(const BFloat16* x, int64_t batch, int64_t columns, int64_t blocks) {
@@ -70,7 +71,7 @@ GAUGEKIT_BF16_INLINE void each_block(const Weight& w, int64_t row, int64_t b, in
       if (PLAIN)
         load_words<false, true>(g.raw, nullptr, lo, hi);
       else
-        words_of<false>(_mm512_loadu_si512(g.raw), block_vbmi2<false, C>(g, 0, next), lo, hi);
+        bfloat16_words<C>(g, next, lo, hi);
       take(b, lo, hi);
       g.raw += STRIDE<PLAIN>, ++g.planes, planes += PLANE_BYTES;
     }
@@ -218,11 +219,15 @@ void pairs(const Weight& w, int64_t begin, int64_t end, const uint16_t* x, int64
   }
 }
 
-// Rows [begin, end) of bfloat16 W times `batch` rows of x, arranged by arrange_pairs:
+// Rows [begin, end) of W, bfloat16 or E5M2, times `batch` rows of x, arranged by arrange_pairs:
 // give(batch row, row, sums, count) is called for each ROWS rows, of which the first `count` have sums.
 template <bool PLAIN = false, class Give>
 void product_of_pairs(const Weight& w, int64_t begin, int64_t end, const uint16_t* x, int64_t batch,
                       const Give& give) {
+  if constexpr (PAIRS_OF_E5M2)
+    if (w.e5m2())
+      return w.code_bits() == 3 ? pairs<6, PLAIN>(w, begin, end, x, batch, give)
+                                : pairs<7, PLAIN>(w, begin, end, x, batch, give);
   return w.code_bits() == 3 ? pairs<3, PLAIN>(w, begin, end, x, batch, give)
                             : pairs<4, PLAIN>(w, begin, end, x, batch, give);
 }

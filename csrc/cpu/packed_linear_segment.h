@@ -15,8 +15,12 @@ constexpr int64_t BLOCK = 64, SEGMENT_BLOCKS = 16, SEGMENT = BLOCK * SEGMENT_BLO
 // further.
 constexpr int64_t SLACK = 64;
 
+// The low bytes of an E5M2 matrix, which stores none: an E5M2 number is the high byte of a float16 one whose
+// low byte is zero.
+alignas(64) inline constexpr uint8_t NO_LOW_BYTES[SEGMENT] = {};
+
 struct Weight {
-  const uint8_t* raw;
+  const uint8_t* raw;  // null: E5M2
   const uint64_t* planes;
   const uint8_t* escapes;
   const int32_t* offsets;
@@ -25,14 +29,15 @@ struct Weight {
   const uint16_t* plain =
       nullptr;  // the words themselves, [rows, blocks * BLOCK], for the product's PLAIN twin
 
-  bool half() const { return plane_count > 4; }
+  bool half() const { return plane_count > 4; }  // whether its words are float16's; E5M2's are
+  bool e5m2() const { return raw == nullptr; }
   int code_bits() const { return static_cast<int>(half() ? plane_count - 3 : plane_count); }
   int64_t segments() const { return (blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS; }
   int64_t blocks_of(int64_t segment) const {
     return std::min(SEGMENT_BLOCKS, blocks - segment * SEGMENT_BLOCKS);
   }
   const uint8_t* raw_at(int64_t row, int64_t segment) const {
-    return raw + row * blocks * BLOCK + segment * SEGMENT;
+    return e5m2() ? NO_LOW_BYTES : raw + row * blocks * BLOCK + segment * SEGMENT;
   }
   const uint64_t* planes_at(int64_t row, int64_t segment) const {
     return planes + row * plane_count * blocks + segment * SEGMENT_BLOCKS;

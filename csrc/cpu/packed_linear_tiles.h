@@ -24,7 +24,8 @@ inline int64_t grain_of_rows(int64_t columns, int64_t multiple = 1) {
   return (rows + multiple - 1) / multiple * multiple;
 }
 
-inline ScalarType dtype_of(const Weight& w) { return w.half() ? ScalarType::Half : ScalarType::BFloat16; }
+// The 16-bit numbers that weights are decoded to.
+inline ScalarType word_dtype(const Weight& w) { return w.half() ? ScalarType::Half : ScalarType::BFloat16; }
 
 // Whether the processor multiplies this 16-bit format by itself; without that torch's matmul in float is
 // several times as fast as its matmul in 16 bits.
@@ -44,18 +45,19 @@ inline bool multiplies(ScalarType dtype) {
 class Tiles {
  public:
   Tiles(const Weight& w, const Tensor& x, const Optional& bias, int64_t columns, Tensor& out)
-      : w_(w), batch_(x.size(0)), columns_(columns), given_(x.scalar_type()), stored_(dtype_of(w)) {
-    dtype_ = given_ == stored_ && !multiplies(stored_) ? ScalarType::Float : given_;
+      : w_(w), batch_(x.size(0)), columns_(columns), given_(x.scalar_type()), stored_(word_dtype(w)) {
+    const bool wide = given_ == ScalarType::Float || given_ == ScalarType::Double;
+    dtype_ = wide || multiplies(given_) ? given_ : ScalarType::Float;
     x_ = dtype_ == given_ ? x : torch::stable::to(x, dtype_);
     if (bias) bias_ = torch::stable::to(*bias, dtype_);
     out_ = static_cast<char*>(out.mutable_data_ptr());
-    const int64_t wide = std::max<int64_t>(1, columns);
+    const int64_t row = std::max<int64_t>(1, columns);
     step_ = std::max<int64_t>(
-        1, std::min(TILE_WEIGHTS / wide, std::max(grain_of_rows(columns), (w.rows + 7) / 8)));
+        1, std::min(TILE_WEIGHTS / row, std::max(grain_of_rows(columns), (w.rows + 7) / 8)));
     tiles_ = (w.rows + step_ - 1) / step_;
     threads_ = std::min<int64_t>(tiles_, torch::stable::get_num_threads());
-    decoded_ = torch::stable::new_empty(x, {threads_, step_ * wide}, stored_);
-    converted_ = torch::stable::new_empty(x, {dtype_ == stored_ ? 0 : threads_, step_ * wide}, dtype_);
+    decoded_ = torch::stable::new_empty(x, {threads_, step_ * row}, stored_);
+    converted_ = torch::stable::new_empty(x, {dtype_ == stored_ ? 0 : threads_, step_ * row}, dtype_);
     products_ = torch::stable::new_empty(x, {dtype_ == given_ ? 0 : threads_, batch_ * step_}, dtype_);
   }
 

@@ -1,6 +1,7 @@
 """Packing in place: what hangs on layers stays, what must not be packed is left, and everything comes back."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import gaugekit as gk
 from gaugekit.checkpoint import resident
 from gaugekit.nn import PackedLinear
 from gaugekit.nn.packed_layer import PackedLayer
+from helpers import assert_accurate
 
 
 def linear(inputs=128, outputs=128, **options):
@@ -156,6 +158,68 @@ class Experts(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:Initializing zero-element")
 def test_what_has_to_stay_plain_is_left_with_the_reason(make, reason):
     assert reason in leave(make())
+
+
+def float8(layer, dtype=torch.float8_e5m2):
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    return layer
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+def with_scale(loose=False):
+    layer = float8(linear())
+    if loose:
+        layer.weight_scale = torch.ones(1)
+    else:
+        layer.register_buffer("weight_scale", torch.ones(1))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: float8(linear(), torch.float8_e4m3fn), r"float8_e4m3fn: .* 7\.2 to 7\.3 of their 8 bits"),
+        (lambda: float8(nn.Embedding(50, 128)), "packed in linear layers only"),
+        (lambda: with_scale(loose=True), "'weight_scale' beside"),
+        (with_scale, "'weight_scale' beside its torch.float8_e5m2 weight"),
+        (lambda: float8(linear(8, 8)), "no less memory"),
+        (lambda: float8(OwnLinear(128, 128)), "it is a OwnLinear"),
+    ],
+)
+def test_float8_layers_that_stay_plain(make, reason):
+    assert re.search(reason, leave(make()))
+
+
+def test_float8_e5m2_linear_layers_run_packed_and_come_back():
+    """torch does not run them: the packed layer does what one does who casts the weight before each product."""
+    model = Net()
+    for layer in (model.a, model.b):
+        float8(layer)
+    cast, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    for layer in (cast.a, cast.b):
+        layer.weight = nn.Parameter(layer.weight.bfloat16())
+    exact = copy.deepcopy(cast).double()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model(X)
+    report = gk.fuse(model, packed=True, attention=False)
+    assert len(report["replaced"]) == 3 and not report["left"] and len(report["speed"]) == 2
+    assert 0.7 < report["bytes_after"] / report["bytes_before"] < 0.8
+    assert_accurate(model(X).detach(), exact(X.double()).detach(), cast(X).detach())
+    assert model.a.weight.dtype == torch.float8_e5m2 and model.half().a.bias.dtype == torch.float16
+    assert model.a.weight.dtype == torch.float8_e5m2
+    gk.unfuse(model.bfloat16())
+    assert type(model.a) is nn.Linear
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
+
+
+def test_nothing_is_advised_where_all_is_float8_e4m3fn():
+    report = gk.fuse(nn.ModuleList([float8(linear(), torch.float8_e4m3fn)]), packed=True, attention=False)
+    assert report.notes[0] == "nothing was packed: see the reasons below"
 
 
 def test_tied_weights_become_one_matrix_or_none():

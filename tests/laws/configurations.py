@@ -75,6 +75,8 @@ def shipped():
                 yield f"one cache {dtype} {width}, {queries} queries, turned", sizes | {"pairs": width // 8}
     for batch in (1, 64, 128, 256):
         yield f"packed float16, batch {batch}", {"dtype": FP16, "batch": batch}
+    for batch in (1, 64):
+        yield f"packed float8_e5m2, batch {batch}", {"dtype": "float8_e5m2", "rows": BF16, "batch": batch}
     yield "packed bfloat16, batch 128", {"dtype": BF16, "batch": 128}
     for width in (32, 80, 128):
         yield f"gauge {BF16} {width}", {"dtype": BF16, "projection": width}

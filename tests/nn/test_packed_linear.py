@@ -265,10 +265,13 @@ def test_ids_that_are_no_integers_are_an_error():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PackedLinear(8, 8, weights="float32"), "weights: expected bfloat16 or float16"),
-        (lambda: PackedLinear.from_linear(nn.Linear(8, 8)), "weight: expected bfloat16 or float16"),
+        (lambda: PackedLinear(8, 8, weights="float32"), "weights: expected bfloat16, float16 or float8_e5m2"),
+        (
+            lambda: PackedLinear.from_linear(nn.Linear(8, 8)),
+            "weight: expected bfloat16, float16 or float8_e5m2",
+        ),
         (lambda: PackedLinear(8, 8, matrix=PackedLinear(8, 9).packed), "matrix: expected \\[8, 8\\]"),
-        (lambda: PackedEmbedding(8, 8, weights="int8"), "weights: expected bfloat16 or float16"),
+        (lambda: PackedEmbedding(8, 8, weights="int8"), "weights: expected bfloat16, float16 or float8_e5m2"),
     ],
 )
 def test_bad_input(make, message):

@@ -20,8 +20,11 @@ inline uint16_t word_near_zero(std::mt19937& random, bool half) {
   return half ? gaugekit::narrow<1>(value, Float16{})[0] : gaugekit::narrow<1>(value, BFloat16{})[0];
 }
 
+enum class Kind { bfloat16, float16, e5m2 };  // e5m2: as float16 words
+
 struct Matrix {
   int64_t rows, columns;
+  Kind kind;
   bool half;
   int code_bits;
   std::vector<uint16_t> words, plain;  // plain: rows of whole blocks
@@ -30,9 +33,20 @@ struct Matrix {
   std::vector<int32_t> offsets;
 
   Matrix(int64_t rows, int64_t columns, bool half, int code_bits, std::mt19937& random, int odd_ones = 20)
-      : rows(rows), columns(columns), half(half), code_bits(code_bits), words(rows * columns), window(rows) {
+      : Matrix(rows, columns, half ? Kind::float16 : Kind::bfloat16, code_bits, random, odd_ones) {}
+
+  Matrix(int64_t rows, int64_t columns, Kind kind, int code_bits, std::mt19937& random, int odd_ones = 20)
+      : rows(rows),
+        columns(columns),
+        kind(kind),
+        half(kind != Kind::bfloat16),
+        code_bits(code_bits),
+        words(rows * columns),
+        window(rows) {
     const int64_t segments = (blocks() + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS;
     for (auto& word : words) word = random() % odd_ones ? word_near_zero(random, half) : random() & 0xffff;
+    if (kind == Kind::e5m2)
+      for (auto& word : words) word &= 0xff00;
     plain.resize(rows * blocks() * BLOCK);
     raw.resize(rows * blocks() * BLOCK + 16);  // lanes read a little further
     planes.resize(rows * plane_count() * blocks()), offsets.resize(rows * segments + 1);
@@ -60,8 +74,9 @@ struct Matrix {
 
   // As the processor's products take it, and as the lanes of the GPU's.
   Weight weight() const {
-    return Weight{raw.data(), planes.data(), escapes.data(), offsets.data(), window.data(),
-                  rows,       blocks(),      escape_count(), plane_count(),  plain.data()};
+    const uint8_t* low = kind == Kind::e5m2 ? nullptr : raw.data();
+    return Weight{low,  planes.data(), escapes.data(), offsets.data(), window.data(),
+                  rows, blocks(),      escape_count(), plane_count(),  plain.data()};
   }
   Lanes lanes() const {
     return Lanes{raw.data(),     reinterpret_cast<const uint32_t*>(planes.data()),

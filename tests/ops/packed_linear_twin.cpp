@@ -26,8 +26,8 @@ float value_of(uint16_t bits, bool half) {
 }
 
 void differ(const Matrix& m, const char* what, int level, int64_t batch) {
-  std::printf("differ: %s, level %d, batch %d, half %d, %d code bits, %dx%d\n", what, level,
-              static_cast<int>(batch), m.half, m.code_bits, static_cast<int>(m.rows),
+  std::printf("differ: %s, level %d, batch %d, kind %d, %d code bits, %dx%d\n", what, level,
+              static_cast<int>(batch), static_cast<int>(m.kind), m.code_bits, static_cast<int>(m.rows),
               static_cast<int>(m.columns));
 }
 
@@ -42,15 +42,15 @@ bool same(Sums a, Sums b) {
 }
 
 // Whether all sums that are numbers are near the exact ones: the rounding of 4,200 additions in 32 to 64
-// strands stays far below the bound, and a wrong pairing far above.
-bool exact(const Matrix& m, const uint16_t* x, int64_t batch, const Sums& y) {
+// strands stays far below the bound, and a wrong pairing far above. x_half: x is float16.
+bool exact(const Matrix& m, const uint16_t* x, bool x_half, int64_t batch, const Sums& y) {
   bool near = true;
   for (int64_t t = 0; t < batch; ++t)
     for (int64_t row = 0; row < m.rows; ++row) {
       double sum = 0, size = 0;
       for (int64_t k = 0; k < m.columns; ++k) {
         const double product = double(value_of(m.words[row * m.columns + k], m.half)) *
-                               double(value_of(x[t * m.columns + k], m.half));
+                               double(value_of(x[t * m.columns + k], x_half));
         sum += product, size += std::abs(product);
       }
       if (!(size < 1e38)) continue;
@@ -61,11 +61,16 @@ bool exact(const Matrix& m, const uint16_t* x, int64_t batch, const Sums& y) {
 }
 
 // The product on pairs: few rows of x, some, and more than a pass, packed and plain, and each row of x by
-// itself.
+// itself. E5M2's plain twin is the same numbers in bfloat16.
 void compare_pairs([[maybe_unused]] const Matrix& m, [[maybe_unused]] const std::vector<uint16_t>& words) {
 #ifdef GAUGEKIT_PAIRS
-  if (m.half || isa() < PAIRS_LEVEL) return;
-  const Weight w = m.weight();
+  const bool e5m2 = m.kind == Kind::e5m2;
+  if (isa() < PAIRS_LEVEL || (e5m2 ? !PAIRS_OF_E5M2 : m.half)) return;
+  Weight w = m.weight();
+  std::vector<uint16_t> widened(m.plain);
+  for (auto& word : widened)
+    if (e5m2) word = static_cast<uint16_t>(bits_as<uint32_t>(value_of(word, true)) >> 16);
+  w.plain = widened.data();
   for (const int64_t batch : {1, 2, 3, 4, 5, 16, 50}) {
     std::vector<uint16_t> x(batch * m.columns);
     for (size_t i = 0; i < x.size(); ++i) x[i] = words[(i * 7) % words.size()];
@@ -87,7 +92,7 @@ void compare_pairs([[maybe_unused]] const Matrix& m, [[maybe_unused]] const std:
     const int level = static_cast<int>(isa());
     if (!same(y, twin)) differ(m, "pairs from plain", level, batch);
     if (!same(y, alone)) differ(m, "pairs from rows alone", level, batch);
-    if (!exact(m, x.data(), batch, y)) differ(m, "pairs from exact", level, batch);
+    if (!exact(m, x.data(), false, batch, y)) differ(m, "pairs from exact", level, batch);
 #ifdef GAUGEKIT_X86
     const auto even = arrange_rows(x.data(), batch, m.columns);
     const auto outputs = [&](auto plain, float* to) {
@@ -101,7 +106,7 @@ void compare_pairs([[maybe_unused]] const Matrix& m, [[maybe_unused]] const std:
     outputs(std::true_type{}, twin.data());
     cases += 2;
     if (!same(y, twin)) differ(m, "outputs from plain", level, batch);
-    if (!exact(m, x.data(), batch, y)) differ(m, "outputs from exact", level, batch);
+    if (!exact(m, x.data(), false, batch, y)) differ(m, "outputs from exact", level, batch);
 #endif
   }
 #endif
@@ -109,9 +114,15 @@ void compare_pairs([[maybe_unused]] const Matrix& m, [[maybe_unused]] const std:
 
 void compare_rows(const Matrix& m, Isa l) {
   std::vector<uint16_t> out(m.columns);
+  std::vector<uint8_t> high(m.columns);
   ++cases;
   for (int64_t row = 0; row < m.rows; ++row) {
     decode_row(m.weight(), row, m.columns, out.data(), l);
+    if (m.kind == Kind::e5m2) {
+      decode_row(m.weight(), row, m.columns, high.data(), l);
+      for (int64_t k = 0; k < m.columns; ++k)
+        if (out[k] != high[k] << 8) return differ(m, "decoded bytes", static_cast<int>(l), row);
+    }
     if (!std::equal(out.begin(), out.end(), m.words.begin() + row * m.columns))
       return differ(m, "decoded words", static_cast<int>(l), row);
   }
@@ -137,11 +148,13 @@ void compare(const Matrix& m, std::mt19937& random) {
       if (!same(y, twin)) differ(m, "packed from plain", level, batch);
       if (!same(y, portable)) differ(m, "level from portable", level, batch);
     }
-    if (!exact(m, x.data(), batch, portable)) differ(m, "portable from exact", 0, batch);
+    if (!exact(m, x.data(), m.half, batch, portable)) differ(m, "portable from exact", 0, batch);
     for (const float sum : portable)
       if (sum == sum) digest = (digest ^ bits_as<uint32_t>(sum)) * 0x01000193;
   }
   for (int level = 0; level <= static_cast<int>(isa()); ++level) compare_rows(m, Isa(level));
+  if (m.kind == Kind::e5m2)
+    for (auto& value : x) value = word_near_zero(random, false);
   compare_pairs(m, x);
 }
 
@@ -149,11 +162,11 @@ void compare(const Matrix& m, std::mt19937& random) {
 
 int main() {
   std::mt19937 random(0);
-  for (const bool half : {false, true})
+  for (const Kind kind : {Kind::bfloat16, Kind::float16, Kind::e5m2})
     for (const int code_bits : {3, 4})
       for (const auto& [rows, columns] :
            {std::pair<int, int>{1, 1}, {9, 70}, {19, 1024}, {10, 2100}, {9, 4200}})
-        compare(Matrix(rows, columns, half, code_bits, random), random);
+        compare(Matrix(rows, columns, kind, code_bits, random), random);
   std::printf("levels %d, cases %d, checked %d, digest %u\n", static_cast<int>(isa()) + 1, cases,
               static_cast<int>(checked), digest);
 }

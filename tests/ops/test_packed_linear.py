@@ -11,7 +11,8 @@ from gaugekit.ops.packed_linear import pack_weight, packed_linear
 from gaugekit.reference import packed_linear as reference
 from helpers import assert_accurate
 
-DTYPES = [torch.bfloat16, torch.float16]
+E5M2 = torch.float8_e5m2
+DTYPES = [torch.bfloat16, torch.float16, E5M2]
 SHAPES = [(1, 1), (3, 64), (5, 70), (9, 1030)]
 
 
@@ -25,7 +26,7 @@ def normal(n, k, dtype):
 def test_product(dtype, n, k, batch):
     weight = normal(n, k, dtype)
     packed = pack_weight(weight)
-    for kind in (dtype, torch.float32, torch.float64):
+    for kind in packed.operands:
         x, bias = torch.randn(batch, k).to(kind), torch.randn(n).to(kind)
         y = packed_linear(x, packed, bias)
         assert y.dtype == kind and y.is_contiguous()
@@ -60,6 +61,39 @@ def test_same_bits_for_every_batch_and_without_escapes():
         assert torch.equal(torch.cat([packed_linear(x[i : i + 1], packed) for i in range(16)]), together)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_every_number_of_float8_e5m2_is_multiplied_as_it_is(kind):
+    """Rows of the identity pick single weights: each is the number in x's dtype, and no weight comes with a scale."""
+    words = torch.arange(256).to(torch.uint8).view(4, 64).view(E5M2)
+    packed = pack_weight(words)
+    finite = torch.where(words.to(kind).isfinite(), words.to(kind), 0)
+    for batch in (1, 2, 4, 8, 64):
+        x = torch.eye(64, dtype=kind)[:batch]
+        y = packed_linear(x, pack_weight(finite.to(E5M2)))
+        assert torch.equal(y, finite.T[:batch])
+        special = packed_linear(torch.ones(batch, 64, dtype=kind), packed)
+        assert special.isfinite().tolist() == [words.float().isfinite().all(1).tolist()] * batch
+        assert special[:, 1].isnan().all() and special[:, 3].isnan().all()  # of infinities and NaNs
+        one = words.clone()
+        one.view(torch.uint8)[1, 61:] = one.view(torch.uint8)[3, 61:] = 0  # the NaNs
+        y = packed_linear(torch.ones(batch, 64, dtype=kind), pack_weight(one))
+        assert (y[:, 1] == float("inf")).all() and (y[:, 3] == -float("inf")).all()
+
+
+def test_float8_e5m2_takes_the_bits_of_its_numbers_in_wider_dtypes():
+    """Sums are float32 in one order, so rows of float32, float16 and, without products of pairs, bfloat16 agree with
+    those of float16 weights."""
+    weight = normal(7, 1500, E5M2)
+    packed, halves = pack_weight(weight), pack_weight(weight.half())
+    for batch in (1, 3, 16):
+        x = torch.randn(batch, 1500).half()
+        assert torch.equal(packed_linear(x, packed), packed_linear(x, halves))
+        assert torch.equal(packed_linear(x.float(), packed), packed_linear(x.float(), halves))
+    wide = torch.randn(16, 1500).bfloat16()
+    together = packed_linear(wide, packed)
+    assert torch.equal(torch.cat([packed_linear(wide[i : i + 1], packed) for i in range(16)]), together)
+
+
 @pytest.mark.parametrize("shape", [(), (2, 3), (0,)])
 def test_leading_axes(shape):
     weight = normal(5, 70, torch.bfloat16)
@@ -87,9 +121,11 @@ def test_special_numbers_reach_the_output():
 def test_gradients():
     weight = normal(5, 70, torch.bfloat16)
     packed = pack_weight(weight)
+    narrow = pack_weight(weight.to(E5M2))
     x = torch.randn(3, 70, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, b: packed_linear(x, packed, b), (x, bias))
+    assert torch.autograd.gradcheck(lambda x, b: packed_linear(x, narrow, b), (x, bias))
     x16 = torch.randn(3, 70).bfloat16().requires_grad_()
     packed_linear(x16, packed).sum().backward()
     plain = x16.detach().clone().requires_grad_()
@@ -107,6 +143,7 @@ def test_gradients():
 )  # every dtype with every batch, and each of them with a bias and without
 def test_opcheck_linear(dtype, biased, batch):
     packed = pack_weight(normal(5, 70, dtype))
+    dtype = packed.operands[0]
     x = torch.randn(2, batch, 70).to(dtype).requires_grad_()
     bias = torch.zeros(5, dtype=dtype, requires_grad=True) if biased else None
     torch.library.opcheck(torch.ops.gaugekit.packed_linear.default, (x, *packed[:5], bias, batch < 4))
@@ -118,13 +155,16 @@ def test_opcheck_linear(dtype, biased, batch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_layout(dtype):
     weight = normal(5, 70, dtype)
-    packed, found = pack_weight(weight), torch.ops.gaugekit.packed_survey(weight)
+    packed = pack_weight(weight)
+    for index in (None, torch.tensor([4, 0, 4]), torch.zeros(0, dtype=torch.int64)):
+        torch.library.opcheck(torch.ops.gaugekit.packed_rows.default, (index, *packed))
+    if dtype == E5M2:  # packed as float16
+        return
+    found = torch.ops.gaugekit.packed_survey(weight)
     begins = torch.nn.functional.pad(found[:, 0, 1].cumsum(0), (1, 0))
     count = packed.escapes.numel()
     torch.library.opcheck(torch.ops.gaugekit.packed_survey.default, (weight,))
     torch.library.opcheck(torch.ops.gaugekit.packed_encode.default, (weight, packed.window, begins, 3, count))
-    for index in (None, torch.tensor([4, 0, 4]), torch.zeros(0, dtype=torch.int64)):
-        torch.library.opcheck(torch.ops.gaugekit.packed_rows.default, (index, *packed))
 
 
 def test_compiles():
@@ -154,6 +194,10 @@ BAD = [
     (dict(x=torch.zeros(2, 69).bfloat16()), "x: expected \\[..., 70\\], got \\[2, 69\\]"),
     (dict(x=torch.zeros(2, 70).half()), "x: expected torch.bfloat16, float32 or float64"),
     (dict(x=torch.zeros(2, 70, device="meta").bfloat16()), "x: expected it on cpu"),
+    (
+        dict(packed=pack_weight(torch.zeros(5, 70).to(E5M2)), x=torch.zeros(2, 70).to(E5M2)),
+        "x: expected torch.float16, torch.bfloat16, float32 or float64, got torch.float8_e5m2",
+    ),
     (dict(bias=torch.zeros(4).bfloat16()), "bias: expected \\[5\\]"),
     (dict(bias=torch.zeros(5)), "bias: expected \\[5\\] of torch.bfloat16"),
 ]
@@ -169,7 +213,13 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(
     ("weight", "options", "message"),
     [
-        (torch.zeros(2, 3), {}, "weight: expected bfloat16 or float16, got torch.float32"),
+        (torch.zeros(2, 3), {}, "weight: expected bfloat16, float16 or float8_e5m2, got torch.float32"),
+        (
+            torch.zeros(2, 3).to(torch.float8_e4m3fn),
+            {},
+            "got torch.float8_e4m3fn: .* 7.2 to 7.3 of their 8 bits",
+        ),
+        (torch.zeros(2, 0).to(E5M2), {}, "weight: expected columns in a float8_e5m2 matrix, got \\[2, 0\\]"),
         (torch.zeros(3).half(), {}, "weight: expected \\[N, K\\], got \\[3\\]"),
         (torch.zeros(2, 3).half(), {"code_bits": 5}, "code_bits: expected 3, 4 or None, got 5"),
     ],
@@ -203,6 +253,7 @@ def test_the_note_on_speed_says_where_packed_products_lose(monkeypatch):
         said[kind] = planning.speed_note()
     assert "0.82" in said["avx2"] and "Zen 3" in said["avx2"]
     assert "Zen 4" in said["pairs"] and all("not been measured" in said[kind] for kind in UNMEASURED)
+    assert "not been measured" in planning.speed_note(E5M2)  # on the last one
 
 
 def test_arm_is_known_by_its_name_and_its_features(monkeypatch):
@@ -221,9 +272,10 @@ def test_arm_is_known_by_its_name_and_its_features(monkeypatch):
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("biased", [False, True])
-def test_tiles_are_the_same_bits_on_any_number_of_threads_and_under_autocast(kind, biased):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E5M2])
+def test_tiles_are_the_same_bits_on_any_number_of_threads_and_under_autocast(dtype, kind, biased):
     """Several tiles, the last one short, each thread taking those it comes to."""
-    packed = pack_weight(normal(300, 1000, torch.bfloat16))
+    packed = pack_weight(normal(300, 1000, dtype))
     x = torch.randn(20, 1000).to(kind).requires_grad_()
     bias = torch.randn(300).to(kind) if biased else None
     before, found = torch.get_num_threads(), []

@@ -21,9 +21,9 @@ def product(x, packed, bias=None):
 
 
 def matrix(n, k, kind):
-    weight = (torch.randn(n, k) * 0.02).to(kind)
+    weight = torch.randn(n, k) * 0.02
     weight[torch.rand(n, k) < 0.02] *= 2**-9  # more escapes
-    return weight
+    return weight.to(kind)
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,15 @@ def matrix(n, k, kind):
         (60, 18, 70, torch.bfloat16, 3),
         (70, 66, 70, torch.bfloat16, 3),
         (130, 18, 70, torch.float16, 4),
+        (1, 5, 1100, torch.float8_e5m2, 3),
+        (3, 18, 70, torch.float8_e5m2, 4),
+        (60, 18, 70, torch.float8_e5m2, 3),
     ],
 )
 def test_product(batch, n, k, kind, code_bits):
     weight = matrix(n, k, kind)
     packed, bias = pack_weight(weight, code_bits=code_bits), torch.randn(n)
-    for dtype in {torch.float32, *DTYPES} & {torch.float32, kind}:
+    for dtype in {torch.float32, *DTYPES} & set(packed.operands):
         x = torch.randn(batch, k).to(dtype)
         exact = reference.packed_linear(x, *packed[:5], bias)
         assert_accurate(
@@ -51,7 +54,7 @@ def test_product(batch, n, k, kind, code_bits):
 
 def test_every_weight_is_decoded_bit_for_bit():
     """Rows of the identity pick single weights, so nothing is rounded."""
-    for kind in (torch.bfloat16, torch.float16):
+    for kind in (torch.bfloat16, torch.float16, torch.float8_e5m2):
         weight = matrix(9, 70, kind)
         assert torch.equal(product(torch.eye(70), pack_weight(weight)), weight.float().T)
 

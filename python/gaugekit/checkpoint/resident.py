@@ -16,8 +16,10 @@ from gaugekit.nn.packed_experts import IMPLEMENTATIONS, PackedExperts, packed_cl
 from gaugekit.nn.packed_layer import PackedLayer
 from gaugekit.nn.packed_linear import PackedLinear
 from gaugekit.nn.packed_matrix import PackedMatrix
+from gaugekit.ops.packed_linear.weight import REFUSED
 
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)  # a model's
+E5M2 = torch.float8_e5m2  # of the weights of linear layers alone
 
 
 @dataclass
@@ -76,7 +78,23 @@ def why_not(module: nn.Module) -> str | None:
     if clash := sorted(name for name in taken if any(name in names for names in held)):
         return f"it has something of its own called {clash[0]!r}"
     reasons = (_plain_weight(name, module._parameters.get(name)) for name in matrices(module))
-    return next((reason for reason in reasons if reason is not None), None)
+    return next((reason for reason in reasons if reason is not None), None) or _why_not_e5m2(module)
+
+
+def _why_not_e5m2(module: nn.Module) -> str | None:
+    """Why a layer of float8_e5m2 weights has to stay plain; None for one that need not, and one of other weights.
+
+    torch does not run such a linear layer by itself: whoever keeps one casts its weight before each product, which the
+    packed layer does, and may scale it, which the packed layer does not."""
+    if all(module._parameters[name].dtype != E5M2 for name in matrices(module)):
+        return None
+    if form_of(module) is not PackedLinear:
+        return f"its weights are {E5M2}, which are packed in linear layers only"
+    loose = {name for name, value in module.__dict__.items() if isinstance(value, Tensor)}
+    others = (module._parameters.keys() | module._buffers.keys() | loose) - {"weight", "bias"}
+    if others:
+        return f"it has {min(others)!r} beside its {E5M2} weight, maybe a scale, which a packed layer would not apply"
+    return None
 
 
 def other_experts(module: nn.Module) -> str | None:
@@ -98,8 +116,10 @@ def _plain_weight(name: str, weight: nn.Parameter | None) -> str | None:
         return f"its {name} is no parameter of its own (a parametrisation, a pruning, a wrapper that shards)"
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return f"its {name} is a {type(weight).__name__}"
-    if weight.is_meta or weight.dtype not in DTYPES:
-        return "its weights are " + ("on the meta device" if weight.is_meta else f"{weight.dtype}")
+    if weight.is_meta:
+        return "its weights are on the meta device"
+    if weight.dtype not in (*DTYPES, E5M2):
+        return f"its weights are {weight.dtype}" + (f": {why}" if (why := REFUSED.get(weight.dtype)) else "")
     if weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return f"its {name} has hooks for gradients, which a frozen weight has not"
     if weight.grad is not None:

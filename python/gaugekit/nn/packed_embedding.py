@@ -31,8 +31,8 @@ class PackedEmbedding(PackedMatrixLayer, nn.Embedding):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding) -> PackedEmbedding:
-        """The packed twin of ``embedding``, which is left as it is. ValueError for weights that are not bf16 or fp16,
-        or for ``max_norm``, which would change them."""
+        """The packed twin of ``embedding``, which is left as it is. ValueError for weights that are not bf16, fp16 or
+        float8_e5m2, or for ``max_norm``, which would change them."""
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected one without max_norm, got max_norm={embedding.max_norm}")
         matrix = PackedMatrix.of(embedding.weight)

@@ -63,7 +63,7 @@ class PackedExperts(PackedLayer):
         weight, kind = getattr(self, name).value, None
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             kind = torch.get_autocast_dtype(x.device.type)
-            x = x.to(kind) if kind == weight.dtype else x.to(kind).float()
+            x = x.to(kind) if kind in weight.operands else x.to(kind).float()
         y = packed_experts(x, weight, ends)
         if self.has_bias:
             y = y + embedding(experts, getattr(self, f"{name}_bias").to(y.dtype))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from gaugekit.nn.packed_matrix import PARTS, PackedMatrix
-from gaugekit.ops.packed_linear.weight import PackedWeight
+from gaugekit.ops.packed_linear.weight import DTYPES, PackedWeight
 
 
 class PackedLayer(nn.Module):
@@ -77,6 +78,20 @@ class PackedLayer(nn.Module):
         )
 
 
+def _refuse_parameter_adapter(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """RuntimeError where PEFT's wrapper of an adapted parameter is put around a packed layer. In every forward it
+    would replace the parameter, which fails inside torch by an error that names neither."""
+    if type(module).__name__ == "ParamWrapper" and isinstance(child, PackedLayer):
+        kind = child.__dict__.get("stands_for", type(child)).__name__
+        raise RuntimeError(
+            f"an adapter on a parameter (PEFT's target_parameters) needs plain weights, and those of this {kind} are "
+            "packed: gaugekit.unfuse(model) first, or add the adapter before packing, which leaves this layer plain"
+        )
+
+
+register_module_module_registration_hook(_refuse_parameter_adapter)
+
+
 class PackedMatrixLayer(PackedLayer):
     """A packed layer of one matrix, ``weight``; ``load_state_dict`` also takes its five packed parts under ``packed.``,
     which earlier versions saved."""
@@ -90,8 +105,8 @@ class PackedMatrixLayer(PackedLayer):
         device: torch.device | str | None = None,
     ):
         nn.Module.__init__(self)  # not nn.Embedding's, which would make a table
-        if weights not in ("bfloat16", "float16"):
-            raise ValueError(f"weights: expected bfloat16 or float16, got {weights!r}")
+        if weights not in {str(dtype).removeprefix("torch.") for dtype in DTYPES}:
+            raise ValueError(f"weights: expected bfloat16, float16 or float8_e5m2, got {weights!r}")
         if matrix is None:
             matrix = PackedMatrix.empty(rows, columns, getattr(torch, weights), device)
         if matrix.value.shape != (rows, columns):

@@ -14,9 +14,11 @@ from gaugekit.ops.packed_linear.operator import packed_linear
 class PackedLinear(PackedMatrixLayer):
     """y = x Wᵀ + b, W frozen in the lossless layout of docs/resident.md: x [..., inputs] -> [..., outputs].
 
-    x may be of W's dtype, float32 or float64; under autocast y has autocast's dtype, as nn.Linear's has, while W is
-    multiplied as it is. ``weight`` is a PackedMatrix, the bias a plain parameter. ``matrix`` is a PackedMatrix to share
-    (a tied embedding's); without it one is made, its weights still to be loaded. Gradients flow to x and the bias.
+    x may be of W's dtype, float32 or float64, and of float16 or bfloat16 where W is float8_e5m2 (unscaled: the numbers
+    as they are; the bias then is of torch's default dtype unless ``dtype`` says another); under autocast y has
+    autocast's dtype, as nn.Linear's has, while W is multiplied as it is. ``weight`` is a PackedMatrix, the bias a plain
+    parameter. ``matrix`` is a PackedMatrix to share (a tied embedding's); without it one is made, its weights still to
+    be loaded. Gradients flow to x and the bias.
     """
 
     form = "packed_linear"
@@ -26,12 +28,13 @@ class PackedLinear(PackedMatrixLayer):
                  dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__(matrix, outputs, inputs, weights, device)
         self.in_features, self.out_features = inputs, outputs
-        kind = dtype or getattr(torch, weights)
+        kind = dtype or (torch.get_default_dtype() if weights == "float8_e5m2" else getattr(torch, weights))
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=kind)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> PackedLinear:
-        """The packed twin of ``linear``, which is left as it is. ValueError unless its weight is bf16 or fp16."""
+        """The packed twin of ``linear``, which is left as it is. ValueError unless its weight is bf16, fp16 or
+        float8_e5m2."""
         return cls.from_parts(PackedMatrix.of(linear.weight), linear.bias)
 
     @classmethod
@@ -62,9 +65,7 @@ class PackedLinear(PackedMatrixLayer):
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             kind = torch.get_autocast_dtype(x.device.type)
             x = x.to(kind)
-            if (
-                kind != weight.dtype
-            ):  # float16 weights under bfloat16, or the other way round: exact in float32
+            if kind not in weight.operands:  # float16 weights under bfloat16, or the other way round
                 x = x.float()
         y = packed_linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         return y if kind is None else y.to(kind)

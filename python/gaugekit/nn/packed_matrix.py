@@ -36,7 +36,8 @@ class _Cell:
 
 
 class PackedMatrix(torch.Tensor):
-    """A frozen matrix W [N, K] of bfloat16 or float16 in the layout of docs/resident.md (``transposed``: shown as Wᵀ).
+    """A frozen matrix W [N, K] of bfloat16, float16 or float8_e5m2 in the layout of docs/resident.md (``transposed``:
+    shown as Wᵀ).
 
     Or ``count`` matrices of one shape, experts' weights [count, N, K], which are packed as [count · N, K], each shown
     transposed where ``transposed``.
@@ -238,9 +239,8 @@ class PackedMatrix(torch.Tensor):
             return super().untyped_storage()
         if not isinstance(self, nn.Parameter):
             return self._pin().untyped_storage()
-        return self.raw.untyped_storage()[
-            :
-        ]  # a storage of its own: tracers tell tensors apart by their storages
+        largest = max(self.value[:5], key=lambda part: part.nbytes)
+        return largest.untyped_storage()[:]  # of its own: tracers tell tensors apart by their storages
 
     def data_ptr(self) -> int:
         if isinstance(self, nn.Parameter):

@@ -12,13 +12,16 @@ BLOCK, SEGMENT = 64, 1024
 FIELDS = {
     torch.bfloat16: (7, 255, [(i, i) for i in range(7)] + [(15, 7)], []),
     torch.float16: (10, 31, [(i, i) for i in range(8)], [8, 9, 15]),
+    torch.float8_e5m2: (2, 31, [], [0, 1, 7]),
 }
 
 
 def pack(weight: Tensor, code_bits: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(raw, planes, escapes, offsets, window) of a bf16 or fp16 matrix; ``code_bits`` 3, 4 or None: the smaller."""
+    """(raw, planes, escapes, offsets, window) of a bf16, fp16 or float8_e5m2 matrix; ``code_bits`` 3, 4 or None: the
+    smaller."""
     first, largest, byte, further = FIELDS[weight.dtype]
-    bits = weight.contiguous().view(torch.int16).numpy().view(np.uint16).astype(np.int64)
+    unsigned = torch.uint8 if weight.dtype == torch.float8_e5m2 else torch.uint16
+    bits = weight.contiguous().view(unsigned).numpy().astype(np.int64)
     rows, columns = bits.shape
     exponents = bits >> first & largest
     blocks = -(-columns // BLOCK)
@@ -29,7 +32,7 @@ def pack(weight: Tensor, code_bits: int | None = None) -> tuple[Tensor, Tensor, 
         }
         code_bits = min((3, 4), key=lambda c: cost[c])
     last = 2**code_bits - 1
-    raw = np.zeros((rows, blocks * BLOCK), np.uint8)
+    raw = np.zeros((rows, blocks * BLOCK if byte else 0), np.uint8)
     planes = np.zeros((rows, code_bits + len(further), blocks), np.uint64)
     escapes, offsets, window = [], [], []
     for n in range(rows):
@@ -42,7 +45,8 @@ def pack(weight: Tensor, code_bits: int | None = None) -> tuple[Tensor, Tensor, 
             if not 0 <= code < last:
                 escapes.append(int(exponents[n, k]) ^ (base + last))
                 code = last
-            raw[n, k] = sum((word >> i & 1) << j for i, j in byte)
+            if byte:
+                raw[n, k] = sum((word >> i & 1) << j for i, j in byte)
             for p, bit in enumerate(
                 [code >> p & 1 for p in range(code_bits)] + [word >> i & 1 for i in further]
             ):
@@ -68,8 +72,9 @@ def outside(exponents: np.ndarray, code_bits: int, largest: int) -> tuple[int, i
 def unpack(
     raw: Tensor, planes: Tensor, escapes: Tensor, offsets: Tensor, window: Tensor, columns: int
 ) -> Tensor:
-    """The matrix [N, columns], bfloat16 (3 or 4 planes) or float16 (6 or 7)."""
-    dtype = torch.bfloat16 if planes.shape[1] <= 4 else torch.float16
+    """The matrix [N, columns], bfloat16 (3 or 4 planes), float16 (6 or 7) or, without raw bytes, float8_e5m2."""
+    halves = torch.float16 if raw.shape[1] or not columns else torch.float8_e5m2
+    dtype = torch.bfloat16 if planes.shape[1] <= 4 else halves
     first, _, byte, further = FIELDS[dtype]
     code_bits = planes.shape[1] - len(further)
     words = np.zeros((raw.shape[0], columns), np.uint16)
@@ -87,7 +92,9 @@ def unpack(
                 count += 1
             word = exponent << first | sum((int(raw[n, k]) >> j & 1) << i for i, j in byte)
             words[n, k] = word | sum(bit[code_bits + p] << i for p, i in enumerate(further))
-    return torch.from_numpy(words.view(np.int16)).view(dtype)
+    if dtype == torch.float8_e5m2:
+        words = words.astype(np.uint8)
+    return torch.from_numpy(words).view(dtype)
 
 
 def packed_linear(

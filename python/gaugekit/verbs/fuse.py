@@ -50,12 +50,12 @@ def fuse(
     probabilities, so fuse with ``attention=False`` to train a model that asks for it.
 
     ``packed``: plain linear layers, GPT-2's Conv1D, embeddings and the experts of mixtures keep weights of bfloat16 or
-    float16 packed in memory and frozen, bit for bit (docs/resident.md); each layer stays the same object, with its
-    hooks, attributes and ties. Nothing is kept for ``unfuse``, which unpacks whatever is packed, so the memory is saved
-    in this process. The model saves as the plain one. The report then has ``bytes_before`` and ``bytes_after`` of all
-    parameters and buffers and ``plain_in_vectors``, how many numbers of norms and biases stay plain; ``speed``
-    [sentence] says what is known of packed products on this kind of processor; ``left`` names every other module that
-    holds a plain matrix.
+    float16, and linear layers of float8_e5m2, packed in memory and frozen, bit for bit (docs/resident.md); each layer
+    stays the same object, with its hooks, attributes and ties. Nothing is kept for ``unfuse``, which unpacks whatever
+    is packed, so the memory is saved in this process. The model saves as the plain one. The report then has
+    ``bytes_before`` and ``bytes_after`` of all parameters and buffers and ``plain_in_vectors``, how many numbers of
+    norms and biases stay plain; ``speed`` [sentence] says what is known of packed products on this kind of processor;
+    ``left`` names every other module that holds a plain matrix.
 
     ``neutreno``: λ, a number or one a layer (the first is not used): above the first layer attention becomes
     softmax(Q Kᵀ) V + λ (V⁰ − V), V⁰ the first layer's values of the same token (docs/neutreno.md). This changes the
@@ -319,7 +319,7 @@ def _why_nothing(model: nn.Module) -> str:
         ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         or "no floating-point numbers"
     )
-    if dtypes & set(resident.DTYPES):
+    if dtypes & {*resident.DTYPES, resident.E5M2, *resident.REFUSED}:
         return "nothing was packed: see the reasons below"
     return (
         f"nothing was packed: packing takes bfloat16 and float16, and the matrices of this model are {names}; "

@@ -43,7 +43,8 @@ def encode(tensor: torch.Tensor) -> torch.Tensor:
         blob[start : start + part.nbytes] = part.reshape(-1).view(torch.uint8)
         blob[start + part.nbytes : end] = 0
     kind = CRC32C if on_cpu else WORD_SUM
-    fields = [MAGIC, VERSION, ELEMENTS[tensor.dtype], layout.layout(packed.planes)[1], tensor.dim(), kind, 0]
+    code_bits = layout.layout(packed.raw, packed.planes)[1]
+    fields = [MAGIC, VERSION, ELEMENTS[tensor.dtype], code_bits, tensor.dim(), kind, 0]
     fields += [count, packed.escapes.numel(), _checksum(blob[begin:], kind), 0]
     head = sealed(FIELDS, fields, tensor.shape)
     blob[:begin] = torch.frombuffer(bytearray(head), dtype=torch.uint8)

@@ -41,6 +41,12 @@ NOTES = {
     "emulator only: their speed has not been measured",
     "other": "on this kind of processor packed products have not been measured beside torch's",
 }
+E5M2_NOTES = {
+    "pairs": "on an AMD EPYC (Zen 4, AVX512-BF16) products of bfloat16 rows with packed float8_e5m2 weights ran at "
+    "1.95 to 2.4 times the speed of torch's with the weights widened to bfloat16 at 1 row, 1.15 times it at 16, 1.0 at "
+    "64 and 0.92 at 256; of float16 rows at 0.76 to 0.94 at 1 row, 1.5 at 16",
+}
+E5M2_UNMEASURED = "on this kind of processor products with packed float8_e5m2 weights have not been measured"
 
 
 @functools.cache
@@ -70,5 +76,8 @@ def plan(rows: int, dtype: torch.dtype, device: str) -> str:
 
 
 def speed_note(dtype: torch.dtype = torch.bfloat16) -> str:
-    """A clause for reports: what is known of the speed of packed products of ``dtype`` on this kind of processor."""
+    """A clause for reports: what is known of the speed of products with packed weights of ``dtype`` on this kind of
+    processor."""
+    if dtype == torch.float8_e5m2:
+        return E5M2_NOTES.get(kind(torch.bfloat16), E5M2_UNMEASURED)
     return NOTES[kind(dtype)]

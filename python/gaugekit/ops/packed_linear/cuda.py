@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gaugekit import _library
+from gaugekit.ops.packed_linear import layout
 from gaugekit.ops.packed_linear.operator import composition
 from gaugekit.ops.packed_linear.weight import WEIGHT
 
@@ -44,7 +45,8 @@ def linear(
     if not fused or not suits:
         return composition(x, *weight, bias, fused)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if len(flat) <= BINARY_ROWS and _library.implementation("packed_linear_rows", "CUDA"):
+    e5m2 = layout.layout(raw, planes)[0] == torch.float8_e5m2  # which the binary does not know
+    if not e5m2 and len(flat) <= BINARY_ROWS and _library.implementation("packed_linear_rows", "CUDA"):
         bias = None if bias is None else bias.contiguous()
         way = variant(flat.dtype, flat.shape[1])
         out = torch.ops.gaugekit.packed_linear_rows(flat, *weight, bias, way)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gaugekit import _library
 from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.packed_linear import layout, operator
-from gaugekit.ops.packed_linear.weight import WEIGHT, PackedWeight
+from gaugekit.ops.packed_linear.weight import WEIGHT, PackedWeight, check_operand
 
 
 def packed_experts(x: Tensor, packed: PackedWeight, ends: Tensor) -> Tensor:
@@ -23,8 +23,7 @@ def packed_experts(x: Tensor, packed: PackedWeight, ends: Tensor) -> Tensor:
     ValueError for shapes, dtypes or devices that do not fit.
     """
     check_tensors(x=x, ends=ends)
-    if x.dtype not in (packed.dtype, torch.float32, torch.float64):
-        raise ValueError(f"x: expected {packed.dtype}, float32 or float64, got {x.dtype}")
+    check_operand(x, packed)
     if x.dim() != 2 or x.shape[1] != packed.columns:
         raise ValueError(f"x: expected [S, {packed.columns}], got {list(x.shape)}")
     if x.device != packed.raw.device:

@@ -10,14 +10,23 @@ SLAB = 1 << 20  # weights handled at once: the intermediate arrays are some thir
 
 
 def fields(dtype: torch.dtype) -> tuple[int, int, list[int]]:
-    """(first bit of the exponent, largest exponent, bits of the planes after the code's) of bf16 or fp16 words."""
+    """(first bit of the exponent, largest exponent, bits of the planes after the code's) of the words of a dtype:
+    bfloat16, float16, or float8_e5m2, whose numbers are high bytes of float16 words."""
     return (7, 255, []) if dtype == torch.bfloat16 else (10, 31, [8, 9, 15])
 
 
-def layout(planes: Tensor) -> tuple[torch.dtype, int]:
-    """(dtype of the weights, bits of the exponent's code) that a number of planes stands for."""
+def layout(raw: Tensor, planes: Tensor) -> tuple[torch.dtype, int]:
+    """(dtype of the weights, bits of the exponent's code) that a number of planes stands for; float16's planes without
+    raw bytes are float8_e5m2's."""
     count = planes.shape[1]
-    return (torch.bfloat16, count) if count <= 4 else (torch.float16, count - 3)
+    if count <= 4:
+        return torch.bfloat16, count
+    return (torch.float16 if raw.shape[1] or not planes.shape[2] else torch.float8_e5m2), count - 3
+
+
+def words_of_e5m2(weight: Tensor) -> Tensor:
+    """The float16 numbers that float8_e5m2 ones are, each its bits and eight zeros."""
+    return (weight.contiguous().view(torch.uint8).to(torch.int16) << 8).view(torch.float16)
 
 
 def blocks_of(columns: int) -> int:
@@ -95,18 +104,18 @@ def rows(
     columns: int,
 ) -> Tensor:
     """W[index] (None: all of W) as a new tensor [len(index), columns]."""
-    dtype, _ = layout(planes)
+    dtype, _ = layout(raw, planes)
     count = raw.shape[0] if index is None else index.shape[0]
     out = torch.empty(count, columns, dtype=torch.int16, device=raw.device)
     escapes = torch.cat([escapes, escapes.new_zeros(1)])
     for start, stop in slabs(count, columns):
         at = torch.arange(start, stop, device=raw.device) if index is None else index[start:stop]
         out[start:stop] = _words(at, raw, planes, escapes, offsets, window, columns)
-    return out.view(dtype)
+    return (out >> 8).to(torch.uint8).view(dtype) if dtype == torch.float8_e5m2 else out.view(dtype)
 
 
 def _words(at: Tensor, raw, planes, escapes, offsets, window, columns: int) -> Tensor:
-    dtype, code_bits = layout(planes)
+    dtype, code_bits = layout(raw, planes)
     first, _, further = fields(dtype)
     segments, end = segments_of(columns), escapes.shape[0] - 1
     place = torch.arange(8, device=raw.device, dtype=torch.uint8)
@@ -120,7 +129,7 @@ def _words(at: Tensor, raw, planes, escapes, offsets, window, columns: int) -> T
     begins = offsets[:-1].view(-1, segments)[at].clamp(0, end)
     place = (begins[..., None] + padded.cumsum(2) - 1).flatten(1)[:, :columns].clamp(0, end)
     patches = torch.where(outside, escapes[place.long()].int(), 0)
-    words = raw[at, :columns].int()
+    words = raw[at, :columns].int() if raw.shape[1] else 0
     exponents = (window[at, None].int() + code ^ patches) << first
     if not further:
         return ((words & 0x80) << 8 | exponents | words & 0x7F).to(torch.int16)
@@ -131,7 +140,8 @@ def _words(at: Tensor, raw, planes, escapes, offsets, window, columns: int) -> T
 
 def offsets_of(planes: Tensor) -> Tensor:
     """int64 [N·S + 1]: the running number of escaped codes before each segment, as the planes have them."""
-    _, code_bits = layout(planes)
+    count = planes.shape[1]
+    code_bits = count if count <= 4 else count - 3
     mask = planes[:, 0]
     for p in range(1, code_bits):
         mask = mask & planes[:, p]

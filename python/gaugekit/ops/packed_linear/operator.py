@@ -16,21 +16,21 @@ from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.packed_linear import layout
 from gaugekit.ops.packed_linear.choice import plan
 from gaugekit.ops.packed_linear.sharding import rules
-from gaugekit.ops.packed_linear.weight import WEIGHT, PackedWeight
+from gaugekit.ops.packed_linear.weight import WEIGHT, PackedWeight, check_operand
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times a packed W [N, K], plus ``bias`` [N]: [..., N] in x's dtype; sums in float32 (float64).
 
-    x is of W's dtype, float32 or float64. Differentiable in x and ``bias``; W is frozen. For few rows W is decoded
+    x is of W's dtype, float32 or float64; for a W of float8_e5m2, whose numbers are taken as they are and unscaled, of
+    float16, bfloat16, float32 or float64. Differentiable in x and ``bias``; W is frozen. For few rows W is decoded
     inside the product, with the same bits as that product on plain weights; for many, by tiles for torch's matmul
     (``plan`` says which). ValueError for shapes, dtypes or devices that do not fit.
     """
     check_tensors(x=x, bias=bias)
     if sharding.shared(x):
         return sharding.local(packed_linear, rules, {"x": x, "packed": packed, "bias": bias})
-    if x.dtype not in (packed.dtype, torch.float32, torch.float64):
-        raise ValueError(f"x: expected {packed.dtype}, float32 or float64, got {x.dtype}")
+    check_operand(x, packed)
     if x.dim() < 1 or x.shape[-1] != packed.columns:
         raise ValueError(f"x: expected [..., {packed.columns}], got {list(x.shape)}")
     if x.device != packed.raw.device:
