@@ -15,6 +15,8 @@ from gaugekit.ops.packed_linear import pack_weight, packed_linear
 from registry import Case, benchmark, own_shape, wanted
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336)]
+BATCHES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 65, 128, 256)
+FULL = (1, 2, 4, 16, 64)  # rows of x that float32 weights are multiplied with, too: they take long
 FROM_MEMORY = ", weights from memory, ordinary pages on both sides"
 TOTAL_BYTES = (
     384 << 20
@@ -52,7 +54,8 @@ def product(n, k, batch, threads, dtype, device, total) -> Case:
     return Case(
         op="packed_linear", shape=f"batch {batch}, {n}x{k}", dtype=str(dtype)[6:], device=device,
         ours=lambda: [packed_linear(x, w) for w in packed],
-        rivals={"torch linear": lambda: [linear(x, w) for w in plain], "torch linear, fp32 weights": fp32},
+        rivals={"torch linear": lambda: [linear(x, w) for w in plain]}
+        | ({"torch linear, fp32 weights": fp32} if batch in FULL else {}),
         without_us="torch linear", check=check, bytes_moved=memory, flops=2 * batch * n * k * len(plain),
         threads=threads, label=f"{threads} threads{FROM_MEMORY}",
         extra={"layers": len(plain), "packed_bytes": memory, "plain_bytes": sum(w.nbytes for w in plain)},
@@ -117,7 +120,7 @@ def cases(device: str, quick: bool):
     on = (1, 2)
     for n, k in SHAPES[:1] if quick else SHAPES:
         for threads in on:
-            for batch in (1,) if quick else (1, 2, 4, 8, 16, 17, 64, 65, 128, 256):
+            for batch in (1,) if quick else BATCHES:
                 if wanted(f"batch {batch}, {n}x{k} bfloat16 {threads} threads{FROM_MEMORY}"):
                     total = TOTAL_BYTES if batch <= 4 and not quick else FEWER_BYTES
                     yield product(n, k, batch, threads, torch.bfloat16, device, total)

@@ -1,10 +1,12 @@
 // gaugekit::packed_survey, packed_encode, packed_rows and packed_linear on the CPU.
 #include <atomic>
+#include <limits>
 
 #include "common/check.h"
 #include "common/turns.h"
 #include "packed_linear_amx.h"
 #include "packed_linear_encode.h"
+#include "packed_linear_outputs.h"
 #include "packed_linear_tiles.h"
 
 namespace gaugekit::packed {
@@ -158,14 +160,14 @@ Tensor rows(const Optional& index, const Tensor& raw, const Tensor& planes, cons
   return out;
 }
 
-// Calls body(begin, end) for pieces of W's rows. Threads take piece after piece: one that others hold up
-// leaves the rest to its fellows.
+// Calls body(begin, end) for pieces of W's rows, multiples of `multiple` of `weights` at most. Threads take
+// piece after piece: one that others hold up leaves the rest to its fellows.
 template <class Body>
-void over_pieces(const Weight& w, int64_t columns, const Body& body) {
-  const int64_t threads = torch::stable::get_num_threads(), least = grain_of_rows(columns, ROWS),
-                most = PIECE_WEIGHTS / std::max<int64_t>(1, columns);
+void over_pieces(const Weight& w, int64_t columns, int64_t weights, int64_t multiple, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads(), least = grain_of_rows(columns, multiple),
+                most = weights / std::max<int64_t>(1, columns);
   const int64_t share = std::clamp(w.rows / (8 * threads), least, std::max(most, least));
-  const int64_t step = (share + ROWS - 1) / ROWS * ROWS, pieces = (w.rows + step - 1) / step;
+  const int64_t step = (share + multiple - 1) / multiple * multiple, pieces = (w.rows + step - 1) / step;
   std::atomic<int64_t> next{0};
   parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
     for (int64_t piece = next++; piece < pieces; piece = next++)
@@ -181,7 +183,7 @@ void fused(const Weight& w, const Tensor& x, const Optional& bias, int64_t batch
   const S* shift = bias ? data<S>(*bias) : nullptr;
   S* to = static_cast<S*>(out.mutable_data_ptr());
   // For more than MAX_BATCH rows of x a piece is read again from the second-level cache.
-  over_pieces(w, columns, [&](int64_t begin, int64_t end) {
+  over_pieces(w, columns, PIECE_WEIGHTS, ROWS, [&](int64_t begin, int64_t end) {
     for (int64_t first = 0; first < batch; first += MAX_BATCH)
       product(w, begin, end, from + first * w.blocks * BLOCK, std::min(MAX_BATCH, batch - first), isa(),
               [&](int64_t t, int64_t row, float sum) {
@@ -200,16 +202,26 @@ void fused_pairs(const Weight& w, const Tensor& x, const Optional& bias, int64_t
     if (shift) sums += load<ROWS>(shift + row, count);
     store<ROWS>(to + t * w.rows + row, sums, count);
   };
-  const std::vector<WordHalf> arranged = arrange_pairs(data<BFloat16>(x), batch, columns, w.blocks);
+  constexpr int64_t whole = std::numeric_limits<int64_t>::max();
+#ifdef GAUGEKIT_X86
+  if (takes_outputs(batch, columns) && !Registers::usable()) {
+    const Halves even = columns % 2 ? arrange_rows(data<uint16_t>(x), batch, columns) : nullptr;
+    return over_pieces(w, columns, whole, GROUP, [&](int64_t begin, int64_t end) {
+      product_of_outputs(w, begin, end, even ? even[0].at : data<uint16_t>(x), columns + columns % 2, batch,
+                         give);
+    });
+  }
+#endif
+  const Halves arranged = arrange_pairs(data<BFloat16>(x), batch, columns, w.blocks);
 #ifdef GAUGEKIT_X86
   if (batch > FEW && !w.e5m2() && Registers::usable()) {
     const std::vector<WordHalf> tiles = arrange_tiles(arranged[0].at, batch, w.blocks);
-    return over_pieces(w, columns, [&](int64_t begin, int64_t end) {
+    return over_pieces(w, columns, whole, ROWS, [&](int64_t begin, int64_t end) {
       product_of_tiles(w, begin, end, tiles[0].at, batch, give);
     });
   }
 #endif
-  over_pieces(w, columns, [&](int64_t begin, int64_t end) {
+  over_pieces(w, columns, whole, ROWS, [&](int64_t begin, int64_t end) {
     product_of_pairs(w, begin, end, arranged[0].at, batch, give);
   });
 }

@@ -98,7 +98,7 @@ inline std::vector<WordHalf> arrange_tiles(const uint16_t* x, int64_t batch, int
   for (int64_t t = 0; t < batch; ++t)
     for (int64_t b = 0; b < blocks; ++b)
       for (int h = 0; h < 2; ++h) {
-        const uint16_t* from = x + t * row_stride(blocks) + h * half_stride(blocks) + b * HALF_BLOCK;
+        const uint16_t* from = x + t * row_stride(blocks) + b * BLOCK + h * HALF_BLOCK;
         uint16_t* tile = to + ((t / SIDE * blocks + b) * 2 + h) * TILE_WORDS + t % SIDE * 2;
         for (int64_t pair = 0; pair < SIDE; ++pair)
           std::memcpy(tile + pair * HALF_BLOCK, from + 2 * pair, 2 * sizeof(uint16_t));
@@ -111,7 +111,7 @@ inline std::vector<WordHalf> arrange_tiles(const uint16_t* x, int64_t batch, int
 // and 7 x.
 template <class Tiles, int GROUPS, bool FIRST>
 void multiply_square(Tiles& tiles, const uint16_t* words, int64_t row_words, const uint16_t* x,
-                     int64_t x_stride, int64_t half_words, int64_t blocks, float* sums) {
+                     int64_t x_stride, int64_t blocks, float* sums) {
   constexpr int64_t SUM_BYTES = SIDE * sizeof(float);
   float *const lower = sums + SIDE * SIDE, *const next = sums + TILE_SUMS, *const last = next + SIDE * SIDE;
   if (FIRST) {
@@ -124,7 +124,7 @@ void multiply_square(Tiles& tiles, const uint16_t* words, int64_t row_words, con
   const int64_t row_bytes = row_words * sizeof(uint16_t), x_bytes = HALF_BLOCK * sizeof(uint16_t);
   for (int64_t b = 0; b < blocks; ++b)
     for (int h = 0; h < 2; ++h, x += TILE_WORDS) {
-      const uint16_t* from = words + h * half_words + b * HALF_BLOCK;
+      const uint16_t* from = words + b * BLOCK + h * HALF_BLOCK;
       tiles.template load<6>(x, x_bytes);
       tiles.template load<4>(from, row_bytes);
       tiles.template add_products<0, 4, 6>();
@@ -152,8 +152,8 @@ void multiply_tiles(Tiles& tiles, const uint16_t* words, const uint16_t* x, int6
       const auto square =
           b == 0 ? (single ? multiply_square<Tiles, 1, true> : multiply_square<Tiles, 2, true>)
                  : (single ? multiply_square<Tiles, 1, false> : multiply_square<Tiles, 2, false>);
-      square(tiles, words + b * HALF_BLOCK, row_stride(blocks), x + g * x_stride + b * 2 * TILE_WORDS,
-             x_stride, half_stride(blocks), count, sums + g * TILE_SUMS);
+      square(tiles, words + b * BLOCK, row_stride(blocks), x + g * x_stride + b * 2 * TILE_WORDS, x_stride,
+             count, sums + g * TILE_SUMS);
     }
   }
 }

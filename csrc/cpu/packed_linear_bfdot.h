@@ -22,16 +22,14 @@ constexpr int VECTORS = 8;             // of a block's words, and of a row's sum
 constexpr int HALF_VECTORS = VECTORS / 2;
 constexpr int64_t VECTOR_WORDS = BLOCK / VECTORS;
 
-// x as words, zero beyond its columns: [batch][2][blocks + 1][32].
-inline std::vector<WordHalf> arrange_pairs(const BFloat16* x, int64_t batch, int64_t columns,
-                                           int64_t blocks) {
-  std::vector<WordHalf> arranged(batch * row_stride(blocks) / HALF_BLOCK);
-  for (int64_t t = 0; t < batch; ++t)
-    for (int64_t k = 0; k < columns; k += HALF_BLOCK) {
-      uint16_t* half = arranged[0].at + t * row_stride(blocks) + k / HALF_BLOCK % 2 * half_stride(blocks);
-      std::memcpy(half + k / BLOCK * HALF_BLOCK, x + t * columns + k,
-                  std::min(HALF_BLOCK, columns - k) * sizeof(BFloat16));
-    }
+// x as words, zero beyond its columns: [batch][row_stride].
+inline Halves arrange_pairs(const BFloat16* x, int64_t batch, int64_t columns, int64_t blocks) {
+  Halves arranged = halves(batch * row_stride(blocks));
+  for (int64_t t = 0; t < batch; ++t) {
+    uint16_t* to = arranged[0].at + t * row_stride(blocks);
+    std::memcpy(to, x + t * columns, columns * sizeof(BFloat16));
+    std::memset(to + columns, 0, (blocks * BLOCK - columns) * sizeof(uint16_t));
+  }
   return arranged;
 }
 
@@ -56,26 +54,19 @@ GAUGEKIT_BFDOT_INLINE void each_block(const Weight& w, int64_t row, const Take& 
   }
 }
 
-// The totals of ROWS rows' sums, [ROWS][32].
-inline Vector<float, ROWS> totals(const float* sums) {
-  Vector<float, ROWS> out{};
-  for (int r = 0; r < ROWS; ++r, sums += SUMS) {
-    float32x4_t t[VECTORS];
-    for (int i = 0; i < VECTORS; ++i) t[i] = vld1q_f32(sums + 4 * i);
-    for (int w = VECTORS / 2; w; w /= 2)
-      for (int i = 0; i < w; ++i) t[i] = vaddq_f32(t[i], t[i + w]);
-    const float32x2_t two = vadd_f32(vget_low_f32(t[0]), vget_high_f32(t[0]));
-    out[r] = vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
-  }
-  return out;
+// The total of a row's sums, which are used up.
+GAUGEKIT_BFDOT_INLINE float total(float32x4_t* sum) {
+  for (int w = VECTORS / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) sum[i] = vaddq_f32(sum[i], sum[i + w]);
+  const float32x2_t two = vadd_f32(vget_low_f32(sum[0]), vget_high_f32(sum[0]));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
 // T rows of x, at most FEW.
 template <int C, bool PLAIN, int T, class Give>
 GAUGEKIT_BFDOT void multiply_few(const Weight& w, int64_t begin, int64_t end, const uint16_t* x,
                                  const Give& give) {
-  alignas(64) float sums[T][ROWS * SUMS];
-  const int64_t half = half_stride(w.blocks), stride = row_stride(w.blocks);
+  Vector<float, ROWS> found[T];
   for (int64_t row = begin; row < end; ++row) {
     float32x4_t sum[T][VECTORS];
     for (int t = 0; t < T; ++t)
@@ -83,50 +74,55 @@ GAUGEKIT_BFDOT void multiply_few(const Weight& w, int64_t begin, int64_t end, co
     each_block<C, PLAIN>(w, row, [&](int64_t b, const uint16x8_t* words) GAUGEKIT_BFDOT {
       for (int t = 0; t < T; ++t)
         for (int i = 0; i < VECTORS; ++i) {
-          const uint16_t* from = x + t * stride + b * HALF_BLOCK + i / HALF_VECTORS * half;
-          sum[t][i] = add_pairs(sum[t][i], words[i], vld1q_u16(from + i % HALF_VECTORS * VECTOR_WORDS));
+          const uint16_t* from = x + t * row_stride(w.blocks) + b * BLOCK + i * VECTOR_WORDS;
+          sum[t][i] = add_pairs(sum[t][i], words[i], vld1q_u16(from));
         }
     });
     const int64_t r = (row - begin) % ROWS;
-    for (int t = 0; t < T; ++t)
-      for (int i = 0; i < VECTORS; ++i) vst1q_f32(sums[t] + SUMS * r + 4 * i, sum[t][i]);
+    for (int t = 0; t < T; ++t) found[t][r] = total(sum[t]);
     if (r == ROWS - 1 || row + 1 == end)
-      for (int t = 0; t < T; ++t) give(t, row - r, totals(sums[t]), r + 1);
+      for (int t = 0; t < T; ++t) give(t, row - r, found[t], r + 1);
   }
 }
 
-// The sums [T][ROWS][32] of R rows of W and T rows of x, `blocks` blocks further; FIRST begins them. Rows are
-// `stride` words apart. One vector of each block's words at a time, for which all sums stay in registers.
-template <int R, int T, bool FIRST>
-GAUGEKIT_BFDOT void multiply_tile(const uint16_t* words, const uint16_t* x, int64_t stride, int64_t blocks,
-                                  float* sums) {
-  for (int i = 0; i < VECTORS; ++i, sums += 4) {
-    const int64_t begin = i / HALF_VECTORS * stride / 2 + i % HALF_VECTORS * VECTOR_WORDS;
-    float32x4_t sum[R][T];
-    for (int r = 0; r < R; ++r)
+// The totals of TILE_W decoded rows of W and T rows of x: to[t * MOST_ROWS + r]. Their columns go part by
+// part, for which the first-level cache has room, and of each block one vector at a time, for which all sums
+// stay in registers.
+template <int T>
+GAUGEKIT_BFDOT void multiply_tile(const uint16_t* words, const uint16_t* x, int64_t blocks, Ahead& ahead,
+                                  float* to) {
+  constexpr int64_t PART_BLOCKS = 32;
+  const int64_t stride = row_stride(blocks);
+  float32x4_t sums[T][TILE_W][VECTORS];
+  for (int i = 0; i < T * TILE_W * VECTORS; ++i) sums[0][0][i] = vdupq_n_f32(0);
+  for (int64_t b = 0; b < blocks; b += PART_BLOCKS) {
+    const int64_t stop = std::min(blocks, b + PART_BLOCKS) * BLOCK;
+    for (int i = 0; i < VECTORS; ++i) {
+      float32x4_t sum[T][TILE_W];
       for (int t = 0; t < T; ++t)
-        sum[r][t] = FIRST ? vdupq_n_f32(0) : vld1q_f32(sums + (t * ROWS + r) * SUMS);
-    for (int64_t at = begin; at < begin + blocks * HALF_BLOCK; at += HALF_BLOCK) {
-      uint16x8_t held[R];
-      for (int r = 0; r < R; ++r) held[r] = vld1q_u16(words + r * stride + at);
-      for (int t = 0; t < T; ++t) {
-        const uint16x8_t from = vld1q_u16(x + t * stride + at);
-        for (int r = 0; r < R; ++r) sum[r][t] = add_pairs(sum[r][t], held[r], from);
+        for (int r = 0; r < TILE_W; ++r) sum[t][r] = sums[t][r][i];
+      for (int64_t at = b * BLOCK + i * VECTOR_WORDS; at < stop; at += BLOCK) {
+        uint16x8_t held[TILE_W];
+        for (int r = 0; r < TILE_W; ++r) held[r] = vld1q_u16(words + r * stride + at);
+        for (int t = 0; t < T; ++t) {
+          const uint16x8_t from = vld1q_u16(x + t * stride + at);
+          for (int r = 0; r < TILE_W; ++r) sum[t][r] = add_pairs(sum[t][r], held[r], from);
+        }
       }
+      for (int t = 0; t < T; ++t)
+        for (int r = 0; r < TILE_W; ++r) sums[t][r][i] = sum[t][r];
+      ahead.ask();
     }
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) vst1q_f32(sums + (t * ROWS + r) * SUMS, sum[r][t]);
   }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < TILE_W; ++r) to[t * MOST_ROWS + r] = total(sums[t][r]);
 }
 
-// The words of row `row` of W, [2][blocks + 1][32].
+// The words of row `row` of W, block after block.
 template <int C, bool PLAIN>
 GAUGEKIT_BFDOT_INLINE void decode_pairs(const Weight& w, int64_t row, uint16_t* to) {
   each_block<C, PLAIN>(w, row, [&](int64_t b, const uint16x8_t* words) GAUGEKIT_BFDOT {
-    for (int i = 0; i < VECTORS; ++i)
-      vst1q_u16(
-          to + b * HALF_BLOCK + i / HALF_VECTORS * half_stride(w.blocks) + i % HALF_VECTORS * VECTOR_WORDS,
-          words[i]);
+    for (int i = 0; i < VECTORS; ++i) vst1q_u16(to + b * BLOCK + i * VECTOR_WORDS, words[i]);
   });
 }
 

@@ -1,11 +1,12 @@
-// The products of packed_linear_pairs.h and packed_linear_amx.h beside scalar models of their instructions,
-// bit for bit, in the order of summation that those headers write down. Prints a line for each case that
-// differs, and how many cases there were. Compiled and run by test_packed_linear_twin.py.
+// The products of packed_linear_pairs.h, packed_linear_outputs.h and packed_linear_amx.h beside scalar models
+// of their instructions, bit for bit, in the order of summation that those headers write down. Prints a line
+// for each case that differs, and how many cases there were. Compiled and run by test_packed_linear_twin.py.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 
 #include "cpu/packed_linear_amx.h"
+#include "cpu/packed_linear_outputs.h"
 #include "packed_linear_matrix.h"
 
 using namespace gaugekit;
@@ -82,14 +83,24 @@ std::vector<uint16_t> in_halves(const uint16_t* row, int64_t columns, int64_t bl
 }
 
 float modelled_pairs(const std::vector<uint16_t>& w, const std::vector<uint16_t>& x, int64_t blocks) {
-  float sum[2][16] = {}, t[16];
+  float sum[16] = {};
   for (int64_t i = 0; i < 2 * blocks; ++i)
     for (int j = 0; j < 16; ++j)
-      sum[i % 2][j] = pair_added(sum[i % 2][j], &w[i * HALF_BLOCK + 2 * j], &x[i * HALF_BLOCK + 2 * j]);
-  for (int j = 0; j < 16; ++j) t[j] = sum[0][j] + sum[1][j];
+      sum[j] = pair_added(sum[j], &w[i * HALF_BLOCK + 2 * j], &x[i * HALF_BLOCK + 2 * j]);
   for (int width = 8; width; width /= 2)
-    for (int j = 0; j < width; ++j) t[j] += t[j + width];
-  return t[0];
+    for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
+  return sum[0];
+}
+
+// Of the rows as they are, `columns` words each.
+float modelled_outputs(const uint16_t* w, const uint16_t* x, int64_t columns) {
+  float sum = 0;
+  for (int64_t k = 0; k < columns; k += 2) {
+    const uint16_t a[2] = {w[k], k + 1 < columns ? w[k + 1] : uint16_t(0)};
+    const uint16_t b[2] = {x[k], k + 1 < columns ? x[k + 1] : uint16_t(0)};
+    sum = pair_added(sum, a, b);
+  }
+  return sum;
 }
 
 float modelled_tiles(const std::vector<uint16_t>& w, const std::vector<uint16_t>& x, int64_t blocks) {
@@ -110,7 +121,7 @@ int compare(int64_t rows, int64_t columns, int code_bits, int64_t batch, int odd
   const auto arranged =
       arrange_pairs(reinterpret_cast<const BFloat16*>(x.words.data()), batch, columns, blocks);
   const auto tiles = arrange_tiles(arranged[0].at, batch, blocks);
-  std::vector<float> by_pairs(batch * rows), by_tiles(batch * rows);
+  std::vector<float> by_pairs(batch * rows), by_outputs(batch * rows), by_tiles(batch * rows);
   const auto into = [rows](std::vector<float>& y) {
     return [&y, rows](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t count) {
       for (int64_t i = 0; i < count; ++i) y[t * rows + row + i] = sums[i];
@@ -118,11 +129,17 @@ int compare(int64_t rows, int64_t columns, int code_bits, int64_t batch, int odd
   };
   product_of_pairs(weight, 0, rows, arranged[0].at, batch, into(by_pairs));
   product_of_tiles<Emulated>(weight, 0, rows, tiles[0].at, batch, into(by_tiles));
+  const auto even = arrange_rows(x.words.data(), batch, columns);
+  product_of_outputs(weight, 0, rows, columns % 2 ? even[0].at : x.words.data(), columns + columns % 2, batch,
+                     into(by_outputs));
   for (int64_t t = 0; t < batch; ++t)
     for (int64_t row = 0; row < rows; ++row) {
       const auto left = in_halves(w.words.data() + row * columns, columns, blocks);
       const auto right = in_halves(x.words.data() + t * columns, columns, blocks);
+      const float outputs =
+          modelled_outputs(w.words.data() + row * columns, x.words.data() + t * columns, columns);
       const char* differing = !same(by_pairs[t * rows + row], modelled_pairs(left, right, blocks)) ? "pairs"
+                              : !same(by_outputs[t * rows + row], outputs)                         ? "outputs"
                               : !same(by_tiles[t * rows + row], modelled_tiles(left, right, blocks))
                                   ? "tiles"
                                   : nullptr;
@@ -145,7 +162,7 @@ int main() {
     for (const int code_bits : {3, 4})
       for (const int64_t batch : {1, 4, 5, 16, 17, 40})
         for (const auto& [rows, columns] :
-             {std::pair<int64_t, int64_t>{1, 1}, {33, 70}, {40, 1024}, {9, 2100}})
+             {std::pair<int64_t, int64_t>{1, 1}, {33, 71}, {40, 1024}, {9, 4200}})
           for (const int odd_ones : {20, 1 << 20})  // many sums of infinities, and none
             cases += compare(rows, columns, code_bits, batch, odd_ones, random);
 #endif

@@ -8,7 +8,7 @@
 #include <random>
 
 #include "cpu/packed_linear_encode.h"
-#include "cpu/packed_linear_pairs.h"
+#include "cpu/packed_linear_outputs.h"
 #include "packed_linear_matrix.h"
 
 using namespace gaugekit;
@@ -93,6 +93,21 @@ void compare_pairs([[maybe_unused]] const Matrix& m, [[maybe_unused]] const std:
     if (!same(y, twin)) differ(m, "pairs from plain", level, batch);
     if (!same(y, alone)) differ(m, "pairs from rows alone", level, batch);
     if (!exact(m, x.data(), false, batch, y)) differ(m, "pairs from exact", level, batch);
+#ifdef GAUGEKIT_X86
+    const auto even = arrange_rows(x.data(), batch, m.columns);
+    const auto outputs = [&](auto plain, float* to) {
+      product_of_outputs<decltype(plain)::value>(
+          w, 0, m.rows, m.columns % 2 ? even[0].at : x.data(), m.columns + m.columns % 2, batch,
+          [&](int64_t t, int64_t row, Vector<float, ROWS> sums, int64_t n) {
+            for (int64_t i = 0; i < n; ++i) to[t * m.rows + row + i] = sums[i];
+          });
+    };
+    outputs(std::false_type{}, y.data());
+    outputs(std::true_type{}, twin.data());
+    cases += 2;
+    if (!same(y, twin)) differ(m, "outputs from plain", level, batch);
+    if (!exact(m, x.data(), false, batch, y)) differ(m, "outputs from exact", level, batch);
+#endif
   }
 #endif
 }

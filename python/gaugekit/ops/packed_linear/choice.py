@@ -16,15 +16,12 @@ from gaugekit.ops import processor
 FUSED_ROWS = {
     "avx2": 16,  # measured (Zen 3): 16 rows take about as long either way, 24 are faster by tiles
     "avx512": 64,  # measured (Cascade Lake)
-    "pairs": 256,  # measured (Zen 4): 256 rows take about as long by tiles of 4,096 columns, longer of 14,336
+    "pairs": 2048,  # measured (Zen 4): faster at all numbers of rows up to these, with 576 to 14,336 inputs
     "16-bit": 4,  # not measured; AMX's own product (csrc/cpu/packed_linear_amx.h) waits for such a processor
     "arm": 16,  # not measured, nor the next: what "other" takes
     "arm-bf16": 16,
     "other": 16,
 }
-# "pairs" where many outputs have few inputs, which leave little to do for each sum. Measured (Zen 4, 576 to 1,024
-# inputs): fused and by tiles 0.86 and 0.91 of torch's speed at 128 rows, 0.82 and 0.95 at 256; with 576 outputs alike.
-FEW_INPUTS, MANY_OUTPUTS, FEW_INPUTS_ROWS = 1024, 1024, 96
 CUDA_FUSED_ROWS = 256
 FLOAT_ROWS = 16  # of float32, whatever the processor
 FLAGS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
@@ -35,8 +32,8 @@ NOTES = {
     "torch's at 1 row, 1.04 to 1.5 times it from 2 to 16 rows, more beyond; float16 ones at 0.49 at 1 row, 0.86 at 4",
     "avx512": "on a Cascade Lake (AVX-512 without 16-bit products) packed bfloat16 products ran faster than torch's "
     "at 1 to 64 rows; float16 ones at 1 row",
-    "pairs": "on an AMD EPYC (Zen 4, AVX512-BF16) packed bfloat16 products ran at 1.7 to 2.9 times the speed of "
-    "torch's at 1 row, 1.05 to 1.2 times it at 16, 0.96 to 1.03 at 64 and 0.90 to 0.96 at 128 and 256",
+    "pairs": "on an AMD EPYC (Zen 4, AVX512-BF16) packed bfloat16 products ran at 1.8 to 3.3 times the speed of "
+    "torch's at 1 row, 1.07 to 1.2 times it at 16, 0.98 to 1.03 at 64 and 0.95 to 0.99 at 128 and 256",
     "16-bit": "this processor multiplies 16-bit numbers itself, by instructions with which packed products have not "
     "been measured beside torch's: they save memory",
     "arm": "on ARM processors packed products are tested in an emulator only: their speed has not been measured",
@@ -65,9 +62,9 @@ def kind(dtype: torch.dtype) -> str:
     return {"AVX2": "avx2", "AVX512": "avx512"}.get(capability, "other")
 
 
-def plan(rows: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> str:
+def plan(rows: int, dtype: torch.dtype, device: str) -> str:
     """ "fused" (W is decoded inside the product) or "decode" (by tiles, for torch's matmul), for ``rows`` rows of x of
-    ``dtype`` and W of ``shape`` [outputs, inputs].
+    ``dtype``.
     """
     if dtype == torch.float64 or device not in ("cpu", "cuda"):
         return "decode"
@@ -75,8 +72,6 @@ def plan(rows: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> 
         return "fused" if rows <= CUDA_FUSED_ROWS else "decode"
     here = kind(dtype) if dtype in FLAGS else None
     most = FLOAT_ROWS if here is None else FUSED_ROWS[here]
-    if here == "pairs" and shape[0] >= MANY_OUTPUTS and shape[1] <= FEW_INPUTS:
-        most = FEW_INPUTS_ROWS
     return "fused" if rows <= most else "decode"
 
 

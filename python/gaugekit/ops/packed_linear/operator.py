@@ -58,7 +58,7 @@ def planned(
 ) -> Tensor:
     columns = x.shape[-1]
     rows = x.numel() // max(1, columns)
-    fused = plan(rows, (raw.shape[0], columns), x.dtype, x.device.type) == "fused"
+    fused = plan(rows, x.dtype, x.device.type) == "fused"
     return torch.ops.gaugekit.packed_linear(x, raw, planes, escapes, offsets, window, bias, fused)
 
 
