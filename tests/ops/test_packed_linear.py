@@ -37,7 +37,7 @@ def test_product(dtype, n, k, batch):
     ("rows", "n", "k"), [(31, 70, 65), (32, 33, 1023), (33, 100, 64), (200, 41, 4161), (257, 9, 31)]
 )
 def test_many_rows_on_any_number_of_threads(rows, n, k):
-    """Where bfloat16 numbers are multiplied in pairs another product takes many rows: outputs in lanes, parts of columns."""
+    """Many rows take another product where numbers are multiplied in pairs: outputs in lanes, parts of columns."""
     weight = normal(n, k, torch.bfloat16)
     packed, x, bias = pack_weight(weight), torch.randn(rows, k).bfloat16(), torch.randn(n).bfloat16()
     before, found = torch.get_num_threads(), []

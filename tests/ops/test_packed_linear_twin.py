@@ -19,7 +19,7 @@ def source(name: str) -> Path:
 
 
 def check_twin(lines: list[str], levels: int, pairs: int) -> None:
-    """Five batches and all rows at each level; seven batches of pairs, each with ``pairs`` comparisons over all matrices."""
+    """Five batches and all rows at each level; seven batches of pairs with ``pairs`` comparisons over all matrices."""
     differing, (found, cases, checked, digest) = read(lines)
     assert not differing
     assert found == levels
