@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     source = options.model or samples.smollm2()
     read = {"joined sentences": " ".join(samples.sentences(500)), "documentation": learnt_and_measured()[1]}
-    read |= {str(path): path.read_text(encoding="utf-8") for path in options.text}
+    read |= {path.name: path.read_text(encoding="utf-8") for path in options.text}
     texts = {"short sentences": samples.sentences(80)}
     texts |= {name: cut(source, text) for name, text in read.items()}
     where = {"machine": machine("cpu"), "commit": commit()}

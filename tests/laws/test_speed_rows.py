@@ -138,7 +138,7 @@ def test_committed_results_name_machine_commit_and_date(path):
     assert {"machine", "commit", "date", "rows"} <= record.keys() and record["rows"]
     untimed = {"op", "shape", "dtype", "label", "machine", "commit"}
     # Nothing timed in turns with a rival: servers under load run one after the other.
-    if record["piece"].startswith(("slicing", "gauge_quantize", "gauge_training", "serving")):
+    if record["piece"].startswith(("slicing", "gauge_noise", "gauge_quantize", "gauge_training", "serving")):
         assert all(row.keys() >= untimed for row in record["rows"])
     elif record["piece"] != "tests":
         sizes = [row for row in record["rows"] if row.get("label") == "bytes"]
