@@ -13,10 +13,10 @@
 #define GAUGEKIT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_VBMI2 \
   __attribute__((      \
-      target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,popcnt")))
+      target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,gfni,avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_BF16    \
   __attribute__((target( \
-      "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,popcnt")))
+      "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,gfni,avx2,fma,f16c,bmi,popcnt")))
 #define GAUGEKIT_BF16_INLINE GAUGEKIT_BF16 __attribute__((always_inline)) inline
 #endif
 
@@ -33,7 +33,7 @@
 namespace gaugekit {
 
 // This architecture's levels in rising order, each with all of those before it: a kernel that has no form for
-// a level runs that of a lower one. vbmi2 is AVX512-VBMI2 with VBMI and VPCLMULQDQ, bf16 is AVX512-BF16.
+// a level runs that of a lower one. vbmi2 is AVX512-VBMI2 with VBMI, VPCLMULQDQ and GFNI, bf16 is AVX512-BF16.
 #ifdef GAUGEKIT_ARM
 enum class Isa { portable, neon, bfdot };
 #else
@@ -84,7 +84,7 @@ inline Isa isa() {
     if (avx2 && avx512 && !at_most_avx2) {
       // They came together, but a hypervisor may hide some.
       if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2") ||
-          !__builtin_cpu_supports("vpclmulqdq"))
+          !__builtin_cpu_supports("vpclmulqdq") || !__builtin_cpu_supports("gfni"))
         return Isa::avx512;
       return __builtin_cpu_supports("avx512bf16") ? Isa::bf16 : Isa::vbmi2;
     }

@@ -122,15 +122,57 @@ GAUGEKIT_AVX512 void bytes_avx512(const Segment& s, uint8_t* bytes) {
     _mm512_storeu_si512(bytes + b * BLOCK, block_avx512<HALF, C>(s, b, next));
 }
 
+#define GAUGEKIT_BLOCK_VBMI2 \
+  __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vbmi2,gfni,popcnt"), always_inline)) inline
+
+// Where `codes` finds byte j of plane p for quadword j, in two registers of two planes each.
+template <int C>
+struct alignas(64) PlaneBytes {
+  uint8_t at[64];
+};
+template <int C>
+constexpr PlaneBytes<C> plane_bytes() {
+  PlaneBytes<C> places{};
+  for (int j = 0; j < 8; ++j)
+    for (int p = 0; p < C; ++p)
+      places.at[8 * j + 7 - p] = static_cast<uint8_t>(64 * (p / 2) + 8 * (p % 2) + j);
+  return places;
+}
+template <int C>
+inline constexpr PlaneBytes<C> PLANE_BYTES = plane_bytes<C>();
+
+// The codes of a block of bfloat16: bit i of plane p becomes bit p of byte i. As masks the planes would have
+// to pass from general registers one by one, which takes as long as all the rest; a quadword of eight bytes,
+// one of each plane, is a matrix of bits, and multiplied with the unit vectors it is transposed.
+template <int C>
+GAUGEKIT_BLOCK_VBMI2 __m512i codes(const Segment& s, int64_t b) {
+  const auto two = [&s, b](int p) __attribute__((target("avx512f"))) {
+    const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(s.planes + p * s.stride + b));
+    if (p + 1 == C) return _mm512_castsi128_si512(first);
+    const double* second = reinterpret_cast<const double*>(s.planes + (p + 1) * s.stride + b);
+    return _mm512_castsi128_si512(_mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(first), second)));
+  };
+  constexpr uint64_t used = 0x0101010101010101ull * (0xff & 0xff << (8 - C));
+  const __m512i matrices =
+      _mm512_maskz_permutex2var_epi8(used, two(0), _mm512_load_si512(PLANE_BYTES<C>.at), two(2));
+  const __m512i units = _mm512_set1_epi64(static_cast<long long>(0x8040201008040201ull));
+  return _mm512_gf2p8affine_epi64_epi8(units, matrices, 0);
+}
+
 // The same, all of a block's escapes put in their places by one instruction.
 template <bool HALF, int C>
-__attribute__((target("avx512f,avx512bw,avx512vbmi2,popcnt"), always_inline)) inline __m512i block_vbmi2(
-    const Segment& s, int64_t b, const uint8_t*& next) {
+GAUGEKIT_BLOCK_VBMI2 __m512i block_vbmi2(const Segment& s, int64_t b, const uint8_t*& next) {
   const uint64_t mask = escaped<C>(s, b);
-  __m512i patches = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(next));
+  const __m512i found = _mm512_loadu_si512(next);
   next += _mm_popcnt_u64(mask);
-  if (HALF) patches = _mm512_slli_epi16(patches, 2);
-  return _mm512_xor_si512(bytes_of_planes<HALF, C>(s, b), patches);
+  if (HALF) {
+    const __m512i patches = _mm512_slli_epi16(_mm512_maskz_expand_epi8(mask, found), 2);
+    return _mm512_xor_si512(bytes_of_planes<true, C>(s, b), patches);
+  }
+  const __m512i code = codes<C>(s, b);
+  const __mmask64 outside = _mm512_cmpeq_epi8_mask(code, _mm512_set1_epi8((1 << C) - 1));
+  const __m512i bytes = _mm512_add_epi8(code, _mm512_set1_epi8(static_cast<char>(s.window)));
+  return _mm512_xor_si512(bytes, _mm512_maskz_expand_epi8(outside, found));
 }
 
 template <bool HALF, int C>
@@ -200,8 +242,7 @@ inline constexpr WidenedE5M2 WIDENED_E5M2 = widened_e5m2();
 
 // A block as bfloat16 words, arranged as words_of does, of P planes: bfloat16's 3 or 4, or E5M2's 6 or 7.
 template <int P>
-__attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vbmi2,popcnt"), always_inline)) inline void
-bfloat16_words(const Segment& s, const uint8_t*& next, __m512i& lo, __m512i& hi) {
+GAUGEKIT_BLOCK_VBMI2 void bfloat16_words(const Segment& s, const uint8_t*& next, __m512i& lo, __m512i& hi) {
   if constexpr (P <= 4) {
     words_of<false>(_mm512_loadu_si512(s.raw), block_vbmi2<false, P>(s, 0, next), lo, hi);
   } else {

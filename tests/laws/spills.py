@@ -34,6 +34,7 @@ SPILLS = [
     Spill("_single_cache_attention_fwd", {}, 24, FEW_BYTES),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 1}, 40, ODD_ROWS),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 16}, 80, ODD_ROWS),
+    Spill("_packed_linear", {"E5M2": True, "BLOCK_M": 16}, 128, ODD_ROWS),
     Spill("_packed_linear", {"HALF": True, "BLOCK_M": 64}, 16, ODD_ROWS),
     Spill("_packed_linear", {"BLOCK_M": 256}, 500, ODD_ROWS),
 ]
