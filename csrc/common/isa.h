@@ -14,9 +14,10 @@
 #define GAUGEKIT_VBMI2 \
   __attribute__((      \
       target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,gfni,avx2,fma,f16c,bmi,popcnt")))
-#define GAUGEKIT_BF16    \
-  __attribute__((target( \
-      "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,gfni,avx2,fma,f16c,bmi,popcnt")))
+#define GAUGEKIT_BF16                                                                                       \
+  __attribute__((                                                                                           \
+      target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,gfni,avx2,fma,f16c,bmi," \
+             "popcnt")))
 #define GAUGEKIT_BF16_INLINE GAUGEKIT_BF16 __attribute__((always_inline)) inline
 #endif
 
@@ -33,7 +34,8 @@
 namespace gaugekit {
 
 // This architecture's levels in rising order, each with all of those before it: a kernel that has no form for
-// a level runs that of a lower one. vbmi2 is AVX512-VBMI2 with VBMI, VPCLMULQDQ and GFNI, bf16 is AVX512-BF16.
+// a level runs that of a lower one. vbmi2 is AVX512-VBMI2 with VBMI, VPCLMULQDQ and GFNI, bf16 is
+// AVX512-BF16.
 #ifdef GAUGEKIT_ARM
 enum class Isa { portable, neon, bfdot };
 #else
