@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import linear
 
-from gaugekit.ops.packed_linear import pack_weight, packed_linear
+from gaugekit.ops.packed_linear import PackedWeight, pack_weight, packed_linear
 from registry import Case, benchmark, own_shape, wanted
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336)]
@@ -34,17 +34,19 @@ def layers(n: int, k: int, dtype: torch.dtype, device: str) -> tuple[list, list,
     return plain, [pack_weight(w) for w in plain], [w.float() for w in plain[: max(2, count // 2)]]
 
 
+def check_product(x: torch.Tensor, packed: PackedWeight, plain: torch.Tensor) -> None:
+    """At most twice torch's error, beside rounding to x's dtype."""
+    ours, theirs = packed_linear(x, packed).double(), linear(x, plain).double()
+    exact = x.double() @ plain.double().T
+    noise = torch.finfo(x.dtype).eps * exact.abs().max()
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + noise
+
+
 def product(n, k, batch, threads, dtype, device, total) -> Case:
     plain, packed, full = layers(n, k, dtype, device)
     count = max(2, total // (n * k * 2))
     plain, packed = plain[:count], packed[:count]
     x = torch.randn(batch, k, device=device).to(dtype)
-
-    def check():
-        ours, theirs = packed_linear(x, packed[0]).double(), linear(x, plain[0]).double()
-        exact = x.double() @ plain[0].double().T
-        noise = torch.finfo(dtype).eps * exact.abs().max()
-        assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + noise
 
     def fp32():
         for i in range(len(plain)):
@@ -56,8 +58,8 @@ def product(n, k, batch, threads, dtype, device, total) -> Case:
         ours=lambda: [packed_linear(x, w) for w in packed],
         rivals={"torch linear": lambda: [linear(x, w) for w in plain]}
         | ({"torch linear, fp32 weights": fp32} if batch in FULL else {}),
-        without_us="torch linear", check=check, bytes_moved=memory, flops=2 * batch * n * k * len(plain),
-        threads=threads, label=f"{threads} threads{FROM_MEMORY}",
+        without_us="torch linear", check=lambda: check_product(x, packed[0], plain[0]), bytes_moved=memory,
+        flops=2 * batch * n * k * len(plain), threads=threads, label=f"{threads} threads{FROM_MEMORY}",
         extra={"layers": len(plain), "packed_bytes": memory, "plain_bytes": sum(w.nbytes for w in plain)},
     )  # fmt: skip
 
@@ -74,21 +76,14 @@ def e5m2_layers(n: int, k: int, dtype: torch.dtype, device: str, count: int) -> 
 def e5m2_product(n, k, batch, threads, dtype, device, total) -> Case:
     widened, stored, packed = e5m2_layers(n, k, dtype, device, max(2, total // (n * k * 2)))
     x = torch.randn(batch, k, device=device).to(dtype)
-
-    def check():
-        ours, theirs = packed_linear(x, packed[0]).double(), linear(x, widened[0]).double()
-        exact = x.double() @ widened[0].double().T
-        noise = torch.finfo(dtype).eps * exact.abs().max()
-        assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + noise
-
     memory = sum(w.bytes for w in packed)
     return Case(
         op="packed_linear", shape=f"batch {batch}, {n}x{k} of float8_e5m2", dtype=str(dtype)[6:], device=device,
         ours=lambda: [packed_linear(x, w) for w in packed],
         rivals={"torch linear, widened once": lambda: [linear(x, w) for w in widened],
                 "torch linear, widened at each call": lambda: [linear(x, w.to(dtype)) for w in stored]},
-        without_us="torch linear, widened once", check=check, bytes_moved=memory, flops=2 * batch * n * k * len(packed),
-        threads=threads, label=f"{threads} threads{FROM_MEMORY}",
+        without_us="torch linear, widened once", check=lambda: check_product(x, packed[0], widened[0]),
+        bytes_moved=memory, flops=2 * batch * n * k * len(packed), threads=threads, label=f"{threads} threads{FROM_MEMORY}",
         extra={"layers": len(packed), "packed_bytes": memory, "plain_bytes": sum(w.nbytes for w in stored)},
     )  # fmt: skip
 

@@ -159,7 +159,7 @@ GAUGEKIT_BLOCK_VBMI2 __m512i codes(const Segment& s, int64_t b) {
   return _mm512_gf2p8affine_epi64_epi8(units, matrices, 0);
 }
 
-// The same, all of a block's escapes put in their places by one instruction.
+// As block_avx512, all of a block's escapes put in their places by one instruction.
 template <bool HALF, int C>
 GAUGEKIT_BLOCK_VBMI2 __m512i block_vbmi2(const Segment& s, int64_t b, const uint8_t*& next) {
   const uint64_t mask = escaped<C>(s, b);

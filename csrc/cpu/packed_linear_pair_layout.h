@@ -25,7 +25,7 @@ constexpr int64_t row_stride(int64_t blocks) { return blocks * BLOCK + HALF_BLOC
 constexpr int64_t FEW = 4;                 // rows of x
 constexpr int64_t TILE_W = 4, TILE_X = 6;  // rows of W and of x whose sums stay in registers
 constexpr int64_t MOST_ROWS = 2 * ROWS;    // of W, decoded together
-constexpr int64_t STRETCH = 4;             // blocks of a tile
+constexpr int64_t STRETCH = 4;             // blocks of a tile, after which more is asked for ahead
 
 // Rows of W decoded together: as many as leave half of a second-level cache of 1 MB to x and to what is asked
 // for ahead.
@@ -41,7 +41,7 @@ class Ahead {
   Ahead(const Weight& w, int64_t begin, int64_t end, int64_t calls) {
     if (begin < end) {
       const int64_t segments = w.segments();
-      add(w.raw_at(begin, 0), w.raw_at(end, 0));
+      if (!w.e5m2()) add(w.raw_at(begin, 0), w.raw_at(end, 0));  // it has none
       add(w.planes_at(begin, 0), w.planes_at(end, 0));
       add(w.offsets + begin * segments, w.offsets + end * segments);
       const auto place = [&w, segments](int64_t row) {
