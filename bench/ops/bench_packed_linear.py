@@ -83,7 +83,8 @@ def e5m2_product(n, k, batch, threads, dtype, device, total) -> Case:
         rivals={"torch linear, widened once": lambda: [linear(x, w) for w in widened],
                 "torch linear, widened at each call": lambda: [linear(x, w.to(dtype)) for w in stored]},
         without_us="torch linear, widened once", check=lambda: check_product(x, packed[0], widened[0]),
-        bytes_moved=memory, flops=2 * batch * n * k * len(packed), threads=threads, label=f"{threads} threads{FROM_MEMORY}",
+        bytes_moved=memory, flops=2 * batch * n * k * len(packed), threads=threads,
+        label=f"{threads} threads{FROM_MEMORY}",
         extra={"layers": len(packed), "packed_bytes": memory, "plain_bytes": sum(w.nbytes for w in stored)},
     )  # fmt: skip
 
