@@ -32,8 +32,8 @@ NOTES = {
     "torch's at 1 row, 1.04 to 1.5 times it from 2 to 16 rows, more beyond; float16 ones at 0.49 at 1 row, 0.86 at 4",
     "avx512": "on a Cascade Lake (AVX-512 without 16-bit products) packed bfloat16 products ran faster than torch's "
     "at 1 to 64 rows; float16 ones at 1 row",
-    "pairs": "on an AMD EPYC (Zen 4, AVX512-BF16) packed bfloat16 products ran at 1.7 to 3.3 times the speed of "
-    "torch's at 1 row, 1.1 to 1.2 times it at 16, 1.01 to 1.03 at 64 and 0.95 to 0.99 at 128 and 256",
+    "pairs": "on an AMD EPYC (Zen 4, AVX512-BF16) packed bfloat16 products ran at 1.7 to 2.6 times the speed of "
+    "torch's at 1 row, 1.1 to 1.2 times it at 16, 1.01 to 1.08 at 64 and 0.97 to 1.01 at 128 and 256",
     "16-bit": "this processor multiplies 16-bit numbers itself, by instructions with which packed products have not "
     "been measured beside torch's: they save memory",
     "arm": "on ARM processors packed products are tested in an emulator only: their speed has not been measured",
