@@ -43,8 +43,8 @@ NOTES = {
 }
 E5M2_NOTES = {
     "pairs": "on an AMD EPYC (Zen 4, AVX512-BF16) products of bfloat16 rows with packed float8_e5m2 weights ran at "
-    "1.87 to 2.0 times the speed of torch's with the weights widened to bfloat16 at 1 row, 1.11 to 1.17 times it at 16, "
-    "1.0 at 64 and 256; of float16 rows at 0.80 to 0.82 at 1 row, 1.6 at 16",
+    "1.87 to 2.0 times the speed of torch's with the weights widened to bfloat16 at 1 row, 1.11 to 1.17 times it at "
+    "16, 1.0 at 64 and 256; of float16 rows at 0.80 to 0.82 at 1 row, 1.6 at 16",
 }
 E5M2_UNMEASURED = "on this kind of processor products with packed float8_e5m2 weights have not been measured"
 
