@@ -1,6 +1,7 @@
 """Queries, keys and values of gauge-fixed layers, run by the modules that ``fuse`` puts there, beside dense ones.
 
-A case runs through all layers of the model it is named after, weights of their own, as the model does. Queries stay an
+A case runs through all layers of the model it is named after, weights of their own, and keeps no layer's outputs for
+the next, as the model does: kept, they cost page faults, a third of the time at 197 rows. Queries stay an
 ``nn.Linear``, keys and values are ``gk.nn.GaugeProjection``: three modules in DeiT, Whisper and MiniLM, in GPT-2, whose
 projection is fused, one ``Concat`` of the three. The rival is what a good user writes today: the three projections as
 one linear, D to 3D. Keys by themselves, forward and in training, are held against a linear from D to D.
@@ -78,10 +79,13 @@ def checked(ours, naive, exact):
     return call
 
 
-def quiet(function):
+def through(held, x):
+    """One layer after the other; what a layer gave is free again before the next."""
+
     def call():
         with torch.no_grad():
-            return function()
+            for modules in held:
+                [module(x) for module in modules]
 
     return call
 
@@ -106,10 +110,10 @@ def products(model: str, batch: str, threads: int, device: str) -> Case:
 
     return Case(
         op="gauge_linear", shape=f"{model} QKV {batch} D{inputs} H{heads}", dtype="float32", device=device,
-        ours=quiet(lambda: [[module(x) for module in layer["ours"]] for layer in held]),
+        ours=through([layer["ours"] for layer in held], x),
         rivals={
-            "torch linear, D to 3D": quiet(lambda: [layer["fused"](x) for layer in held]),
-            "three torch linears": quiet(lambda: [[module(x) for module in layer["three"]] for layer in held]),
+            "torch linear, D to 3D": through([[layer["fused"]] for layer in held], x),
+            "three torch linears": through([layer["three"] for layer in held], x),
         },
         without_us="torch linear, D to 3D",
         check=checked(lambda: outputs(first["ours"], some), lambda: first["fused"](some), exact),
@@ -140,15 +144,20 @@ def keys_alone(model: str, batch: str, threads: int, device: str, step: bool) ->
         operands = [given, getattr(learning, name)]
         return lambda: torch.autograd.grad(learning(given), operands, seed)
 
+    def every(steps):
+        def call():
+            for one in steps:
+                one()
+
+        return call
+
     if step:
-        compact = [both_ways(module, "free") for module in keys]
-        plain = [both_ways(module, "weight") for module in dense_keys]
-        calls = (lambda: [call() for call in compact], lambda: [call() for call in plain])
-    else:
         calls = (
-            quiet(lambda: [module(x) for module in keys]),
-            quiet(lambda: [module(x) for module in dense_keys]),
+            every([both_ways(module, "free") for module in keys]),
+            every([both_ways(module, "weight") for module in dense_keys]),
         )
+    else:
+        calls = (through([[module] for module in keys], x), through([[module] for module in dense_keys], x))
     kind = "forward+backward" if step else "forward"
     check = checked(lambda: keys[0](some), lambda: dense_keys[0](some), lambda: of_projection(some, keys[0]))
     return Case(
