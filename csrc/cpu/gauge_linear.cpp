@@ -97,19 +97,24 @@ void heads_into(const Operands& f, void* out, int64_t out_row) {
   // Four pieces a thread, so that the last of them keeps nobody waiting for long.
   const int64_t share = f.batch * f.heads / (4 * most) / GAUGE_ROWS * GAUGE_ROWS;
   const int64_t step = std::clamp(share, LEAST_ROWS, MOST_ROWS);
-  const int64_t blocks = (f.batch + step - 1) / step, pieces = blocks * f.heads;
+  int64_t blocks = (f.batch + step - 1) / step;  // of nearly as many rows each
+  while (blocks * f.heads % most && (blocks + 1) * LEAST_ROWS <= f.batch) ++blocks;  // as many for each thread
+  const auto first_of = [&](int64_t block) {
+    return block == blocks ? f.batch : f.batch * block / blocks / GAUGE_ROWS * GAUGE_ROWS;
+  };
+  const int64_t pieces = blocks * f.heads;
   const int64_t threads = std::min(pieces, most);
   const S* weights = static_cast<const S*>(free.const_data_ptr());
   std::atomic<int64_t> next{0};
   const auto turns = [&](int64_t, int64_t) {
     std::vector<accumulator<S>> wide(std::is_same_v<S, accumulator<S>> ? 0 : 8 * f.inputs);
     for (int64_t piece; (piece = next++) < pieces;) {
-      const int64_t head = piece % f.heads, first = piece / f.heads * step, after = piece + threads;
+      const int64_t head = piece % f.heads, block = piece / f.heads, after = piece + threads;
       const GaugeHead<S> part{static_cast<const S*>(x.const_data_ptr()),
                               x_row,
                               f.inputs,
-                              first,
-                              std::min(first + step, f.batch),
+                              first_of(block),
+                              first_of(block + 1),
                               weights + head * depth * f.width,
                               depth,
                               f.width,
