@@ -97,8 +97,9 @@ void heads_into(const Operands& f, void* out, int64_t out_row) {
   // Four pieces a thread, so that the last of them keeps nobody waiting for long.
   const int64_t share = f.batch * f.heads / (4 * most) / GAUGE_ROWS * GAUGE_ROWS;
   const int64_t step = std::clamp(share, LEAST_ROWS, MOST_ROWS);
-  int64_t blocks = (f.batch + step - 1) / step;  // of nearly as many rows each
-  while (blocks * f.heads % most && (blocks + 1) * LEAST_ROWS <= f.batch) ++blocks;  // as many for each thread
+  // Of nearly as many rows each, and as many for every thread.
+  int64_t blocks = (f.batch + step - 1) / step;
+  while (blocks * f.heads % most && (blocks + 1) * LEAST_ROWS <= f.batch) ++blocks;
   const auto first_of = [&](int64_t block) {
     return block == blocks ? f.batch : f.batch * block / blocks / GAUGE_ROWS * GAUGE_ROWS;
   };
