@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gaugekit.nn import Concat, GaugeProjection
+from gaugekit.ops.gauge_linear import choice
 from gaugekit.reference.gauge_linear import gauge_linear as reference
 from registry import Case, benchmark, own_shape, wanted
 
@@ -123,8 +124,10 @@ def products(model: str, batch: str, threads: int, device: str) -> Case:
     )  # fmt: skip
 
 
-def product(held: list[dict]) -> dict:
-    """How the compact modules multiply on this machine outside training."""
+def product(held: list[dict], training: bool = False) -> dict:
+    """How the compact modules multiply on this machine."""
+    if training and not choice.trains(choice.kind(), torch.float32):
+        return {"product": "dense"}
     parts = [part for layer in held for module in layer["ours"] for part in module.modules()]
     chosen = {part.product[0] for part in parts if isinstance(part, GaugeProjection)}
     return {"product": " and ".join(sorted(chosen))}
@@ -166,7 +169,7 @@ def keys_alone(model: str, batch: str, threads: int, device: str, step: bool) ->
         without_us="torch linear, D to D", check=check,
         flops=int(2 * x.numel() * inputs / limit) * count * (3 if step else 1), threads=threads,
         label=label(threads), processor_time=threads == 1, rounds=ROUNDS,
-        extra={"layers": count} | ({"product": "dense"} if step else {"limit": limit} | product(held)),
+        extra={"layers": count} | ({} if step else {"limit": limit}) | product(held, training=step),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from gaugekit.nn.kept import Keeping
 from gaugekit.ops.gauge_linear import choice
 from gaugekit.ops.gauge_linear.layout import dense
-from gaugekit.ops.gauge_linear.operator import DTYPES, transforms
+from gaugekit.ops.gauge_linear.operator import DTYPES, differentiable, transforms
 
 
 def widen(y: Tensor, heads: int, padded: int) -> Tensor:
@@ -29,9 +29,9 @@ class GaugeProjection(Keeping):
     keys and values need none. With ``padded`` each head's outputs are followed by zeros up to that width (keys of lower
     rank than their queries' module expects).
 
-    Where it was measured to be faster (``ops.gauge_linear.choice``) a kernel of ours multiplies ``free`` as it lies.
-    Elsewhere torch multiplies a dense weight: made anew at each call while gradients flow to ``free``, else kept in
-    evaluation mode until ``free`` or ``rows`` changes. Writes through ``.data``, which PyTorch does not count, are seen
+    Where it was measured to be faster (``ops.gauge_linear.choice``, which knows of training by itself) a kernel of ours
+    multiplies ``free`` as it lies. Elsewhere torch multiplies a dense weight: made anew at each call while gradients
+    flow to ``free``, else kept in evaluation mode until ``free`` or ``rows`` changes. Writes through ``.data``, which PyTorch does not count, are seen
     after the next ``train()`` or ``eval()``.
     """
 
@@ -85,12 +85,13 @@ class GaugeProjection(Keeping):
     def _settle(self) -> None:
         """Keeps for which dtypes the kernel is taken here: ``forward`` asks at every call, a compiler's trace too."""
         self._kernels = tuple(d for d in DTYPES if self._plan(d, "cpu")[0] == "kernel")
+        self._trained = tuple(d for d in self._kernels if choice.trains(choice.kind(), d))
 
     def forward(self, x: Tensor) -> Tensor:
         free = self.free
         y = None
         if free.is_cpu and free.dtype in self._kernels:
-            y = by_kernel(x, free, self.rows, self.bias)
+            y = by_kernel(x, free, self.rows, self.bias, free.dtype in self._trained)
         if y is None:
             y = linear(x, self._dense(), self.bias)
         return y if self.padded is None else widen(y, self.heads, self.padded)
@@ -102,7 +103,11 @@ class GaugeProjection(Keeping):
         return self.kept(lambda: self.weight, *self._made_of())
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in super().__getstate__().items() if name != "_kernels"}
+        return {
+            name: value
+            for name, value in super().__getstate__().items()
+            if name not in ("_kernels", "_trained")
+        }
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -112,14 +117,16 @@ class GaugeProjection(Keeping):
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
 
 
-def by_kernel(x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor | None:
+def by_kernel(
+    x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None, trains: bool = False
+) -> Tensor | None:
     """y on a CPU by the operator; None where torch has to do it: under autocast and vmap, and wherever something is
-    differentiated, since forward and backward together were measured slower than torch's.
+    differentiated, unless the kernel ``trains``: forward and backward together were measured not to be slower.
     """
     if is_autocast_enabled("cpu") or transforms():
         return None
     if is_grad_enabled() and (
         x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return None
+        return differentiable(x, free, rows, bias, None, None) if trains else None
     return _FORWARD(x, free, rows, bias, None, None)

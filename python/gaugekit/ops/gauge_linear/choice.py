@@ -15,6 +15,8 @@ AVX512_BF16 = "AVX512-BF16"
 MEASURED = {("AVX2", torch.float32): (768, 12), (AVX512_BF16, torch.float32): (768, 12)}
 REGISTER = {"AVX2": 8, AVX512_BF16: 16}  # numbers of float32 that a head's width is a multiple of
 
+TRAINED = {(AVX512_BF16, torch.float32)}
+
 FASTER = {
     "AVX2": "on an AMD EPYC (Zen 3, AVX2), one thread, the kernel ran at 1.08 times the speed of the dense product or "
     "more in every shape measured, at up to 1.5 times where heads are few",
@@ -32,6 +34,11 @@ def kind() -> str:
         return ""
     capability = torch.backends.cpu.get_cpu_capability()
     return AVX512_BF16 if capability == "AVX512" and processor.multiplies_pairs_alone() else capability
+
+
+def trains(kind_of_processor: str, dtype: torch.dtype) -> bool:
+    """Whether forward and backward of the kernel together were measured not to be slower than the dense product's."""
+    return (kind_of_processor, dtype) in TRAINED
 
 
 def plan(

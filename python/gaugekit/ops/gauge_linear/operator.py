@@ -54,11 +54,19 @@ def gauge_linear(
         return torch.ops.gaugekit.gauge_linear(*given)
     learns = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
     try:
-        return torch.ops.gaugekit.gauge_linear(*given) if learns else _FORWARD(*given)
+        return differentiable(*given) if learns else _FORWARD(*given)
     except RuntimeError as error:
         if DIFFERENT in str(error):
             raise _refusal(x) from None
         raise
+
+
+def differentiable(*given: Tensor | None) -> Tensor:
+    """The operator with ``gauge_linear``'s arguments where something is differentiated: without the time that an
+    operator's own way to its gradient takes, unless a compiler looks on."""
+    if torch.compiler.is_compiling():
+        return torch.ops.gaugekit.gauge_linear(*given)
+    return _Differentiable.apply(*given)
 
 
 def transforms() -> bool:
@@ -165,7 +173,9 @@ def _backward(ctx, grad):
     before, of_heads = grad[..., :first], grad[..., first:]
     dx = dfree = None
     if of_x or of_free:
-        dx, dfree = torch.ops.gaugekit.gauge_linear_backward(of_heads, x, free, rows, of_x, of_free)
+        # Whoever differentiates this once more needs torch's own operators.
+        product = composition_backward if torch.is_grad_enabled() else _BACKWARD
+        dx, dfree = product(of_heads, x, free, rows, of_x, of_free)
     if of_x and weight is not None:
         dx = dx + before @ weight
     return (
@@ -176,6 +186,15 @@ def _backward(ctx, grad):
         _rows(before).mT @ _rows(x) if weight is not None and of_weight else None,
         _rows(before).sum(0) if ctx.weight_biased and of_weight_bias else None,
     )
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *given):
+        _save(ctx, given, None)
+        return _FORWARD(*given)
+
+    backward = staticmethod(_backward)
 
 
 _library.define(f"gauge_linear({ARGUMENTS}) -> Tensor", composition, _fake)
@@ -192,3 +211,4 @@ torch.library.register_autograd(
 )
 _composed = _library.outside_autocast(composition)
 _FORWARD = torch.ops.gaugekit.gauge_linear_forward.default
+_BACKWARD = torch.ops.gaugekit.gauge_linear_backward.default
