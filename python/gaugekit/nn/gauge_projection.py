@@ -31,8 +31,8 @@ class GaugeProjection(Keeping):
 
     Where it was measured to be faster (``ops.gauge_linear.choice``, which knows of training by itself) a kernel of ours
     multiplies ``free`` as it lies. Elsewhere torch multiplies a dense weight: made anew at each call while gradients
-    flow to ``free``, else kept in evaluation mode until ``free`` or ``rows`` changes. Writes through ``.data``, which PyTorch does not count, are seen
-    after the next ``train()`` or ``eval()``.
+    flow to ``free``, else kept in evaluation mode until ``free`` or ``rows`` changes. Writes through ``.data``, which
+    PyTorch does not count, are seen after the next ``train()`` or ``eval()``.
     """
 
     form = "gauge_projection"
