@@ -30,6 +30,7 @@ if hasattr(os, "register_at_fork"):
 
 
 _backends: dict[str, Backend] = {}
+_registered: set[tuple[str, str]] = set()
 
 
 def define(schema: str, composition: Callable, fake: Callable) -> None:
@@ -55,7 +56,12 @@ def outside_autocast(implementation: Callable) -> Callable:
 
 def implementation(name: str, key: str = "CPU") -> bool:
     """Whether a binary registered a kernel for ``gaugekit::<name>`` under dispatch key ``key``."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+    if (name, key) in _registered:
+        return True
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+    if found:
+        _registered.add((name, key))  # for good; and torch takes some microseconds to say so
+    return found
 
 
 def backends() -> dict[str, Backend]:

@@ -125,34 +125,31 @@ def plan(
 
 def _plan(q, k, v, alpha, beta, gamma, v0, lam, mask: Mask) -> Plan:
     check(q, v, alpha, beta, gamma, v0, lam, mask)
-    if k.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[3] or k.shape[3] < 1:
-        expected = [*v.shape[:3], q.shape[3]]
+    (queries, key_width), (batch, groups, keys, width) = q.shape[2:], v.shape
+    if k.shape != (batch, groups, keys, key_width) or key_width < 1:
+        expected = [batch, groups, keys, key_width]
         raise ValueError(f"k: expected [B, G, S, K] = {expected} beside q and v, got {list(k.shape)}")
     if k.dtype != q.dtype or k.device != q.device:
         raise ValueError(f"k: expected {q.dtype} on {q.device}, got {k.dtype} on {k.device}")
-    kind, block = mask_kind(q.shape[2], k.shape[2], mask)
+    kind, block = mask_kind(queries, keys, mask)
     combine = any(gain is not None for gain in (alpha, beta, gamma, lam))
     core = "torch scaled_dot_product_attention"
-    asked = asked_core()
+    asked, device = asked_core(), q.device.type
     if asked in (FUSED, FLEX):
-        return Plan(asked, kind, q.shape[2], v.shape[3], asked == FLEX and combine)
-    on_cpu = asked is None and q.device.type == "cpu"
+        return Plan(asked, kind, queries, width, asked == FLEX and combine)
+    on_cpu = asked is None and device == "cpu"
     # While compiling, torch's kernels would be given all packed sequences as one, and blocks want a number of rows.
     if on_cpu and kind == "blocks" and torch.compiler.is_compiling():
-        asked = RAGGED if mask.cu_seqlens is not None or isinstance(q.shape[2], torch.SymInt) else asked
-    sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+        asked = RAGGED if mask.cu_seqlens is not None or isinstance(queries, torch.SymInt) else asked
+    sizes = (queries, keys, key_width, width)
     if asked == RAGGED or (on_cpu and cpu_core(_autocast(q), *sizes, kind == "is_causal") == RAGGED):
-        return Plan(RAGGED, kind, q.shape[2], v.shape[3], combine)
-    if q.device.type == "cuda":
-        if (
-            asked is None
-            and gpu_core(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], kind, combine) == FUSED
-        ):
-            return Plan(FUSED, kind, q.shape[2], v.shape[3], False)
+        return Plan(RAGGED, kind, queries, width, combine)
+    if device == "cuda":
+        if asked is None and gpu_core(q.dtype, *sizes, kind, combine) == FUSED:
+            return Plan(FUSED, kind, queries, width, False)
         core += ": " + ", ".join(BACKENDS[q.dtype])
     # torch's CPU kernels take only K = V; its general path is 9 to 28 times slower than zeros appended to the narrower.
-    widths = (q.shape[3], v.shape[3]) if q.device.type == "cpu" else (v.shape[3],)
-    return Plan(core, kind, block, max(widths), combine)
+    return Plan(core, kind, block, max(key_width, width) if device == "cpu" else width, combine)
 
 
 def _ragged_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
