@@ -78,6 +78,16 @@ def test_compiled(way):
         torch.testing.assert_close(torch.compile(module, fullgraph=True, backend=counter)(x), module(x))
 
 
+def test_a_trace_with_gradients_is_saved_and_loaded(way):
+    module, x, file = projection(), torch.randn(6, 48), io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, (x,)), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    torch.testing.assert_close(loaded(x), module(x))
+    mine, plain = (torch.autograd.grad(f(x).square().sum(), f.free)[0] for f in (loaded, module))
+    torch.testing.assert_close(mine, plain)
+
+
 def test_autocast_is_that_of_a_linear(way):
     module, x = projection(), torch.randn(5, 48)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch.jit import is_tracing
 from torch.nn.functional import linear
 
 from gaugekit.nn.kept import Keeping
@@ -125,6 +126,8 @@ def by_kernel(
     """
     if is_autocast_enabled("cpu") or transforms():
         return None
+    if is_tracing():  # a graph for both, and without Python
+        return torch.ops.gaugekit.gauge_linear(x, free, rows, bias, None, None)
     if is_grad_enabled() and (
         x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad)
     ):

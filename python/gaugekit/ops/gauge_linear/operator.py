@@ -63,8 +63,8 @@ def gauge_linear(
 
 def differentiable(*given: Tensor | None) -> Tensor:
     """The operator with ``gauge_linear``'s arguments where something is differentiated: without the time that an
-    operator's own way to its gradient takes, unless a compiler looks on."""
-    if torch.compiler.is_compiling():
+    operator's own way to its gradient takes, unless a compiler or a tracer looks on."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.gaugekit.gauge_linear(*given)
     return _Differentiable.apply(*given)
 
