@@ -35,6 +35,8 @@ class Mask(NamedTuple):
         cu_seqlens: Integers | None,
     ) -> Mask:
         """The mask of what a caller gave: lists of integers become tensors on ``device``."""
+        if query_start is None and key_lengths is None and cu_seqlens is None:
+            return cls(causal, window)
         return cls(
             causal,
             window,
@@ -112,6 +114,8 @@ def check(
 
 def check_gains(a: Tensor, causal: bool, keys: int, **given: Tensor | None) -> None:
     """ValueError naming the gain that does not fit the heads of ``a`` [B, H, T, ·], or its mask and number of keys."""
+    if all(gain is None for gain in given.values()):
+        return
     heads, queries = a.shape[1:3]
     for name, gain in given.items():
         if gain is not None and (gain.shape != (heads,) or gain.dtype not in (torch.float32, a.dtype)):

@@ -37,6 +37,8 @@ def gain(name: str, given: Gain | None, heads: int, beside: Tensor) -> Tensor | 
 
 def gains(a: Tensor, **given: Gain | None) -> list[Tensor | None]:
     """Each of ``given`` as ``gain`` makes it for the heads of ``a`` [B, H, T, ·]."""
+    if all(value is None for value in given.values()):
+        return list(given.values())
     heads = a.shape[1] if a.dim() == 4 else 0
     return [gain(name, value, heads, a) for name, value in given.items()]
 

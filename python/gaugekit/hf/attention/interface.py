@@ -81,7 +81,7 @@ def attend(
     if packed:
         batch = query.shape[0]
         query, key, value = (_one_row(x) for x in (query, key, value))
-    tap = getattr(module, TAP, None) if query.shape[2] == key.shape[2] else None
+    tap = module._modules.get(TAP) if query.shape[2] == key.shape[2] else None
     row_by_row = gaugekit_values is not None or (tap is not None and tap._forward_hooks)
     if row_by_row and not mask.causal and mask.query_start is None and mask.query_order is None:
         mask = replace(mask, query_order=mask.key_order)  # each query then stands at the row of its own key

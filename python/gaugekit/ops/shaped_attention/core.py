@@ -6,6 +6,7 @@ most 1,024 queries at a time and the keys S' they can see.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from gaugekit.ops.mask import Mask, keys_of_queries
-from gaugekit.ops.shaped_attention.choice import BACKENDS
+from gaugekit.ops.shaped_attention.choice import BACKENDS, TORCH, cpu_core
 
 BLOCK = 1024  # queries a mask covers at most
 SMALLEST_BLOCK = 128  # shorter calls of the core cost more than the keys they save
@@ -34,17 +35,44 @@ def mask_kind(queries: int, keys: int, mask: Mask) -> tuple[str, int]:
     return "blocks", max(SMALLEST_BLOCK, min(BLOCK, mask.window)) if narrow else BLOCK
 
 
+def as_it_is(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict | None:
+    """The options of torch's attention where it answers by itself: on a CPU, operands of one width, no terms, and every
+    key seen, or with ``causal`` those up to the query's own. None elsewhere, and for what does not fit.
+
+    It asks for little: beside a token of a small model, reading shapes takes as long as attention.
+    """
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and q.dtype is k.dtype is v.dtype):
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    return _as_it_is(q.shape, k.shape, v.shape, q.dtype, causal)
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_it_is(q: torch.Size, k: torch.Size, v: torch.Size, dtype: torch.dtype, causal: bool) -> dict | None:
+    fits = len(q) == len(k) == 4 and k == v and q[0] == k[0] and q[3] == k[3] and 0 not in (*q, *k)
+    if not (fits and dtype in BACKENDS and q[1] % k[1] == 0 and q[2] <= k[2]):
+        return None
+    kind, _ = mask_kind(q[2], k[2], Mask(causal))
+    if (
+        kind not in ("none", "is_causal")
+        or cpu_core(dtype, q[2], k[2], q[3], v[3], kind == "is_causal") != TORCH
+    ):
+        return None
+    return {"is_causal": kind == "is_causal"}
+
+
 def softmax_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """softmax(scale·q kᵀ) v under the mask; rows that see no key hold any finite numbers."""
     if q.numel() == 0 or v.numel() == 0:  # the sum of nothing: a zero that keeps the result differentiable
         return q.new_zeros(*q.shape[:3], v.shape[3]) + (q if q.numel() == 0 else v).sum()
     kind, block = mask_kind(q.shape[2], k.shape[2], mask)
     if kind in ("none", "is_causal"):
-        return _sdpa(q, k, v, scale, is_causal=kind == "is_causal")
+        return sdpa(q, k, v, scale, is_causal=kind == "is_causal")
     if kind == "keys":
         j = torch.arange(k.shape[2], device=q.device)
         lengths = mask.key_lengths.clamp(min=1)
-        return _sdpa(q, k, v, scale, attn_mask=(j < lengths[:, None])[:, None, None, :])
+        return sdpa(q, k, v, scale, attn_mask=(j < lengths[:, None])[:, None, None, :])
     seen = keys_of_queries(q.shape[2], k.shape[2], mask, q.device)
     parts = []
     for begin in range(0, q.shape[2], block):
@@ -55,7 +83,7 @@ def softmax_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> T
         visible = ((j >= first) & (j < last)) | (first == last)
         visible = visible[0] if visible.shape[0] == 1 else visible[:, None]
         part = (q[:, :, begin:end], k[:, :, low:high], v[:, :, low:high])
-        parts.append(_sdpa(*part, scale, attn_mask=visible))
+        parts.append(sdpa(*part, scale, attn_mask=visible))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -76,14 +104,14 @@ def _reach(begin: int, end: int, queries: int, keys: int, mask: Mask) -> tuple[i
     return low, min(max(high, low + 1), keys)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
-    width, narrow = v.shape[3], q.shape[3] - v.shape[3]
-    if q.device.type == "cpu" and narrow > 0:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
+    width, narrow, device = v.shape[3], q.shape[3] - v.shape[3], q.device.type
+    if device == "cpu" and narrow > 0:
         v = pad(v, (0, narrow))
-    elif q.device.type == "cpu" and narrow < 0:
+    elif device == "cpu" and narrow < 0:
         q, k = pad(q, (0, -narrow)), pad(k, (0, -narrow))
     options["enable_gqa"] = q.shape[1] != k.shape[1]
-    if q.device.type == "cuda":
+    if device == "cuda":
         out = _pinned(q, k, v, scale=scale, **options)
     else:
         out = scaled_dot_product_attention(q, k, v, scale=scale, **options)

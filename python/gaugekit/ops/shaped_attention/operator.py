@@ -27,7 +27,7 @@ from gaugekit.ops.shaped_attention.choice import (
     gpu_core,
 )
 from gaugekit.ops.shaped_attention.choice import use_core as use_core
-from gaugekit.ops.shaped_attention.core import mask_kind, packed_core, softmax_core
+from gaugekit.ops.shaped_attention.core import as_it_is, mask_kind, packed_core, sdpa, softmax_core
 from gaugekit.ops.shaped_attention.flex import flex_core
 from gaugekit.ops.shaped_attention.sharding import rules
 from gaugekit.ops.shaped_combine.cuda import INSTALLED
@@ -75,6 +75,11 @@ def shaped_attention(
         return sharding.local(shaped_attention, rules, dict(
             q=q, k=k, v=v, alpha=alpha, beta=beta, gamma=gamma, v0=v0, lam=lam, causal=causal, window=window,
             query_start=query_start, key_lengths=key_lengths, cu_seqlens=cu_seqlens, scale=scale))  # fmt: skip
+    nothing_else = (
+        alpha is beta is gamma is v0 is lam is window is query_start is key_lengths is cu_seqlens is None
+    )
+    if nothing_else and asked_core() is None and (options := as_it_is(q, k, v, causal)) is not None:
+        return sdpa(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, **options)
     alpha, beta, gamma, lam = gains(q, alpha=alpha, beta=beta, gamma=gamma, lam=lam)
     mask = Mask.of(q.device, causal, window, query_start, key_lengths, cu_seqlens)
     if torch.is_autocast_enabled(q.device.type):
