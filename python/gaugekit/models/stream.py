@@ -82,7 +82,10 @@ class Stream:
     before layer 0, ``exchanges`` what may go from one of its terms to another beside tokens and positions. ``heads``
     read what ``head`` reads, each ``reads`` tokens at once. ``parts`` are readers that are no modules, by the paths
     they go by here. A norm multiplies by its weight and ``offset``. ``unturned`` says why no rotation passes. ``raw``:
-    without its head, a model gives the stream as it is before the last norm.
+    without its head, a model gives the stream as it is before the last norm. ``copies`` are names under which a file
+    may hold the matrix of ``tokens`` again. ``beside`` are paths of modules and tensors that stand beside the stream:
+    nothing of it goes through them on its way to the output. What is named nowhere here, and has an axis of D, has no
+    view (``stream_view.strangers``).
     """
 
     size: int
@@ -106,6 +109,8 @@ class Stream:
     offset: float = 0.0
     unturned: str | None = None
     raw: bool = False
+    copies: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def places(self) -> int:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gaugekit.models.family import Family
 from gaugekit.models.stream import Exchange, Junction, Stream
 
 # What transformers calls heads that read the stream, logits aside
-CLASSIFIERS = ("score", "classifier", "qa_outputs", "cls_classifier", "distillation_classifier")
+CLASSIFIERS = (
+    "score", "classifier", "qa_outputs", "cls_classifier", "distillation_classifier", "multiple_choice_head.summary"
+)  # fmt: skip
+LEAVES = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,14 @@ class StreamView:
     float64; meta tensors where only shapes are known. ``head`` says what makes logits of the stream: "own", a matrix of
     its own; "tied", the table of ``tokens``; "none" in a model that returns the stream, whose last norm everybody sees;
     "inner" where all that read the stream are among its junctions. Of a classifier ``stream.head`` is the module that
-    makes its scores, "own".
+    makes its scores, "own". ``stranger`` names a tensor of the model that may read the stream's end, too, and has no
+    view: the last norm and the basis are left as they are then.
     """
 
     stream: Stream
     tensors: Mapping[str, Tensor]
     head: str
+    stranger: str | None = None
 
     @classmethod
     def of(
@@ -43,14 +49,16 @@ class StreamView:
             return cls(stream, _taken(stream, prefix, tensors), "inner")
         if apart and cls.has_head(stream, tensors):
             stream = replace(stream, tied=False)
-        classifiers = () if headed else _classifiers(stream, tensors)
+        classifiers = _classifiers(stream, tensors)
         if not headed and stream.raw:
             raise ValueError(
                 "model: it shows its stream before the last norm, which only a projection would read, and it has none"
             )
-        if classifiers:
+        if headed:
+            stream = replace(stream, heads=classifiers)
+        elif classifiers:
             stream = replace(stream, head=classifiers[0], heads=classifiers[1:], tied=False)
-        elif not headed:
+        else:
             stream = replace(stream, head=None, heads=())
         taken = _taken(stream, prefix, tensors)
         if stream.head is None:
@@ -73,7 +81,9 @@ class StreamView:
         of its own.
         """
         inner = [(junction.norm, junction.readers) for junction in self.junctions if junction.norm]
-        return [*inner, (self.stream.norm, self.heads)] if self.head == "own" and self.stream.norm else inner
+        return (
+            inner if self.stream.norm is None or self._last_kept else [*inner, (self.stream.norm, self.heads)]
+        )
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -131,7 +141,7 @@ class StreamView:
     def kept(self) -> list[str]:
         """The norms whose gains no reader can take up, so that a rotation has to leave them alone."""
         after = [junction.after for junction in self.junctions if junction.after]
-        last = [self.stream.norm] if self.stream.norm and self.head != "own" else []
+        last = [self.stream.norm] if self.stream.norm and self._last_kept else []
         return [*self.stream.entries, *after, *last]
 
     @property
@@ -141,6 +151,8 @@ class StreamView:
             return self.stream.unturned
         if self.head == "none":
             return "its stream is its output"
+        if self.stranger:
+            return f"{self.stranger!r} may read it and has no view here"
         if self.head == "tied":
             return "its head shares the table of embeddings, so that only channels of the same gains turn"
         if self.kept:
@@ -191,17 +203,99 @@ class StreamView:
         return replace(self, tensors={**self.tensors, **tensors})
 
     def _transposed(self, path: str) -> bool:
-        return self.stream.transposed and path not in self.heads
+        return self.stream.transposed and path not in (*self.heads, self.stream.tokens)
+
+    @property
+    def _last_kept(self) -> bool:
+        """Whether something reads the last norm that cannot take up its gain."""
+        return self.head != "own" or self.stranger is not None
 
 
 def heads_apart(stream: Stream, prefix: str, names: Container[str], read: Callable[[str], Tensor]) -> bool:
     """Whether a file with tensors of these ``names`` holds a head whose numbers are not the table's: transformers then
     unties the two, whatever the config says.
     """
-    if not StreamView.has_head(stream, names) or stream.tokens is None:
+    table = f"{prefix}{stream.tokens}.weight"
+    if not StreamView.has_head(stream, names) or table not in names:
         return False
-    head, table = read(f"{stream.head}.weight"), read(f"{prefix}{stream.tokens}.weight")
-    return not torch.equal(head, table)
+    return not torch.equal(read(f"{stream.head}.weight"), read(table))
+
+
+def views(
+    family: Family,
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    headed: Callable[[Stream], bool],
+    same: Callable[[str, str], bool] = lambda head, table: False,
+) -> Iterator[StreamView]:
+    """The views of all streams of a model of ``family`` in ``tensors``, one after the other, as ``StreamView.of``.
+
+    ``same``: whether two tensors, by their full names, hold the same numbers, as a file may that holds a shared table
+    twice; in memory what shares a tensor has one name. Raises ValueError, with the reason, beside those of ``of`` for a
+    tensor in the base model that no view knows (``strangers``) and for tables that are no copies of each other.
+    """
+    streams = family.streams()
+    known = {name for layer in range(family.layers) for name in family.shapes(layer)}
+    beyond = strangers(streams, known, prefix, {name: tensor.shape for name, tensor in tensors.items()})
+    for stream in streams:
+        table, head = f"{prefix}{stream.tokens}.weight", f"{stream.head}.weight"
+        tables = [
+            prefix + name for name in (f"{stream.tokens}.weight", *stream.copies) if prefix + name in tensors
+        ]
+        tables = tables or (
+            [head] if stream.tied and head in tensors else []
+        )  # whichever of the two a file holds
+        for other in tables[1:]:
+            if not same(other, tables[0]):
+                raise ValueError(
+                    f"model: {other!r} is a table of its own beside {tables[0]!r}, which no view knows"
+                )
+        there = {**tensors, table: tensors[tables[0]]} if tables else tensors
+        apart = not stream.tied or head not in tensors or not same(head, tables[0])
+        view = StreamView.of(stream, prefix, there, headed(stream), apart)
+        yield replace(view, stranger=beyond[0]) if beyond and view.head != "inner" else view
+
+
+def strangers(
+    streams: Collection[Stream], known: Iterable[str], prefix: str, sizes: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """The names of those of a model's tensors, of these ``sizes``, that no adapter knows and that could read the end of
+    a stream: outside of the base model, with an axis of n·D.
+
+    ``known`` are the names of the attentions' tensors, without ``prefix``. Raises ValueError, with its name, for one
+    inside of the base model with an axis of D: it could stand anywhere.
+    """
+    paths = [path for stream in streams for path in (stream.head, *stream.heads) if path]
+    ends = {f"{path}.{leaf}" for path in (*paths, *CLASSIFIERS) for leaf in LEAVES}
+    own = {name for stream in streams for name in (*_names(stream), *stream.copies)} | {*known}
+    beside = {path for stream in streams for path in stream.beside}
+    places = tuple({f"{name.partition('.')[0]}." for name in own - ends})
+    widths, beyond = {stream.size for stream in streams}, []
+    for name, size in sizes.items():
+        short, inside = name.removeprefix(prefix), name.startswith(prefix if prefix else places)
+        if (
+            name in ends
+            or (inside and short in own)
+            or any(f"{short}.".startswith(f"{path}.") for path in beside)
+        ):
+            continue
+        if inside and widths & {*size}:
+            raise ValueError(
+                f"model: {name!r} has the width of its stream, and no view knows what it does there"
+            )
+        if not inside and any(axis and axis % width == 0 for axis in size for width in widths):
+            beyond.append(name)
+    return beyond
+
+
+def stands(stream: Stream, modules: Collection[str]) -> bool:
+    """Whether a live model with ``modules`` of these paths has the head of a stream; ValueError where it is deeper."""
+    if stream.head is None or stream.head in modules:
+        return stream.head is not None
+    deeper = next((path for path in modules if path.endswith(f".{stream.head}")), None)
+    if deeper is not None:
+        raise ValueError(f"model: expected its head at {stream.head!r}, found it at {deeper!r}")
+    return False
 
 
 def _classifiers(stream: Stream, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ class StreamRotation(StreamSymmetry):
     name = "stream_rotation"
 
     def dimension(self, view: StreamView) -> int:
-        if view.head == "none" or view.stream.unturned:
+        if view.head == "none" or view.stranger or view.stream.unturned:
             return 0
         less = 1 if view.stream.centred else 0
         sizes = [len(channels) - less for channels in self._classes(view)]
@@ -52,7 +52,9 @@ class StreamRotation(StreamSymmetry):
             view = view.with_linear(path, element.mT @ (size * weight) / size, turned)
         for norm, readers in _norms(view):
             gain, shift = nonzero(view.gain(norm)), view.read(f"{norm}.bias")
-            for path in () if readers == (view.stream.tokens,) else readers:  # that table was turned above
+            for path in readers:
+                if path == view.stream.tokens:  # a tied table was turned above
+                    continue
                 weight, bias = view.linear(path)
                 view = view.with_linear(path, (weight * gain) @ element / gain, bias)
             if shift is not None:
@@ -149,10 +151,10 @@ class StreamRotation(StreamSymmetry):
 
 
 def _norms(view: StreamView) -> list[tuple[str, tuple[str, ...]]]:
-    """As ``StreamView.norms``, with the last norm of a tied head, which the table of embeddings reads."""
+    """As ``StreamView.norms``, with the last norm of a tied head, which the table of embeddings reads beside others."""
     if view.head != "tied":
         return view.norms
-    return [*view.norms, (view.stream.norm, (view.stream.tokens,))]
+    return [*view.norms, (view.stream.norm, (view.stream.tokens, *view.stream.heads))]
 
 
 def _bare(view: StreamView) -> list[str]:

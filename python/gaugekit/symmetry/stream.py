@@ -31,6 +31,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from gaugekit.models import Live, StreamView
+from gaugekit.models.stream_view import stands, views
 
 
 class StreamSymmetry(ABC):
@@ -83,15 +84,12 @@ class StreamSymmetry(ABC):
 def streams_of(model: nn.Module) -> tuple[StreamView, ...]:
     """The streams of a live transformers model, float64; ValueError, with the reason, where its family has no view."""
     live = Live(model)
-    streams = live.family.streams()
     tensors = {
         name: parameter.detach().to("cpu", torch.float64, copy=True)
         for name, parameter in model.named_parameters()
     }
     modules = {name for name, _ in model.named_modules()}
-    return tuple(
-        StreamView.of(stream, live.prefix, tensors, stream.head in modules, apart=True) for stream in streams
-    )
+    return tuple(views(live.family, live.prefix, tensors, lambda stream: stands(stream, modules)))
 
 
 def stream_of(model: nn.Module) -> StreamView:

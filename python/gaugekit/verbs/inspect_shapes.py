@@ -14,13 +14,23 @@ from gaugekit import symmetry
 from gaugekit.checkpoint.config import CONFIG, check_config, read_config, stored_as
 from gaugekit.files.missing import how_to_convert
 from gaugekit.models import FAMILIES, AttentionView, Layers, Live, Stream, StreamView, family, left_alone
-from gaugekit.models.stream_view import heads_apart
+from gaugekit.models.stream_view import stands, views
 from gaugekit.report import Report
 from gaugekit.verbs import wording
 
 GROUPS = (*symmetry.SYMMETRIES, *symmetry.STREAM_SYMMETRIES)
 
-HEADED = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")  # classes with logits, in a config
+HEADED = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "DoubleHeadsModel")  # classes with logits
+HEADLESS = (
+    "Model",
+    "Classification",
+    "WithTeacher",
+    "Answering",
+    "Choice",
+    "Modeling",
+    "Backbone",
+    "WithProjection",
+)
 
 TIED = (
     "stream_rotation: none, since the head shares the table of embeddings and the gain of the last norm stands between "
@@ -168,35 +178,40 @@ def streams_of(
     }
     if isinstance(layers, Live):
         return _streams(layers, tensors, layers.model, notes)
-    return _streams(
-        layers, tensors, None, notes, lambda s: s.tied and heads_apart(s, layers.prefix, sizes, read)
-    )
+    return _streams(layers, tensors, None, notes, lambda a, b: torch.equal(read(a), read(b)))
 
 
 def _streams(
     layers: Layers, tensors: Mapping[str, Tensor], live: nn.Module | None, notes: list[str],
-    apart: Callable[[Stream], bool] = lambda _: True,
+    same: Callable[[str, str], bool] = lambda a, b: False,
 ) -> list[StreamView]:  # fmt: skip
-    names = layers.config.get("architectures") or ()
-    of_file = any(name.endswith(HEADED) for name in names)
+    of_file = _headed(layers.config)
     modules = {name for name, _ in live.named_modules()} if live is not None else set()
-    views = []
+
+    def headed(stream: Stream) -> bool:
+        return (
+            stands(stream, modules) if live is not None else StreamView.has_head(stream, tensors) or of_file
+        )
+
+    counted = []
     try:
-        for stream in layers.family.streams():
-            headed = (
-                StreamView.has_head(stream, tensors) or of_file if live is None else stream.head in modules
-            )
-            views.append(StreamView.of(stream, layers.prefix, tensors, headed, apart(stream)))
+        for view in views(layers.family, layers.prefix, tensors, headed, same):
+            counted.append(view)
     except ValueError as odd:
         reason = str(odd).removeprefix("model_type: ").removeprefix("model: ")
-        notes.append(f"norms, stream and MLPs: not {'all ' if views else ''}counted, since {reason}")
-    notes += [f"stream_rotation: {_turns(view)}, since {view.still}" for view in views if _explains(view)]
-    beyond = [name for name in tensors if layers.prefix and not name.startswith(layers.prefix)]
-    if beyond and any(view.head == "none" for view in views):
+        notes.append(f"norms, stream and MLPs: not {'all ' if counted else ''}counted, since {reason}")
+    notes += [f"stream_rotation: {_turns(view)}, since {view.still}" for view in counted if _explains(view)]
+    if stranger := next((view.stranger for view in counted if view.stranger), None):
         notes.append(
-            f"norms, stream: what reads the last norm is not counted, since {beyond[0]!r} has no view here"
+            f"norms, stream: what reads the last norm is not counted, since {stranger!r} has no view here"
         )
-    return views
+    return counted
+
+
+def _headed(config: Mapping[str, Any]) -> bool:
+    """Whether a model has logits by the class that its config names; also one of code of its own, which may have."""
+    names = config.get("architectures") or ()
+    return any(name.endswith(HEADED) or not name.endswith(HEADLESS) for name in names)
 
 
 def _turns(view: StreamView) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gaugekit.models.encoder_decoders.stacks import EncoderDecoder, Stack
+from gaugekit.models.encoder_decoders.stacks import COPIES, EncoderDecoder, Stack
 from gaugekit.models.family import Read
 from gaugekit.models.stream import Exchange, Junction, Mlp, Stream
 from gaugekit.models.view import AttentionView
@@ -115,6 +115,7 @@ class Bart(EncoderDecoder):
             eps=1e-5,  # torch's own for a LayerNorm
             centred=True,
             unturned=GELU if encodes else None,
+            beside=("encoder.conv1", "encoder.conv2"),
         )
 
     def _joint_stream(self) -> Stream:
@@ -123,6 +124,7 @@ class Bart(EncoderDecoder):
         tables = () if self.name in COMPUTED else tuple(f"{side}.embed_positions.weight" for side in sides)
         # A constant goes from positions to tokens as it is only where tokens are added as they stand.
         constants = bool(tables) and not self.config.get("scale_embedding")
+        tied = bool(self.config.get("tie_word_embeddings", True))
         return Stream(
             size=self.config["d_model"],
             junctions=(
@@ -134,11 +136,13 @@ class Bart(EncoderDecoder):
             positions=None,
             norm="decoder.layer_norm",
             head="lm_head",
-            tied=bool(self.config.get("tie_word_embeddings", True)),
+            tied=tied,
             eps=1e-5,
             centred=True,
             tables=tables,
             entries=tuple(f"{side}.layernorm_embedding" for side in sides) if self.name == "mbart" else (),
             exchanges=(Exchange(tables, "shared.weight"),) if constants else (),
             unturned=None if tables else "its positions are sines that no tensor holds",
+            copies=COPIES if tied else (),  # else each side has a table of its own
+            beside=("final_logits_bias",),
         )

@@ -10,6 +10,10 @@ from gaugekit.models.family import Family
 from gaugekit.models.linears import Linears
 from gaugekit.models.stream import Junction
 
+COPIES = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+)  # of the shared table, as files may hold it
 UNSLICED = (
     "model: its streams cannot be sliced: a calibration runs one text through the decoder of a language model, and "
     "this model is an encoder, or has one"

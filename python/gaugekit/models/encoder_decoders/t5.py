@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gaugekit.models.encoder_decoders.stacks import EncoderDecoder, Stack
+from gaugekit.models.encoder_decoders.stacks import COPIES, EncoderDecoder, Stack
 from gaugekit.models.family import Read
 from gaugekit.models.stream import Junction, Mlp, Stream
 from gaugekit.models.view import AttentionView
@@ -104,5 +104,10 @@ class T5(EncoderDecoder):
                 tied=bool(self.config.get("tie_word_embeddings", True)),
                 eps=self.config.get("layer_norm_epsilon", 1e-6),
                 centred=False,
+                copies=COPIES,
+                beside=tuple(
+                    f"{place.part.block(place.layer)}.layer.0.SelfAttention.relative_attention_bias"
+                    for place in self.places()
+                ),
             ),
         )

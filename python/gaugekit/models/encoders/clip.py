@@ -111,6 +111,7 @@ class Tower(Linears):
             if head and head.endswith("attention")
             else {},
             raw=first,
+            beside=(f"{path}head",),
         )
 
     def _junctions(self, block: str) -> tuple[Junction, Junction]:

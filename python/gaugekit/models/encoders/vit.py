@@ -100,6 +100,7 @@ class Vit(Linears):
                 if self._scaled
                 else 1,  # DINOv2's classifiers read the class token and the patches' mean
                 parts=self._parts() if self._fused else {},
+                beside=("pooler",),
             ),
         )
 
