@@ -5,6 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import gaugekit as gk  # noqa: E402
 from gaugekit import symmetry  # noqa: E402
 from gaugekit.models import Live  # noqa: E402
 from helpers import minilm  # noqa: E402
@@ -101,3 +102,44 @@ def test_the_counts_of_a_real_model():
         "value_bias": 2_304,
         "total": 152_064,
     }
+
+
+@pytest.mark.parametrize("shared", ["keys and values", "two layers"])
+def test_numbers_that_two_parts_share_are_not_fixed_twice(shared):
+    """Both would change where one is written: the function would be lost without a word."""
+    model = bert()
+    first, second = (layer.attention.self for layer in model.bert.encoder.layer)
+    if shared == "keys and values":
+        first.value.weight = first.key.weight
+    else:
+        second.key = first.key
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"expected '.*\.key\.weight' to share its numbers with no other, got .*"
+    ):
+        symmetry.fix(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_layers_that_share_all_their_numbers_are_fixed_as_one():
+    model = bert()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(ids).logits
+        symmetry.fix(model)
+        assert (model(ids).logits - before).norm() <= 1e-12 * before.norm()
+
+
+def test_a_compact_model_is_refused_with_its_numbers_untouched():
+    """Without biases a compact projection still has a weight to read, which nothing can be written into."""
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=24, num_attention_heads=3, num_hidden_layers=2, intermediate_size=32
+    )
+    model = scatter(transformers.LlamaForCausalLM(config))
+    gk.fuse(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for verb in (gk.inspect, symmetry.fix):
+        with pytest.raises(ValueError, match="v_proj.weight, got none .already compact"):
+            verb(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

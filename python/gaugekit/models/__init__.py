@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -159,17 +160,45 @@ class Live(Layers):
 
     def _parameter(self, name: str) -> Tensor:
         module, _, leaf = name.rpartition(".")
-        tensor = getattr(self.model.get_submodule(module), leaf, None)
-        if not isinstance(tensor, Tensor):
+        # A compact module has a dense weight too, which it makes: nothing could be written into that.
+        tensor = self.model.get_submodule(module)._parameters.get(leaf)
+        if tensor is None:
             raise ValueError(f"model: expected a dense parameter {name}, got none (already compact?)")
         if tensor.is_meta:
             raise ValueError(f"model: expected numbers in {name}, got none (meta device)")
         return tensor.detach().cpu()
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Copies ``tensors`` into the parameters of those names (without prefix), rounded to their dtype."""
+        """Copies ``tensors``, one layer's, into the parameters of those names (without prefix), rounded to their dtype.
+
+        Raises ValueError, before anything is written, for a parameter that is another's too, since both would change:
+        of two parts of the layer, or of another layer, unless that has all of them.
+        """
+        parameters = {name: self.model.get_parameter(self.prefix + name) for name in tensors}
+        shared = {
+            self.prefix + name: self._shared[_place(parameter)] for name, parameter in parameters.items()
+        }
+        whole = len({len(names) for names in shared.values()}) == 1
+        for name, names in shared.items():
+            if len(names) > 1 and not (whole and shared.keys() & names == {name}):
+                others = ", ".join(sorted(names - {name}))
+                raise ValueError(f"model: expected {name!r} to share its numbers with no other, got {others}")
         for name, tensor in tensors.items():
-            self.model.get_parameter(self.prefix + name).data.copy_(tensor)
+            parameters[name].data.copy_(tensor)
+
+    @cached_property
+    def _shared(self) -> dict[int, set[str]]:
+        """{place: names of the parameters that stand there}."""
+        shared: dict[int, set[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            shared.setdefault(_place(parameter), set()).add(name)
+        return shared
+
+
+def _place(parameter: Tensor) -> int:
+    """The address of a parameter's numbers; of one that has none (packed, empty), its own."""
+    plain = type(parameter) is nn.Parameter and parameter.numel() > 0 and not parameter.is_meta
+    return parameter.data_ptr() if plain else id(parameter)
 
 
 __all__ = [
