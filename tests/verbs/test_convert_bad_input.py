@@ -48,6 +48,23 @@ def test_source(source, tmp_path):
     refused(source, out, "encoder.layer.1.attention.self.query.weight")
 
 
+@pytest.mark.parametrize("leaf", ["lora_A.weight", "weight_scale_inv", "base_layer.weight"])
+def test_a_projection_that_holds_more_than_its_family_says(source, tmp_path, leaf):
+    """An adapter or a scale beside would no longer fit what is rewritten."""
+    name = f"encoder.layer.0.attention.self.value.{leaf}"
+    tensors = safetensors_torch.load_file(source / "model.safetensors") | {name: torch.ones(1, 4)}
+    safetensors_torch.save_file(tensors, source / "model.safetensors")
+    refused(source, tmp_path / "out", f"expected no more than weights, .* in its projections; got '{name}'")
+
+
+def test_numbers_of_eight_bits_are_no_weights(source, tmp_path):
+    tensors = safetensors_torch.load_file(source / "model.safetensors")
+    name = "encoder.layer.0.attention.self.value.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    safetensors_torch.save_file(tensors, source / "model.safetensors")
+    refused(source, tmp_path / "out", f"{name}: expected numbers of 16 bits or more, got torch.float8_e4m3fn")
+
+
 def test_target(source, tmp_path):
     refused(source, source, "beside the source")
     refused(source, source / "inner", "beside the source")

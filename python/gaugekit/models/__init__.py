@@ -163,7 +163,9 @@ class Live(Layers):
         # A compact module has a dense weight too, which it makes: nothing could be written into that.
         tensor = self.model.get_submodule(module)._parameters.get(leaf)
         if tensor is None:
-            raise ValueError(f"model: expected a dense parameter {name}, got none (already compact?)")
+            raise ValueError(
+                f"model: expected a dense parameter {name}, got none (already compact, or in an adapter?)"
+            )
         if tensor.is_meta:
             raise ValueError(f"model: expected numbers in {name}, got none (meta device)")
         return tensor.detach().cpu()

@@ -167,7 +167,7 @@ class Family(ABC):
         return [model.get_submodule(prefix + self.block(layer)) for layer in range(self.layers)]
 
     def take(self, layer: int, read: Read) -> dict[str, Tensor]:
-        """The tensors of ``shapes`` in float64; ValueError for another shape than the config says, or NaN."""
+        """The tensors of ``shapes`` in float64; ValueError for another shape than the config says, 8 bits, or NaN."""
         tensors = {}
         for name, shape in self.shapes(layer).items():
             tensor = read(name)
@@ -175,6 +175,8 @@ class Family(ABC):
                 raise ValueError(f"{name}: expected shape {shape} by the config, got {tuple(tensor.shape)}")
             if not tensor.is_floating_point():
                 raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+            if tensor.dtype.itemsize == 1:  # such numbers come with scales that stand elsewhere
+                raise ValueError(f"{name}: expected numbers of 16 bits or more, got {tensor.dtype}")
             tensors[name] = tensor.detach().to(torch.float64, copy=True)
             if not (tensor.is_meta or tensors[name].isfinite().all()):
                 raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")

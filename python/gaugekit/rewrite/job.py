@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +54,27 @@ class Job:
                     )
             units.append(unit)
             taken.update(unit.names)
+        self._refuse_more(taken)
         rest = sorted(
             (name for name in checkpoint.names() if name not in taken), key=lambda n: (checkpoint.file(n), n)
         )
         return [*(Unit([name]) for name in rest), *units]
+
+    def _refuse_more(self, taken: set[str]) -> None:
+        """ValueError where a projection holds more than its family says (adapters, scales, biases that the config
+        denies): what is rewritten would no longer fit it.
+        """
+        family, prefix = self.layers.family, self.layers.prefix
+        paths = {
+            prefix + path for layer in range(len(self.layers)) for path in family.projections(layer).values()
+        }
+        for name in self.checkpoint.names():
+            above = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
+            if name not in taken and not paths.isdisjoint(above):
+                raise ValueError(
+                    f"source: expected no more than weights, and biases where the config has them, in its projections; "
+                    f"got {name!r}"
+                )
 
     def steps(self) -> list[dict[str, Any]]:
         """What the report says of each rewrite, from the config alone."""
