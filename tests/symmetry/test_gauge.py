@@ -1,5 +1,7 @@
 """Gauge fixing of live models: exact, the entries that went are exactly 0 or 1, and the counts are the formula's."""
 
+import re
+
 import pytest
 import torch
 
@@ -143,3 +145,23 @@ def test_a_compact_model_is_refused_with_its_numbers_untouched():
         with pytest.raises(ValueError, match="v_proj.weight, got none .already compact"):
             verb(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_numbers_that_do_not_fit_the_dtype_leave_a_model_as_it_was():
+    """In float16 a block and what takes it up may each fit and their product not: infinities would follow."""
+    model = bert()
+    with torch.no_grad():
+        attention = model.bert.encoder.layer[1].attention
+        attention.self.value.weight.mul_(3e3)
+        attention.output.dense.weight.mul_(1e2)
+    model.half()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message = r"encoder.layer.1.attention.output.dense.weight holds numbers too large for torch.float16"
+    report = gk.fuse(model)
+    assert [entry["module"] for entry in report["left"]] == ["bert.encoder.layer.1"]
+    assert re.search(message, report["left"][0]["reason"]) and len(report["replaced"]) == 2
+    gk.unfuse(model)
+    with pytest.raises(ValueError, match=message):
+        symmetry.fix(model)
+    second = {name: tensor for name, tensor in model.state_dict().items() if "layer.1." in name}
+    assert second and all(torch.equal(tensor, before[name]) for name, tensor in second.items())

@@ -24,6 +24,7 @@ from gaugekit.models.view import (
     Stored,
     left_alone,
     parameters,
+    rounded,
     used_channels,
 )
 
@@ -174,7 +175,8 @@ class Live(Layers):
         """Copies ``tensors``, one layer's, into the parameters of those names (without prefix), rounded to their dtype.
 
         Raises ValueError, before anything is written, for a parameter that is another's too, since both would change:
-        of two parts of the layer, or of another layer, unless that has all of them.
+        of two parts of the layer, or of another layer, unless that has all of them; and for numbers that are too large
+        for its dtype.
         """
         parameters = {name: self.model.get_parameter(self.prefix + name) for name in tensors}
         shared = {
@@ -185,8 +187,9 @@ class Live(Layers):
             if len(names) > 1 and not (whole and shared.keys() & names == {name}):
                 others = ", ".join(sorted(names - {name}))
                 raise ValueError(f"model: expected {name!r} to share its numbers with no other, got {others}")
-        for name, tensor in tensors.items():
-            parameters[name].data.copy_(tensor)
+        results = {name: rounded(name, tensor, parameters[name].dtype) for name, tensor in tensors.items()}
+        for name, result in results.items():
+            parameters[name].data.copy_(result)
 
     @cached_property
     def _shared(self) -> dict[int, set[str]]:
@@ -220,6 +223,7 @@ __all__ = [
     "family",
     "left_alone",
     "parameters",
+    "rounded",
     "two_towers",
     "unused_positions",
     "used_channels",

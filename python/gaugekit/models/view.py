@@ -262,6 +262,14 @@ class Stored:
     modules: dict[str, dict]
 
 
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``; ValueError, with its ``name``, where finite numbers of it become infinite there."""
+    cast = tensor.to(dtype)
+    if dtype != tensor.dtype and bool((cast.isinf() & tensor.isfinite()).any()):
+        raise ValueError(f"dtype: {name} holds numbers too large for {dtype}")
+    return cast
+
+
 def parameters(view: AttentionView) -> int:
     """The numbers a dense checkpoint stores for this view."""
     parts = (view.q, view.k, view.v, view.o)

@@ -16,7 +16,7 @@ from gaugekit.checkpoint.config import stored_as
 from gaugekit.checkpoint.dtypes import name_of
 from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.checkpoint.version import VERSION
-from gaugekit.models import Layers, Stored
+from gaugekit.models import Layers, Stored, rounded
 from gaugekit.rewrite.rewrite import Calibration, Step, invariance_error
 
 
@@ -114,7 +114,7 @@ class Job:
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 dtype = self.dtype or source.get(name) or next(iter(source.values()))
-                tensor = _cast(name, tensor, dtype)
+                tensor = rounded(name, tensor, dtype)
             written[name] = tensor.contiguous()
         after = {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()}
         counts = {"before": self._parameters(before), "after": self._parameters(after)}
@@ -178,10 +178,3 @@ class Job:
 
 def _compact(modules: dict[str, dict]) -> dict[str, Any]:
     return {"quant_method": "gaugekit", "version": VERSION, "modules": modules}
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype)
-    if dtype != tensor.dtype and bool((cast.isinf() & tensor.isfinite()).any()):
-        raise ValueError(f"dtype: {name} holds numbers too large for {dtype}")
-    return cast

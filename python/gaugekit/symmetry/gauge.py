@@ -173,8 +173,8 @@ def fix(model: nn.Module, *, rows: str = "balanced") -> Report:
 
     Returns a Report: ``parameters``; ``removed`` {group: count, total}; ``layers`` [{layer, value_rows, key_rows:
     [head][width] input indices, invariance_error (float64, before rounding)}]. Raises ValueError for a model that is
-    none of transformers' or of an unknown family, or whose layers share some of their projections; layers fixed before
-    an error stay fixed, the function unchanged.
+    none of transformers' or of an unknown family, whose layers share some of their projections, or whose dtype the
+    result does not fit; layers fixed before an error stay fixed, the function unchanged.
     """
     live = Live(model)
     gauge = GaugeFix(rows)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gaugekit.checkpoint import install, resident
 from gaugekit.checkpoint.compact import forms as forms_of
 from gaugekit.checkpoint.version import VERSION
-from gaugekit.models import Live, Stored
+from gaugekit.models import Live, Stored, rounded
 from gaugekit.nn import forms
 from gaugekit.nn.gauge_projection import GaugeProjection
 from gaugekit.nn.packed_layer import PackedLayer
@@ -287,17 +287,18 @@ def _make(path: str, original: nn.Module, stored: Any) -> nn.Module:
     weight = original.weight
     if path in stored.modules:
         replacement = forms.build(stored.modules[path], device=weight.device, dtype=weight.dtype)
-        _fill(replacement, tensors)
+        _fill(path, replacement, tensors)
         replacement.requires_grad_(weight.requires_grad)
     else:
         replacement = copy.deepcopy(original)
-        _fill(replacement, tensors)
+        _fill(path, replacement, tensors)
     return replacement.train(original.training)
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _fill(path: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
     module.load_state_dict(
-        {name: tensor.to(module.state_dict()[name].dtype) for name, tensor in tensors.items()}
+        {name: rounded(f"{path}.{name}", tensor, dtypes[name]) for name, tensor in tensors.items()}
     )
 
 
