@@ -26,7 +26,9 @@ def agree(function, tensors: dict, cuts: dict, out) -> None:
     expected = function(**tensors)
     differentiable = [name for name, x in tensors.items() if x.requires_grad]
     slope = torch.randn(expected.shape, dtype=expected.dtype)
-    gradients = torch.autograd.grad(expected, [tensors[name] for name in differentiable], slope)
+    gradients = []
+    if differentiable:
+        gradients = torch.autograd.grad(expected, [tensors[name] for name in differentiable], slope)
     given = dict(tensors)
     for name, dim in cuts.items():
         given[name] = placed(mesh, Replicate() if dim is None else Shard(dim), tensors[name])
@@ -34,7 +36,9 @@ def agree(function, tensors: dict, cuts: dict, out) -> None:
     assert isinstance(result, DTensor) and result.placements == (out,), result.placements
     assert result.shape == expected.shape
     torch.testing.assert_close(result.full_tensor(), expected, rtol=1e-12, atol=1e-12)
-    cut = torch.autograd.grad(result, [given[name] for name in differentiable], placed(mesh, out, slope))
+    cut = []
+    if differentiable:
+        cut = torch.autograd.grad(result, [given[name] for name in differentiable], placed(mesh, out, slope))
     for name, gradient, reference in zip(differentiable, cut, gradients, strict=True):
         whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
         torch.testing.assert_close(
@@ -97,6 +101,49 @@ def operators_of_attention(_):
     rows = {"a": 1, "v": 1, "v0": 1}
     agree(combined, combine, rows | GAINS | {"key_lengths": None}, Shard(1))
     agree(combined, combine, dict.fromkeys(rows, 0) | whole | {"key_lengths": 0}, Shard(0))
+
+
+def attends_with_a_rank_that_has_no_sequence(_):
+    """Whose gradients are zeros, and not None, for which the other would wait."""
+    from torch.distributed.tensor import Shard
+
+    tensors = {name: attention_operands()[name][:1].detach().requires_grad_() for name in "qkv"}
+    agree(shaped, tensors, dict.fromkeys("qkv", 0), Shard(0))
+
+
+def decodes_from_one_cache(_):
+    from torch.distributed.tensor import Replicate, Shard
+
+    sharding.register()
+    tensors = {"q": torch.randn(B, H, 2, V, dtype=torch.float64, requires_grad=True),
+               "cache": torch.randn(B, G, T, V, dtype=torch.float64, requires_grad=True),
+               "alpha": torch.randn(H, dtype=torch.float64, requires_grad=True),
+               "key_lengths": torch.tensor([7, 5, 6])}  # fmt: skip
+    one = tensors | {"cache": torch.randn(B, T, V, dtype=torch.float64, requires_grad=True)}
+    table = torch.tensor([[4, 0, 1, 7], [3, 5, 6, 6], [2, 8, 9, 6]], dtype=torch.int32)
+    pages = tensors | {"cache": torch.randn(10, G, 2, V, dtype=torch.float64, requires_grad=True)}
+    pages["block_table"] = table
+    for slices in (False, True):
+
+        def attend(slices=slices, **x):
+            return gk.single_cache_attention(**x, slices=slices, scale=0.3, gamma=[0.1, 0.2, 0.3, 0.4])
+
+        agree(attend, tensors, {"q": 0, "cache": 0}, Shard(0))
+        agree(attend, tensors, {"q": 1, "cache": 1, "alpha": 0}, Shard(1))
+        agree(attend, pages, {"q": 0}, Shard(0))
+        agree(attend, pages, {"cache": 1}, Shard(1))
+        agree(attend, one, {"q": 1, "cache": None}, Replicate() if slices else Shard(1))
+        agree(attend, one, {"cache": 0}, Shard(0))
+
+    def operator(q, cache, alpha, key_lengths):
+        with torch.no_grad():
+            gains = (alpha, None, None, None, None, None, True, None, None)
+            y = torch.ops.gaugekit.single_cache_attention(q, cache, False, *gains, key_lengths, None, 0.3)
+        return y
+
+    frozen = {name: x.detach() for name, x in tensors.items()}
+    agree(operator, frozen, {"q": 1, "cache": 1, "alpha": 0, "key_lengths": None}, Shard(1))
+    agree(operator, frozen, {"q": 0, "cache": 0, "alpha": None, "key_lengths": 0}, Shard(0))
 
 
 def attends_with_ranks_of_their_own(_):
@@ -231,8 +278,9 @@ def refuses_uneven_heads(_):
         gk.shaped_attention(q, v, v)
 
 
-CHECKS = (attends, operators_of_attention, attends_with_ranks_of_their_own, measures_energy, projects,
-          multiplies_packed, cut_both_ways, compiles_in_one_graph, refuses_uneven_heads)  # fmt: skip
+CHECKS = (attends, operators_of_attention, attends_with_a_rank_that_has_no_sequence, decodes_from_one_cache,
+          attends_with_ranks_of_their_own, measures_energy, projects, multiplies_packed, cut_both_ways,
+          compiles_in_one_graph, refuses_uneven_heads)  # fmt: skip
 
 
 @pytest.mark.slow

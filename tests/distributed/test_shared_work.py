@@ -136,6 +136,26 @@ def test_what_is_refused_is_refused_on_every_rank(source, tmp_path):
     assert contents(tmp_path / "taken") == {"file": b"mine"}
 
 
+def late(target: Path, call):
+    """call(ranks), the last rank only once ``target`` stands."""
+
+    def called(ranks):
+        end = time.monotonic() + 60
+        while ranks.rank == ranks.size - 1 and not target.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return call(ranks)
+
+    return called
+
+
+def test_a_rank_without_a_file_may_come_when_all_is_done(source, tmp_path):
+    target = tmp_path / "many"
+    reports = shared(late(target, lambda ranks: gk.codec.pack(source, target, ranks=ranks)), 6)
+    assert not any(isinstance(report, BaseException) for report in reports), reports
+    gk.codec.pack(source, tmp_path / "one")
+    assert contents(target) == contents(tmp_path / "one")
+
+
 def test_every_rank_has_to_see_the_disk(source, tmp_path):
     def call(ranks):
         place = tmp_path / ("here" if ranks.leads else "elsewhere")
@@ -210,6 +230,16 @@ def test_converted_by_several_ranks(llama, tmp_path, pack):
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     for report in reports:
         assert report.fields | {"seconds": 0} == alone.fields | {"seconds": 0}
+
+
+def test_a_rank_without_a_layer_may_come_when_all_is_done(llama, tmp_path):
+    def convert(target, ranks=None):
+        return gk.convert(llama, target, [gk.symmetry.GaugeFix()], dtype="bfloat16", pack=True, ranks=ranks)
+
+    reports = shared(late(tmp_path / "many", lambda ranks: convert(tmp_path / "many", ranks)), 8)
+    assert not any(isinstance(report, BaseException) for report in reports), reports
+    convert(tmp_path / "one")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +382,6 @@ def test_by_torchrun(source, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)  # of rank 0, once
     gk.codec.pack(source, tmp_path / "one")
-    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert report["bytes_after"] == sum(p.stat().st_size for p in (tmp_path / "one").glob("*.safetensors"))
     shutil.rmtree(tmp_path / "many")

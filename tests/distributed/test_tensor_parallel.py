@@ -181,6 +181,16 @@ def what_cannot_be_cut_is_refused(folder):
         cut(odd)
 
 
+def is_not_fused_where_it_is_cut(folder):
+    """Nothing is replaced whose matrices no rank has as a whole; the reason is reported."""
+    ids = torch.randint(1, 50, (2, 9))
+    shared = cut(folder / "llama")
+    expected = shared(ids).logits
+    report = gk.fuse(shared)
+    assert not report["replaced"] and "cut among ranks" in report["left"][0]["reason"]
+    torch.testing.assert_close(shared(ids).logits, expected, rtol=1e-10, atol=1e-12)
+
+
 def is_saved_whole(folder):
     """What each rank holds a part of is written as one plain directory."""
     from safetensors.torch import load_file
@@ -201,6 +211,7 @@ def test_tensor_parallel_models(tmp_path):
             fully_sharded_by_transformers,
             what_cannot_be_cut_is_refused,
             is_saved_whole,
+            is_not_fused_where_it_is_cut,
         ),
         tmp_path,
     )

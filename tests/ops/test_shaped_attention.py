@@ -169,3 +169,16 @@ def test_long_masks_are_cut_into_blocks(monkeypatch):
     seen.clear()
     gk.shaped_attention(q[:, :, :1200], q, q, causal=True)
     assert seen == [(1024, 1324, (1024, 1324)), (176, 1500, (176, 1500))]
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+@pytest.mark.parametrize("terms", [{}, {"gamma": 0.5}])
+def test_where_there_is_nothing_gradients_are_zeros_and_not_none(sizes, terms):
+    """Of a rank that has no sequence, say: None would leave the others waiting."""
+    batch, queries, keys = sizes
+    q = torch.randn(batch, 4, queries, 8, requires_grad=True)
+    k, v = (torch.randn(batch, 2, keys, 8, requires_grad=True) for _ in range(2))
+    out = gk.shaped_attention(q, k, v, **terms)
+    assert out.shape == q.shape and not out.any()
+    out.sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in (q, k, v))

@@ -169,6 +169,8 @@ class Live(Layers):
             )
         if tensor.is_meta:
             raise ValueError(f"model: expected numbers in {name}, got none (meta device)")
+        if hasattr(tensor, "placements"):  # a DTensor, without the import of its module
+            raise ValueError(f"model: expected the whole of {name}, got one that is cut among ranks")
         return tensor.detach().cpu()
 
     def write(self, tensors: dict[str, Tensor]) -> None:

@@ -57,36 +57,40 @@ def assist(
 ) -> Report:
     """What ``engine.run`` on rank 0 leaves to this rank; its Report, once the target stands.
 
-    What rank 0 found out of text stands in its folder, where this rank reads it in its turn. ``pack(folder)`` is this
-    rank's part in the packing of what stands in the scratch ``folder``, where the ranks share that.
+    What rank 0 found out of text stands in its folder, where this rank reads it in its turn; a rank that gets no layer
+    looks at no file, which rank 0 need not wait for it to do. ``pack(folder)`` is this rank's part in the packing of
+    what stands in the scratch ``folder``, where the ranks share that.
     """
     order = ranks.hear("work")
     if order is not None:
-        folder = _scratch(target, order)
+        workers, folder = _workers(job, order["done"], ranks.size), _folder(target, order)
+        mine = [number for number, rank in workers.items() if rank == ranks.rank]
+        if mine and not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"target: expected a disk that all ranks see, but rank 0 works in {str(folder)!r}"
+            )
         if isinstance(rewrites, Later):
             with ranks.in_turn("rewrites"):
-                rewrites = rewrites.find(folder / "rewrites")
+                rewrites = rewrites.find(folder / SCRATCH / "rewrites") if mine else []
         job.rewrites = list(rewrites)
         with ranks.in_turn("statistics"):
-            statistics = job.statistics(calibration, folder / "statistics")
-        _compute(job, order["done"], statistics, folder / "ranks", ranks)
+            statistics = job.statistics(calibration, folder / SCRATCH / "statistics") if mine else None
+        _compute(job, mine, statistics, folder / SCRATCH / "ranks", ranks)
     if pack is not None and (order := ranks.hear("packing")) is not None:
-        pack(_scratch(target, order))
+        pack(_folder(target, order) / SCRATCH)
     fields, notes = ranks.hear("convert report")
     return Report("convert", fields, notes)
 
 
-def _scratch(target: Path, order: dict[str, Any]) -> Path:
-    """Where rank 0 works; ValueError where this rank does not see it."""
-    folder = target if order["inside"] else partial(placed(target))
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(f"target: expected a disk that all ranks see, but rank 0 works in {str(folder)!r}")
-    return folder / SCRATCH
+def _folder(target: Path, order: dict[str, Any]) -> Path:
+    """Where rank 0 works."""
+    return target if order["inside"] else partial(placed(target))
 
 
-def _compute(job: Job, done: int, statistics: Sequence[dict] | None, folder: Path, ranks: Ranks) -> None:
-    workers = _workers(job, done, ranks.size)
-    mine = [number for number, rank in workers.items() if rank == ranks.rank]
+def _compute(
+    job: Job, mine: Sequence[int], statistics: Sequence[dict] | None, folder: Path, ranks: Ranks
+) -> None:
+    """The units ``mine`` into ``folder``, a few ahead of rank 0."""
     for place, number in enumerate(mine):
         if place >= AHEAD:
             ranks.hear(f"taken {mine[place - AHEAD]}")

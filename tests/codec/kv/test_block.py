@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaugekit.codec import CorruptFile, KVCodec, KVTables
+from gaugekit.codec import CorruptFile, KVCodec, KVStore, KVTables
 from gaugekit.codec.kv.block import ORDERS, described
 from kv_blocks import random_bits, same
 
@@ -132,16 +132,31 @@ def test_threads_share_a_codec(blocks):
         (lambda b: KVCodec("LSD").encode(b), "block: expected 3 dimensions"),
         (lambda b: KVCodec().encode(b.double()), "tensor: expected one of bfloat16"),
         (lambda b: KVCodec().encode(b.to("meta")), "block: expected one on the CPU"),
-        (lambda b: KVCodec().encode(b.numpy), "block: expected a torch.Tensor"),
+        (lambda b: KVCodec().encode(b.numpy), "block: expected a torch.Tensor, dense, got builtin"),
+        (lambda b: KVCodec().encode(None), "block: expected a torch.Tensor, dense, got NoneType"),
+        (
+            lambda b: KVCodec().encode(b.to_sparse()),
+            "block: expected a torch.Tensor, dense, got torch.sparse_coo",
+        ),
+        (lambda b: KVStore().put("a", None), "block: expected a torch.Tensor, dense, got NoneType"),
         (lambda b: KVCodec().encode(b, ""), "key: expected a string or bytes"),
         (lambda b: KVCodec().encode(b, 3), "key: expected a string or bytes"),
         (lambda b: KVCodec(tables=KVTables.calibrate(b)).encode(b[:1]), "block: expected torch.bfloat16"),
         (lambda b: KVCodec(tables=KVTables.calibrate(b)).encode(b.half()), "block: expected torch.bfloat16"),
+        (
+            lambda b: KVCodec(tables=KVTables.calibrate(b)).encode(b.double()),
+            "block: expected torch.bfloat16",
+        ),
         (lambda b: KVCodec(layout="zip"), "layout: expected one of"),
         (lambda b: KVCodec(layout="fixed", symbols="exponent"), "symbols: expected None"),
         (lambda b: KVCodec(layout="fixed").encode(b.float()), "tensor: expected bfloat16 or float16"),
         (lambda b: KVCodec().decode(KVCodec().encode(b), torch.empty(3)), "out: expected"),
         (lambda b: KVCodec().decode(KVCodec(layout="fixed").encode(b), torch.empty(3)), "out: expected"),
+        (
+            lambda b: KVCodec().decode(KVCodec(layout="fixed").encode(b), b.mT.contiguous().mT),
+            "out: expected",
+        ),
+        (lambda b: KVCodec().decode(KVCodec(layout="fixed").encode(b), b.numpy), "out: expected"),
     ],
 )
 def test_bad_input(call, message, blocks):

@@ -339,6 +339,7 @@ def test_random_kills_leave_whole_blocks(tmp_path, blocks):
         (lambda p: KVStore(p, tables=True), "tables: expected KVTables, None or False, got True"),
         (lambda p: KVStore(p / "file" / "in"), "directory: expected"),
         (lambda p: KVStore(p / "file"), "directory: expected a folder or a new name"),
+        (lambda p: KVStore(""), "directory: expected a name, got an empty one"),
         (lambda p: KVStore(p).put("a", [1]), "block: expected a torch.Tensor"),
         (lambda p: KVStore(p).put("", torch.zeros(1)), "key: expected"),
         (lambda p: KVStore(p).put("a", torch.zeros(1)), "block: expected 4 dimensions"),

@@ -200,9 +200,12 @@ def _share(
 
 
 def assist(job: Job, source: Path, target: Path, ranks: Ranks) -> None:
-    """What ``convert`` on rank 0 leaves to this rank; returns when its files are on the disk."""
+    """What ``convert`` on rank 0 leaves to this rank; returns when its files are on the disk.
+
+    Where it leaves nothing, the folder is not looked at: rank 0 may have given it its name already.
+    """
     order = ranks.hear(f"{job.verb} shares")
-    if order is None:
+    if order is None or not order["names"][ranks.rank]:
         return
     folder = target if order["inside"] else partial(placed(target))
     if not (folder / MANIFEST).is_file():

@@ -14,7 +14,6 @@ from gaugekit.codec.tensors import blob as coded
 from gaugekit.codec.tensors import fixed
 from gaugekit.codec.tensors.blob import Buffer, as_byte_tensor
 from gaugekit.coder.header import padded, sealed, unsealed
-from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.rans import operator as rans
 from gaugekit.ops.rans.operator import CorruptFile
 
@@ -76,7 +75,7 @@ class KVCodec:
         ``key``, where it is given, is sealed into the block, and has to be given to decode it. ValueError for a dtype
         that ``gaugekit.codec.encode`` does not take, or dimensions that are not those of ``axes`` or the tables.
         """
-        check_tensors(block=block)
+        check_block(block)
         check_axes(self.axes, block.dim())
         if block.device.type != "cpu":
             raise ValueError(f"block: expected one on the CPU, got one on {block.device}")
@@ -111,18 +110,17 @@ class KVCodec:
         kind, payload = _unsealed(data, _stored(key))
         layout, axes, section_bytes, digest = kind
         tables = self._tables(digest, data[FIELDS.size : FIELDS.size + section_bytes])
-        block = coded.decode(payload, out) if layout == LAYOUTS["rans"] else fixed.decode(payload)
+        if layout == LAYOUTS["rans"]:
+            block = coded.decode(payload, out)
+        else:
+            if out is not None:
+                coded.check_target(out, *fixed.described(payload))
+            block = fixed.decode(payload)
         if tables is not None:
             if block.dim() != len(ORDERS[axes]) or not tables.fits(block, ORDERS[axes]):
                 raise CorruptFile("not a sound key/value block: its tables are not those of its shape")
             tables.take_from(block, ORDERS[axes])
-        if layout == LAYOUTS["rans"] or out is None:
-            return block
-        if (out.dtype, out.shape, out.device) != (block.dtype, block.shape, block.device):
-            raise ValueError(
-                f"out: expected {block.dtype} {list(block.shape)}, got {out.dtype} {list(out.shape)}"
-            )
-        return out.copy_(block)
+        return block if layout == LAYOUTS["rans"] or out is None else out.copy_(block)
 
     def most_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """No block of this shape and dtype is ever coded in more bytes."""
@@ -151,6 +149,13 @@ class KVCodec:
             raise CorruptFile("not a sound key/value block: the digest of its tables is wrong")
         self._embedded = tables  # the next block has the same ones
         return tables
+
+
+def check_block(block: object) -> None:
+    """ValueError unless ``block`` is a tensor whose elements lie in memory."""
+    if not isinstance(block, torch.Tensor) or block.layout != torch.strided:
+        kind = block.layout if isinstance(block, torch.Tensor) else type(block).__name__
+        raise ValueError(f"block: expected a torch.Tensor, dense, got {kind}")
 
 
 def described(data: torch.Tensor) -> tuple[int, torch.dtype, torch.Size]:

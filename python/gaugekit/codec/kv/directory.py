@@ -26,6 +26,8 @@ class KVDirectory:
     """
 
     def __init__(self, folder: str | os.PathLike):
+        if not os.fspath(folder):
+            raise ValueError("directory: expected a name, got an empty one ('.' is the current folder)")
         try:
             check_place(Path(folder))
         except ValueError as error:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gaugekit.codec.kv.block import KVCodec, key_digest
+from gaugekit.codec.kv.block import KVCodec, check_block, key_digest
 from gaugekit.codec.kv.directory import KVDirectory
 from gaugekit.codec.kv.ledger import Ledger
 from gaugekit.codec.kv.tables import EXPONENTS, KVTables
-from gaugekit.ops.operands import check_tensors
 from gaugekit.ops.rans.operator import CorruptFile
 
 CALIBRATION_TOKENS = 16  # a first block of fewer says too little of its channels
@@ -120,7 +119,7 @@ class KVStore:
         disk fails. Neither leaves anything half written, or what was under the key damaged.
         """
         name = self._name(key)
-        check_tensors(block=block)
+        check_block(block)
         self._calibrate(block)
         data = self._codec.encode(block, key)
         size, bound = data.numel(), (self._disk if self._directory else self._memory).limit_bytes

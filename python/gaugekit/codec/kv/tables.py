@@ -111,8 +111,8 @@ class KVTables:
 
     def add_to(self, block: torch.Tensor, axes: str, out: torch.Tensor) -> None:
         """The bits of ``block`` with its exponents brought to one place, into ``out``, its dtype and shape."""
-        view = INTEGERS[block.element_size()]
-        torch.add(block.view(view), self._view(block, axes), out=out.view(view))
+        shifts = self._view(block, axes)
+        torch.add(block.view(shifts.dtype), shifts, out=out.view(shifts.dtype))
 
     def take_from(self, block: torch.Tensor, axes: str) -> None:
         """Undoes ``add_to``, in place."""

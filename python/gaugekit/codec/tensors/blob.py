@@ -111,6 +111,12 @@ def fresh(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
 def _target(out: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     if out is None:
         return fresh(shape, dtype)
+    check_target(out, dtype, shape)
+    return out
+
+
+def check_target(out: object, dtype: torch.dtype, shape: torch.Size) -> None:
+    """ValueError unless ``out`` can be filled with a tensor of this dtype and shape."""
     given = (
         f"{out.dtype} {list(out.shape)} on {out.device}"
         if isinstance(out, torch.Tensor)
@@ -123,4 +129,3 @@ def _target(out: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> 
         )
     if out.is_neg():
         raise ValueError("out: expected memory to write to, got a view that negates what is there")
-    return out

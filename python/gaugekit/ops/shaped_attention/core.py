@@ -64,8 +64,8 @@ def _as_it_is(q: torch.Size, k: torch.Size, v: torch.Size, dtype: torch.dtype, c
 
 def softmax_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """softmax(scale·q kᵀ) v under the mask; rows that see no key hold any finite numbers."""
-    if q.numel() == 0 or v.numel() == 0:  # the sum of nothing: a zero that keeps the result differentiable
-        return q.new_zeros(*q.shape[:3], v.shape[3]) + (q if q.numel() == 0 else v).sum()
+    if q.numel() == 0 or v.numel() == 0:
+        return nothing(q, k, v)
     kind, block = mask_kind(q.shape[2], k.shape[2], mask)
     if kind in ("none", "is_causal"):
         return sdpa(q, k, v, scale, is_causal=kind == "is_causal")
@@ -85,6 +85,13 @@ def softmax_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> T
         part = (q[:, :, begin:end], k[:, :, low:high], v[:, :, low:high])
         parts.append(sdpa(*part, scale, attn_mask=visible))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The result where there is no query, key or channel: zeros, differentiable in all three. A gradient that were None
+    here would leave the other ranks waiting for this one's part of it.
+    """
+    return q.new_zeros(*q.shape[:3], v.shape[3]) + sum(x[:0].sum() for x in (q, k, v))
 
 
 def _reach(begin: int, end: int, queries: int, keys: int, mask: Mask) -> tuple[int, int]:

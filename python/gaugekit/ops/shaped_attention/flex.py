@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gaugekit.ops.mask import Mask, keys_of_queries
+from gaugekit.ops.shaped_attention.core import nothing
 
 BLOCK = 128
 
@@ -22,7 +23,7 @@ def flex_core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tens
     Gradients on CUDA only: torch raises NotImplementedError for them on CPUs.
     """
     if q.numel() == 0 or v.numel() == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3]) + (q if q.numel() == 0 else v).sum()
+        return nothing(q, k, v)
     seen = keys_of_queries(q.shape[2], k.shape[2], mask, q.device)
     last = torch.where(seen.last > seen.first, seen.last, seen.first + 1)
     batch = q.shape[0] if last.shape[0] > 1 else 1

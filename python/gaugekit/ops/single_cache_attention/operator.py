@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from gaugekit import _library
+from gaugekit.ops import sharding
 from gaugekit.ops.mask import Mask, check_gains, keys_of_queries
 from gaugekit.ops.operands import Gain, Integers, check_tensors, gains, integers
+from gaugekit.ops.single_cache_attention.sharding import rules
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK = 64  # queries whose scores the composition holds at a time
@@ -53,6 +55,11 @@ def single_cache_attention(
     arguments that do not fit. Sources: He and Hofmann (ICLR 2024) for slices, XQuant (arXiv 2508.10395) for caching x.
     """
     check_tensors(q=q, cache=cache, key_gain=key_gain, cos=cos, sin=sin, block_table=block_table)
+    if sharding.shared(q, cache):
+        return sharding.local(single_cache_attention, rules, dict(
+            q=q, cache=cache, scale=scale, slices=slices, alpha=alpha, beta=beta, gamma=gamma, key_gain=key_gain,
+            cos=cos, sin=sin, causal=causal, window=window, query_start=query_start, key_lengths=key_lengths,
+            block_table=block_table))  # fmt: skip
     alpha, beta, gamma = gains(q, alpha=alpha, beta=beta, gamma=gamma)
     lengths = integers("key_lengths", key_lengths, torch.int64, q.device)
     cache = cache[:, None] if cache.dim() == 3 else cache
