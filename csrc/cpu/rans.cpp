@@ -37,7 +37,7 @@ Blob opened(const Tensor& blob) {
 }
 
 Tensor rans_encode(const Tensor& data, const Tensor& shape, int64_t element, int64_t model,
-                   int64_t chunk_log2, int64_t path) {
+                   int64_t chunk_log2, int64_t path, int64_t front) {
   check_bytes(data, "data");
   STD_TORCH_CHECK(shape.scalar_type() == ScalarType::Long && shape.dim() == 1 && shape.is_contiguous() &&
                       shape.numel() <= kMaxRank,
@@ -46,16 +46,18 @@ Tensor rans_encode(const Tensor& data, const Tensor& shape, int64_t element, int
                   "element, model: this pair of ids is not supported");
   STD_TORCH_CHECK(chunk_log2 >= kMinChunkLog2 && chunk_log2 <= kMaxChunkLog2,
                   "chunk_log2: expected 14 to 20");
+  STD_TORCH_CHECK(front >= 0 && front % 16 == 0, "front: expected a multiple of 16");
   const uint64_t width = element_bytes(int(element)), bytes = data.numel(), count = bytes / width;
   STD_TORCH_CHECK(bytes % width == 0, "data: expected whole elements");
   const uint64_t bound = most_bytes(bytes, int(element), int(chunk_log2), int(shape.numel()));
-  Tensor out = torch::stable::empty({int64_t(bound)}, ScalarType::Byte);
-  const NewPages pages(out.mutable_data_ptr(), bound);
-  const uint64_t size = encode_blob(
-      static_cast<const uint8_t*>(data.const_data_ptr()), count, int(element), int(model), int(chunk_log2),
-      static_cast<const int64_t*>(shape.const_data_ptr()), int(shape.numel()),
-      static_cast<uint8_t*>(out.mutable_data_ptr()), pages, torch::stable::get_num_threads(), chosen(path));
-  return torch::stable::narrow(out, 0, 0, int64_t(size));
+  Tensor out = torch::stable::empty({front + int64_t(bound)}, ScalarType::Byte);
+  uint8_t* blob = static_cast<uint8_t*>(out.mutable_data_ptr()) + front;
+  const NewPages pages(blob, bound);
+  const uint64_t size =
+      encode_blob(static_cast<const uint8_t*>(data.const_data_ptr()), count, int(element), int(model),
+                  int(chunk_log2), static_cast<const int64_t*>(shape.const_data_ptr()), int(shape.numel()),
+                  blob, pages, torch::stable::get_num_threads(), chosen(path));
+  return torch::stable::narrow(out, 0, 0, front + int64_t(size));
 }
 
 Tensor rans_open(const Tensor& tensor) {

@@ -7,6 +7,7 @@ import itertools
 import struct
 import threading
 
+import numpy as np
 import torch
 
 from gaugekit.codec.kv.tables import AXES, KVTables, check_axes
@@ -89,12 +90,15 @@ class KVCodec:
             moved = _room(block)
             tables.add_to(block, self.axes, moved)
             block = moved
-        payload = (
-            coded.encode_bytes(block, symbols=self.symbols) if self.layout == "rans" else fixed.encode(block)
-        )
+        begin = FIELDS.size + padded(len(section))
+        if self.layout == "rans":
+            data = coded.encode_bytes(block, symbols=self.symbols, front=begin)
+        else:
+            data = torch.cat([torch.empty(begin, dtype=torch.uint8), fixed.encode(block)])
         digest = 0 if tables is None else tables.digest
         kind = (LAYOUTS[self.layout], ORDERS.index(self.axes), len(section), digest)
-        return _sealed(payload, kind, section, _stored(key))
+        _seal(data, kind, section, _stored(key))
+        return data
 
     def decode(
         self, data: Buffer, out: torch.Tensor | None = None, key: str | bytes | None = None
@@ -184,23 +188,21 @@ def _stored(key: str | bytes | None) -> bytes:
     return bytes(KEY_BYTES) if key is None else key_digest(key)
 
 
-def _sealed(
-    payload: torch.Tensor, kind: tuple[int, int, int, int], section: bytes, key: bytes
-) -> torch.Tensor:
-    """``kind``: the layout, the number of the axes, bytes of the tables, their digest."""
+def _seal(data: torch.Tensor, kind: tuple[int, int, int, int], section: bytes, key: bytes) -> None:
+    """Writes what stands before the payload of a block, uint8 ``data``: the header and ``section``, the tables.
+
+    ``kind``: the layout, the number of the axes, bytes of the tables, their digest.
+    """
     begin = FIELDS.size + padded(len(section))
-    data = torch.empty(begin + payload.numel(), dtype=torch.uint8)
-    data[FIELDS.size : begin] = 0
-    if section:
-        data[FIELDS.size : FIELDS.size + len(section)] = as_byte_tensor(section)
-    data[begin:] = payload
-    fields = [MAGIC, VERSION, *kind, payload.numel(), key, _checksum(data, kind[0], begin)]
-    data[: FIELDS.size] = torch.frombuffer(bytearray(sealed(FIELDS, fields, ())), dtype=torch.uint8)
-    return data
+    front = data[:begin].numpy()
+    front[FIELDS.size :] = 0
+    front[FIELDS.size : FIELDS.size + len(section)] = np.frombuffer(section, np.uint8)
+    fields = [MAGIC, VERSION, *kind, data.numel() - begin, key, _checksum(data, kind[0], begin)]
+    front[: FIELDS.size] = np.frombuffer(sealed(FIELDS, fields, ()), np.uint8)
 
 
 def _header(data: torch.Tensor) -> tuple[tuple[int, int, int, int], int, bytes, int]:
-    """(kind as in ``_sealed``, bytes of the payload, key, checksum) of the block that ``data`` begins with."""
+    """(kind as in ``_seal``, bytes of the payload, key, checksum) of the block that ``data`` begins with."""
     head = data[: FIELDS.size].numpy().tobytes()
     if len(head) < FIELDS.size or not head.startswith(MAGIC):
         raise CorruptFile("not a sound key/value block: it is cut short, or something else")
@@ -213,7 +215,7 @@ def _header(data: torch.Tensor) -> tuple[tuple[int, int, int, int], int, bytes, 
 
 
 def _unsealed(data: torch.Tensor, key: bytes) -> tuple[tuple[int, int, int, int], torch.Tensor]:
-    """(kind as in ``_sealed``, payload) of a block, its header and checksum verified."""
+    """(kind as in ``_seal``, payload) of a block, its header and checksum verified."""
     kind, size, stored_key, crc = _header(data)
     begin = FIELDS.size + padded(kind[2])
     if begin + size != data.numel():

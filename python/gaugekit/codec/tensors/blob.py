@@ -34,14 +34,14 @@ def encode(tensor: torch.Tensor, *, symbols: str | None = None, chunk_log2: int 
 
 
 def encode_bytes(
-    tensor: torch.Tensor, *, symbols: str | None = None, chunk_log2: int | None = None
+    tensor: torch.Tensor, *, symbols: str | None = None, chunk_log2: int | None = None, front: int = 0
 ) -> torch.Tensor:
-    """``encode`` without the copy into ``bytes``: uint8 [bytes]."""
+    """``encode`` without the copy into ``bytes``: uint8 [bytes], behind ``front`` bytes that the caller fills."""
     if tensor.dtype in rans.SYMBOLS and symbols is None:
         symbols = rans.SYMBOLS[tensor.dtype][0]
     if chunk_log2 is None:
         chunk_log2 = usual_chunk_log2(symbols)
-    return rans.encode(tensor, symbols, chunk_log2)
+    return rans.encode(tensor, symbols, chunk_log2, front=front)
 
 
 def decode(blob: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:

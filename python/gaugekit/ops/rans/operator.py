@@ -21,9 +21,9 @@ DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 SYMBOLS = {getattr(torch, element.torch): element.symbols for element in CODABLE.values()}
 
 
-def _encode(data, shape, element, kind, chunk_log2, path=-1):
+def _encode(data, shape, element, kind, chunk_log2, path=-1, front=0):
     blob = encoder.encode(data.numpy(), tuple(shape.tolist()), element, kind, chunk_log2)
-    return torch.from_numpy(blob)
+    return torch.cat([torch.empty(front, dtype=torch.uint8), torch.from_numpy(blob)])
 
 
 def _open(blob):
@@ -39,14 +39,18 @@ def _crc32c(data, crc=0):
     return torch.tensor(composed_crc32c(data.numpy(), crc))
 
 
+def _shift(data, shifts, back, out):
+    (torch.sub if back else torch.add)(data, shifts[:, None], out=out)
+
+
 def _unbacked():
     return torch.library.get_ctx().new_dynamic_size()
 
 
 _library.define(
-    "rans_encode(Tensor data, Tensor shape, int element, int kind, int chunk_log2, int path=-1) -> Tensor",
+    "rans_encode(Tensor data, Tensor shape, int element, int kind, int chunk_log2, int path=-1, int front=0) -> Tensor",
     _encode,
-    lambda data, shape, element, kind, chunk_log2, path=-1: data.new_empty((_unbacked(),)),
+    lambda data, shape, element, kind, chunk_log2, path=-1, front=0: data.new_empty((_unbacked(),)),
 )
 _library.define(
     "rans_open(Tensor blob) -> Tensor", _open, lambda blob: blob.new_empty((_unbacked(),), dtype=torch.int64)
@@ -61,14 +65,22 @@ _library.define(
     _crc32c,
     lambda data, crc=0: data.new_empty((), dtype=torch.int64),
 )
+_library.define(
+    "shift_rows(Tensor data, Tensor shifts, bool back, Tensor(a!) out) -> ()",
+    _shift,
+    lambda data, shifts, back, out: None,
+)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def encode(tensor: torch.Tensor, symbols: str, chunk_log2: int, path: int = -1) -> torch.Tensor:
-    """The coded blob [bytes] uint8 of a CPU tensor of one of ``SYMBOLS``' dtypes, of any shape and strides.
+def encode(
+    tensor: torch.Tensor, symbols: str, chunk_log2: int, path: int = -1, front: int = 0
+) -> torch.Tensor:
+    """The coded blob [bytes] uint8 of a CPU tensor of one of ``SYMBOLS``' dtypes, of any shape and strides, behind
+    ``front`` bytes (a multiple of 16) that the caller fills.
 
     ``symbols`` are "exponent", "high-byte" or "exponent-and-mantissa" (the exponent and the two highest mantissa
     bits), ``chunk_log2`` is 14 to 20. ``path`` (of the C++ code: 0 portable, 1 AVX2, 2 AVX-512, 3 with VBMI2, -1 the
@@ -87,7 +99,7 @@ def encode(tensor: torch.Tensor, symbols: str, chunk_log2: int, path: int = -1) 
         raise ValueError(f"chunk_log2: expected 14 to 20, got {chunk_log2!r}")
     shape = torch.tensor(tuple(tensor.shape), dtype=torch.int64)
     return torch.ops.gaugekit.rans_encode(
-        _as_bytes(tensor), shape, ELEMENTS[tensor.dtype], KINDS[symbols], chunk_log2, path
+        _as_bytes(tensor), shape, ELEMENTS[tensor.dtype], KINDS[symbols], chunk_log2, path, front
     )
 
 
@@ -104,6 +116,15 @@ def decode(blob: torch.Tensor, start: int, stop: int, out: torch.Tensor, path: i
     CorruptFile.
     """
     checked(torch.ops.gaugekit.rans_decode, blob, start, stop, _as_bytes(out), path)
+
+
+def shift_rows(data: torch.Tensor, shifts: torch.Tensor, back: bool, out: torch.Tensor) -> None:
+    """data[n, s, c] + shifts[n, c], with ``back`` − shifts[n, c], into ``out``, which may be ``data``.
+
+    Integers of 8, 16 or 32 bits that wrap around: data and out [N, S, C], shifts [N, C], contiguous. It runs on the
+    coder's threads: torch's own would wait awake for more such work while those of the coder want the processors.
+    """
+    torch.ops.gaugekit.shift_rows(data, shifts, back, out)
 
 
 def crc32c(data: torch.Tensor, crc: int = 0) -> int:
