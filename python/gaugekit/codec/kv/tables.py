@@ -111,17 +111,15 @@ class KVTables:
 
     def add_to(self, block: torch.Tensor, axes: str, out: torch.Tensor) -> None:
         """The bits of ``block`` with its exponents brought to one place, into ``out``, its dtype and shape."""
-        self._shift(block, axes, False, out)
+        shifts, tokens = self._view(block, axes), axes.index("S")
+        rows = (shifts.shape[:tokens].numel(), block.shape[tokens], shifts.shape[tokens + 1 :].numel())
+        data, moved = (x.view(shifts.dtype).view(rows) for x in (block, out))
+        rans.shift_rows(data, shifts.view(rows[0], rows[2]), moved)
 
     def take_from(self, block: torch.Tensor, axes: str) -> None:
         """Undoes ``add_to``, in place."""
-        self._shift(block, axes, True, block)
-
-    def _shift(self, block: torch.Tensor, axes: str, back: bool, out: torch.Tensor) -> None:
-        shifts, tokens = self._view(block, axes), axes.index("S")
-        rows = (shifts.shape[:tokens].numel(), block.shape[tokens], shifts.shape[tokens + 1 :].numel())
-        data, out = (x.view(shifts.dtype).view(rows) for x in (block, out))
-        rans.shift_rows(data, shifts.view(rows[0], rows[2]), back, out)
+        shifts = self._view(block, axes)
+        block.view(shifts.dtype).sub_(shifts)
 
     def fits(self, block: torch.Tensor, axes: str) -> bool:
         """Whether the dtype, parts, layers and channels are those of ``block``."""

@@ -39,8 +39,8 @@ def _crc32c(data, crc=0):
     return torch.tensor(composed_crc32c(data.numpy(), crc))
 
 
-def _shift(data, shifts, back, out):
-    (torch.sub if back else torch.add)(data, shifts[:, None], out=out)
+def _shift(data, shifts, out):
+    torch.add(data, shifts[:, None], out=out)
 
 
 def _unbacked():
@@ -66,9 +66,9 @@ _library.define(
     lambda data, crc=0: data.new_empty((), dtype=torch.int64),
 )
 _library.define(
-    "shift_rows(Tensor data, Tensor shifts, bool back, Tensor(a!) out) -> ()",
+    "shift_rows(Tensor data, Tensor shifts, Tensor(a!) out) -> ()",
     _shift,
-    lambda data, shifts, back, out: None,
+    lambda data, shifts, out: None,
 )
 
 
@@ -118,13 +118,13 @@ def decode(blob: torch.Tensor, start: int, stop: int, out: torch.Tensor, path: i
     checked(torch.ops.gaugekit.rans_decode, blob, start, stop, _as_bytes(out), path)
 
 
-def shift_rows(data: torch.Tensor, shifts: torch.Tensor, back: bool, out: torch.Tensor) -> None:
-    """data[n, s, c] + shifts[n, c], with ``back`` − shifts[n, c], into ``out``, which may be ``data``.
+def shift_rows(data: torch.Tensor, shifts: torch.Tensor, out: torch.Tensor) -> None:
+    """data[n, s, c] + shifts[n, c] into ``out``: integers of 8, 16 or 32 bits that wrap around.
 
-    Integers of 8, 16 or 32 bits that wrap around: data and out [N, S, C], shifts [N, C], contiguous. It runs on the
-    coder's threads: torch's own would wait awake for more such work while those of the coder want the processors.
+    data and out [N, S, C], shifts [N, C], contiguous. It runs on the coder's threads: torch's own would wait awake for
+    more such work while those of the coder want the processors.
     """
-    torch.ops.gaugekit.shift_rows(data, shifts, back, out)
+    torch.ops.gaugekit.shift_rows(data, shifts, out)
 
 
 def crc32c(data: torch.Tensor, crc: int = 0) -> int:

@@ -1,4 +1,4 @@
-// gaugekit::shift_rows on the CPU: to a channel of every row the same integer is added, or taken off again.
+// gaugekit::shift_rows on the CPU: to a channel of every row the same integer is added.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,10 +18,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBytes = 1 << 18;     // of the rows that a thread takes at a time
-constexpr double kNsOfByte = 1.0 / 16;  // about: good enough to tell when a thread is worth calling
+constexpr double kNsOfByte = 1.0 / 48;  // about: good enough to tell when a thread is worth calling
 
-// Unsigned numbers wrap around. `to` may be `from`.
-template <bool back, class T>
+// Unsigned numbers wrap around.
+template <class T>
 GAUGEKIT_INLINE void shift_row(const T* from, const T* shifts, T* to, int64_t channels) {
   typedef T Lanes __attribute__((vector_size(32)));
   constexpr int64_t lanes = sizeof(Lanes) / sizeof(T);
@@ -30,35 +30,29 @@ GAUGEKIT_INLINE void shift_row(const T* from, const T* shifts, T* to, int64_t ch
     Lanes x, y;
     std::memcpy(&x, from + c, sizeof x);
     std::memcpy(&y, shifts + c, sizeof y);
-    x = back ? x - y : x + y;
+    x += y;
     std::memcpy(to + c, &x, sizeof x);
   }
-  for (; c < channels; ++c) to[c] = T(back ? from[c] - shifts[c] : from[c] + shifts[c]);
+  for (; c < channels; ++c) to[c] = T(from[c] + shifts[c]);
 }
 
 template <class T>
-GAUGEKIT_INLINE void shift_rows(const T* from, const T* shifts, T* to, int64_t rows, int64_t channels,
-                                bool back) {
-  for (; rows; --rows, from += channels, to += channels)
-    if (back)
-      shift_row<true>(from, shifts, to, channels);
-    else
-      shift_row<false>(from, shifts, to, channels);
+GAUGEKIT_INLINE void shift_rows(const T* from, const T* shifts, T* to, int64_t rows, int64_t channels) {
+  for (; rows; --rows, from += channels, to += channels) shift_row(from, shifts, to, channels);
 }
 
 template <class T>
-using Shift = void (*)(const T*, const T*, T*, int64_t, int64_t, bool);
+using Shift = void (*)(const T*, const T*, T*, int64_t, int64_t);
 
 template <class T>
-void shift_portable(const T* from, const T* shifts, T* to, int64_t rows, int64_t channels, bool back) {
-  shift_rows(from, shifts, to, rows, channels, back);
+void shift_portable(const T* from, const T* shifts, T* to, int64_t rows, int64_t channels) {
+  shift_rows(from, shifts, to, rows, channels);
 }
 
 #ifdef GAUGEKIT_X86
 template <class T>
-GAUGEKIT_AVX2 void shift_avx2(const T* from, const T* shifts, T* to, int64_t rows, int64_t channels,
-                              bool back) {
-  shift_rows(from, shifts, to, rows, channels, back);
+GAUGEKIT_AVX2 void shift_avx2(const T* from, const T* shifts, T* to, int64_t rows, int64_t channels) {
+  shift_rows(from, shifts, to, rows, channels);
 }
 #endif
 
@@ -71,7 +65,7 @@ Shift<T> chosen() {
 }
 
 template <class T>
-void shift_parts(const Tensor& data, const Tensor& shifts, bool back, const Tensor& out) {
+void shift_parts(const Tensor& data, const Tensor& shifts, const Tensor& out) {
   const int64_t parts = data.size(0), rows = data.size(1), channels = data.size(2);
   if (data.numel() == 0) return;
   const T* from = static_cast<const T*>(data.const_data_ptr());
@@ -86,12 +80,12 @@ void shift_parts(const Tensor& data, const Tensor& shifts, bool back, const Tens
                   const int64_t part = begin / rows;
                   next = std::min(end, (part + 1) * rows);
                   shift_rows(from + begin * channels, by + part * channels, to + begin * channels,
-                             next - begin, channels, back);
+                             next - begin, channels);
                 }
               });
 }
 
-void shift(const Tensor& data, const Tensor& shifts, bool back, Tensor out) {
+void shift(const Tensor& data, const Tensor& shifts, Tensor out) {
   for (const Tensor* x : {&data, &shifts, static_cast<const Tensor*>(&out)})
     STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == data.scalar_type(),
                     "data, shifts, out: expected contiguous integers of one dtype");
@@ -101,11 +95,11 @@ void shift(const Tensor& data, const Tensor& shifts, bool back, Tensor out) {
                   "shifts: expected [N, C]");
   switch (data.scalar_type()) {
     case ScalarType::Char:
-      return shift_parts<uint8_t>(data, shifts, back, out);
+      return shift_parts<uint8_t>(data, shifts, out);
     case ScalarType::Short:
-      return shift_parts<uint16_t>(data, shifts, back, out);
+      return shift_parts<uint16_t>(data, shifts, out);
     case ScalarType::Int:
-      return shift_parts<uint32_t>(data, shifts, back, out);
+      return shift_parts<uint32_t>(data, shifts, out);
     default:
       STD_TORCH_CHECK(false, "data: expected int8, int16 or int32");
   }
