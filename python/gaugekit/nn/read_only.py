@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_map, tree_map_only
 def copied_out(plain: Tensor, copy: bool | None, asked: dict[str, Any]) -> Any:
     """The DLPack capsule of a copy of ``plain``: who takes one may write to it. BufferError where none may be made."""
     if copy is False:
-        raise BufferError("copy: expected None or True for a packed weight, whose numbers are decoded, got False")
+        raise BufferError(
+            "copy: expected None or True for a packed weight, whose numbers are decoded, got False"
+        )
     return plain.clone().__dlpack__(**asked)
 
 
