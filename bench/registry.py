@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -196,6 +197,21 @@ class Own:
 
 
 OWN_SHAPES: dict[str, OwnShape] = {}
+
+
+def check_memory(needed: int) -> None:
+    """ValueError where a user's own shape takes more bytes than are free: a system may kill what takes them. What is
+    free only Linux says.
+    """
+    try:
+        free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
+    except (OSError, IndexError):
+        return
+    if needed > free:
+        raise ValueError(
+            f"--shape: expected one that fits into the {free / 1e9:,.1f} GB of memory that are free, "
+            f"got one that takes {needed / 1e9:,.1f} GB"
+        )
 
 
 def own_shape(op: str, pattern: str, example: str, *dtypes: torch.dtype):

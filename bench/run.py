@@ -92,8 +92,7 @@ def chosen(ops: list[str] | None, device: str, quick: bool, own: Own | None = No
             raise ValueError(f"--shape: expected --op one of {', '.join(sorted(OWN_SHAPES))}; got {op}")
         asked = [OWN_SHAPES[op].read(op, text, own.dtype) for text in own.shapes]
         threads = own.threads or torch.get_num_threads()
-        make = OWN_SHAPES[op].make
-        return (case for numbers, dtype in asked for case in make(*numbers, dtype, threads))
+        return (case for numbers, dtype in asked for case in owned(op, numbers, dtype, threads))
     known = GPU_BENCHMARKS if device == "cuda" else BENCHMARKS
     unknown = [op for op in ops or [] if op not in known]
     if unknown:
@@ -104,6 +103,17 @@ def chosen(ops: list[str] | None, device: str, quick: bool, own: Own | None = No
             yield from (case for case in known[op](device, quick) if wanted(name_of(case)))
 
     return cases()
+
+
+def owned(op: str, numbers: list[int], dtype: torch.dtype, threads: int):
+    """The cases of a user's own shape; ValueError where none can be made of it here."""
+    try:
+        yield from OWN_SHAPES[op].make(*numbers, dtype, threads)
+    except (RuntimeError, TypeError, MemoryError, ArithmeticError) as error:
+        shape = "x".join(map(str, numbers))
+        raise ValueError(
+            f"--shape: expected one that can be measured here, got {shape}: {one_line(error)}"
+        ) from error
 
 
 class Record:
@@ -143,12 +153,13 @@ def run(
 ) -> tuple[list[dict], int]:  # fmt: skip
     """All rows of the named operators (all if None), or of a user's ``own`` shapes, and how many cases failed.
 
-    A wrong result has no row. With a ``record``, or on a GPU, no exception of a case stops those that follow.
+    A wrong result has no row. With a ``record``, with ``own`` shapes, or on a GPU, no exception of a case stops those
+    that follow.
     """
     cases = chosen(ops, device, quick, own)
     lines, rows, failed = Record(record), [], 0
     where = {"machine": machine(device), "commit": commit()}
-    passed_by = Exception if record is not None or device == "cuda" else AssertionError
+    passed_by = Exception if record is not None or device == "cuda" or own is not None else AssertionError
     timed = measurer(device, quick, budget, once)
     for planned in cases:
         begin = time.perf_counter()
@@ -287,9 +298,8 @@ def measure(arguments: argparse.Namespace) -> tuple[int, list[dict], Callable[[]
             print(f"kept {path.relative_to(HERE.parent)}", file=sys.stderr)
     kept = "kept them under bench/results/" if arguments.save else "wrote nothing"
     done = f"Measured {len(rows)} rows on {machine(arguments.device)} and {kept}."
-    again = (
-        "docs/pack.md and its neighbours say what they mean" if arguments.save else "--save keeps the rows"
-    )
+    keeps = "--save keeps the rows" if CHECKOUT else "--rows FILE keeps the rows"
+    again = "docs/pack.md and its neighbours say what they mean" if arguments.save else keeps
     return (1 if failed else 0), rows, lambda: f"{table(rows)}\n\n{done}\nnext: {again}"
 
 
@@ -304,8 +314,10 @@ def _own(arguments: argparse.Namespace) -> Own | None:
         raise ValueError(f"--shape: expected with one --op, got {len(arguments.op or [])} of them")
     if arguments.device != "cpu":
         raise ValueError(f"--shape: expected with --device cpu, got {arguments.device}")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ValueError(f"--threads: expected a positive number, got {arguments.threads}")
+    if arguments.threads is not None and not 1 <= arguments.threads <= (os.cpu_count() or arguments.threads):
+        raise ValueError(
+            f"--threads: expected 1 to {os.cpu_count()}, the cores of this machine, got {arguments.threads}"
+        )
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(arguments.dtype, arguments.dtype)
     return Own(tuple(arguments.shape), dtype, arguments.threads)
 

@@ -35,6 +35,8 @@ def layer(dimension: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @own_shape("bitsback", "DIMENSION", "768", torch.float16, torch.bfloat16, torch.int8)
 def own(dimension: int, dtype: torch.dtype, threads: int):
+    if dimension < 16:  # too little for the bits that ``check`` expects
+        raise ValueError(f"--shape: expected a DIMENSION of 16 or more, got {dimension}")
     yield from group(published(), dimension, dtype, "cpu", threads)
 
 

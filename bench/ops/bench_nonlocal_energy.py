@@ -76,6 +76,8 @@ def energies(batch, heads, tokens, width, dtype, device, threads=None):
 
 @own_shape("nonlocal_energy", "BATCHxTOKENSxHEADSxWIDTH", "1x2048x12x64", torch.float32, torch.bfloat16)
 def own(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype, threads: int):
+    if tokens < 2:  # whose energy is zero
+        raise ValueError(f"--shape: expected TOKENS of 2 or more, got {tokens}")
     yield from energies(batch, heads, tokens, width, dtype, "cpu", threads)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from gaugekit.ops.packed_linear import PackedWeight, pack_weight, packed_linear
-from registry import Case, benchmark, own_shape, wanted
+from registry import Case, benchmark, check_memory, own_shape, wanted
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336)]
 BATCHES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 65, 128, 256)
@@ -22,13 +22,14 @@ TOTAL_BYTES = (
     384 << 20
 )  # of plain bf16 weights a case; the largest cache of a core's neighbourhood is a tenth
 FEWER_BYTES = 160 << 20  # for large batches, which take longer, and for a quick look
+MOST_LAYERS = 512  # of a user's own shape, however small
 
 
 @lru_cache(maxsize=1)
 def layers(n: int, k: int, dtype: torch.dtype, device: str) -> tuple[list, list, list]:
     """Plain and packed weights of TOTAL_BYTES, and half as many in fp32."""
     generator = torch.Generator().manual_seed(0)
-    count = max(2, TOTAL_BYTES // (n * k * 2))
+    count = max(2, min(MOST_LAYERS, TOTAL_BYTES // (n * k * 2)))
     first = (torch.randn(n, k, generator=generator) * 0.02).to(device, dtype)
     plain = [first] + [first.roll(i, 0).clone() for i in range(1, count)]
     return plain, [pack_weight(w) for w in plain], [w.float() for w in plain[: max(2, count // 2)]]
@@ -42,7 +43,7 @@ def check_product(x: torch.Tensor, packed: PackedWeight, plain: torch.Tensor) ->
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + noise
 
 
-def product(n, k, batch, threads, dtype, device, total) -> Case:
+def product(n, k, batch, threads, dtype, device, total, label=FROM_MEMORY) -> Case:
     plain, packed, full = layers(n, k, dtype, device)
     count = max(2, total // (n * k * 2))
     plain, packed = plain[:count], packed[:count]
@@ -59,7 +60,7 @@ def product(n, k, batch, threads, dtype, device, total) -> Case:
         rivals={"torch linear": lambda: [linear(x, w) for w in plain]}
         | ({"torch linear, fp32 weights": fp32} if batch in FULL else {}),
         without_us="torch linear", check=lambda: check_product(x, packed[0], plain[0]), bytes_moved=memory,
-        flops=2 * batch * n * k * len(plain), threads=threads, label=f"{threads} threads{FROM_MEMORY}",
+        flops=2 * batch * n * k * len(plain), threads=threads, label=f"{threads} threads{label}",
         extra={"layers": len(plain), "packed_bytes": memory, "plain_bytes": sum(w.nbytes for w in plain)},
     )  # fmt: skip
 
@@ -108,7 +109,14 @@ def packing(device: str, rows: int, threads: int | None) -> Case:
 
 @own_shape("packed_linear", "ROWSxINPUTSxOUTPUTS", "1x4096x11008", torch.bfloat16, torch.float16)
 def own(rows: int, inputs: int, outputs: int, dtype: torch.dtype, threads: int):
-    yield product(outputs, inputs, rows, threads, dtype, "cpu", TOTAL_BYTES if rows <= 4 else FEWER_BYTES)
+    layer, total = 2 * inputs * outputs, TOTAL_BYTES if rows <= 4 else FEWER_BYTES
+    # what the layers give stays until all have run
+    count = max(2, min(MOST_LAYERS, total // (layer + 2 * rows * outputs)))
+    check_memory(6 * layer + 6 * count * layer + 2 * rows * (4 * inputs + 8 * outputs + count * outputs))
+    place = FROM_MEMORY if count * layer > FEWER_BYTES // 2 else ", whose weights a cache may hold"
+    yield product(
+        outputs, inputs, rows, threads, dtype, "cpu", count * layer, f", {count} layers a call{place}"
+    )
 
 
 @benchmark("packed_linear")

@@ -134,6 +134,20 @@ def test_a_file_that_is_no_safetensors_is_refused(capsys, tmp_path, verb):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "git lfs pull"),
+        ("m.safetensors", b"", "it has 0 bytes"),
+        ("pytorch_model.bin", b"PK\3\4\0\0\0\0" * 9, "AutoModelForCausalLM"),
+        ("m.gguf", b"GGUF\3\0\0\0" * 9, "gguf_file"),
+    ],
+)  # fmt: skip
+def test_files_that_newcomers_take_for_safetensors(capsys, tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    assert message in refused(capsys, "pack", tmp_path / name, tmp_path / "out")
+
+
 def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -157,7 +171,13 @@ def test_bench_without_its_program_says_so(capsys, monkeypatch, tmp_path):
         ("--op shaped_attention --shape 1x2x30x4", "--shape: expected WIDTH a multiple of HEADS, got 30 and 4"),
         ("--op rans --shape 1 --dtype fp32", "--dtype: expected one of bfloat16 for rans, got 'float32'"),
         ("--op rans --threads 1", "--threads: expected beside --shape, got it without"),
-        ("--op rans --shape 1 --threads 0", "--threads: expected a positive number, got 0"),
+        ("--op rans --shape 1 --threads 0", "the cores of this machine, got 0"),
+        ("--op rans --shape 1 --threads 100000", "the cores of this machine, got 100000"),
+        ("--op packed_linear --shape 1x99999999x99999999", "--shape: expected one that fits into the"),
+        ("--op gauge_linear --shape 1x1x1x1", "--shape: expected one that can be measured here, got 1x1x1x1"),
+        ("--op bitsback --shape 3", "--shape: expected a DIMENSION of 16 or more, got 3"),
+        ("--op nonlocal_energy --shape 1x1x1x1", "--shape: expected TOKENS of 2 or more, got 1"),
+        ("--op canonical_qr --shape 99999999999999999999", "--shape: expected one that can be measured here, got 9"),
     ],
 )  # fmt: skip
 def test_bench_of_a_shape_that_is_none(capsys, line, message):
@@ -182,6 +202,13 @@ def test_bench_of_a_shape_of_ones_own(capsys):
     )
     for op, own in OWN_SHAPES.items():
         assert len(own.read(op, own.example, None)[0]) == own.pattern.count("x") + 1
+
+
+def test_bench_of_a_small_layer_takes_no_more_layers_than_a_model_has(capsys):
+    line = "bench --op packed_linear --shape 1x64x64 --threads 1 --budget 0.01 --json"
+    assert main(line.split()) == 0
+    (row, _) = json.loads(capsys.readouterr().out)
+    assert row["layers"] == 512 and "512 layers a call, whose weights a cache may hold" in row["label"]
 
 
 def test_an_installed_bench_keeps_no_rows(capsys, monkeypatch):

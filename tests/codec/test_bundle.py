@@ -39,6 +39,17 @@ FILES = {  # tensors, metadata, whether the file's own header can list them
 }
 
 
+@pytest.mark.parametrize("name", [container.CHAIN, bundle.TENSORS, bundle.HEADER])
+@pytest.mark.parametrize("size", [3, 5000])
+def test_a_tensor_may_have_one_of_our_names(tmp_path, name, size):
+    tensor = torch.arange(size, dtype=torch.int32).to(torch.uint8)
+    save_file({name: tensor}, tmp_path / "a")
+    codec.pack(tmp_path / "a", tmp_path / "b", verify=True)
+    codec.unpack(tmp_path / "b", tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "a").read_bytes()
+    assert torch.equal(codec.load_file(tmp_path / "b")[name], tensor)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_grows_and_everything_comes_back(tmp_path, name):
     tensors, metadata, listed = FILES[name]

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -237,6 +238,25 @@ def test_writes_in_place_are_refused(name, of):
     with pytest.raises((RuntimeError, ValueError), match=r"packed weight|read-only|dtype"):
         WRITES[name](of(packed))
     assert torch.equal(packed.to_linear().weight, before)
+
+
+@pytest.mark.parametrize("of", [lambda p: p.weight, lambda p: p.weight.data, lambda p: p.weight.view(-1, 10)])
+def test_dlpack_gives_a_copy(of):
+    plain = linear(dtype=torch.float16)
+    packed = PackedLinear.from_linear(plain)
+    held = packed.weight.detach().unpack()
+    for given in (torch.from_dlpack(of(packed)), torch.from_numpy(np.array(np.from_dlpack(of(packed))))):
+        assert torch.equal(given.flatten(), plain.weight.flatten())
+        given.zero_()
+    assert torch.equal(packed.to_linear().weight, plain.weight) and torch.equal(held, plain.weight)
+    with pytest.raises(BufferError, match="packed weight"):
+        of(packed).__dlpack__(copy=False)
+
+
+def test_rows_without_data_have_a_shape():
+    packed = PackedLinear.from_linear(linear()).to("meta")
+    y = packed(torch.empty(3, 130, dtype=torch.bfloat16, device="meta"))
+    assert y.is_meta and (y.shape, y.dtype) == ((3, 9), torch.bfloat16)
 
 
 def test_assignment_changes_the_weight():

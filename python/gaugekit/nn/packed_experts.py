@@ -10,6 +10,7 @@ from torch.nn.functional import embedding
 
 from gaugekit.nn.packed_layer import PackedLayer
 from gaugekit.nn.packed_matrix import PackedMatrix
+from gaugekit.ops.operands import autocast_dtype
 from gaugekit.ops.packed_linear.experts import packed_experts
 
 # What transformers' experts interface knows by itself: different orders of the same products.
@@ -60,9 +61,8 @@ class PackedExperts(PackedLayer):
         return y.to(hidden_states.dtype)
 
     def _product(self, name: str, x: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
-        weight, kind = getattr(self, name).value, None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            kind = torch.get_autocast_dtype(x.device.type)
+        weight, kind = getattr(self, name).value, autocast_dtype(x)
+        if kind is not None:
             x = x.to(kind) if kind in weight.operands else x.to(kind).float()
         y = packed_experts(x, weight, ends)
         if self.has_bias:

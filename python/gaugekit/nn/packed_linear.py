@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from gaugekit.nn.packed_layer import PackedMatrixLayer
 from gaugekit.nn.packed_matrix import PackedMatrix
+from gaugekit.ops.operands import autocast_dtype
 from gaugekit.ops.packed_linear.operator import packed_linear
 
 
@@ -61,9 +62,8 @@ class PackedLinear(PackedMatrixLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.weight, PackedMatrix):
             return linear(x, self._outputs_first(), self.bias)
-        weight, kind = self.weight.value, None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            kind = torch.get_autocast_dtype(x.device.type)
+        weight, kind = self.weight.value, autocast_dtype(x)
+        if kind is not None:
             x = x.to(kind)
             if kind not in weight.operands:  # float16 weights under bfloat16, or the other way round
                 x = x.float()

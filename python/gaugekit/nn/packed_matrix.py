@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from gaugekit.nn.read_only import ReadOnly
+from gaugekit.nn.read_only import ReadOnly, copied_out
 from gaugekit.ops.packed_linear.weight import PackedWeight, check, empty_weight, pack_weight
 
 PARTS = PackedWeight._fields[:5]
@@ -256,6 +256,9 @@ class PackedMatrix(torch.Tensor):
         array = self.unpack().numpy(force=force)
         array.flags.writeable = False
         return array
+
+    def __dlpack__(self, *, copy: bool | None = None, **asked: Any) -> Any:
+        return copied_out(self.unpack(), copy, asked)
 
     def tolist(self) -> list:
         return self.unpack().tolist()

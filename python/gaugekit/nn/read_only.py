@@ -10,6 +10,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 
+def copied_out(plain: Tensor, copy: bool | None, asked: dict[str, Any]) -> Any:
+    """The DLPack capsule of a copy of ``plain``: who takes one may write to it. BufferError where none may be made."""
+    if copy is False:
+        raise BufferError(
+            "copy: expected None or True for a packed weight, whose numbers are decoded, got False"
+        )
+    return plain.clone().__dlpack__(**asked)
+
+
 class ReadOnly(torch.Tensor):
     """A tensor that every operator may read and none may write to: RuntimeError for one that does."""
 
@@ -69,6 +78,9 @@ class ReadOnly(torch.Tensor):
         array = self.plain.numpy(force=force)
         array.flags.writeable = False
         return array
+
+    def __dlpack__(self, *, copy: bool | None = None, **asked: Any) -> Any:
+        return copied_out(self.plain, copy, asked)
 
     def tolist(self) -> list:
         return self.plain.tolist()

@@ -55,6 +55,16 @@ def integers(name: str, given: Integers | None, dtype: torch.dtype, device: torc
     raise ValueError(f"{name}: expected a list of integers or a tensor of {dtype}, got {_kind(given)}")
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which torch.autocast has products with ``x`` run: None outside it, for float64, and on a device that
+    has none ("meta").
+    """
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _kind(value: Any) -> str:
     """What ``value`` is, and for a NumPy array what to do with it."""
     if isinstance(value, np.ndarray):

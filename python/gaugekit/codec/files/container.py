@@ -46,15 +46,11 @@ class Packed:
     original: Header
     tensors: dict[str, tuple[str, int]]  # name -> (codec, crc32c of the stored bytes)
     section_bytes: int = 0  # behind the tensors: what version 2 says of them
+    chained: bool = False  # whether the tensors were coded together (``codec.bitsback``)
 
     @property
     def file_bytes(self) -> int:
         return self.stored.file_bytes + self.section_bytes
-
-    @property
-    def chained(self) -> bool:
-        """Whether the tensors were coded together (``codec.bitsback``)."""
-        return [entry.name for entry in self.stored.entries] == [CHAIN]
 
 
 @contextmanager
@@ -230,7 +226,7 @@ def _parse_chained(stored: Header, inner: dict) -> Packed:
     if payload != [(CHAIN, "U8", (entry.size,)) for entry in stored.entries] or not payload:
         raise CorruptFile("what is stored is not one payload")
     original = parse_header(inner["header"].encode(errors="surrogatepass"))
-    return Packed(stored, original, {entry.name: (CHAIN, 0) for entry in original.entries})
+    return Packed(stored, original, {entry.name: (CHAIN, 0) for entry in original.entries}, chained=True)
 
 
 def _parse_bundled(file: BinaryIO, listed: Header, inner: dict) -> Packed:

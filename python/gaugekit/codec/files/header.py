@@ -6,13 +6,16 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from gaugekit.coder.blob import CorruptFile
+from gaugekit.files.missing import how_to_convert
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
 MAX_RANK = 64
 SUFFIX = ".safetensors"
+LFS_POINTER = b"version https://git-lfs."
 BITS = {  # an element's, in the order of safetensors' own enumeration: it stores the last ones first
     "BOOL": 8,
     "F4": 4,
@@ -82,12 +85,22 @@ class Header:
 
 
 def read_raw(file: BinaryIO) -> bytes:
-    """The header bytes of a .safetensors file."""
+    """The header bytes of a .safetensors file; CorruptFile for another, with what may be done about it."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise CorruptFile("not a .safetensors file: its header is longer than the file or than 100 MB")
+    start = file.read(8)
+    if size < 8:
+        raise CorruptFile(f"not a .safetensors file: it has {size} bytes, fewer than the length of a header")
+    length = int.from_bytes(start, "little")
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        if (start + file.read(len(LFS_POINTER))).startswith(LFS_POINTER):
+            raise CorruptFile(
+                "not a .safetensors file, but Git LFS's pointer to one: git lfs pull fetches it"
+            )
+        raise CorruptFile(
+            "not a .safetensors file: its header is longer than the file or than 100 MB"
+            + how_to_convert(Path(file.name))
+        )
     return file.read(length)
 
 
