@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
-from torch.jit import is_tracing
+from torch._C import _get_tracing_state
 from torch.nn.functional import linear
 
 from gaugekit.nn.kept import Keeping
@@ -92,7 +92,7 @@ class GaugeProjection(Keeping):
         free = self.free
         y = None
         if free.is_cpu and free.dtype in self._kernels:
-            y = by_kernel(x, free, self.rows, self.bias, free.dtype in self._trained)
+            y = by_kernel(x, free, self.rows, self.bias, self._trained)
         if y is None:
             y = linear(x, self._dense(), self.bias)
         return y if self.padded is None else widen(y, self.heads, self.padded)
@@ -119,17 +119,17 @@ class GaugeProjection(Keeping):
 
 
 def by_kernel(
-    x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None, trains: bool = False
+    x: Tensor, free: Tensor, rows: Tensor, bias: Tensor | None, trained: tuple[torch.dtype, ...] = ()
 ) -> Tensor | None:
     """y on a CPU by the operator; None where torch has to do it: under autocast and vmap, and wherever something is
-    differentiated, unless the kernel ``trains``: forward and backward together were measured not to be slower.
+    differentiated, but for the dtypes ``trained``: forward and backward together were measured not to be slower.
     """
     if is_autocast_enabled("cpu") or transforms():
         return None
-    if is_tracing():  # a graph for both, and without Python
+    if _get_tracing_state() is not None:  # a graph for both, and without Python
         return torch.ops.gaugekit.gauge_linear(x, free, rows, bias, None, None)
     if is_grad_enabled() and (
         x.requires_grad or free.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return differentiable(x, free, rows, bias, None, None) if trains else None
+        return differentiable(x, free, rows, bias, None, None) if free.dtype in trained else None
     return _FORWARD(x, free, rows, bias, None, None)
