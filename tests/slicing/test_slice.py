@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+import transformers
 from safetensors.torch import load_file, save_file
 
 import gaugekit as gk
@@ -17,7 +18,8 @@ from gaugekit.checkpoint.reader import Checkpoint
 from gaugekit.hf import loading
 from gaugekit.hf.sliced import Sliced
 from gaugekit.slicing import run, sliced_width
-from sliceable import FAMILIES, build, exact, ids, save
+from sliceable import FAMILIES, WORDS, build, exact, ids, save
+from tiny import add_tokenizer
 
 SIZES = dict(window=32, windows=8)
 
@@ -46,6 +48,22 @@ def test_nothing_cut_changes_nothing(family, tmp_path, form):
     assert relative(logits(tmp_path / "out"), expected) < 1e-12
     step = report["steps"][0]
     assert step["width"] == 32 and step["form"] == form and step["kept"] == pytest.approx(1.0)
+
+
+def test_a_second_reader_of_the_end_keeps_it_whole(tmp_path):
+    config = transformers.GPT2Config(**FAMILIES["gpt2"][1])
+    torch.manual_seed(0)
+    (model := transformers.GPT2DoubleHeadsModel(config).double().eval()).save_pretrained(tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(WORDS * 12)
+    given = dict(calibration=tmp_path / "text.txt", **SIZES)
+    with pytest.raises(ValueError, match="^head: expected False beside multiple_choice_head.summary.weight"):
+        gk.slicing.slice(tmp_path / "model", tmp_path / "out", 0.25, head=True, **given)
+    gk.slicing.slice(tmp_path / "model", tmp_path / "out", 0.0, **given)
+    with torch.no_grad():
+        found, expected = loading.model(tmp_path / "out", torch.float64)(ids()), model(ids())
+    for name in ("logits", "mc_logits"):
+        assert relative(found[name], expected[name]) < 1e-12
 
 
 @pytest.mark.parametrize("head", [False, True])

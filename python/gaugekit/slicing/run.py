@@ -20,6 +20,7 @@ from gaugekit.files.durable import dump, replacing, sha256
 from gaugekit.files.ranks import Ranks
 from gaugekit.files.staging import free_bytes
 from gaugekit.hf.sliced import FORMS, Sliced
+from gaugekit.models.stream_view import CLASSIFIERS, strangers
 from gaugekit.report import Report
 from gaugekit.rewrite import Later, engine
 from gaugekit.slicing import chain, gauges, page, principal, threshold
@@ -158,15 +159,30 @@ class _Slicing:
         self.stream = self.job.stream
         table = f"{self.job.layers.prefix}{self.stream.tokens}.weight"
         self.dtype = dtype or checkpoint.dtype(table)
-        head = f"{self.stream.head}.weight"
-        if options["head"] and not self.stream.tied and head not in checkpoint.names():
-            raise ValueError(
-                f"head: expected False for a checkpoint without {head}, which takes up the last norm; got True"
-            )
+        if options["head"]:
+            self._check_head()
         self.width = sliced_width(self.stream.size, options["fraction"], options["multiple"])
         if options["rotation"] == "bits-back" and self.dtype not in chain.DTYPES:
             raise ValueError(
                 f"dtype: expected bfloat16 or float16 beside rotation='bits-back', got {self.dtype}"
+            )
+
+    def _check_head(self) -> None:
+        """ValueError where the end of the stream cannot be cut for its head alone."""
+        head, names, layers = f"{self.stream.head}.weight", self.checkpoint.names(), self.job.layers
+        if not self.stream.tied and head not in names:
+            raise ValueError(
+                f"head: expected False for a checkpoint without {head}, which takes up the last norm; got True"
+            )
+        known = {name for layer in range(layers.family.layers) for name in layers.family.shapes(layer)}
+        sizes = {name: self.checkpoint.shape(name) for name in names}
+        others = [
+            f"{path}.weight" for path in (*self.stream.heads, *CLASSIFIERS) if f"{path}.weight" in names
+        ]
+        others += strangers([self.stream], known, layers.prefix, sizes)
+        if others:
+            raise ValueError(
+                f"head: expected False beside {others[0]}, which reads the end of the stream as {head} does; got True"
             )
 
     def find(
