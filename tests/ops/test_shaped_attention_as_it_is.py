@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gaugekit as gk
 from gaugekit.ops.shaped_attention import choice, operator, use_core
@@ -73,6 +74,17 @@ def test_calls_that_our_own_kernel_takes_are_left_to_it(taken, monkeypatch):
     monkeypatch.setattr("gaugekit.ops.shaped_attention.core.cpu_core", lambda *_: choice.RAGGED)
     gk.shaped_attention(*operands(3, 3, 61, 61, 17))
     assert taken == [None]
+
+
+def test_traced_with_sizes_left_open():
+    given = operands(4, 2, 5, 5, 16)
+
+    def attend(q, k, v):
+        return gk.shaped_attention(q, k, v, causal=True)
+
+    graphs = [make_fx(attend, tracing_mode="symbolic")(*given), torch.jit.trace(attend, given)]
+    for graph in graphs:
+        torch.testing.assert_close(graph(*given), attend(*given))
 
 
 def test_what_does_not_fit_is_refused_as_ever():

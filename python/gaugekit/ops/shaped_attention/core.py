@@ -11,6 +11,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from gaugekit.ops.mask import Mask, keys_of_queries
@@ -43,9 +44,12 @@ def as_it_is(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict | None:
     """
     if not (q.is_cpu and k.is_cpu and v.is_cpu and q.dtype is k.dtype is v.dtype):
         return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or _get_tracing_state() is not None:
         return None
-    return _as_it_is(q.shape, k.shape, v.shape, q.dtype, causal)
+    try:
+        return _as_it_is(q.shape, k.shape, v.shape, q.dtype, causal)
+    except TypeError:  # sizes that a tracer leaves open have no place in a table
+        return None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -117,7 +121,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
         v = pad(v, (0, narrow))
     elif device == "cpu" and narrow < 0:
         q, k = pad(q, (0, -narrow)), pad(k, (0, -narrow))
-    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    options["enable_gqa"] = bool(q.shape[1] != k.shape[1])  # a tracer's sizes compare to something else
     if device == "cuda":
         out = _pinned(q, k, v, scale=scale, **options)
     else:
